@@ -1,0 +1,57 @@
+# make train | test | lint | types | format | clean, from a fresh clone. Needs Python >= 3.10 with pip, and make.
+PYTHON ?= python3
+# More overrides for the run: make train ARGS="model=cnn sparsity.forward_sparsity=0.95"
+ARGS ?=
+# Two worker processes of one thread each.
+PYTEST_ARGS ?= -n 2 --dist worksteal
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --progress-bar off -c constraints.txt
+SOURCES := src tests $(wildcard examples benchmarks)
+
+.PHONY: train test lint types format clean
+.DELETE_ON_ERROR:
+
+train: $(VENV)/.installed
+	$(BIN)/topkast-train $(ARGS)
+
+test: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+
+types: $(VENV)/.installed-dev
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+# The environment stays.
+clean:
+	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find $(SOURCES) conf -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.10 is needed, $(PYTHON) is " + sys.version if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) -e .
+	@touch $@
+
+# A torchvision built for another torch (PyPI's, beside a CPU-only torch) makes `import lightning` fail.
+# Then it goes to a folder of its own, which only the tests that need it put on their path.
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) -e '.[dev]'
+	rm -rf $(VENV)/vision
+	$(INSTALL) --no-deps torchvision
+	@$(BIN)/python -c 'import torchvision' 2>/dev/null || { \
+	  echo "torchvision does not fit this build of torch: kept apart, in $(VENV)/vision"; \
+	  $(PIP) uninstall --yes --quiet torchvision; \
+	  $(INSTALL) --quiet --no-deps --target $(VENV)/vision torchvision; }
+	@touch $@ $(VENV)/.installed

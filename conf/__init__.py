@@ -1,0 +1,1 @@
+"""The Hydra configuration of `topkast-train`, shipped as `lightning_topkast.conf`."""

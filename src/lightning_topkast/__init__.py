@@ -1,0 +1,38 @@
+"""Always sparse training (Top-KAST) for PyTorch and Lightning."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_topkast.callback import TopKastCallback
+    from lightning_topkast.errors import NonFiniteWeightError, TopKastError
+    from lightning_topkast.metrics import MaskChange, ReservoirActivation, Sparsity
+    from lightning_topkast.topkast import TopKast
+    from lightning_topkast.weights import SparseWeight
+
+__all__ = [
+    "MaskChange",
+    "NonFiniteWeightError",
+    "ReservoirActivation",
+    "SparseWeight",
+    "Sparsity",
+    "TopKast",
+    "TopKastCallback",
+    "TopKastError",
+]
+
+_HOMES = {
+    "callback": ("TopKastCallback",),
+    "errors": ("NonFiniteWeightError", "TopKastError"),
+    "metrics": ("MaskChange", "ReservoirActivation", "Sparsity"),
+    "topkast": ("TopKast",),
+    "weights": ("SparseWeight",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    # On first use, so that a plain PyTorch loop with `TopKast` does not load Lightning.
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"lightning_topkast.{module}"), name)
+    raise AttributeError(f"module 'lightning_topkast' has no attribute '{name}'")

@@ -1,0 +1,114 @@
+"""Any text as a sequence of bytes, for next-byte prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from lightning_topkast.app.data.base import ArrayData, Batch, split_sizes
+from lightning_topkast.app.errors import AppError
+
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+class Text(ArrayData):
+    """A text file, or all files under a folder in the order of their names, cut into training, validation and test.
+
+    The parts follow each other in the text, as in enwik8's usual split into 90, 5 and 5 million bytes.
+
+    Args:
+        path: File or folder. A file is mapped into memory and not read as a whole.
+        pattern: Which files under a folder to take.
+        sequence_length: Bytes a training example.
+        split: Training, validation and test as fractions of the text or as counts of bytes.
+        batch_size: Examples a step and process.
+        num_workers: Loader processes.
+        seed: Of the order of the training examples.
+        num_classes: 256, the values of a byte; models read it.
+        fetch: The command that fetches a missing file, for the message.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        pattern: str = "*",
+        sequence_length: int = 256,
+        split: Sequence[float] = (0.9, 0.05, 0.05),
+        batch_size: int = 32,
+        num_workers: int = 0,
+        seed: int = 0,
+        num_classes: int = 256,
+        fetch: str | None = None,
+    ) -> None:
+        super().__init__(batch_size, num_workers, seed)
+        if sequence_length < 1:
+            raise ValueError(f"sequence_length must be at least 1; got {sequence_length}")
+        if len(split) != 3:
+            raise ValueError(f"split has three parts: training, validation and test; got {list(split)}")
+        self.path = Path(path).expanduser()
+        self.pattern = pattern
+        self.sequence_length = sequence_length
+        self.split = split
+        self.num_classes = num_classes
+        self.fetch = fetch
+
+    def load(self) -> None:
+        """Map the text and cut it."""
+        content = self._read()
+        sizes = split_sizes(len(content), self.split, "bytes")
+        ends = np.cumsum(sizes)
+        parts = [
+            Windows(content[end - size : end], self.sequence_length) for end, size in zip(ends, sizes, strict=True)
+        ]
+        for name, size, part in zip(("training", "validation", "test"), sizes, parts, strict=True):
+            if len(part) == 0:
+                raise AppError(
+                    f"{self.path}: the {name} part has {size} of {len(content):,} bytes, which is not enough for one "
+                    f"sequence and its next byte: a longer text, another data.split or a shorter data.sequence_length"
+                )
+        self.train_set, self.val_set, self.test_set = parts
+
+    def _read(self) -> Bytes:
+        if self.path.is_dir():
+            files = sorted(file for file in self.path.rglob(self.pattern) if file.is_file())
+            if not files:
+                raise AppError(f"{self.path} holds no file that matches data.pattern='{self.pattern}'")
+            content: Bytes = np.concatenate([np.fromfile(file, dtype=np.uint8) for file in files])
+        elif self.path.is_file():
+            empty = self.path.stat().st_size == 0
+            content = np.empty(0, np.uint8) if empty else np.memmap(self.path, dtype=np.uint8, mode="r")
+        else:
+            how = f"fetch it with `{self.fetch}`" if self.fetch else "name a text file or a folder of them"
+            raise AppError(f"there is no text at {self.path.absolute()}: {how} (data.path=...)")
+        if len(content) == 0:
+            raise AppError(f"{self.path} is empty: data.path=... names a text file or a folder of them")
+        return content
+
+
+class Windows(Dataset[Any]):
+    """Consecutive windows of `length` bytes and, as targets, the byte after each; a batch at a time.
+
+    Every byte but the part's first is predicted once; a remainder shorter than a window is left out.
+    """
+
+    def __init__(self, content: Bytes, length: int) -> None:
+        self.content = content
+        self.length = length
+
+    def __len__(self) -> int:
+        return max(0, len(self.content) - 1) // self.length
+
+    def __getitem__(self, index: int) -> Batch:
+        inputs, targets = self.__getitems__([index])
+        return inputs[0], targets[0]
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        """Return a batch; torch's loader calls this in place of one call an example."""
+        starts = np.asarray(indices)[:, None] * self.length
+        rows = torch.from_numpy(self.content[starts + np.arange(self.length + 1)].astype(np.int64))
+        return rows[:, :-1], rows[:, 1:]

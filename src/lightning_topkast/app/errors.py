@@ -1,0 +1,175 @@
+"""Mistakes of the user are answered in one clear line, with the nearest valid names and without a traceback."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import (
+    HydraException,
+    InstantiationException,
+    MissingConfigException,
+    OverrideParseException,
+)
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from lightning_topkast.errors import TopKastError
+
+CONFIG_MODULE = "lightning_topkast.conf"
+CONFIG_NAME = "train"
+EXIT_CODE = 2
+
+_OURS = "TOPKAST_ONE_LINE_ERRORS"
+
+
+class AppError(Exception):
+    """A message for the user: what is wrong, what was expected and the way out."""
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Print a mistake of the user as one line and exit with code 2; anything unknown keeps its traceback.
+
+    Whoever sets `HYDRA_FULL_ERROR=1` gets every traceback.
+    """
+    if not _may_shorten():
+        yield
+        return
+    try:
+        yield
+    except Exception as error:
+        message = explain(error)
+        if message is None:
+            raise
+        # The process may end inside a progress bar's line.
+        print(f"\ntopkast-train: {_one_line(message)}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_CODE)
+
+
+def let_errors_through() -> None:
+    """Keep Hydra from printing errors itself, unless the user already asked for full tracebacks."""
+    if "HYDRA_FULL_ERROR" not in os.environ:
+        os.environ["HYDRA_FULL_ERROR"] = "1"
+        os.environ[_OURS] = "1"  # also tells the processes that Lightning starts that it was us
+
+
+def _may_shorten() -> bool:
+    return os.environ.get("HYDRA_FULL_ERROR") != "1" or os.environ.get(_OURS) == "1"
+
+
+def did_you_mean(name: str, valid: Iterable[str]) -> str:
+    """Return `did you mean 'x' or 'y'?`, or all valid names where none is near."""
+    names = sorted(set(valid))
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+    if near:
+        return f"did you mean {' or '.join(repr(match) for match in near)}?"
+    return f"valid: {', '.join(names)}" if names else "there are no valid names"
+
+
+def explain(error: BaseException) -> str | None:
+    """Return the one line that answers `error`, or None where it is not known to be the user's mistake."""
+    if isinstance(error, AppError | TopKastError | MisconfigurationException):
+        return str(error)
+    if isinstance(error, InstantiationException):
+        return _explain_instantiation(error)
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return _explain_config(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return None
+
+
+def _explain_instantiation(error: InstantiationException) -> str | None:
+    where = re.search(r"full_key: (\S+)", str(error))
+    prefix = f"{where.group(1)}: " if where else ""
+    cause = error.__cause__
+    if cause is None or isinstance(cause, InstantiationException):
+        return prefix + str(error).replace(where.group(0), "") if where else str(error)
+    if isinstance(cause, ValueError | TypeError | OSError | ImportError | AppError | MisconfigurationException):
+        return prefix + (explain(cause) or str(cause))
+    return None
+
+
+def _explain_config(error: HydraException | OmegaConfBaseException) -> str:
+    if isinstance(error, OverrideParseException):
+        reason = [line for line in str(error).splitlines() if line and not line.startswith("See http")][-1]
+        return f"the override '{error.override}' can't be read ({reason}): write it as key=value"
+    if isinstance(error, MissingConfigException):
+        return _explain_missing_option(error)
+    text = str(error)
+    unknown = re.search(r"Could not (?:override|delete from config[^']*) '([^']+)'", text)
+    if unknown:
+        return _explain_unknown_key(unknown.group(1).removeprefix("+").removeprefix("~"))
+    ambiguous = re.search(r"Ambiguous value for argument '([^=]+)=([^']+)'", text)
+    if ambiguous:
+        key, values = ambiguous.groups()
+        return f"{key} has several values: add -m to run each of them, or write {key}=[{values}] for a list"
+    cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
+    if isinstance(cause, MissingMandatoryValue):
+        key = str(cause.full_key or cause.key)
+        return f"{key} has no default: give it as {key}=..."
+    if isinstance(cause, InterpolationKeyError):
+        missing = re.search(r"'(.+)' not found", str(cause))
+        name = missing.group(1) if missing else str(cause)
+        return f"another part of the configuration reads {name}, which is not set: do the chosen model and data fit?"
+    return text or str(cause)
+
+
+def _explain_missing_option(error: MissingConfigException) -> str:
+    missing = error.missing_cfg_file or ""
+    group, _, option = missing.rpartition("/")
+    if group and error.options:
+        return f"there is no '{option}' in the group '{group}': {did_you_mean(option, error.options)}"
+    unknown = re.search(r"Could not (?:override|find) '([^']+)'", str(error))
+    return _explain_unknown_key(unknown.group(1)) if unknown else str(error)
+
+
+def _explain_unknown_key(key: str) -> str:
+    key = key.partition("@")[0].replace("/", ".")
+    parent, _, last = key.rpartition(".")
+    valid = _valid_keys(with_hydra=parent.partition(".")[0] == "hydra")
+    # Names of the same node come first: a typo seldom moves to another one.
+    siblings = [name for name in valid if name.rpartition(".")[0] == parent]
+    for names in (siblings, valid):
+        near = difflib.get_close_matches(last, {name.rpartition(".")[2] for name in names}, n=1, cutoff=0.6)
+        if near:
+            full = [name for name in names if name.rpartition(".")[2] == near[0]]
+            return f"there is no config key '{key}': did you mean {' or '.join(map(repr, full[:3]))}?"
+    here = [name.rpartition(".")[2] for name in siblings]
+    hint = f"valid there: {', '.join(name for name in here if not name.startswith('_'))}; " if here else ""
+    return f"there is no config key '{key}': {hint}a new one is added by +{key}=..."
+
+
+def _valid_keys(with_hydra: bool) -> list[str]:
+    """Return every key of the configuration that the command line's readable group choices give."""
+    GlobalHydra.instance().clear()
+    with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        groups = [name for name in loader.list_groups("") if name != "hydra"]
+        chosen: list[str] = []
+        for argument in sys.argv[1:]:
+            name, _, value = argument.partition("=")
+            if name in groups and value in loader.get_group_options(name):
+                chosen.append(argument)
+        config = compose(CONFIG_NAME, overrides=chosen, return_hydra_config=with_hydra)
+    return sorted({*groups, *_keys(config)})
+
+
+def _keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
+    for key in config:
+        yield f"{prefix}{key}"
+        node = config._get_node(key)
+        if isinstance(node, DictConfig) and not OmegaConf.is_missing(config, key) and not node._is_none():
+            yield from _keys(node, f"{prefix}{key}.")
+
+
+def _one_line(message: str) -> str:
+    return " ".join(message.split())

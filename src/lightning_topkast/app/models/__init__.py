@@ -1,0 +1,6 @@
+"""Networks for the application's `model` group: each takes the data's shape and returns logits."""
+
+from lightning_topkast.app.models.image import CNN, MLP, resnet
+from lightning_topkast.app.models.transformer import TransformerLM
+
+__all__ = ["CNN", "MLP", "TransformerLM", "resnet"]

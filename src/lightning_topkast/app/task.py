@@ -1,0 +1,136 @@
+"""The training task of the application: cross-entropy over the logits of any network."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+from lightning import LightningModule
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_topkast.app.errors import AppError
+
+Part = Literal["train", "val", "test"]
+
+
+class ClassificationTask(LightningModule):
+    """Train `net` to classify: images, or the next byte at every position of a text.
+
+    Logs `<part>/loss` and `<part>/acc` for train, val and test, and `<part>/bits_per_byte` for text. Checkpoints hold
+    tensors and primitives only, so that they load with `weights_only=True`.
+
+    Args:
+        net: Returns logits, the classes in the last dimension.
+        optimizer: Called with the parameters, e.g. a `functools.partial` of a torch optimizer.
+        scheduler: Called with the optimizer and, if it has such an argument, `total_steps`: the optimizer steps of the
+            whole run. Its learning rate changes at every step. None keeps the learning rate.
+        num_classes: Number of classes.
+        label_smoothing: Of the training loss.
+        bits_per_byte: Also log the loss in bits, the usual figure for text as bytes.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+        scheduler: Callable[..., Any] | None = None,
+        *,
+        num_classes: int,
+        label_smoothing: float = 0.0,
+        bits_per_byte: bool = False,
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.label_smoothing = label_smoothing
+        self.accuracy = nn.ModuleDict({p: MulticlassAccuracy(num_classes, average="micro") for p in _metric_names()})
+        self.bits = nn.ModuleDict({p: MeanMetric() for p in _metric_names()} if bits_per_byte else {})
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return the network's logits."""
+        logits: Tensor = self.net(inputs)
+        return logits
+
+    def configure_model(self) -> None:
+        """Shard the network over the processes where the strategy brings a device mesh (FSDP2)."""
+        if self.device_mesh is None:
+            return
+        from torch.distributed.fsdp import FSDPModule, fully_shard
+
+        if isinstance(self.net, FSDPModule):  # Lightning calls this hook again for test()
+            return
+        mesh = self.device_mesh["data_parallel"]
+        # Each larger part is gathered, used and freed by itself; the root takes what is left.
+        for part in self.net.modules():
+            if isinstance(part, nn.ModuleList | nn.Sequential) and part is not self.net:
+                for child in part:
+                    fully_shard(child, mesh=mesh)
+        fully_shard(self.net, mesh=mesh)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Return the loss of a batch, with label smoothing."""
+        return self._step(batch, "train", self.label_smoothing)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Log the figures of a validation batch."""
+        self._step(batch, "val")
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Log the figures of a test batch."""
+        self._step(batch, "test")
+
+    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Return the classes with the largest logits."""
+        return self(batch[0]).argmax(-1)
+
+    def configure_optimizers(self) -> Any:
+        """Build the optimizer and, over the run's own number of steps, the scheduler."""
+        try:
+            optimizer = self.optimizer(self.parameters())
+        except (ValueError, TypeError) as error:  # torch's own checks of the learning rate and the like
+            raise AppError(f"optimizer: {error}") from error
+        if self.scheduler is None:
+            return optimizer
+        options: dict[str, Any] = {}
+        if "total_steps" in inspect.signature(self.scheduler).parameters:
+            steps = self.trainer.estimated_stepping_batches
+            if math.isinf(steps):
+                raise AppError("the scheduler needs a run of known length: set trainer.max_epochs or trainer.max_steps")
+            options["total_steps"] = int(steps)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self.scheduler(optimizer, **options), "interval": "step"},
+        }
+
+    def _step(self, batch: tuple[Tensor, Tensor], part: Part, label_smoothing: float = 0.0) -> Tensor:
+        inputs, targets = batch
+        logits = self(inputs)
+        # Text has a target at every position.
+        logits, targets = logits.flatten(0, -2), targets.flatten()
+        loss = F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
+        accuracy = self.accuracy[_metric_name(part)]
+        accuracy(logits.detach(), targets)
+        # Training curves show single steps, the other parts the mean of an epoch.
+        self.log(f"{part}/loss", loss, prog_bar=part == "train", batch_size=len(targets), sync_dist=part != "train")
+        self.log(f"{part}/acc", accuracy, prog_bar=part == "val", batch_size=len(targets))
+        if self.bits:
+            bits = self.bits[_metric_name(part)]
+            plain = F.cross_entropy(logits.detach(), targets) if label_smoothing else loss.detach()
+            bits(plain / math.log(2.0), weight=len(targets))
+            self.log(f"{part}/bits_per_byte", bits, prog_bar=part == "val", batch_size=len(targets))
+        return loss
+
+
+def _metric_name(part: Part) -> str:
+    return f"{part}_metric"  # "train" alone would hide the module's own method
+
+
+def _metric_names() -> list[str]:
+    return [_metric_name(part) for part in ("train", "val", "test")]

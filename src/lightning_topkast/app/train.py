@@ -1,0 +1,164 @@
+"""`topkast-train`: compose a run from Hydra configs, train, test, and say where the results are."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+from zipfile import is_zipfile
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from hydra.utils import instantiate
+from lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from lightning_topkast.app.errors import (
+    CONFIG_MODULE,
+    CONFIG_NAME,
+    AppError,
+    did_you_mean,
+    let_errors_through,
+    one_line_errors,
+)
+from lightning_topkast.app.loggers import check_all_writable, close_wandb, wandb_folder
+from lightning_topkast.app.report import count_weights, print_report
+from lightning_topkast.app.task import ClassificationTask
+
+
+def train(cfg: DictConfig) -> float:
+    """Train and test what `cfg` describes; return the metric `cfg.recipe.monitor`, for sweepers.
+
+    Raises:
+        AppError: for what the user can mend, with the way to do so.
+    """
+    failed = True
+    try:
+        with warnings.catch_warnings():
+            # The data sets that lie in memory are fastest without loader processes.
+            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+            # Lightning 2.6 asks newer torch's pytrees in the old way.
+            warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*", category=FutureWarning)
+            score = _train(cfg)
+        failed = False
+        return score
+    finally:
+        close_wandb(failed)
+
+
+def _train(cfg: DictConfig) -> float:
+    seed_everything(cfg.seed, workers=True, verbose=False)
+    check_checkpoint(cfg.ckpt_path)
+    data: LightningDataModule = instantiate(cfg.data, _convert_="all")
+    model = build_model(cfg)
+    loggers: list[Logger] = _instantiate_all(cfg.logger)
+    check_all_writable(loggers)
+    trainer: Trainer = instantiate(
+        cfg.trainer,
+        logger=loggers or False,
+        callbacks=build_callbacks(cfg, has_loggers=bool(loggers)),
+        _convert_="all",
+    )
+    _refuse_sweep_over_processes(trainer)
+    for logger in trainer.loggers:
+        logger.log_hyperparams(cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)))
+
+    trainer.fit(model, datamodule=data, ckpt_path=cfg.ckpt_path)
+    score = monitored(trainer, cfg.recipe.monitor)
+    best = trainer.checkpoint_callback.best_model_path if trainer.checkpoint_callback else ""
+    figures: Mapping[str, float] = {}
+    if cfg.test:
+        figures = trainer.test(model, datamodule=data, ckpt_path=best or None, verbose=False)[0]
+    counts = count_weights(model)
+    if trainer.is_global_zero:
+        wandb_dir = wandb_folder(trainer.loggers)
+        close_wandb(failed=False)  # before the last lines, which name its folder
+        print_report(counts, figures, Path(cfg.paths.output_dir), wandb_dir, Path(best) if best else None)
+    return score
+
+
+def build_model(cfg: DictConfig) -> LightningModule:
+    """Return the configured model; a plain `nn.Module` becomes a `ClassificationTask`."""
+    net: nn.Module = instantiate(cfg.model, _convert_="all")
+    if isinstance(net, LightningModule):
+        return net
+    parts = {name: instantiate(cfg[name], _convert_="all") for name in ("optimizer", "scheduler")}
+    task: ClassificationTask = instantiate(cfg.task, net=net, **parts, _convert_="all")
+    return task
+
+
+def build_callbacks(cfg: DictConfig, has_loggers: bool) -> list[Callback]:
+    """Return the sparsity callback and then those of the group `callbacks`."""
+    callbacks: list[Callback] = [instantiate(cfg.sparsity, _convert_="all"), *_instantiate_all(cfg.callbacks)]
+    if not has_loggers:
+        # The one callback of the default set that refuses to run without a logger.
+        callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
+    return callbacks
+
+
+def check_checkpoint(path: str | None) -> None:
+    """Refuse a checkpoint that is missing or was cut off, before anything is built."""
+    if path is None or "://" in path or path in ("last", "best", "hpc", "registry"):
+        return
+    file = Path(path)
+    if not file.exists():
+        siblings = [entry.name for entry in file.parent.glob("*.ckpt")] if file.parent.is_dir() else []
+        hint = f": {did_you_mean(file.name, siblings)}" if siblings else ""
+        raise AppError(f"there is no checkpoint {file.absolute()}{hint}")
+    if file.is_file() and not is_zipfile(file):  # a checkpoint is a zip file, whose directory stands at its end
+        raise AppError(f"the checkpoint {file} is not complete: it was cut off, or is no checkpoint; take another one")
+
+
+def monitored(trainer: Trainer, name: str) -> float:
+    """Return the best value of metric `name` if checkpoints follow it, else the last one."""
+    checkpoint = trainer.checkpoint_callback
+    best = getattr(checkpoint, "best_model_score", None)
+    if best is not None and getattr(checkpoint, "monitor", None) == name:
+        return float(best)
+    metrics = trainer.callback_metrics
+    if name not in metrics:
+        raise AppError(f"recipe.monitor: no metric '{name}' was logged: {did_you_mean(name, metrics)}")
+    return float(metrics[name])
+
+
+def _instantiate_all(group: DictConfig | None) -> list[Any]:
+    """Instantiate each entry of a group of named entries; those set to null are left out."""
+    return [instantiate(entry, _convert_="all") for entry in (group or {}).values() if entry]
+
+
+def _refuse_sweep_over_processes(trainer: Trainer) -> None:
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return
+    if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher) and trainer.world_size > 1:
+        raise AppError(
+            "a sweep (-m) can't start several processes a job, since each would run the whole sweep again: "
+            "run the jobs one by one, or use trainer=cpu or trainer=gpu"
+        )
+
+
+@hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME)
+def _run(cfg: DictConfig) -> float:
+    with one_line_errors():
+        return train(cfg)
+
+
+def main() -> None:
+    """Run the application on the command line's overrides."""
+    torch.set_float32_matmul_precision("high")  # tensor cores, where there are some
+    # Lightning's advice to install its own cloud service's logger.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "Tip: For" not in r.getMessage())
+    let_errors_through()
+    with one_line_errors():
+        _run()
+
+
+if __name__ == "__main__":
+    main()

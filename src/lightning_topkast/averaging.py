@@ -1,0 +1,62 @@
+"""Weight averages of a sparse model, kept sparse."""
+
+from collections.abc import Iterator
+
+from lightning.pytorch import Callback, Trainer, callbacks
+from torch import nn
+
+from lightning_topkast.topkast import TopKast
+
+# WeightAveraging came with Lightning 2.6
+_AVERAGING = tuple(
+    getattr(callbacks, name) for name in ("WeightAveraging", "StochasticWeightAveraging") if hasattr(callbacks, name)
+)
+
+
+class SparseAverages:
+    """Keeps the averages that other callbacks make of a model zero outside A.
+
+    An average over changing masks is not sparse, yet it is what those callbacks validate and save. `update` is called
+    often enough that it makes no difference whether they come before or after the Top-KAST callback in the Trainer.
+
+    Args:
+        trainer: its callbacks are searched for averages.
+        topkast: the engine of the model that is averaged.
+    """
+
+    def __init__(self, trainer: Trainer, topkast: TopKast) -> None:
+        self._trainer = trainer
+        self._topkast = topkast
+        self._active = {name: weight.active for name, weight in topkast.weights.items()}
+        self._refreshes = topkast.refresh_count
+
+    @staticmethod
+    def exist_in(trainer: Trainer) -> bool:
+        """Whether a callback of the Trainer averages the model."""
+        return any(isinstance(callback, _AVERAGING) for callback in callbacks_of(trainer))
+
+    def update(self) -> None:
+        """Make every average sparse by the current sets."""
+        for average in _averages(self._trainer):
+            parameters = {
+                name.replace("_orig_mod.", ""): parameter.detach()
+                for name, parameter in average.named_parameters(remove_duplicate=False)
+            }
+            for name, weight in self._topkast.weights.items():
+                weight.sparsify_average_(parameters[name], self._active[name])
+        if self._refreshes != self._topkast.refresh_count:
+            self._refreshes = self._topkast.refresh_count
+            self._active = {name: weight.active for name, weight in self._topkast.weights.items()}
+
+
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """The Trainer's callbacks, which Lightning sets where type checkers don't see it."""
+    return list(trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def _averages(trainer: Trainer) -> Iterator[nn.Module]:
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, _AVERAGING):
+            model = getattr(callback, "_average_model", None)
+            if model is not None:
+                yield getattr(model, "module", model)  # AveragedModel wraps, StochasticWeightAveraging copies

@@ -1,0 +1,260 @@
+"""`TopKastCallback`: Lightning's hooks → the engine, and nothing more."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from torch.optim import Optimizer
+
+from lightning_topkast.averaging import SparseAverages, callbacks_of
+from lightning_topkast.errors import TopKastError
+from lightning_topkast.penalty import Penalty
+from lightning_topkast.settings import Distribution, Execution, Exploration, Settings
+from lightning_topkast.telemetry import Telemetry
+from lightning_topkast.topkast import TopKast
+
+
+class TopKastCallback(Callback):
+    """Trains a sparse network that stays sparse (Top-KAST, Jayakumar et al. 2020, arXiv 2106.03517).
+
+    Add it to the Trainer; the LightningModule needs no change. Between optimizer steps the module's own weights are the
+    sparse network, so validation, checkpoints and exports need nothing of this package.
+
+    Args:
+        forward_sparsity: share of each weight's entries that are zero in the forward pass, in [0, 1).
+        backward_sparsity: share of entries without a gradient, in [0, forward_sparsity]; 0 is the straight-through
+            baseline if the penalty is off.
+        update_every: optimizer steps between two refreshes, the choices of the active and the updated set (N of the
+            paper, which saw no loss at 100).
+        distribution: "uniform" gives every weight the same density, "erk" in proportion to the sum over the product of
+            its sizes (Erdős-Rényi-Kernel).
+        overrides: glob pattern of parameter names → {"forward_sparsity": ..., "backward_sparsity": ...}; later patterns
+            win.
+        exploration: how the exploring entries are chosen: the next largest ("magnitude") or at "random" (an ablation).
+        stop_exploration_at: from there on B = A; a step (int), a fraction of the run (float in [0, 1]), or None.
+        penalty: form of the exploration penalty: "l2", "l1" or "norm" (un-squared L2 norm).
+        penalty_strength: λ, applied decoupled from the optimizer with its current learning rate: λ on active entries,
+            λ / forward density on exploring ones. 0 turns the penalty off. The paper's 1e-4 belongs to SGD's learning
+            rates; Adam's want about 1e-2 (the start-up table says what it amounts to).
+        penalty_shrinkage: instead of `penalty_strength`, the share an exploring entry loses per step at the peak
+            learning rate, in [0, 1); 1e-3 works for SGD and Adam alike. Only with penalty="l2".
+        include: glob patterns of the only parameters to be sparse, of any module type; a full name also overrides the
+            default to keep biases, norms, embeddings and the model's first and last weight dense.
+        exclude: glob patterns of parameters kept dense.
+        include_types: names of the only module types whose weights are sparse, bare ("Linear") or dotted.
+        exclude_types: names of module types kept dense.
+        keep_first_dense: keep the model's first weight dense.
+        keep_last_dense: keep the model's last weight dense.
+        reset_optimizer_state: zero the optimizer's state of entries that leave the updated set.
+        execution: "masked" simulates sparsity with dense tensors that hold zeros: it saves no time and no memory.
+        seed: decides random exploration.
+
+    Raises:
+        TopKastError: here, in `setup` or at training start, for what cannot be honoured, with the way out.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[TopKastCallback(forward_sparsity=0.9, backward_sparsity=0.8)])
+    """
+
+    def __init__(
+        self,
+        forward_sparsity: float,
+        backward_sparsity: float,
+        *,
+        update_every: int = 100,
+        distribution: Distribution = "uniform",
+        overrides: dict[str, dict[str, float]] | None = None,
+        exploration: Exploration = "magnitude",
+        stop_exploration_at: int | float | None = None,
+        penalty: Penalty = "l2",
+        penalty_strength: float = 1e-4,
+        penalty_shrinkage: float | None = None,
+        include: list[str] | None = None,
+        exclude: list[str] | None = None,
+        include_types: list[str] | None = None,
+        exclude_types: list[str] | None = None,
+        keep_first_dense: bool = True,
+        keep_last_dense: bool = True,
+        reset_optimizer_state: bool = True,
+        execution: Execution = "masked",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self._options: dict[str, Any] = {
+            "forward_sparsity": forward_sparsity,
+            "backward_sparsity": backward_sparsity,
+            "update_every": update_every,
+            "distribution": distribution,
+            # plain containers, also where a config library hands over its own
+            "overrides": None if overrides is None else {key: dict(value) for key, value in overrides.items()},
+            "exploration": exploration,
+            "stop_exploration_at": stop_exploration_at,
+            "penalty": penalty,
+            "penalty_strength": penalty_strength,
+            "penalty_shrinkage": penalty_shrinkage,
+            "include": None if include is None else list(include),
+            "exclude": None if exclude is None else list(exclude),
+            "include_types": None if include_types is None else list(include_types),
+            "exclude_types": None if exclude_types is None else list(exclude_types),
+            "keep_first_dense": keep_first_dense,
+            "keep_last_dense": keep_last_dense,
+            "reset_optimizer_state": reset_optimizer_state,
+            "execution": execution,
+            "seed": seed,
+        }
+        Settings(**self._options)  # refuse a bad value where it is given, not when training starts
+        self.topkast: TopKast | None = None
+        self._telemetry: Telemetry | None = None
+        self._saved_state: dict[str, Any] | None = None
+        self._averages: SparseAverages | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Tells several callbacks with disjoint targets apart in a checkpoint."""
+        targets = ("include", "exclude", "include_types", "exclude_types")
+        return self._generate_state_key(**{name: self._options[name] for name in targets})
+
+    # --- start ----------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot be honoured before anything is built."""
+        if stage == "fit" and isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
+            raise TopKastError(
+                f"{type(trainer.strategy).__name__} flattens weights into shards whose entries cannot be told "
+                "apart; use "
+                "strategy='ddp' or a single device"
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Build the engine here: parameters are final (moved, wrapped, restored) and optimizers exist."""
+        topkast = self._engine(trainer, pl_module)
+        sparse = {id(weight.parameter) for weight in topkast.weights.values()}
+        topkast.attach(*(optimizer for optimizer in trainer.optimizers if sparse & _parameters_of(optimizer)))
+        if topkast.unattached:
+            raise TopKastError(
+                f"no optimizer holds the sparse weights {', '.join(topkast.unattached[:5])}: give them to one, freeze "
+                "them (requires_grad_(False)) or exclude them"
+            )
+        if trainer.global_step == 0:
+            topkast.restart()
+        if self._saved_state is not None:
+            topkast.load_state_dict(self._saved_state)
+            self._saved_state = None
+        self.topkast = topkast
+        self._averages = SparseAverages(trainer, topkast) if SparseAverages.exist_in(trainer) else None
+        rank_zero_info(f"Top-KAST: what is sparse, and why the rest is not\n{topkast.summary()}")
+
+        engines = self._started_engines(trainer, pl_module)
+        if all(isinstance(engine, TopKast) for engine in engines):  # the last of several callbacks to start
+            leader = next(callback for callback in callbacks_of(trainer) if isinstance(callback, TopKastCallback))
+            leader._telemetry = Telemetry(trainer, [engine for engine in engines if engine is not None])
+            leader._telemetry.log(force=True)
+
+    def _engine(self, trainer: Trainer, pl_module: LightningModule) -> TopKast:
+        """The engine of an earlier `fit` if the model is still as it left it, else a new one."""
+        fraction = isinstance(self._options["stop_exploration_at"], float)
+        total_steps = trainer.estimated_stepping_batches if fraction else None
+        if self.topkast is not None and self.topkast.model is pl_module and self.topkast.is_intact:
+            self.topkast.plan(total_steps)
+            return self.topkast
+        taken = {
+            name: callback
+            for callback in callbacks_of(trainer)
+            if isinstance(callback, TopKastCallback) and callback is not self and callback._works_on(pl_module)
+            for name in callback.topkast.weights  # type: ignore[union-attr]
+        }
+        topkast = TopKast(pl_module, total_steps=total_steps, taken=taken.keys(), **self._options)
+        return topkast
+
+    def _works_on(self, pl_module: LightningModule) -> bool:
+        return self.topkast is not None and self.topkast.model is pl_module
+
+    @staticmethod
+    def _started_engines(trainer: Trainer, pl_module: LightningModule) -> list[TopKast | None]:
+        return [
+            callback.topkast if callback._works_on(pl_module) else None
+            for callback in callbacks_of(trainer)
+            if isinstance(callback, TopKastCallback)
+        ]
+
+    # --- every step -----------------------------------------------------------------------------------------------
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """An average was updated since the last batch, perhaps after our own `on_train_batch_end`."""
+        self._restore_sparsity()
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Mask the gradients: they are unscaled here, not yet clipped, and complete also under accumulation."""
+        if self.topkast is not None:
+            self.topkast.mask_gradients(optimizer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log; the step itself and the refresh were done in the optimizer's own hooks."""
+        if self._telemetry is not None:
+            self._telemetry.log()
+
+    # --- what others see ------------------------------------------------------------------------------------------
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """An averaging callback swaps its average in at `on_validation_epoch_start`: make it sparse before."""
+        if self._averages is not None:
+            self._averages.update()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """An averaging callback saves its average (a view of its tensors, so our order does not matter)."""
+        if self._averages is not None:
+            self._averages.update()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """An averaging callback copies its average into the model here, before or after us."""
+        self._restore_sparsity()
+        if self._telemetry is not None:
+            self._telemetry.finish()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """A step may have been broken off: close it, as other callbacks may save a checkpoint now."""
+        if self.topkast is not None:
+            self.topkast.close()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of the optimizers; the engine stays, to be read and to be taken up by a second `fit`."""
+        self._telemetry = None
+        self._averages = None
+        self._saved_state = None  # of a checkpoint that was only validated or tested
+        if self.topkast is not None and stage == "fit":
+            self.topkast.detach()
+
+    def _restore_sparsity(self) -> None:
+        if self._averages is not None and self.topkast is not None:
+            self._averages.update()
+            self.topkast.restore_sparsity()
+
+    # --- state ----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The engine's state: tensors and primitives only."""
+        return self.topkast.state_dict() if self.topkast is not None else (self._saved_state or {})
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state until training starts: the weights it belongs to are not in place yet."""
+        self._saved_state = state_dict
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
+        """Refuse to go on with a sparse checkpoint whose sets we would silently lose."""
+        saved = [key for key in checkpoint.get("callbacks", {}) if key.startswith(type(self).__qualname__)]
+        if trainer.state.fn == TrainerFn.FITTING and saved and self.state_key not in saved:
+            raise TopKastError(
+                f"the checkpoint holds Top-KAST states for other targets ({'; '.join(saved)}), none for "
+                f"{self.state_key}; "
+                "resume with the include and exclude it was saved with"
+            )
+
+
+def _parameters_of(optimizer: Optimizer) -> set[int]:
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}

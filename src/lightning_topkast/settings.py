@@ -1,0 +1,129 @@
+"""The settings of one Top-KAST run, checked when they are given."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from lightning_topkast.distribution import DISTRIBUTIONS
+from lightning_topkast.errors import TopKastError
+from lightning_topkast.penalty import Penalty
+
+Distribution = Literal["uniform", "erk"]
+Exploration = Literal["magnitude", "random"]
+Execution = Literal["masked"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Arguments shared by `TopKast` and `TopKastCallback`; see the latter for their meaning.
+
+    Raises:
+        TopKastError: a value out of range, with the range.
+    """
+
+    forward_sparsity: float
+    backward_sparsity: float
+    update_every: int = 100
+    distribution: Distribution = "uniform"
+    overrides: Mapping[str, Mapping[str, float]] | None = None
+    exploration: Exploration = "magnitude"
+    stop_exploration_at: int | float | None = None
+    penalty: Penalty = "l2"
+    penalty_strength: float = 1e-4
+    penalty_shrinkage: float | None = None
+    include: list[str] | None = None
+    exclude: list[str] | None = None
+    include_types: list[str] | None = None
+    exclude_types: list[str] | None = None
+    keep_first_dense: bool = True
+    keep_last_dense: bool = True
+    reset_optimizer_state: bool = True
+    execution: Execution = "masked"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_sparsities(self.forward_sparsity, self.backward_sparsity)
+        for pattern, values in (self.overrides or {}).items():
+            unknown = set(values) - {"forward_sparsity", "backward_sparsity"}
+            if unknown or not values:
+                raise TopKastError(
+                    f"overrides['{pattern}'] takes forward_sparsity and backward_sparsity, got {dict(values)}"
+                )
+            check_sparsities(*self.sparsities_in(values), where=f"overrides['{pattern}']: ")
+        _check(
+            isinstance(self.update_every, int) and self.update_every >= 1,
+            "update_every",
+            self.update_every,
+            "an int of at least 1",
+        )
+        _check(
+            self.distribution in DISTRIBUTIONS, "distribution", self.distribution, f"one of {', '.join(DISTRIBUTIONS)}"
+        )
+        _check(
+            self.exploration in get_args(Exploration),
+            "exploration",
+            self.exploration,
+            f"one of {', '.join(get_args(Exploration))}",
+        )
+        _check(
+            self.penalty in get_args(Penalty),
+            "penalty",
+            self.penalty,
+            f"one of {', '.join(get_args(Penalty))} (penalty_strength=0 turns it off)",
+        )
+        _check(
+            self.execution in get_args(Execution),
+            "execution",
+            self.execution,
+            "'masked', the only mode of this release",
+        )
+        stop = self.stop_exploration_at
+        _check(
+            stop is None or (_is_number(stop) and stop >= 0 and (isinstance(stop, int) or stop <= 1)),
+            "stop_exploration_at", stop, "a step (int, at least 0), a fraction of the run (float in [0, 1]) or None",
+        )  # fmt: skip
+        _check(
+            _is_number(self.penalty_strength) and self.penalty_strength >= 0,
+            "penalty_strength",
+            self.penalty_strength,
+            "at least 0",
+        )
+        shrinkage = self.penalty_shrinkage
+        _check(
+            shrinkage is None or (_is_number(shrinkage) and 0 <= shrinkage < 1),
+            "penalty_shrinkage",
+            shrinkage,
+            "in [0, 1)",
+        )
+        if shrinkage is not None and self.penalty != "l2":
+            raise TopKastError(
+                f"penalty_shrinkage is the share an entry loses per step, which only penalty='l2' keeps constant; with "
+                f"penalty='{self.penalty}' give penalty_strength instead"
+            )
+
+    def sparsities_in(self, override: Mapping[str, float]) -> tuple[float, float]:
+        """Forward and backward sparsity of an override, the run's own where it names none."""
+        forward = override.get("forward_sparsity", self.forward_sparsity)
+        return forward, override.get("backward_sparsity", min(self.backward_sparsity, forward))
+
+
+def check_sparsities(forward: float, backward: float, where: str = "") -> None:
+    """Refuse sparsities out of range: 0 <= backward <= forward < 1."""
+    for name, value in (("forward_sparsity", forward), ("backward_sparsity", backward)):
+        if not _is_number(value) or not 0 <= value < 1:
+            raise TopKastError(f"{where}{name}={value} is out of range: expected a number in [0, 1)")
+    if backward > forward:
+        raise TopKastError(
+            f"{where}backward_sparsity={backward} exceeds forward_sparsity={forward}: the updated set B holds the "
+            "active "
+            f"set A, so expected backward_sparsity <= forward_sparsity"
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _check(condition: bool, name: str, value: Any, expected: str) -> None:
+    if not condition:
+        raise TopKastError(f"{name}={value!r} is not valid: expected {expected}")

@@ -1,0 +1,198 @@
+"""Which weights of a model are sparse, and why the others are not."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from lightning_topkast.errors import TopKastError
+
+# Modules whose weights are sparse unless told otherwise. RNNBase and RNNCellBase cover LSTM, GRU and RNN.
+SPARSE_TYPES: tuple[type[nn.Module], ...] = (
+    nn.Linear,
+    nn.modules.conv._ConvNd,
+    nn.Bilinear,
+    nn.MultiheadAttention,
+    nn.RNNBase,
+    nn.RNNCellBase,
+)
+_NORM_TYPES: tuple[type[nn.Module], ...] = (
+    nn.modules.batchnorm._NormBase,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.LocalResponseNorm,
+    nn.RMSNorm,
+)
+_EMBEDDING_TYPES: tuple[type[nn.Module], ...] = (nn.Embedding, nn.EmbeddingBag)
+
+
+@dataclass
+class Target:
+    """One parameter of the model, sparse or dense.
+
+    Args:
+        name: the parameter's name in the plain model, without the `_orig_mod.` of torch.compile.
+        parameter: the parameter itself.
+        reason: why it is dense, or "" if it is sparse.
+        owners: every module that holds it (several for tied weights), each with its name for the parameter.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    reason: str = ""
+    owners: list[tuple[nn.Module, str]] = field(default_factory=list)
+
+    @property
+    def sparse(self) -> bool:
+        """Whether the parameter is a sparse weight."""
+        return not self.reason
+
+
+def find_targets(
+    model: nn.Module,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    include_types: Sequence[str] | None = None,
+    exclude_types: Sequence[str] | None = None,
+    keep_first_dense: bool = True,
+    keep_last_dense: bool = True,
+) -> list[Target]:
+    """Decide for every parameter of `model` whether it is a sparse weight.
+
+    By default the weights of `SPARSE_TYPES` are candidates. With `include` or `include_types` only what they name is
+    sparse, of any module type. Biases, norms and embeddings stay dense unless `include` gives their full name. The
+    first and the last candidate of the *model* stay dense too (the paper's ImageNet set-up), unless `include` gives
+    their full name; what is excluded counts here, so that excluding the first layer does not make the second dense.
+
+    Args:
+        model: the model whose parameters are looked at; a tied weight counts once, under its first name.
+        include: glob patterns of parameter names.
+        exclude: glob patterns of parameter names.
+        include_types: class names of modules, bare (`Linear`) or dotted (`transformers.pytorch_utils.Conv1D`); a base
+            class counts too.
+        exclude_types: likewise.
+        keep_first_dense: keep the first candidate dense.
+        keep_last_dense: keep the last candidate dense.
+
+    Returns:
+        one `Target` a parameter, in the model's order.
+
+    Raises:
+        TopKastError: a pattern or type matches nothing, a parameter has no storage yet, or nothing is sparse.
+    """
+    targets = list(_parameters(model))
+    _check_patterns(targets, include, exclude, include_types, exclude_types)
+    candidates = []
+    for target in targets:
+        target.reason = _why_dense_by_kind(target)
+        by_default = target.sparse
+        if target.reason not in ("frozen", "not floating point"):
+            target.reason = _why_dense_by_choice(target, include, include_types)
+        if by_default or target.sparse:
+            candidates.append(target)
+    ends = ((0, "first candidate", keep_first_dense), (-1, "last candidate", keep_last_dense))
+    for position, reason, keep_dense in ends if candidates else ():
+        target = candidates[position]
+        if keep_dense and target.sparse and target.name not in (include or ()):
+            target.reason = reason
+    for target in candidates:
+        if _matches(target, exclude) or _has_type(target, exclude_types):
+            target.reason = "excluded"
+
+    if not any(target.sparse for target in targets):
+        reasons = ", ".join(f"{t.name} ({t.reason})" for t in targets[:6]) or "the model has no parameters"
+        raise TopKastError(
+            f"no weight is left to be sparse: {reasons}{', ...' if len(targets) > 6 else ''}. Name weights with "
+            "include=[...], or set keep_first_dense=False / keep_last_dense=False"
+        )
+    return targets
+
+
+def _parameters(model: nn.Module) -> Iterator[Target]:
+    found: dict[int, Target] = {}
+    for module_name, module in model.named_modules():
+        for own_name, parameter in module.named_parameters(recurse=False):
+            if isinstance(parameter, nn.parameter.UninitializedParameter):
+                raise TopKastError(
+                    f"{module_name}.{own_name} has no shape yet (a lazy module); run one forward pass before training"
+                )
+            name = f"{module_name}.{own_name}" if module_name else own_name
+            target = found.setdefault(id(parameter), Target(name=name.replace("_orig_mod.", ""), parameter=parameter))
+            target.owners.append((module, own_name))
+    yield from found.values()
+
+
+def _why_dense_by_kind(target: Target) -> str:
+    """Why a parameter of its kind is dense by default; "" for a weight of `SPARSE_TYPES`."""
+    parameter, modules = target.parameter, [module for module, _ in target.owners]
+    if not parameter.requires_grad:
+        return "frozen"
+    if not parameter.is_floating_point():
+        return "not floating point"
+    if any(isinstance(module, _EMBEDDING_TYPES) for module in modules):
+        return "embedding"
+    if any(isinstance(module, _NORM_TYPES) for module in modules):
+        return "norm"
+    if parameter.dim() < 2 and any("norm" in type(module).__name__.lower() for module in modules):
+        return "norm"  # third parties' own, LlamaRMSNorm for one
+    if any("bias" in own_name for _, own_name in target.owners):
+        return "bias"
+    if not any(isinstance(module, SPARSE_TYPES) for module in modules):
+        return f"{type(modules[0]).__name__} is not sparsified by default"
+    return "" if parameter.dim() >= 2 else "vector"
+
+
+def _why_dense_by_choice(target: Target, include: Sequence[str] | None, include_types: Sequence[str] | None) -> str:
+    """Why a parameter is dense once `include` and `include_types` have been heard."""
+    if target.name in (include or ()):
+        return ""  # the full name is as explicit as can be
+    if target.reason in ("embedding", "norm", "bias") or (include is None and include_types is None):
+        return target.reason
+    if _matches(target, include) or (_has_type(target, include_types) and target.parameter.dim() >= 2):
+        return ""
+    return "not included"
+
+
+def _matches(target: Target, patterns: Sequence[str] | None) -> bool:
+    return any(fnmatchcase(target.name, pattern) for pattern in patterns or ())
+
+
+def _has_type(target: Target, names: Sequence[str] | None) -> bool:
+    return any(name in _type_names(module) for module, _ in target.owners for name in names or ())
+
+
+def _type_names(module: nn.Module) -> set[str]:
+    """What a user may call a module's type: its class or a base, bare, dotted, or as `torch.nn` shows it."""
+    names = set()
+    for cls in type(module).__mro__:
+        names |= {cls.__name__, f"{cls.__module__}.{cls.__qualname__}"}
+        if cls.__module__.startswith("torch.nn."):
+            names.add(f"torch.nn.{cls.__name__}")
+    return names
+
+
+def _check_patterns(
+    targets: list[Target],
+    include: Sequence[str] | None,
+    exclude: Sequence[str] | None,
+    include_types: Sequence[str] | None,
+    exclude_types: Sequence[str] | None,
+) -> None:
+    """Refuse a pattern or type that matches nothing: most often it is misspelt."""
+    names = [target.name for target in targets]
+    types = sorted({type(module).__name__ for target in targets for module, _ in target.owners})
+    checks = (
+        ("include", include, _matches, names, "parameter"),
+        ("exclude", exclude, _matches, names, "parameter"),
+        ("include_types", include_types, _has_type, types, "module type"),
+        ("exclude_types", exclude_types, _has_type, types, "module type"),
+    )
+    for argument, wanted, matches, known, what in checks:
+        for pattern in wanted or ():
+            if not any(matches(target, [pattern]) for target in targets):
+                near = get_close_matches(pattern, known, n=3, cutoff=0.3) or known[:3]
+                raise TopKastError(
+                    f"{argument}: '{pattern}' matches no {what} of the model; near it: {', '.join(near)}"
+                )

@@ -1,0 +1,93 @@
+"""What is logged, under which name, to every logger of the Trainer; richer media where the logger is W&B's."""
+
+from collections.abc import Sequence
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from lightning_topkast.metrics import MaskChange, ReservoirActivation, Sparsity
+from lightning_topkast.topkast import TopKast
+from lightning_topkast.wandb_media import WandbMedia
+
+PREFIX = "topkast"
+
+
+class Telemetry:
+    """Logs the sparsity of one model, over all engines that work on it.
+
+    Sets change at a refresh only, so what is derived from them is computed there; a step that logs nothing computes
+    nothing and never waits for the device.
+
+    Args:
+        trainer: its loggers receive the values, and its `callback_metrics`, for other callbacks to monitor.
+        engines: the engines over disjoint weights of one model.
+    """
+
+    def __init__(self, trainer: Trainer, engines: Sequence[TopKast]) -> None:
+        self._trainer = trainer
+        self._engines = engines
+        self._media = [WandbMedia(logger) for logger in trainer.loggers if WandbMedia.serves(logger)]
+        self._of_sets: dict[str, Tensor] = {}
+        self._refreshes = -1
+
+    def log(self, force: bool = False) -> None:
+        """Log if the trainer logs at this step, or if the sets have changed since the last time."""
+        refreshes = sum(engine.refresh_count for engine in self._engines)
+        refreshed = refreshes != self._refreshes
+        if refreshed:
+            self._refreshes = refreshes
+            self._of_sets = set_metrics(self._engines)
+        if not (refreshed or force or self._trainer._logger_connector.should_update_logs):
+            return
+        penalty = torch.stack([engine.penalty() for engine in self._engines]).sum()
+        metrics = self._of_sets | {f"{PREFIX}/penalty": penalty}
+        self._trainer.callback_metrics.update(metrics)
+        if not self._trainer.loggers:
+            return
+        values = dict(zip(metrics, torch.stack([value.float() for value in metrics.values()]).tolist(), strict=True))
+        for logger in self._trainer.loggers:
+            logger.log_metrics(values, step=self._step)
+        if refreshed and self._trainer.is_global_zero:
+            for media in self._media:
+                media.log_refresh(self._engines, values, self._step)
+
+    def finish(self) -> None:
+        """Log the last values and the media of the whole run."""
+        self.log(force=True)
+        if self._trainer.is_global_zero:
+            for media in self._media:
+                media.log_end(self._engines, self._step)
+
+    @property
+    def _step(self) -> int:
+        # the step Lightning itself logs training metrics at, also under accumulation and manual optimization
+        return self._trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def set_metrics(engines: Sequence[TopKast]) -> dict[str, Tensor]:
+    """What follows from the sets of all engines' weights: name → scalar tensor on the weights' device."""
+    weights = [weight for engine in engines for weight in engine.weights.values()]
+    device = weights[0].parameter.device
+    # masks agree on every rank (checked at each refresh), so there is nothing to reduce
+    forward, backward, model = (Sparsity(sync_on_compute=False).to(device) for _ in range(3))
+    change, activation = (kind(sync_on_compute=False).to(device) for kind in (MaskChange, ReservoirActivation))
+    metrics: dict[str, Tensor] = {}
+    for weight in weights:
+        size, active = weight.parameter.numel(), weight.active_entries
+        forward.count(size - active, size)
+        backward.count(size - weight.updated_entries, size)
+        change.count(weight.promoted, active)
+        activation.count(weight.first_reservoir - weight.dormant_entries, weight.first_reservoir)
+        metrics[f"{PREFIX}/forward_sparsity/{weight.name}"] = 1 - active / size
+        metrics[f"{PREFIX}/mask_change/{weight.name}"] = weight.promoted / active
+    everything = sum(parameter.numel() for parameter in engines[0].model.parameters())
+    model.count(forward.counted, everything)
+    totals = {
+        f"{PREFIX}/forward_sparsity": forward.compute(),
+        f"{PREFIX}/backward_sparsity": backward.compute(),
+        f"{PREFIX}/model_sparsity": model.compute(),
+        f"{PREFIX}/mask_change": change.compute(),
+        f"{PREFIX}/reservoir_activated": activation.compute(),
+    }
+    return totals | metrics

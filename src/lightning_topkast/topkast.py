@@ -1,0 +1,437 @@
+"""Top-KAST over the weights of a model (Jayakumar et al. 2020): knows torch, not Lightning."""
+
+import warnings
+import zlib
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import LBFGS, Optimizer
+
+from lightning_topkast import strength
+from lightning_topkast.allocation import allocate
+from lightning_topkast.distributed import check_ranks_agree
+from lightning_topkast.errors import NonFiniteWeightError, TopKastError
+from lightning_topkast.schedule import RefreshSchedule, step_of
+from lightning_topkast.selection import NonFiniteScoresError, nested_top_k, top_k_then_random
+from lightning_topkast.settings import Settings
+from lightning_topkast.summary import Summary, WeightSummary
+from lightning_topkast.targets import find_targets
+from lightning_topkast.weights import SparseWeight
+
+STATE_VERSION = 1
+
+
+@dataclass
+class _Attachment:
+    """An optimizer whose steps we accompany, and how many it has taken."""
+
+    optimizer: Optimizer
+    weights: list[SparseWeight]
+    steps: int = 0
+    gradients_masked: bool = False
+    handles: list[Any] = field(default_factory=list)
+
+
+class TopKast:
+    """Keeps a model always sparse while any torch optimizer trains it.
+
+    At construction the weights are chosen and made sparse. From `attach` on, every step of the optimizer updates
+    B only, applies the exploration penalty, and every `update_every` steps chooses A and B again:
+
+        topkast = TopKast(model, forward_sparsity=0.9, backward_sparsity=0.8).attach(optimizer)
+        for x, y in loader:
+            optimizer.zero_grad()
+            loss_fn(model(x), y).backward()
+            optimizer.step()
+
+    Args:
+        model: the model; its parameters stay its own and are α (zero outside A) between steps.
+        forward_sparsity: share of a weight's entries that are zero in the forward pass, in [0, 1).
+        backward_sparsity: share without gradient, in [0, forward_sparsity].
+        total_steps: length of the run in optimizer steps, for `stop_exploration_at` as a fraction.
+        taken: names of weights that another engine works on, which must not be ours too.
+        **options: the keyword arguments of `TopKastCallback`.
+
+    Raises:
+        TopKastError: a setting out of range, a pattern that matches nothing, nothing to make sparse, a weight too small
+            for one active entry, sharded weights.
+        NonFiniteWeightError: a weight holds NaN or infinity.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        forward_sparsity: float,
+        backward_sparsity: float,
+        *,
+        total_steps: int | float | None = None,
+        taken: Collection[str] = (),
+        **options: Any,
+    ) -> None:
+        self.model = model
+        self.settings = Settings(forward_sparsity, backward_sparsity, **options)
+        self.plan(total_steps)
+        self.refresh_count = 0
+        self._attachments: list[_Attachment] = []
+        self._warned_of_overshoot = False
+
+        chosen = self.settings
+        self._targets = find_targets(
+            model, chosen.include, chosen.exclude, chosen.include_types, chosen.exclude_types,
+            chosen.keep_first_dense, chosen.keep_last_dense,
+        )  # fmt: skip
+        sparse = [target for target in self._targets if target.sparse]
+        for target in sparse:
+            if target.name in taken:
+                raise TopKastError(
+                    f"'{target.name}' is sparse by another TopKast already; keep their targets apart with include "
+                    "and exclude"
+                )
+            if isinstance(target.parameter, DTensor):
+                raise TopKastError(
+                    f"'{target.name}' is sharded over devices (FSDP or tensor parallel), which this release cannot "
+                    "select over; train with DDP or a single device"
+                )
+        counts = allocate(sparse, chosen)
+        self._weights = {
+            target.name: SparseWeight(target.name, target.parameter, *counts[target.name]) for target in sparse
+        }
+        self._by_parameter = {id(weight.parameter): weight for weight in self._weights.values()}
+        self._set_strength()
+        self.refresh()
+        self.refresh_count = 0  # the first selection is no refresh
+
+    # --- what users read ------------------------------------------------------------------------------------------
+
+    @property
+    def weights(self) -> Mapping[str, SparseWeight]:
+        """The sparse weights by parameter name."""
+        return MappingProxyType(self._weights)
+
+    @property
+    def step_count(self) -> int:
+        """Optimizer steps taken; with several optimizers, those of the busiest."""
+        return max((attachment.steps for attachment in self._attachments), default=0)
+
+    @property
+    def exploring(self) -> bool:
+        """Whether B is larger than A at the next step."""
+        return self.schedule.explores_at(self.step_count)
+
+    @property
+    def unattached(self) -> list[str]:
+        """Names of sparse weights that no attached optimizer holds."""
+        held = {id(weight) for attachment in self._attachments for weight in attachment.weights}
+        return [name for name, weight in self._weights.items() if id(weight) not in held]
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether the model still holds these parameters and they are zero outside A."""
+        held = {id(parameter) for parameter in self.model.parameters()}
+        return all(id(w.parameter) in held and w.is_sparse for w in self._weights.values())
+
+    def summary(self) -> Summary:
+        """Every parameter of the model: exact sizes of A and B, or why it is dense."""
+        rows = []
+        for target in self._targets:
+            size = target.parameter.numel()
+            weight = self._weights.get(target.name)
+            active, updated = (weight.active_count, weight.updated_count) if weight else (size, size)
+            rows.append(WeightSummary(target.name, tuple(target.parameter.shape), size, active, updated, target.reason))
+        return Summary(tuple(rows), tuple(self._notes()))
+
+    def penalty(self) -> Tensor:
+        """The exploration penalty over all weights, a scalar tensor."""
+        return torch.stack([weight.penalty(self.settings.penalty).float() for weight in self._weights.values()]).sum()
+
+    # --- the method -----------------------------------------------------------------------------------------------
+
+    def attach(self, *optimizers: Optimizer) -> "TopKast":
+        """Accompany every step of `optimizers` from now on.
+
+        Raises:
+            TopKastError: an optimizer that evaluates its closure repeatedly, that holds no sparse weight, that is
+                attached already, or whose learning rate lets the penalty overshoot zero.
+        """
+        if self._attachments and not any(attachment.handles for attachment in self._attachments):
+            steps = [attachment.steps for attachment in self._attachments]
+            self._attachments.clear()  # detached before: its counts go on with the new optimizers
+        else:
+            steps = []
+        for optimizer in optimizers:
+            weights = self._check_optimizer(optimizer)
+            attachment = _Attachment(optimizer, weights, steps.pop(0) if steps else 0)
+            attachment.handles = [
+                optimizer.register_step_pre_hook(self._before_step),
+                optimizer.register_step_post_hook(self._after_step),
+            ]
+            self._attachments.append(attachment)
+        for weight in self._weights.values():
+            weight.match_layout()
+        self._set_strength()
+        return self
+
+    def plan(self, total_steps: int | float | None) -> None:
+        """Set the run's length in optimizer steps, of which `stop_exploration_at` may be a fraction."""
+        try:
+            stop = step_of(self.settings.stop_exploration_at, total_steps)
+        except ValueError as error:
+            raise TopKastError(str(error)) from None
+        self.schedule = RefreshSchedule(self.settings.update_every, stop)
+
+    def detach(self) -> None:
+        """Stop accompanying the optimizers; the model stays sparse as it is, and the step count is kept."""
+        self.close()
+        for attachment in self._attachments:
+            for handle in attachment.handles:
+                handle.remove()
+            attachment.handles.clear()
+
+    def restart(self) -> None:
+        """Count steps from 0 again, for a new run over the same weights."""
+        for attachment in self._attachments:
+            attachment.steps = 0
+
+    def mask_gradients(self, optimizer: Optimizer | None = None) -> None:
+        """Zero the gradients outside B, so that clipping and logged norms see what the optimizer will use.
+
+        Every step does this by itself; call it only to clip or log gradients in a loop of your own, at each step.
+        """
+        for attachment in self._attachments:
+            if optimizer is None or attachment.optimizer is optimizer:
+                for weight in attachment.weights:
+                    if weight.parameter.grad is not None:
+                        weight.mask_(weight.parameter.grad)
+                attachment.gradients_masked = True
+
+    def refresh(self) -> None:
+        """Choose A and B of every weight again, now.
+
+        Raises:
+            NonFiniteWeightError: a weight holds NaN or infinity; no weight's sets were changed.
+            TopKastError: the ranks disagree.
+        """
+        self._refresh(self._weights.values(), self.step_count)
+
+    def close(self) -> None:
+        """Make every parameter α again where a step was broken off; without one, nothing changes."""
+        for weight in self._weights.values():
+            if weight.is_open:
+                weight.close(self.settings.penalty, lr=0)
+
+    def restore_sparsity(self) -> None:
+        """Make every parameter zero outside A again after somebody else wrote to it; θ elsewhere is kept."""
+        for weight in self._weights.values():
+            weight.restore_sparsity()
+
+    def _refresh(self, weights: Iterable[SparseWeight], step: int) -> None:
+        weights = list(weights)
+        chosen = [self._select(weight, step) for weight in weights]  # all before any is changed
+        check_ranks_agree([weight.name for weight in weights], chosen)
+        for weight, tiers in zip(weights, chosen, strict=True):
+            weight.apply(tiers)
+            if self.settings.reset_optimizer_state:
+                self._reset_state_outside(weight)
+        self.refresh_count += 1
+
+    def _select(self, weight: SparseWeight, step: int) -> Tensor:
+        scores = weight.theta().abs_().contiguous()
+        active = weight.active_count
+        updated = weight.updated_count if self.schedule.explores_at(step) else active
+        try:
+            if self.settings.exploration == "magnitude":
+                return nested_top_k(scores, (updated, active))
+            # seeded by what every rank and a resumed run know, so that no generator state has to be kept
+            seed = zlib.crc32(f"{self.settings.seed}/{step}/{weight.name}".encode())
+            return top_k_then_random(scores, active, updated, torch.Generator().manual_seed(seed))
+        except NonFiniteScoresError:
+            raise NonFiniteWeightError(
+                f"weight '{weight.name}' holds NaN or infinity at step {step}; its sets were left as they were. "
+                "Lower the "
+                "learning rate, clip gradients, or resume from the last checkpoint"
+            ) from None
+
+    def _reset_state_outside(self, weight: SparseWeight) -> None:
+        """Zero the optimizer's state outside B, which would pull at entries that come back and decay into denormals."""
+        for attachment in self._attachments:
+            for value in attachment.optimizer.state.get(weight.parameter, {}).values():
+                if isinstance(value, Tensor) and value.shape == weight.parameter.shape and value.is_floating_point():
+                    weight.mask_(value)
+
+    # --- around the optimizer's step ------------------------------------------------------------------------------
+
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Open the weights: now, or once the closure given to `step` has computed the gradients."""
+        attachment = self._attachment_of(optimizer)
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._open(attachment)
+            return None
+        wrapped = self._opening_after(closure, attachment)
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": wrapped}
+        return (args[0], wrapped, *args[2:]), kwargs
+
+    def _opening_after(self, closure: Callable[[], Any], attachment: _Attachment) -> Callable[[], Any]:
+        evaluated = False
+
+        def wrapped() -> Any:
+            nonlocal evaluated
+            if evaluated:
+                raise TopKastError(
+                    f"{type(attachment.optimizer).__name__} evaluates its closure more than once a step, but the "
+                    "weights "
+                    "can be opened for one update only; use an optimizer that needs one gradient a step"
+                )
+            evaluated = True
+            result = closure()
+            self._open(attachment)
+            return result
+
+        return wrapped
+
+    @torch.no_grad()
+    def _open(self, attachment: _Attachment) -> None:
+        if not attachment.gradients_masked:
+            self.mask_gradients(attachment.optimizer)
+        for weight in attachment.weights:
+            # like the optimizer, leave alone what has no gradient
+            if weight.parameter.grad is not None and not weight.is_open:
+                weight.open()
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Penalty on B, then α again; refresh when it is time."""
+        attachment = self._attachment_of(optimizer)
+        attachment.gradients_masked = False
+        # A fused optimizer under a gradient scaler skips inside its own kernel; the others are not even called.
+        found_inf = getattr(optimizer, "found_inf", None)
+        skipped = found_inf is not None and bool(found_inf)
+        stepped = False
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                weight = self._by_parameter.get(id(parameter))
+                if weight is not None and weight.is_open:
+                    weight.close(self.settings.penalty, lr=0 if skipped else self._within_reach(weight, group["lr"]))
+                    stepped = not skipped
+        if not stepped:
+            return
+        attachment.steps += 1
+        if self.schedule.refreshes_after(attachment.steps):
+            self._refresh(attachment.weights, attachment.steps)
+
+    def _within_reach(self, weight: SparseWeight, lr: float | Tensor) -> float | Tensor:
+        """Warn once where a learning rate above the peak we knew would carry the penalty past zero (it stops there)."""
+        if self.settings.penalty != "l2" or isinstance(lr, Tensor) or self._warned_of_overshoot:
+            return lr
+        if lr * weight.strength / weight.forward_density_target >= 1:
+            self._warned_of_overshoot = True
+            warnings.warn(
+                f"the penalty would carry exploring entries of '{weight.name}' past zero (lr {lr} · strength "
+                f"{weight.strength} / density {weight.forward_density_target:.4g} >= 1); it sets them to "
+                "zero. Lower "
+                "penalty_strength or the learning rate",
+                stacklevel=2,
+            )
+        return lr
+
+    def _attachment_of(self, optimizer: Optimizer) -> _Attachment:
+        return next(attachment for attachment in self._attachments if attachment.optimizer is optimizer)
+
+    def _check_optimizer(self, optimizer: Optimizer) -> list[SparseWeight]:
+        """The sparse weights that `optimizer` holds, if it can be accompanied."""
+        name = type(optimizer).__name__
+        if not isinstance(optimizer, Optimizer):
+            raise TopKastError(f"{name} is no torch.optim.Optimizer, so its steps cannot be accompanied")
+        if isinstance(optimizer, LBFGS):
+            raise TopKastError(
+                "LBFGS evaluates its closure several times a step, but the weights can be opened for one update only; "
+                "use an optimizer that needs one gradient a step (SGD, Adam, AdamW, ...)"
+            )
+        if any(attachment.optimizer is optimizer for attachment in self._attachments):
+            raise TopKastError(f"this {name} is attached already")
+        weights = [
+            self._by_parameter[id(parameter)]
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if id(parameter) in self._by_parameter
+        ]
+        if not weights:
+            raise TopKastError(
+                f"this {name} holds none of the sparse weights; attach the optimizer made from this model"
+            )
+        return weights
+
+    def _set_strength(self) -> None:
+        peaks = strength.peak_learning_rates(self._weights, [attachment.optimizer for attachment in self._attachments])
+        for name, weight in self._weights.items():
+            weight.strength = strength.strength_of(self.settings, name, weight.forward_density_target, peaks.get(name))
+
+    def _notes(self) -> list[str]:
+        settings, stop = self.settings, self.schedule.stop_exploration_at
+        notes = [
+            f"refresh every {settings.update_every} steps, {settings.exploration} exploration"
+            + ("" if stop is None else f" until step {stop}")
+            + f", {settings.distribution} distribution"
+        ]
+        if settings.penalty == "l2":
+            optimizers = [attachment.optimizer for attachment in self._attachments]
+            peaks = strength.peak_learning_rates(self._weights, optimizers)
+            shrinkages = [
+                peaks[weight.name] * weight.strength / weight.forward_density_target
+                for weight in self._weights.values()
+                if weight.updated_count > weight.active_count and weight.name in peaks
+            ]
+            notes += strength.describe(max(shrinkages, default=0.0), settings.update_every)
+        return notes
+
+    # --- state ----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Sets, reserves and step counts: tensors and primitives only, so it loads under `weights_only=True`."""
+        return {
+            "version": STATE_VERSION,
+            "steps": [attachment.steps for attachment in self._attachments],
+            "refresh_count": self.refresh_count,
+            "weights": {name: weight.state_dict() for name, weight in self._weights.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state, after the model (and its optimizers) have loaded theirs and `attach` was called.
+
+        Raises:
+            TopKastError: another format version, other weights, other densities, damaged tensors, or a model that
+                does not hold the saved α. Nothing was overwritten then.
+        """
+        version = state.get("version")
+        if version != STATE_VERSION:
+            raise TopKastError(f"the saved Top-KAST state has format version {version!r}, expected {STATE_VERSION}")
+        saved, steps = state.get("weights"), state.get("steps")
+        if not isinstance(saved, dict) or not isinstance(steps, list) or not all(isinstance(n, int) for n in steps):
+            raise TopKastError("the saved Top-KAST state is damaged: it has no weights or no step counts")
+        missing, extra = sorted(self._weights.keys() - saved.keys()), sorted(saved.keys() - self._weights.keys())
+        if missing or extra:
+            raise TopKastError(
+                f"the saved Top-KAST state belongs to other sparse weights: it lacks {missing or 'none'} and has "
+                f"{extra or 'none'} "
+                "in excess; resume with the model, include and exclude it was saved with"
+            )
+        if self._attachments and len(steps) != len(self._attachments):
+            raise TopKastError(f"the saved state counts {len(steps)} optimizers, this run has {len(self._attachments)}")
+        for name, weight in self._weights.items():
+            weight.check_state(saved[name])
+        for name, weight in self._weights.items():
+            asked = weight.strength
+            weight.load_state_dict(saved[name])
+            if self.settings.penalty_shrinkage is None:
+                weight.strength = asked  # as this run asks for; only a strength worked out from the peak is kept
+        for attachment, count in zip(self._attachments, steps, strict=False):
+            attachment.steps = count
+        self.refresh_count = int(state.get("refresh_count", 0))

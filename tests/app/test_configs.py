@@ -1,0 +1,72 @@
+"""Every YAML file in conf/ is composed, instantiated and run, found by listing the folder: none can escape."""
+
+from pathlib import Path
+
+import lightning_topkast.conf
+import pytest
+import torch
+
+from lightning_topkast.app.train import train
+
+CONF = Path(next(iter(lightning_topkast.conf.__path__)))
+ALL = sorted(
+    (file.parent.name, file.stem) for file in CONF.glob("*/*.yaml") if file.parent.name not in ("hydra", "logger")
+)
+LOGGERS = sorted(file.stem for file in (CONF / "logger").glob("*.yaml"))
+
+IMAGENET = ["data.num_classes=2", "data.batch_size=2", "data.num_workers=0", "data.val_size=2"]
+CIFAR10 = ["data.batch_size=4", "data.num_workers=0", "data.val_size=20"]
+TEXT = ["data.sequence_length=16", "data.batch_size=2", "model.width=32", "model.depth=2", "model.heads=2"]
+ENWIK8 = ["data.split=[18000,1000,1000]", *TEXT]
+FASHION = ["data.folder=${paths.data_dir}/fashion", "data.val_size=10", "data.batch_size=4"]
+ON_CPU = ["trainer.accelerator=cpu", "trainer.devices=1", "trainer.precision=32-true"]
+
+LAYERS = "[{_target_:torch.nn.Flatten},{_target_:torch.nn.Linear,in_features:64,out_features:32},\
+{_target_:torch.nn.Linear,in_features:32,out_features:10}]"
+
+# What an option needs to run here; an option that isn't listed has to run as it is.
+NEEDS: dict[tuple[str, str], list[str]] = {
+    ("data", "cifar10"): ["model=cnn", *CIFAR10],
+    ("data", "imagenet"): ["model=cnn", "data.input_shape=[3,64,64]", *IMAGENET],
+    ("data", "text"): ["data.path=${paths.data_dir}/texts", *TEXT],
+    ("data", "enwik8"): ENWIK8,
+    ("data", "fashion_mnist"): FASHION,
+    ("model", "resnet18"): ["data.batch_size=4"],
+    ("model", "resnet50"): ["data.batch_size=4"],
+    ("model", "transformer"): ["data=text", "data.path=${paths.data_dir}/texts", *TEXT],
+    ("model", "custom"): [
+        "model._target_=torch.nn.Sequential",
+        f"+model._args_={LAYERS}",
+        "recipe.keep_first_dense=false",
+    ],
+    ("trainer", "gpu"): ON_CPU,
+    ("trainer", "ddp"): ON_CPU,
+    ("trainer", "ddp_cpu"): ON_CPU,
+    ("trainer", "slurm"): ON_CPU,
+    ("trainer", "fsdp2"): [*ON_CPU, "sparsity=dense"],  # Top-KAST refuses sharded parameters so far
+    ("experiment", "cifar10_resnet18"): CIFAR10,
+    ("experiment", "imagenet_resnet50"): ["data.input_shape=[3,64,64]", *IMAGENET],
+    ("experiment", "enwik8_transformer"): ENWIK8,
+    ("experiment", "fashion_mnist_mlp"): FASHION,
+    ("experiment", "fashion_mnist_cnn"): FASHION,
+}
+
+
+@pytest.mark.parametrize(("group", "option"), ALL, ids=[f"{group}={option}" for group, option in ALL])
+@pytest.mark.usefixtures("unchecked_cifar10")
+@pytest.mark.filterwarnings("ignore:Using .DistributedSampler. with the dataloaders:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*profiler.*:UserWarning")
+def test_option_trains(group, option, composed, data_dir):
+    overrides = [f"paths.data_dir={data_dir}", f"{group}={option}", *NEEDS.get((group, option), [])]
+    score = train(composed(*overrides, "trainer.fast_dev_run=true"))
+    assert torch.isfinite(torch.tensor(score))
+
+
+@pytest.mark.parametrize("option", LOGGERS)
+def test_logger_option_writes_what_it_names(option, composed, tmp_path):
+    short = ["trainer.max_epochs=1", "trainer.limit_train_batches=2", "trainer.log_every_n_steps=1"]
+    train(composed(f"logger={option}", *short))
+    run = tmp_path / "run"
+    assert (run / "csv" / "metrics.csv").is_file() == (option in ("csv", "default", "many"))
+    assert any(run.glob("wandb/offline-run-*/run-*.wandb")) == (option in ("wandb", "default", "many"))
+    assert any(run.glob("tensorboard/events*")) == (option in ("tensorboard", "many"))

@@ -1,0 +1,65 @@
+"""Every example runs, and does what it says."""
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+
+from tests.helpers import fit, make_callback, make_net, make_trainer
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(monkeypatch, tmp_path, capsys, name, *arguments):
+    monkeypatch.chdir(tmp_path)  # an example writes nothing beside itself
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    return capsys.readouterr().out
+
+
+def test_every_example_is_run_here():
+    names = {str(path.relative_to(EXAMPLES)) for path in EXAMPLES.rglob("*.py")}
+    assert names == {"callback.py", "plain_loop.py", "cli/main.py", "transformer.py", "read_checkpoint.py", "plot_curves.py"}
+
+
+@pytest.mark.parametrize("name", ["callback.py", "plain_loop.py"])
+def test_digits_are_learnt_by_a_tenth_of_the_weights(name, monkeypatch, tmp_path, capsys):
+    output = run(monkeypatch, tmp_path, capsys, name)
+    found = re.search(r"accuracy (0\.\d+) with (\d+\.\d)% of", output)
+    assert found, output
+    assert float(found[1]) > 0.92
+    assert found[2] == "10.0"
+
+
+def test_lightning_cli_builds_the_callback_from_yaml(monkeypatch, tmp_path, capsys, caplog):
+    run(monkeypatch, tmp_path, capsys, "cli/main.py", "fit", "--config", EXAMPLES / "cli/config.yaml")
+
+
+def test_a_gpt2_trains_sparse(monkeypatch, tmp_path, capsys):
+    output = run(monkeypatch, tmp_path, capsys, "transformer.py")
+    found = re.search(r"loss (\d\.\d+), 8 weights at sparsity 0\.800", output)
+    assert found, output
+    assert float(found[1]) < 2.0  # 5.5 at the start
+
+
+def test_curves_of_a_csv_log_are_plotted(monkeypatch, tmp_path, capsys):
+    logger = CSVLogger(tmp_path / "run")
+    fit(make_trainer(tmp_path, make_callback(), logger=logger), make_net())
+    run(monkeypatch, tmp_path, capsys, "plot_curves.py", tmp_path / "run", tmp_path / "curves.png")
+    picture = (tmp_path / "curves.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert len(picture) > 20_000  # an empty figure has less
+
+
+def test_a_checkpoint_is_read_without_the_package(monkeypatch, tmp_path, capsys):
+    weight = torch.zeros(10, 10)
+    weight[0] = 1
+    torch.save({"state_dict": {"layer.weight": weight}}, tmp_path / "model.ckpt")
+    assert "lightning_topkast" not in (EXAMPLES / "read_checkpoint.py").read_text().replace("lightning-topkast", "")
+    output = run(monkeypatch, tmp_path, capsys, "read_checkpoint.py", tmp_path / "model.ckpt")
+    assert "90.00% zeros" in output
+    assert "10 of 100 numbers are not zero" in output

@@ -1,0 +1,141 @@
+"""The exploration penalty: its closed form, its factor 1/D and its limits."""
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_topkast import TopKast, TopKastError
+from lightning_topkast.penalty import penalty_of, shrink_
+
+
+@pytest.mark.parametrize("penalty", ["l2", "l1", "norm"])
+def test_the_closed_form_is_a_small_gradient_step(penalty):
+    values = torch.tensor([0.5, -0.25, 1.0, -2.0], requires_grad=True)
+    (gradient,) = torch.autograd.grad(penalty_of(values, penalty, strength=1.0), values)
+    stepped = shrink_(values.detach().clone(), penalty, amount=1e-3)
+    torch.testing.assert_close(stepped, values.detach() - 1e-3 * gradient)
+
+
+@pytest.mark.parametrize("penalty", ["l2", "l1", "norm"])
+@pytest.mark.parametrize("amount", [5.0, torch.tensor(5.0)])
+def test_a_huge_step_stops_at_zero(penalty, amount):
+    stepped = shrink_(torch.tensor([0.5, -0.25, 0.0]), penalty, amount=amount)
+    assert stepped.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("penalty", ["l2", "l1", "norm"])
+@pytest.mark.parametrize("values", [torch.zeros(3), torch.empty(0)])
+def test_nothing_to_shrink_stays_as_it_is(penalty, values):
+    assert torch.equal(shrink_(values.clone(), penalty, amount=0.1), values)
+
+
+def one_step(penalty, strength, lr=0.5):
+    """One SGD step whose gradient is zero, so that only the penalty acts; returns θ before and after."""
+    torch.manual_seed(0)
+    model = nn.Linear(10, 10, bias=False)
+    topkast = TopKast(
+        model, 0.8, 0.6, penalty=penalty, penalty_strength=strength, keep_first_dense=False, keep_last_dense=False
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    topkast.attach(optimizer)
+    weight = topkast.weights["weight"]
+    before = weight.theta()
+    model.weight.grad = torch.zeros_like(model.weight)
+    optimizer.step()
+    return weight, before, weight.theta()
+
+
+def test_l2_shrinks_active_by_lambda_and_exploring_by_lambda_over_density():
+    weight, before, after = one_step("l2", strength=0.1)
+    exploring = weight.updated & ~weight.active
+    density = 0.2  # not the sparsity 0.8
+    torch.testing.assert_close(after[weight.active], before[weight.active] * (1 - 0.5 * 0.1))
+    torch.testing.assert_close(after[exploring], before[exploring] * (1 - 0.5 * 0.1 / density))
+    assert torch.equal(after[~weight.updated], before[~weight.updated])
+
+
+def test_l1_takes_the_same_amount_from_every_entry():
+    weight, before, after = one_step("l1", strength=0.01)
+    exploring = weight.updated & ~weight.active
+    torch.testing.assert_close(before[weight.active].abs() - after[weight.active].abs(), torch.full((20,), 0.005))
+    torch.testing.assert_close(before[exploring].abs() - after[exploring].abs(), torch.full((20,), 0.025))
+
+
+def test_norm_shortens_each_group_by_a_fixed_length():
+    weight, before, after = one_step("norm", strength=0.01)
+    for group, amount in ((weight.active, 0.005), (weight.updated & ~weight.active, 0.025)):
+        assert float(before[group].norm() - after[group].norm()) == pytest.approx(amount, rel=1e-3)
+
+
+def test_strength_zero_changes_nothing():
+    _, before, after = one_step("l2", strength=0.0)
+    assert torch.equal(before, after)
+
+
+def test_the_penalty_uses_the_groups_current_learning_rate():
+    _, before, at_half = one_step("l2", strength=0.1, lr=0.5)
+    _, _, at_tenth = one_step("l2", strength=0.1, lr=0.1)
+    assert (before - at_half).norm() == pytest.approx(5 * float((before - at_tenth).norm()), rel=1e-4)
+
+
+def test_an_adaptive_optimizer_does_not_divide_the_factor_away():
+    torch.manual_seed(0)
+    model = nn.Linear(10, 10, bias=False)
+    topkast = TopKast(model, 0.8, 0.6, penalty_strength=0.1, keep_first_dense=False, keep_last_dense=False)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.5)
+    topkast.attach(optimizer)
+    weight = topkast.weights["weight"]
+    before, exploring = weight.theta(), weight.updated & ~weight.active
+    model.weight.grad = torch.zeros_like(model.weight)
+    optimizer.step()
+    torch.testing.assert_close(weight.theta()[exploring], before[exploring] * (1 - 0.5 * 0.1 / 0.2))
+
+
+def test_the_reported_penalty_is_half_lambda_theta_squared_with_the_density_factor():
+    weight, _, after = one_step("l2", strength=0.1)
+    active, exploring = after[weight.active], after[weight.updated & ~weight.active]
+    expected = 0.05 * active.square().sum() + 0.05 / 0.2 * exploring.square().sum()
+    torch.testing.assert_close(weight.penalty("l2"), expected)
+
+
+def attach(lr=0.1, scheduler=None, **options):
+    model = nn.Sequential(nn.Linear(8, 32), nn.Linear(32, 32), nn.Linear(32, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    if scheduler:
+        scheduler(optimizer)
+    return TopKast(model, 0.9, 0.8, **options).attach(optimizer), optimizer
+
+
+def test_a_strength_that_overshoots_zero_is_refused_with_the_largest_that_does_not():
+    with pytest.raises(TopKastError, match=r"choose a strength below 0\.0996"):
+        attach(lr=1.0, penalty_strength=0.2)
+
+
+def test_a_learning_rate_that_rises_beyond_the_known_peak_is_capped_loudly():
+    topkast, optimizer = attach(lr=0.01, penalty_strength=1.0)
+    optimizer.param_groups[0]["lr"] = 1.0
+    weight = topkast.weights["1.weight"]
+    exploring = weight.updated & ~weight.active
+    weight.parameter.grad = torch.zeros_like(weight.parameter)
+    with pytest.warns(UserWarning, match="past zero"):
+        optimizer.step()
+    assert weight.theta()[exploring].abs().max() == 0
+
+
+def test_shrinkage_is_the_share_lost_per_step_at_the_peak_learning_rate():
+    warm_up = lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 10)  # noqa: E731
+    topkast, optimizer = attach(lr=0.1, penalty_shrinkage=1e-3, scheduler=warm_up)
+    assert optimizer.param_groups[0]["lr"] == 0  # the peak is known all the same
+    weight = topkast.weights["1.weight"]
+    assert 0.1 * weight.strength / weight.forward_density == pytest.approx(1e-3, rel=1e-2)
+    assert "shrinks by 0.001 a step, 9.5" in str(topkast.summary())
+
+
+def test_the_summary_says_when_the_penalty_amounts_to_nothing():
+    topkast, _ = attach(lr=1e-3)
+    assert "next to nothing" in str(topkast.summary())
+
+
+def test_shrinkage_without_a_learning_rate_is_refused():
+    with pytest.raises(TopKastError, match=r"that of .* is 0"):
+        attach(lr=0.0, penalty_shrinkage=1e-3)

@@ -1,4 +1,4 @@
-"""Read a sparse checkpoint without lightning-topkast: it is an ordinary one. Run: python examples/read_checkpoint.py CKPT"""
+"""Read a sparse checkpoint without lightning-topkast. Run: python examples/read_checkpoint.py CKPT"""
 
 import sys
 

@@ -1,5 +1,8 @@
 """Small models, data and checks shared by the tests."""
 
+import sys
+from pathlib import Path
+
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
@@ -132,6 +135,11 @@ def check_sparse(topkast: TopKast) -> None:
 def thetas(topkast: TopKast) -> dict[str, Tensor]:
     """A copy of every stored θ."""
     return {name: weight.theta() for name, weight in topkast.weights.items()}
+
+
+def plain_path() -> list[str]:
+    """`sys.path` for another process, without the torchvision that only tests/app can import."""
+    return [path for path in sys.path if Path(path).name != "vision"]
 
 
 def parameters_of(module: nn.Module) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from tests.helpers import (
     make_net,
     make_trainer,
     parameters_of,
+    plain_path,
     same,
 )
 
@@ -226,7 +227,10 @@ torch.save({name: parameter.detach() for name, parameter in model.named_paramete
 
 def python(folder, source: str, *paths) -> str:
     """Run `source` in a new process in `folder`; return what it printed."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, [*paths, *sys.path])), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(map(str, [*paths, *plain_path()])),
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", textwrap.dedent(source)],
         cwd=folder, env=environment, capture_output=True, text=True, timeout=120,

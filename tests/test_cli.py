@@ -91,7 +91,8 @@ def test_yaml_with_every_argument_builds_a_callback(tmp_path):
             "layers.4.weight": {"forward_sparsity": 0.25, "backward_sparsity": 0},
         },
         exploration="random", stop_exploration_at=0.5, penalty="l2", penalty_shrinkage=1e-3,
-        include=["layers.*.weight"], exclude=["layers.0.*"], include_types=["Linear"], keep_first_dense=False, keep_last_dense=False,
+        include=["layers.*.weight"], exclude=["layers.0.*"], include_types=["Linear"],
+        keep_first_dense=False, keep_last_dense=False,
         reset_optimizer_state=False, seed=7,
     )  # fmt: skip
     assert callback._options == expected._options

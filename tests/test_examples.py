@@ -23,7 +23,8 @@ def run(monkeypatch, tmp_path, capsys, name, *arguments):
 
 def test_every_example_is_run_here():
     names = {str(path.relative_to(EXAMPLES)) for path in EXAMPLES.rglob("*.py")}
-    assert names == {"callback.py", "plain_loop.py", "cli/main.py", "transformer.py", "read_checkpoint.py", "plot_curves.py"}
+    run_here = {"callback.py", "plain_loop.py", "cli/main.py", "transformer.py", "read_checkpoint.py", "plot_curves.py"}
+    assert names == run_here
 
 
 @pytest.mark.parametrize("name", ["callback.py", "plain_loop.py"])

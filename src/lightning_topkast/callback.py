@@ -1,6 +1,6 @@
 """`TopKastCallback`: Lightning's hooks → the engine, and nothing more."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -89,17 +89,16 @@ class TopKastCallback(Callback):
             "backward_sparsity": backward_sparsity,
             "update_every": update_every,
             "distribution": distribution,
-            # plain containers, also where a config library hands over its own
-            "overrides": None if overrides is None else {key: dict(value) for key, value in overrides.items()},
+            "overrides": _plain(overrides),
             "exploration": exploration,
             "stop_exploration_at": stop_exploration_at,
             "penalty": penalty,
             "penalty_strength": penalty_strength,
             "penalty_shrinkage": penalty_shrinkage,
-            "include": None if include is None else list(include),
-            "exclude": None if exclude is None else list(exclude),
-            "include_types": None if include_types is None else list(include_types),
-            "exclude_types": None if exclude_types is None else list(exclude_types),
+            "include": _plain(include),
+            "exclude": _plain(exclude),
+            "include_types": _plain(include_types),
+            "exclude_types": _plain(exclude_types),
             "keep_first_dense": keep_first_dense,
             "keep_last_dense": keep_last_dense,
             "reset_optimizer_state": reset_optimizer_state,
@@ -171,7 +170,7 @@ class TopKastCallback(Callback):
         return topkast
 
     def _works_on(self, pl_module: LightningModule) -> bool:
-        return self.topkast is not None and self.topkast.model is pl_module
+        return self.topkast is not None and self.topkast.model is pl_module and self.topkast.is_attached
 
     @staticmethod
     def _started_engines(trainer: Trainer, pl_module: LightningModule) -> list[TopKast | None]:
@@ -190,7 +189,7 @@ class TopKastCallback(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Mask the gradients: they are unscaled here, not yet clipped, and complete also under accumulation."""
         if self.topkast is not None:
-            self.topkast.mask_gradients(optimizer)
+            self.topkast.prepare_step(optimizer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -254,6 +253,15 @@ class TopKastCallback(Callback):
                 f"{self.state_key}; "
                 "resume with the include and exclude it was saved with"
             )
+
+
+def _plain(value: Any) -> Any:
+    """Plain dicts and lists, also where a config library hands over its own."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(item) for item in value]
+    return value
 
 
 def _parameters_of(optimizer: Optimizer) -> set[int]:

@@ -1,5 +1,6 @@
 """The settings of one Top-KAST run, checked when they are given."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -43,11 +44,15 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_sparsities(self.forward_sparsity, self.backward_sparsity)
+        for name in ("include", "exclude", "include_types", "exclude_types"):
+            patterns = getattr(self, name)
+            listed = isinstance(patterns, list | tuple) and all(isinstance(pattern, str) for pattern in patterns)
+            _check(patterns is None or listed, name, patterns, "a list of strings or None")
         for pattern, values in (self.overrides or {}).items():
-            unknown = set(values) - {"forward_sparsity", "backward_sparsity"}
-            if unknown or not values:
+            known = {"forward_sparsity", "backward_sparsity"}
+            if not isinstance(values, Mapping) or not values or set(values) - known:
                 raise TopKastError(
-                    f"overrides['{pattern}'] takes forward_sparsity and backward_sparsity, got {dict(values)}"
+                    f"overrides['{pattern}'] takes forward_sparsity and backward_sparsity, got {values!r}"
                 )
             check_sparsities(*self.sparsities_in(values), where=f"overrides['{pattern}']: ")
         _check(
@@ -121,7 +126,7 @@ def check_sparsities(forward: float, backward: float, where: str = "") -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check(condition: bool, name: str, value: Any, expected: str) -> None:

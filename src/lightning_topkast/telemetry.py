@@ -38,7 +38,7 @@ class Telemetry:
         if refreshed:
             self._refreshes = refreshes
             self._of_sets = set_metrics(self._engines)
-        if not (refreshed or force or self._trainer._logger_connector.should_update_logs):
+        if not (refreshed or force or self._due):
             return
         penalty = torch.stack([engine.penalty() for engine in self._engines]).sum()
         metrics = self._of_sets | {f"{PREFIX}/penalty": penalty}
@@ -58,6 +58,12 @@ class Telemetry:
         if self._trainer.is_global_zero:
             for media in self._media:
                 media.log_end(self._engines, self._step)
+
+    @property
+    def _due(self) -> bool:
+        """Whether Lightning logs training metrics after this batch: not while it accumulates gradients."""
+        accumulates = self._trainer.fit_loop._should_accumulate()
+        return self._trainer._logger_connector.should_update_logs and not accumulates
 
     @property
     def _step(self) -> int:

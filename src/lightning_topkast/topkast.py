@@ -36,6 +36,11 @@ class _Attachment:
     gradients_masked: bool = False
     handles: list[Any] = field(default_factory=list)
 
+    def mask_gradients(self) -> None:
+        for weight in self.weights:
+            if weight.parameter.grad is not None:
+                weight.mask_(weight.parameter.grad)
+
 
 class TopKast:
     """Keeps a model always sparse while any torch optimizer trains it.
@@ -130,6 +135,11 @@ class TopKast:
         return [name for name, weight in self._weights.items() if id(weight) not in held]
 
     @property
+    def is_attached(self) -> bool:
+        """Whether optimizers' steps are accompanied at present."""
+        return any(attachment.handles for attachment in self._attachments)
+
+    @property
     def is_intact(self) -> bool:
         """Whether the model still holds these parameters and they are zero outside A."""
         held = {id(parameter) for parameter in self.model.parameters()}
@@ -158,7 +168,7 @@ class TopKast:
             TopKastError: an optimizer that evaluates its closure repeatedly, that holds no sparse weight, that is
                 attached already, or whose learning rate lets the penalty overshoot zero.
         """
-        if self._attachments and not any(attachment.handles for attachment in self._attachments):
+        if not self.is_attached:
             steps = [attachment.steps for attachment in self._attachments]
             self._attachments.clear()  # detached before: its counts go on with the new optimizers
         else:
@@ -193,20 +203,26 @@ class TopKast:
             attachment.handles.clear()
 
     def restart(self) -> None:
-        """Count steps from 0 again, for a new run over the same weights."""
+        """Begin a new run over the same weights: count steps from 0, and explore again if that had stopped."""
+        explored = self.exploring
         for attachment in self._attachments:
             attachment.steps = 0
+        if self.exploring != explored:
+            self.refresh()
 
-    def mask_gradients(self, optimizer: Optimizer | None = None) -> None:
+    def mask_gradients(self) -> None:
         """Zero the gradients outside B, so that clipping and logged norms see what the optimizer will use.
 
-        Every step does this by itself; call it only to clip or log gradients in a loop of your own, at each step.
+        Every step does this by itself; call it only to clip or log gradients in a loop of your own.
         """
         for attachment in self._attachments:
-            if optimizer is None or attachment.optimizer is optimizer:
-                for weight in attachment.weights:
-                    if weight.parameter.grad is not None:
-                        weight.mask_(weight.parameter.grad)
+            attachment.mask_gradients()
+
+    def prepare_step(self, optimizer: Optimizer) -> None:
+        """Mask the gradients of the step that `optimizer` takes next, which then need not do it again."""
+        for attachment in self._attachments:
+            if attachment.optimizer is optimizer:
+                attachment.mask_gradients()
                 attachment.gradients_masked = True
 
     def refresh(self) -> None:
@@ -300,7 +316,7 @@ class TopKast:
     @torch.no_grad()
     def _open(self, attachment: _Attachment) -> None:
         if not attachment.gradients_masked:
-            self.mask_gradients(attachment.optimizer)
+            attachment.mask_gradients()
         for weight in attachment.weights:
             # like the optimizer, leave alone what has no gradient
             if weight.parameter.grad is not None and not weight.is_open:
@@ -413,8 +429,12 @@ class TopKast:
         version = state.get("version")
         if version != STATE_VERSION:
             raise TopKastError(f"the saved Top-KAST state has format version {version!r}, expected {STATE_VERSION}")
-        saved, steps = state.get("weights"), state.get("steps")
-        if not isinstance(saved, dict) or not isinstance(steps, list) or not all(isinstance(n, int) for n in steps):
+        saved, steps, refreshes = state.get("weights"), state.get("steps"), state.get("refresh_count")
+        if (
+            not isinstance(saved, dict)
+            or not isinstance(steps, list)
+            or not all(isinstance(count, int) and count >= 0 for count in (*steps, refreshes))
+        ):
             raise TopKastError("the saved Top-KAST state is damaged: it has no weights or no step counts")
         missing, extra = sorted(self._weights.keys() - saved.keys()), sorted(saved.keys() - self._weights.keys())
         if missing or extra:
@@ -434,4 +454,4 @@ class TopKast:
                 weight.strength = asked  # as this run asks for; only a strength worked out from the peak is kept
         for attachment, count in zip(self._attachments, steps, strict=False):
             attachment.steps = count
-        self.refresh_count = int(state.get("refresh_count", 0))
+        self.refresh_count = int(refreshes or 0)

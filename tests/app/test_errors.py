@@ -62,7 +62,11 @@ def test_mistake_is_answered_in_one_line(arguments, expected, cli):
     ("arguments", "path", "command"),
     [
         ("data=text data.path=no/book.txt", "no/book.txt", "data.path=..."),
-        ("data=enwik8", "data/enwik8", "`curl -L --create-dirs http://mattmahoney.net/dc/enwik8.zip -o data/enwik8.zip"),
+        (
+            "data=enwik8",
+            "data/enwik8",
+            "`curl -L --create-dirs http://mattmahoney.net/dc/enwik8.zip -o data/enwik8.zip",
+        ),
         ("data=cifar10 model=cnn", "data/cifar-10-batches-py", "data.download=true"),
         ("data=imagenet model=cnn", "data/imagenet/train", "https://image-net.org/download"),
         ("data=fashion_mnist data.folder=nowhere", "nowhere", "`apt-get install dataset-fashion-mnist`"),

@@ -93,7 +93,8 @@ def _explain_instantiation(error: InstantiationException) -> str | None:
     cause = error.__cause__
     if cause is None or isinstance(cause, InstantiationException):
         return prefix + str(error).replace(where.group(0), "") if where else str(error)
-    if isinstance(cause, ValueError | TypeError | OSError | ImportError | AppError | MisconfigurationException):
+    # What a constructor raises about its arguments; torch has RuntimeError for sizes.
+    if isinstance(cause, ValueError | TypeError | RuntimeError | OSError | ImportError | AppError):
         return prefix + (explain(cause) or str(cause))
     return None
 
@@ -165,10 +166,10 @@ def _valid_keys(with_hydra: bool) -> list[str]:
 
 def _keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
     for key in config:
-        yield f"{prefix}{key}"
+        yield f"{prefix}{key!s}"
         node = config._get_node(key)
         if isinstance(node, DictConfig) and not OmegaConf.is_missing(config, key) and not node._is_none():
-            yield from _keys(node, f"{prefix}{key}.")
+            yield from _keys(node, f"{prefix}{key!s}.")
 
 
 def _one_line(message: str) -> str:

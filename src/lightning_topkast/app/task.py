@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, cast
 
 from lightning import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_topkast.app.errors import AppError
@@ -67,11 +67,9 @@ class ClassificationTask(LightningModule):
         if isinstance(self.net, FSDPModule):  # Lightning calls this hook again for test()
             return
         mesh = self.device_mesh["data_parallel"]
-        # Each larger part is gathered, used and freed by itself; the root takes what is left.
-        for part in self.net.modules():
-            if isinstance(part, nn.ModuleList | nn.Sequential) and part is not self.net:
-                for child in part:
-                    fully_shard(child, mesh=mesh)
+        # Each block is gathered, used and freed by itself; the root takes what is left.
+        for block in _outermost_blocks(self.net):
+            fully_shard(block, mesh=mesh)
         fully_shard(self.net, mesh=mesh)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
@@ -115,17 +113,26 @@ class ClassificationTask(LightningModule):
         # Text has a target at every position.
         logits, targets = logits.flatten(0, -2), targets.flatten()
         loss = F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
-        accuracy = self.accuracy[_metric_name(part)]
+        accuracy = cast(Metric, self.accuracy[_metric_name(part)])
         accuracy(logits.detach(), targets)
         # Training curves show single steps, the other parts the mean of an epoch.
         self.log(f"{part}/loss", loss, prog_bar=part == "train", batch_size=len(targets), sync_dist=part != "train")
         self.log(f"{part}/acc", accuracy, prog_bar=part == "val", batch_size=len(targets))
         if self.bits:
-            bits = self.bits[_metric_name(part)]
+            bits = cast(Metric, self.bits[_metric_name(part)])
             plain = F.cross_entropy(logits.detach(), targets) if label_smoothing else loss.detach()
             bits(plain / math.log(2.0), weight=len(targets))
             self.log(f"{part}/bits_per_byte", bits, prog_bar=part == "val", batch_size=len(targets))
         return loss
+
+
+def _outermost_blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the entries of the lists inside `module`: a transformer's blocks, a ResNet's."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList | nn.Sequential):
+            yield from child
+        else:
+            yield from _outermost_blocks(child)
 
 
 def _metric_name(part: Part) -> str:

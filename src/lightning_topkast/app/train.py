@@ -73,7 +73,7 @@ def _train(cfg: DictConfig) -> float:
 
     trainer.fit(model, datamodule=data, ckpt_path=cfg.ckpt_path)
     score = monitored(trainer, cfg.recipe.monitor)
-    best = trainer.checkpoint_callback.best_model_path if trainer.checkpoint_callback else ""
+    best: str = getattr(trainer.checkpoint_callback, "best_model_path", "")
     figures: Mapping[str, float] = {}
     if cfg.test:
         figures = trainer.test(model, datamodule=data, ckpt_path=best or None, verbose=False)[0]

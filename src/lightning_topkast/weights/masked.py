@@ -1,9 +1,10 @@
 """A sparse weight kept as the module's own dense parameter with zeros in it.
 
-The parameter is α (zero outside A) at all times but during the optimizer's step. Beside it lie, per entry, the *reserve*
-(θ outside A), a byte that says whether it is in B and one of telemetry, and eight bytes per exploring entry: its index.
+The parameter is α (zero outside A) at all times but during the optimizer's step. Beside it lie, per entry, the
+*reserve* (θ outside A), a byte that says whether it is in B, a byte of telemetry; per exploring entry its index.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -140,7 +141,7 @@ class MaskedWeight:
     # --- around the optimizer's step ------------------------------------------------------------------------------
 
     def mask_(self, tensor: Tensor) -> None:
-        """Zero `tensor`, in the weight's shape, outside B; also what is infinite or NaN there, which inf · 0 would not."""
+        """Zero `tensor`, in the weight's shape, outside B; also what is infinite or NaN there."""
         tensor.view(_BITS[tensor.element_size()]).bitwise_and_(self._mask)
 
     def open(self) -> None:
@@ -258,6 +259,8 @@ class MaskedWeight:
                 "asks for "
                 f"{self.active_count} and {self.updated_count}; resume with the sparsities and distribution it had"
             )
+        if not (math.isfinite(state["strength"]) and state["strength"] >= 0):
+            return f"'strength' is {state['strength']}, expected a number of at least 0; the file is damaged"
         tiers = state["tiers"]
         active, updated = int((tiers == ACTIVE).sum()), int((tiers != 0).sum())
         if int(tiers.max()) > ACTIVE or active != self.active_count or updated not in (active, self.updated_count):

@@ -55,7 +55,7 @@ class SplitData(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Example]:
         """Shuffled batches; the last incomplete one is dropped, unless it is the only one."""
-        if self.trainer is not None and self.trainer.overfit_batches:
+        if self.trainer is not None and self.trainer.overfit_batches:  # type: ignore[attr-defined]
             return self._loader(self.train_set)  # the same batches each epoch
         world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         size = len(self.train_set)  # type: ignore[arg-type]

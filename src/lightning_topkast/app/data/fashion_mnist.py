@@ -6,6 +6,7 @@ import gzip
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,7 +86,7 @@ class FashionMNIST(ArrayData):
         order = shuffled(len(labels), self.split_seed)
         (val_size,) = split_sizes(len(labels), [self.val_size], "images")
         val, train = order[:val_size], order[val_size:]
-        scale = {"mean": 0.286, "std": 0.353}
+        scale: dict[str, Any] = {"mean": 0.286, "std": 0.353}
         self.train_set = ArrayDataset(images[train], labels[train], **scale)
         self.val_set = ArrayDataset(images[val], labels[val], **scale)
         self.test_set = ArrayDataset(*_read_pair(folder, "test"), **scale)

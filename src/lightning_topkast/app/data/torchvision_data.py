@@ -183,7 +183,8 @@ class ImageNet(_TorchvisionData):
             raise AppError(
                 f"no ImageNet in {folder.absolute()}: get ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and "
                 f'ILSVRC2012_devkit_t12.tar.gz from https://image-net.org/download, unpack them with `python -c "from '
-                f"torchvision.datasets import ImageNet; [ImageNet('{self.folder}', part) for part in ('train', 'val')]\"`"
+                f"torchvision.datasets import ImageNet; "
+                f"[ImageNet('{self.folder}', part) for part in ('train', 'val')]\"`"
                 f", or name the folder that holds train/ and val/ with data.folder=..."
             )
         try:

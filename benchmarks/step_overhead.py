@@ -19,7 +19,7 @@ from time import process_time
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from variants import BACKWARD, EVERY, FORWARD, VARIANTS, Dense, Masked
 from workloads import Workload, adamw, workloads
 
@@ -194,29 +194,43 @@ def large_refreshes(side: int, rounds: int) -> list[Row]:
             row = {"weights": f"{count} × {width**2:,}", "optimizer state": "AdamW's reset" if reset else "left alone"}
             cases.append((row, optimizer.step, topkast))
     seconds: list[list[float]] = [[] for _ in cases]
+    moved: list[list[float]] = [[] for _ in cases]
     for _ in range(rounds):
-        for (_, step, topkast), times in zip(cases, seconds, strict=True):
+        for (_, step, topkast), times, shares in zip(cases, seconds, moved, strict=True):
             step()  # θ moves on
+            before = [weight.tiers for weight in topkast.weights.values()]
             start = process_time()
             topkast.refresh()
             times.append(process_time() - start)
-    return [row | {"refresh ms": median(times) * 1e3} for (row, *_), times in zip(cases, seconds, strict=True)]
+            pairs = zip(before, topkast.weights.values(), strict=True)
+            shares.append(sum(int((old != weight.tiers).sum()) for old, weight in pairs) / side**2)
+    return [
+        row | {"entries that change their set, %": median(shares) * 100, "refresh ms": median(times) * 1e3}
+        for (row, *_), times, shares in zip(cases, seconds, moved, strict=True)
+    ]
 
 
 def mask_kinds(size: int, rounds: int) -> list[Row]:
     """What masking costs by the type of the mask, and what the type costs in memory."""
     gradient = torch.randn(size)
+    bits = gradient.view(torch.int32)  # shares its memory
     updated = torch.rand(size) < 1 - BACKWARD
-    kinds = {str(dtype).removeprefix("torch."): updated.to(dtype) for dtype in (torch.uint8, torch.float32, torch.bool)}
+    all_ones = -updated.to(torch.int8)
+    kinds: dict[str, tuple[Tensor, Callable[[Tensor], Tensor]]] = {
+        "int8, all bits set (ours)": (all_ones, bits.bitwise_and_),
+        "uint8": (updated.to(torch.uint8), gradient.mul_),
+        "float32": (updated.float(), gradient.mul_),
+        "bool": (updated, gradient.mul_),
+    }
     seconds: dict[str, list[float]] = {name: [] for name in kinds}
     for _ in range(rounds):
-        for name, mask in kinds.items():
+        for name, (mask, apply) in kinds.items():
             start = process_time()
-            gradient.mul_(mask)
+            apply(mask)
             seconds[name].append(process_time() - start)
     return [
         {"mask": name, "entries": size, "ms": median(seconds[name]) * 1e3, "bytes/entry": mask.element_size()}
-        for name, mask in kinds.items()
+        for name, (mask, _) in kinds.items()
     ]
 
 

@@ -34,7 +34,9 @@ if __name__ == "__main__":
     data = TensorDataset(torch.tensor(images, dtype=torch.float32) / 16, torch.tensor(labels))
     train, test = torch.utils.data.random_split(data, [1500, 297])
 
-    topkast = TopKastCallback(forward_sparsity=0.9, backward_sparsity=0.8, keep_first_dense=False, update_every=25)
+    topkast = TopKastCallback(
+        forward_sparsity=0.9, backward_sparsity=0.8, penalty_shrinkage=1e-3, keep_first_dense=False, update_every=25
+    )
     trainer = L.Trainer(max_epochs=15, callbacks=[topkast], accelerator="cpu", logger=False, enable_checkpointing=False)
     trainer.fit(model := Digits(), DataLoader(train, batch_size=64, shuffle=True))
     (result,) = trainer.test(model, DataLoader(test, batch_size=297))

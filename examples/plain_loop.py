@@ -15,7 +15,10 @@ if __name__ == "__main__":
 
     model = nn.Sequential(nn.Linear(64, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    topkast = TopKast(model, forward_sparsity=0.9, backward_sparsity=0.8, keep_first_dense=False, update_every=25)
+    topkast = TopKast(
+        model, forward_sparsity=0.9, backward_sparsity=0.8, penalty_shrinkage=1e-3, keep_first_dense=False,
+        update_every=25,
+    )  # fmt: skip
     topkast.attach(optimizer)
     print(topkast.summary())
 

@@ -1,6 +1,7 @@
 """Plot the sparsity curves of a run from its CSV log. Run: python examples/plot_curves.py RUN_FOLDER OUTPUT.png
 
-They are the curves that W&B shows under `topkast/`. Needs matplotlib.
+They are the curves that W&B shows under `topkast/`. Needs matplotlib:
+pip install 'lightning-topkast[examples]'.
 """
 
 import csv
@@ -22,7 +23,9 @@ PANELS = {
 
 def read(folder: Path) -> dict[str, tuple[list[int], list[float]]]:
     """Metric name → steps and values."""
-    (path,) = folder.rglob("metrics.csv")
+    path = next(folder.rglob("metrics.csv"), None)
+    if path is None:
+        sys.exit(f"there is no metrics.csv in {folder}: name the folder of a run that logged with logger=csv")
     curves: dict[str, tuple[list[int], list[float]]] = {}
     with path.open() as file:
         for row in csv.DictReader(file):
@@ -35,6 +38,8 @@ def read(folder: Path) -> dict[str, tuple[list[int], list[float]]]:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
     curves = read(Path(sys.argv[1]))
     figure, axes = plt.subplots(2, 2, figsize=(10, 6), constrained_layout=True)
     for axis, (title, names) in zip(axes.flat, PANELS.items(), strict=True):

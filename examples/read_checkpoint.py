@@ -5,6 +5,8 @@ import sys
 import torch
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
     checkpoint = torch.load(sys.argv[1], map_location="cpu", weights_only=True)
     kept = total = 0
     for name, tensor in checkpoint["state_dict"].items():

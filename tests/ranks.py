@@ -3,13 +3,9 @@
 Forking needs a process in which autograd has not run yet, and one import of torch serves both ranks.
 """
 
-import contextlib
 import sys
 import warnings
 from pathlib import Path
-
-with contextlib.suppress(ImportError):
-    import tvshim  # noqa: F401
 
 import torch
 import torch.distributed as dist
@@ -49,11 +45,15 @@ class Drift(Callback):
                 pl_module.layers[2].weight.mul_(torch.rand(16, 16, generator=torch.Generator().manual_seed(1)))
 
 
-def train(folder: Path, *others, **changes) -> None:
+def train(folder: Path, *others, accumulate: int = 1, **changes) -> None:
+    folder.mkdir(exist_ok=True)
     callback = make_callback(keep_last_dense=False, penalty_strength=1e-2, **changes)
     callbacks = [callback, Note(folder, callback), *(other() for other in others)]
     model = make_net(optimizer="adamw", lr=0.02)
-    trainer = make_trainer(folder, *callbacks, strategy="ddp_fork", devices=2, use_distributed_sampler=False)
+    trainer = make_trainer(
+        folder, *callbacks, strategy="ddp_fork", devices=2, use_distributed_sampler=False,
+        accumulate_grad_batches=accumulate,
+    )  # fmt: skip
     trainer.fit(model, Shares(batches()), Shares(batches(2, seed=2)))
 
 
@@ -98,8 +98,8 @@ def main(folder: Path) -> None:
     warnings.simplefilter("ignore")
     mp.start_processes(ranks, (folder,), nprocs=2, start_method="fork")
     train(folder)
+    train(folder / "accumulated", accumulate=2, update_every=2, exploration="random")
     try:
-        (folder / "drifted").mkdir()
         train(folder / "drifted", Drift, update_every=4)
     except Exception as error:  # the launcher wraps what a rank raised
         (folder / "drift.txt").write_text(str(error))

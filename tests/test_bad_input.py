@@ -71,6 +71,12 @@ def test_sparsities_out_of_range(forward, backward, message):
         ({"exclude": "layers.*"}, r"exclude='layers.\*' is not valid: expected a list"),
         ({"include_types": "Linear"}, "include_types='Linear' is not valid: expected a list"),
         ({"include": [nn.Linear]}, "include"),
+        ({"overrides": [0.5]}, r"overrides=\[0.5\] is not valid: expected a mapping"),
+        ({"update_every": True}, "update_every=True is not valid"),
+        ({"seed": "x"}, "seed='x' is not valid: expected an int"),
+        ({"seed": 1.0}, "seed=1.0 is not valid"),
+        ({"keep_first_dense": "no"}, "keep_first_dense='no' is not valid: expected True or False"),
+        ({"reset_optimizer_state": 1}, "reset_optimizer_state=1 is not valid"),
     ],
     ids=str,
 )
@@ -395,3 +401,9 @@ def test_optimizers_that_cannot_be_accompanied_are_refused():
     topkast.attach(optimizer)
     with pytest.raises(TopKastError, match="attached already"):
         topkast.attach(optimizer)
+
+
+def test_embedding_with_sparse_gradients_is_refused():
+    model = nn.Sequential(nn.Embedding(20, 8, sparse=True), nn.Linear(8, 8))
+    with pytest.raises(TopKastError, match=r"'0.weight' gets gradients as sparse tensors.*sparse=False"):
+        TopKast(model, 0.75, 0.5, include=["0.weight"])

@@ -1,19 +1,23 @@
 """The benchmarks run, and print what they promise."""
 
+import csv
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "step_overhead.py"
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def run_benchmark(name, *arguments):
+    run = subprocess.run([sys.executable, BENCHMARKS / name, *arguments], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    return run
 
 
 def test_step_overhead_compares_every_variant_on_every_network(tmp_path):
-    run = subprocess.run(
-        [sys.executable, SCRIPT, "--quick", "--json", tmp_path / "figures.json"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
+    run = run_benchmark("step_overhead.py", "--quick", "--json", tmp_path / "figures.json")
     figures = json.loads((tmp_path / "figures.json").read_text())
 
     for network in ("MLP", "ResNet-18", "transformer"):
@@ -34,7 +38,28 @@ def test_step_overhead_compares_every_variant_on_every_network(tmp_path):
         assert 5 <= masked["extra bytes/entry"] <= 9
 
     assert {row["weights"].split()[0] for row in figures["refresh"]} == {"1", "4"}
-    assert [row["mask"] for row in figures["masks"]] == ["uint8", "float32", "bool"]
+    assert [row["mask"] for row in figures["masks"]] == ["int8, all bits set (ours)", "uint8", "float32", "bool"]
     assert {row["met"] for row in figures["aims"]} <= {"met", "not met"}
     for title in ("MLP: a step", "ResNet-18: refresh and memory", "Refresh of large weights", "Aims"):
         assert f"### {title}" in run.stdout
+
+
+def test_accuracy_is_measured_once_per_run_and_tabulated(tmp_path):
+    results = tmp_path / "results" / "accuracy.csv"
+    command = ["accuracy.py", "--data", "digits", "--model", "mlp", "--results", results]
+    command += ["--override", "trainer.max_epochs=1"]
+    command += ["--method", "dense", "90/80"]
+    run_benchmark(*command, "--seeds", "0")
+    first = results.read_text().splitlines()
+    run = run_benchmark(*command, "--seeds", "0", "1")
+    rows = list(csv.DictReader(results.read_text().splitlines()))
+    assert results.read_text().splitlines()[:3] == first, "finished runs are kept"
+    assert [(row["method"], row["seed"]) for row in rows] == [
+        ("dense", "0"),
+        ("90/80", "0"),
+        ("dense", "1"),
+        ("90/80", "1"),
+    ]
+    assert [float(row["model_sparsity"]) > 0.8 for row in rows] == [False, True, False, True]
+    mean = statistics.mean(100 * float(row["accuracy"]) for row in rows if row["method"] == "90/80")
+    assert f"| 90/80 | {mean:.2f} ± " in run.stdout

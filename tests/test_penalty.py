@@ -78,6 +78,28 @@ def test_the_penalty_uses_the_groups_current_learning_rate():
     assert (before - at_half).norm() == pytest.approx(5 * float((before - at_tenth).norm()), rel=1e-4)
 
 
+def test_every_parameter_group_has_its_own_learning_rate():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 10, bias=False), nn.Linear(10, 10, bias=False))
+    topkast = TopKast(model, 0.8, 0.6, penalty_strength=0.1, keep_first_dense=False, keep_last_dense=False)
+    groups = [{"params": [model[0].weight], "lr": 0.5}, {"params": [model[1].weight]}]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    topkast.attach(optimizer)
+    before = {name: weight.theta() for name, weight in topkast.weights.items()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for (name, weight), lr in zip(topkast.weights.items(), (0.5, 0.1), strict=True):
+        torch.testing.assert_close(weight.theta()[weight.active], before[name][weight.active] * (1 - lr * 0.1))
+
+
+@pytest.mark.parametrize("penalty", ["l2", "l1", "norm"])
+def test_a_learning_rate_in_a_tensor_is_the_same_as_a_number(penalty):
+    _, _, number = one_step(penalty, strength=0.1, lr=0.25)
+    _, _, tensor = one_step(penalty, strength=0.1, lr=torch.tensor(0.25))
+    torch.testing.assert_close(number, tensor)
+
+
 def test_an_adaptive_optimizer_does_not_divide_the_factor_away():
     torch.manual_seed(0)
     model = nn.Linear(10, 10, bias=False)

@@ -30,20 +30,29 @@ def load(path: Path):
     return torch.load(path, weights_only=True)
 
 
-def test_both_ranks_hold_the_same_sets_after_training(folder):
-    first, second = load(folder / "trained-0.pt"), load(folder / "trained-1.pt")
+@pytest.mark.parametrize("run", [".", "accumulated"])
+def test_both_ranks_hold_the_same_sets_after_training(folder, run):
+    first, second = load(folder / run / "trained-0.pt"), load(folder / run / "trained-1.pt")
     assert same(first, second)
     state, _, refreshes = first
     assert refreshes == 2
     assert int((state["weights"][MIDDLE]["tiers"] == 2).sum()) == 64
 
 
-def test_two_ranks_train_as_one_process_on_both_shares(folder, tmp_path):
+@pytest.mark.parametrize(
+    ("run", "accumulate", "changes"),
+    [
+        (".", 1, {}),
+        # without synchronisation between accumulated batches (DDP's no_sync), and with sets that a generator decides
+        ("accumulated", 2, {"update_every": 2, "exploration": "random"}),
+    ],
+)
+def test_two_ranks_train_as_one_process_on_both_shares(folder, tmp_path, run, accumulate, changes):
     """The gradient is the mean over the ranks, so the masked updates are those of the whole batch."""
-    state, parameters, _ = load(folder / "trained-0.pt")
-    callback = make_callback(keep_last_dense=False, penalty_strength=1e-2)
+    state, parameters, _ = load(folder / run / "trained-0.pt")
+    callback = make_callback(keep_last_dense=False, penalty_strength=1e-2, **changes)
     model = make_net(optimizer="adamw", lr=0.02)
-    fit(make_trainer(tmp_path, callback), model)
+    fit(make_trainer(tmp_path, callback, accumulate_grad_batches=accumulate), model)
     for name, parameter in parameters_of(model).items():
         torch.testing.assert_close(parameters[name], parameter, rtol=1e-3, atol=1e-5)
     assert torch.equal(state["weights"][MIDDLE]["tiers"], callback.topkast.weights[MIDDLE].tiers)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_topkast.selection import (
+    _SAMPLE,
     NonFiniteScoresError,
     _tiers_torch,
     nested_top_k,
@@ -72,6 +73,23 @@ def test_selection_equals_sorting_whatever_the_ties(data):
     assert torch.equal(
         device_path(scores.float(), (updated, active)), reference_tiers(scores.float(), (updated, active))
     )
+
+
+@pytest.mark.parametrize(
+    "kind", ["random", "ascending", "sampled entries are the smallest", "sampled entries are the largest"]
+)
+def test_a_large_weight_is_selected_exactly_whatever_its_sample_says(kind):
+    size, updated, active = 1 << 20, 200_001, 100_003
+    scores = torch.rand(size, generator=torch.Generator().manual_seed(0))
+    if kind == "ascending":
+        scores = scores.sort().values
+    elif kind.startswith("sampled"):
+        scores[:: size // _SAMPLE | 1] = 0.0 if "smallest" in kind else 2.0
+    order = torch.sort(scores, descending=True, stable=True).indices  # stable: ties to the lowest index
+    expected = torch.zeros(size, dtype=torch.uint8)
+    expected[order[:updated]] += 1
+    expected[order[:active]] += 1
+    assert torch.equal(nested_top_k(scores, (updated, active)), expected)
 
 
 def test_a_bfloat16_weight_with_a_thousand_ties_at_the_threshold_is_exact():

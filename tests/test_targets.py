@@ -1,5 +1,7 @@
 """Which weights are sparse, and why the others are not."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -160,3 +162,13 @@ def test_the_summary_counts_every_parameter():
     assert "dense: last candidate" in str(summary)
     zeros = sum(row.size - row.active for row in summary.rows)
     assert summary.model_density == pytest.approx(1 - zeros / sum(p.numel() for p in Net().parameters()))
+
+
+def test_the_two_parameters_of_weight_norm_stay_dense():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch prefers its parametrization by now
+        normed = nn.utils.weight_norm(nn.Linear(8, 8))
+    targets = find_targets(nn.Sequential(nn.Linear(8, 8), normed), keep_first_dense=False, keep_last_dense=False)
+    reasons = {target.name: target.reason for target in targets}
+    assert (reasons["1.weight_g"], reasons["1.weight_v"]) == ("weight norm", "weight norm")
+    assert reasons["0.weight"] == ""

@@ -167,9 +167,29 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2"}
+WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "tolist", "numpy"}
 
 
+@pytest.fixture
+def host_reads_recorded(monkeypatch):
+    """Lets `Operations` see what reads a CPU tensor's memory without any operation; on a GPU it would wait."""
+
+    def record(name):
+        read = getattr(torch.Tensor, name)
+
+        def recorded(tensor, *args, **kwargs):
+            mode = torch.utils._python_dispatch._get_current_dispatch_mode()
+            if isinstance(mode, Operations):
+                mode.names.append(name)
+            return read(tensor, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, recorded)
+
+    record("tolist")
+    record("numpy")
+
+
+@pytest.mark.usefixtures("host_reads_recorded")
 def test_a_step_that_logs_nothing_computes_nothing_for_the_log(tmp_path, monkeypatch):
     operations = []
 
@@ -178,13 +198,6 @@ def test_a_step_that_logs_nothing_computes_nothing_for_the_log(tmp_path, monkeyp
             log(self, *args, **kwargs)
         operations.append(mode.names)
 
-    def listed(tensor, tolist=torch.Tensor.tolist):
-        operations_of_now = torch.utils._python_dispatch._get_current_dispatch_mode()
-        if isinstance(operations_of_now, Operations):
-            operations_of_now.names.append("tolist")  # on the CPU it reads memory without any operation
-        return tolist(tensor)
-
-    monkeypatch.setattr(torch.Tensor, "tolist", listed)
     monkeypatch.setattr(Telemetry, "log", recorded)
     logger = CSVLogger(tmp_path)
     callback = make_callback(update_every=5)
@@ -196,6 +209,7 @@ def test_a_step_that_logs_nothing_computes_nothing_for_the_log(tmp_path, monkeyp
     assert all("tolist" in steps[step - 1] for step in busy), "the recorder sees what waits"
 
 
+@pytest.mark.usefixtures("host_reads_recorded")
 def test_a_step_between_refreshes_never_waits_for_the_device(tmp_path):
     """No operation of a whole training step brings a value or a size to the host."""
     steps = []

@@ -1,4 +1,7 @@
-"""LightningCLI builds the callback from YAML. Run: python examples/cli/main.py fit --config examples/cli/config.yaml"""
+"""LightningCLI builds the callback from YAML. Run: python examples/cli/main.py fit --config examples/cli/config.yaml
+
+Needs jsonargparse: pip install 'lightning-topkast[examples]'.
+"""
 
 import lightning as L
 import torch
@@ -42,4 +45,8 @@ class Digits(L.LightningDataModule):
 
 
 if __name__ == "__main__":
-    LightningCLI(Classifier, Digits, save_config_kwargs={"overwrite": True})
+    cli = LightningCLI(Classifier, Digits, save_config_callback=None)
+    if cli.subcommand == "fit":
+        weight = cli.model.net[2].weight
+        loss = float(cli.trainer.callback_metrics["loss"])
+        print(f"training loss {loss:.3f} with {float((weight != 0).float().mean()):.1%} of net.2.weight in use")

@@ -121,28 +121,22 @@ class TopKastCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot be honoured before anything is built."""
+        self._saved_state = None  # of a checkpoint whose training never began
         if stage == "fit" and isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
             raise TopKastError(
                 f"{type(trainer.strategy).__name__} flattens weights into shards whose entries cannot be told "
-                "apart; use "
-                "strategy='ddp' or a single device"
+                "apart; use strategy='ddp' or a single device"
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Build the engine here: parameters are final (moved, wrapped, restored) and optimizers exist."""
         topkast = self._engine(trainer, pl_module)
-        sparse = {id(weight.parameter) for weight in topkast.weights.values()}
-        topkast.attach(*(optimizer for optimizer in trainer.optimizers if sparse & _parameters_of(optimizer)))
-        if topkast.unattached:
-            raise TopKastError(
-                f"no optimizer holds the sparse weights {', '.join(topkast.unattached[:5])}: give them to one, freeze "
-                "them (requires_grad_(False)) or exclude them"
-            )
-        if trainer.global_step == 0:
-            topkast.restart()
-        if self._saved_state is not None:
-            topkast.load_state_dict(self._saved_state)
-            self._saved_state = None
+        try:
+            self._attach(topkast, trainer)
+        except TopKastError:
+            if topkast is not self.topkast:
+                topkast.release()  # refused: the model shall be what it was
+            raise
         self.topkast = topkast
         self._averages = SparseAverages(trainer, topkast) if SparseAverages.exist_in(trainer) else None
         rank_zero_info(f"Top-KAST: what is sparse, and why the rest is not\n{topkast.summary()}")
@@ -153,6 +147,22 @@ class TopKastCallback(Callback):
             leader._telemetry = Telemetry(trainer, [engine for engine in engines if engine is not None])
             leader._telemetry.log(force=True)
 
+    def _attach(self, topkast: TopKast, trainer: Trainer) -> None:
+        sparse = {id(weight.parameter) for weight in topkast.weights.values()}
+        optimizers = [optimizer for optimizer in trainer.optimizers if sparse & _parameters_of(optimizer)]
+        if optimizers:
+            topkast.attach(*optimizers)
+        if topkast.unattached:
+            raise TopKastError(
+                f"no optimizer holds the sparse weights {', '.join(topkast.unattached[:5])}: give them to one, freeze "
+                "them (requires_grad_(False)) or exclude them"
+            )
+        if trainer.global_step == 0:
+            topkast.restart()
+        if self._saved_state is not None:
+            topkast.load_state_dict(self._saved_state)
+            self._saved_state = None
+
     def _engine(self, trainer: Trainer, pl_module: LightningModule) -> TopKast:
         """The engine of an earlier `fit` if the model is still as it left it, else a new one."""
         fraction = isinstance(self._options["stop_exploration_at"], float)
@@ -160,14 +170,15 @@ class TopKastCallback(Callback):
         if self.topkast is not None and self.topkast.model is pl_module and self.topkast.is_intact:
             self.topkast.plan(total_steps)
             return self.topkast
+        if total_steps is not None and self._saved_state is None:
+            total_steps -= trainer.global_step  # a dense checkpoint goes on sparse: we count from here
         taken = {
-            name: callback
+            name
             for callback in callbacks_of(trainer)
             if isinstance(callback, TopKastCallback) and callback is not self and callback._works_on(pl_module)
             for name in callback.topkast.weights  # type: ignore[union-attr]
         }
-        topkast = TopKast(pl_module, total_steps=total_steps, taken=taken.keys(), **self._options)
-        return topkast
+        return TopKast(pl_module, total_steps=total_steps, taken=taken, **self._options)
 
     def _works_on(self, pl_module: LightningModule) -> bool:
         return self.topkast is not None and self.topkast.model is pl_module and self.topkast.is_attached
@@ -206,9 +217,18 @@ class TopKastCallback(Callback):
             self._averages.update()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """An averaging callback saves its average (a view of its tensors, so our order does not matter)."""
+        """Save α also from a signal handler in the middle of a step, and averages that are sparse.
+
+        An averaging callback saves a view of its average, so that our order does not matter.
+        """
         if self._averages is not None:
             self._averages.update()
+        if self.topkast is not None:
+            opened = {w.parameter.data_ptr(): w for w in self.topkast.weights.values() if w.is_open}
+            state = checkpoint["state_dict"]
+            for name, value in state.items() if opened else ():
+                if value.data_ptr() in opened:
+                    state[name] = opened[value.data_ptr()].alpha()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """An averaging callback copies its average into the model here, before or after us."""
@@ -217,9 +237,9 @@ class TopKastCallback(Callback):
             self._telemetry.finish()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """A step may have been broken off: close it, as other callbacks may save a checkpoint now."""
+        """A step may have been broken off: end it, as other callbacks may save a checkpoint; there is no teardown."""
         if self.topkast is not None:
-            self.topkast.close()
+            self.topkast.detach()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the optimizers; the engine stays, to be read and to be taken up by a second `fit`."""
@@ -250,8 +270,7 @@ class TopKastCallback(Callback):
         if trainer.state.fn == TrainerFn.FITTING and saved and self.state_key not in saved:
             raise TopKastError(
                 f"the checkpoint holds Top-KAST states for other targets ({'; '.join(saved)}), none for "
-                f"{self.state_key}; "
-                "resume with the include and exclude it was saved with"
+                f"{self.state_key}; resume with the include and exclude it was saved with"
             )
 
 

@@ -25,9 +25,8 @@ def check_ranks_agree(names: Sequence[str], tiers: Sequence[Tensor]) -> None:
     if differing:
         raise TopKastError(
             f"the ranks chose different active sets for '{differing[0]}' ({len(differing)} weights differ): their "
-            "weights "
-            "have drifted apart. Every rank must start from the same weights and see the same gradients (DDP sees to "
-            "both; do not change parameters on one rank only)"
+            "weights have drifted apart. Every rank must start from the same weights and see the same gradients "
+            "(DDP sees to both; do not change parameters on one rank only)"
         )
 
 

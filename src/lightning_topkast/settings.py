@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal, get_args
 
 from lightning_topkast.distribution import DISTRIBUTIONS
@@ -48,6 +49,13 @@ class Settings:
             patterns = getattr(self, name)
             listed = isinstance(patterns, list | tuple) and all(isinstance(pattern, str) for pattern in patterns)
             _check(patterns is None or listed, name, patterns, "a list of strings or None")
+        for name in ("keep_first_dense", "keep_last_dense", "reset_optimizer_state"):
+            _check(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
+        _check(_is_number(self.seed) and isinstance(self.seed, int), "seed", self.seed, "an int")
+        _check(
+            self.overrides is None or isinstance(self.overrides, Mapping),
+            "overrides", self.overrides, "a mapping of glob patterns to sparsities, or None",
+        )  # fmt: skip
         for pattern, values in (self.overrides or {}).items():
             known = {"forward_sparsity", "backward_sparsity"}
             if not isinstance(values, Mapping) or not values or set(values) - known:
@@ -56,7 +64,7 @@ class Settings:
                 )
             check_sparsities(*self.sparsities_in(values), where=f"overrides['{pattern}']: ")
         _check(
-            isinstance(self.update_every, int) and self.update_every >= 1,
+            _is_number(self.update_every) and isinstance(self.update_every, int) and self.update_every >= 1,
             "update_every",
             self.update_every,
             "an int of at least 1",
@@ -120,13 +128,12 @@ def check_sparsities(forward: float, backward: float, where: str = "") -> None:
     if backward > forward:
         raise TopKastError(
             f"{where}backward_sparsity={backward} exceeds forward_sparsity={forward}: the updated set B holds the "
-            "active "
-            f"set A, so expected backward_sparsity <= forward_sparsity"
+            f"active set A, so expected backward_sparsity <= forward_sparsity"
         )
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
 
 
 def _check(condition: bool, name: str, value: Any, expected: str) -> None:

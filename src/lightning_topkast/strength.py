@@ -13,14 +13,24 @@ _NEXT_TO_NOTHING = 1e-4
 
 
 def peak_learning_rates(weights: Mapping[str, SparseWeight], optimizers: Iterable[Optimizer]) -> dict[str, float]:
-    """Weight name → the highest learning rate that its parameter group is known to reach."""
+    """Weight name → the highest learning rate that its parameter group is known to reach.
+
+    Raises:
+        TopKastError: a group without a learning rate.
+    """
     names = {id(weight.parameter): name for name, weight in weights.items()}
     peaks: dict[str, float] = {}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
+            held = [names[id(parameter)] for parameter in group["params"] if id(parameter) in names]
+            if held and group.get("lr") is None:
+                raise TopKastError(
+                    f"{type(optimizer).__name__} has no learning rate of its own for '{held[0]}' (lr=None), by which "
+                    "the penalty is scaled; give it an lr"
+                )
             # a scheduler notes the rate it started from, OneCycleLR the one it will reach
             peak = max(float(group.get(key) or 0) for key in ("lr", "initial_lr", "max_lr"))
-            peaks |= {names[id(parameter)]: peak for parameter in group["params"] if id(parameter) in names}
+            peaks |= dict.fromkeys(held, peak)
     return peaks
 
 
@@ -55,8 +65,14 @@ def strength_of(settings: Settings, name: str, density: float, peak: float | Non
     return strength
 
 
-def describe(shrinkage: float, update_every: int) -> list[str]:
-    """What a loss of `shrinkage` per step at the peak learning rate amounts to, in words."""
+def describe(shrinkage: float, update_every: int, least: float) -> list[str]:
+    """What a loss of `shrinkage` per step at the peak learning rate amounts to, in words.
+
+    Args:
+        shrinkage: share lost per step.
+        update_every: steps between refreshes.
+        least: below this share the weights' own precision rounds the loss away.
+    """
     if shrinkage == 0:
         return []
     kept = (1 - shrinkage) ** update_every
@@ -66,4 +82,6 @@ def describe(shrinkage: float, update_every: int) -> list[str]:
     )
     if shrinkage < _NEXT_TO_NOTHING:
         note += " - next to nothing; 5e-4 to 5e-3 a step worked best for SGD and Adam alike (penalty_shrinkage=1e-3)"
+    if shrinkage < least:
+        note += f" - which the weights' own precision rounds away (below {least:.2g}): keep them in float32"
     return [note]

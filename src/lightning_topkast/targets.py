@@ -88,7 +88,7 @@ def find_targets(
     for target in targets:
         target.reason = _why_dense_by_kind(target)
         by_default = target.sparse
-        if target.reason not in ("frozen", "not floating point"):
+        if target.reason not in ("frozen", "not floating point", "empty"):
             target.reason = _why_dense_by_choice(target, include, include_types)
         if by_default or target.sparse:
             candidates.append(target)
@@ -131,10 +131,17 @@ def _why_dense_by_kind(target: Target) -> str:
         return "frozen"
     if not parameter.is_floating_point():
         return "not floating point"
+    if not parameter.numel():
+        return "empty"
     if any(isinstance(module, _EMBEDDING_TYPES) for module in modules):
         return "embedding"
     if any(isinstance(module, _NORM_TYPES) for module in modules):
         return "norm"
+    if any(
+        own_name.endswith(("_g", "_v")) and f"{own_name[:-1]}g" in module._parameters
+        for module, own_name in target.owners
+    ):
+        return "weight norm"  # torch.nn.utils.weight_norm's two: a zero gain would divide by a zero length
     if parameter.dim() < 2 and any("norm" in type(module).__name__.lower() for module in modules):
         return "norm"  # third parties' own, LlamaRMSNorm for one
     if any("bias" in own_name for _, own_name in target.owners):
@@ -148,7 +155,7 @@ def _why_dense_by_choice(target: Target, include: Sequence[str] | None, include_
     """Why a parameter is dense once `include` and `include_types` have been heard."""
     if target.name in (include or ()):
         return ""  # the full name is as explicit as can be
-    if target.reason in ("embedding", "norm", "bias") or (include is None and include_types is None):
+    if target.reason in ("embedding", "norm", "weight norm", "bias") or (include is None and include_types is None):
         return target.reason
     if _matches(target, include) or (_has_type(target, include_types) and target.parameter.dim() >= 2):
         return ""

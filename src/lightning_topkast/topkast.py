@@ -2,18 +2,19 @@
 
 import warnings
 import zlib
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping
+from itertools import chain, repeat
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
 from lightning_topkast import strength
 from lightning_topkast.allocation import allocate
+from lightning_topkast.attachment import Attachment
 from lightning_topkast.distributed import check_ranks_agree
 from lightning_topkast.errors import NonFiniteWeightError, TopKastError
 from lightning_topkast.schedule import RefreshSchedule, step_of
@@ -24,22 +25,6 @@ from lightning_topkast.targets import find_targets
 from lightning_topkast.weights import SparseWeight
 
 STATE_VERSION = 1
-
-
-@dataclass
-class _Attachment:
-    """An optimizer whose steps we accompany, and how many it has taken."""
-
-    optimizer: Optimizer
-    weights: list[SparseWeight]
-    steps: int = 0
-    gradients_masked: bool = False
-    handles: list[Any] = field(default_factory=list)
-
-    def mask_gradients(self) -> None:
-        for weight in self.weights:
-            if weight.parameter.grad is not None:
-                weight.mask_(weight.parameter.grad)
 
 
 class TopKast:
@@ -82,8 +67,9 @@ class TopKast:
         self.settings = Settings(forward_sparsity, backward_sparsity, **options)
         self.plan(total_steps)
         self.refresh_count = 0
-        self._attachments: list[_Attachment] = []
-        self._warned_of_overshoot = False
+        self._attachments: list[Attachment] = []
+        # Steps taken with optimizers that were detached, or of a state loaded before any was attached.
+        self._steps_before: list[int] = []
 
         chosen = self.settings
         self._targets = find_targets(
@@ -97,6 +83,11 @@ class TopKast:
                     f"'{target.name}' is sparse by another TopKast already; keep their targets apart with include "
                     "and exclude"
                 )
+            if any(getattr(module, "sparse", False) is True for module, _ in target.owners):
+                raise TopKastError(
+                    f"'{target.name}' gets gradients as sparse tensors, which cannot be masked; make its embedding "
+                    "with sparse=False, or exclude it"
+                )
             if isinstance(target.parameter, DTensor):
                 raise TopKastError(
                     f"'{target.name}' is sharded over devices (FSDP or tensor parallel), which this release cannot "
@@ -106,9 +97,11 @@ class TopKast:
         self._weights = {
             target.name: SparseWeight(target.name, target.parameter, *counts[target.name]) for target in sparse
         }
-        self._by_parameter = {id(weight.parameter): weight for weight in self._weights.values()}
+        self._by_parameter: dict[Tensor, SparseWeight] = {weight.parameter: weight for weight in self._weights.values()}
         self._set_strength()
         self.refresh()
+        for weight in self._weights.values():
+            weight.note_first_reservoir()
         self.refresh_count = 0  # the first selection is no refresh
 
     # --- what users read ------------------------------------------------------------------------------------------
@@ -121,7 +114,7 @@ class TopKast:
     @property
     def step_count(self) -> int:
         """Optimizer steps taken; with several optimizers, those of the busiest."""
-        return max((attachment.steps for attachment in self._attachments), default=0)
+        return max(self._steps, default=0)
 
     @property
     def exploring(self) -> bool:
@@ -137,7 +130,7 @@ class TopKast:
     @property
     def is_attached(self) -> bool:
         """Whether optimizers' steps are accompanied at present."""
-        return any(attachment.handles for attachment in self._attachments)
+        return bool(self._attachments)
 
     @property
     def is_intact(self) -> bool:
@@ -159,6 +152,10 @@ class TopKast:
         """The exploration penalty over all weights, a scalar tensor."""
         return torch.stack([weight.penalty(self.settings.penalty).float() for weight in self._weights.values()]).sum()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy accompanies no optimizer: those it may be copied with lose their hooks, as torch has it."""
+        return self.__dict__ | {"_attachments": [], "_steps_before": self._steps}
+
     # --- the method -----------------------------------------------------------------------------------------------
 
     def attach(self, *optimizers: Optimizer) -> "TopKast":
@@ -166,24 +163,28 @@ class TopKast:
 
         Raises:
             TopKastError: an optimizer that evaluates its closure repeatedly, that holds no sparse weight, that is
-                attached already, or whose learning rate lets the penalty overshoot zero.
+                attached already, that has no learning rate, or whose learning rate lets the penalty overshoot zero.
         """
-        if not self.is_attached:
-            steps = [attachment.steps for attachment in self._attachments]
-            self._attachments.clear()  # detached before: its counts go on with the new optimizers
-        else:
-            steps = []
-        for optimizer in optimizers:
-            weights = self._check_optimizer(optimizer)
-            attachment = _Attachment(optimizer, weights, steps.pop(0) if steps else 0)
-            attachment.handles = [
-                optimizer.register_step_pre_hook(self._before_step),
-                optimizer.register_step_post_hook(self._after_step),
-            ]
-            self._attachments.append(attachment)
+        if not optimizers:
+            raise TopKastError("attach() needs the optimizers that train the model")
+        before = self._attachments
+        try:
+            for optimizer, steps in zip(optimizers, chain(self._steps_before, repeat(0)), strict=False):
+                if any(attachment.optimizer is optimizer for attachment in self._attachments):
+                    raise TopKastError(f"this {type(optimizer).__name__} is attached already")
+                attachment = Attachment(
+                    optimizer, self._by_parameter, self.settings.penalty, self._refresh_if_due, steps
+                )
+                self._attachments = [*self._attachments, attachment]
+            self._set_strength()
+        except TopKastError:
+            self._attachments = before
+            raise
+        self._steps_before = []
         for weight in self._weights.values():
             weight.match_layout()
-        self._set_strength()
+        for attachment in self._attachments[len(before) :]:
+            attachment.begin()
         return self
 
     def plan(self, total_steps: int | float | None) -> None:
@@ -197,18 +198,23 @@ class TopKast:
     def detach(self) -> None:
         """Stop accompanying the optimizers; the model stays sparse as it is, and the step count is kept."""
         self.close()
+        self._steps_before = self._steps
         for attachment in self._attachments:
-            for handle in attachment.handles:
-                handle.remove()
-            attachment.handles.clear()
+            attachment.end()
+        self._attachments = []
+
+    def release(self) -> None:
+        """Put every stored θ back into the model, which then is dense; this engine is of no more use."""
+        self.detach()
+        for weight in self._weights.values():
+            weight.release()
 
     def restart(self) -> None:
         """Begin a new run over the same weights: count steps from 0, and explore again if that had stopped."""
-        explored = self.exploring
         for attachment in self._attachments:
             attachment.steps = 0
-        if self.exploring != explored:
-            self.refresh()
+        self._steps_before = []
+        self._follow_schedule()
 
     def mask_gradients(self) -> None:
         """Zero the gradients outside B, so that clipping and logged norms see what the optimizer will use.
@@ -222,8 +228,7 @@ class TopKast:
         """Mask the gradients of the step that `optimizer` takes next, which then need not do it again."""
         for attachment in self._attachments:
             if attachment.optimizer is optimizer:
-                attachment.mask_gradients()
-                attachment.gradients_masked = True
+                attachment.prepare_step()
 
     def refresh(self) -> None:
         """Choose A and B of every weight again, now.
@@ -232,19 +237,40 @@ class TopKast:
             NonFiniteWeightError: a weight holds NaN or infinity; no weight's sets were changed.
             TopKastError: the ranks disagree.
         """
+        self.close()
         self._refresh(self._weights.values(), self.step_count)
 
     def close(self) -> None:
-        """Make every parameter α again where a step was broken off; without one, nothing changes."""
+        """Make every parameter α again where a step or a refresh was broken off; without one, nothing changes."""
         for weight in self._weights.values():
-            if weight.is_open:
-                weight.close(self.settings.penalty, lr=0)
+            weight.recover()
 
     def restore_sparsity(self) -> None:
         """Make every parameter zero outside A again after somebody else wrote to it; θ elsewhere is kept."""
         for weight in self._weights.values():
             weight.restore_sparsity()
 
+    @property
+    def _steps(self) -> list[int]:
+        """Steps taken with each optimizer."""
+        return [attachment.steps for attachment in self._attachments] or self._steps_before
+
+    def _follow_schedule(self) -> None:
+        """Refresh if the schedule has changed under the sets: they explore where they should not, or the reverse."""
+        if any(weight.is_exploring != (self.exploring and weight.can_explore) for weight in self._weights.values()):
+            self.refresh()
+
+    def _refresh_if_due(self, attachment: Attachment) -> None:
+        if self.schedule.refreshes_after(attachment.steps):
+            if self.unattached and self.refresh_count == 0:
+                warnings.warn(
+                    f"no attached optimizer holds {', '.join(self.unattached[:5])}: what trains them, if anything, "
+                    "does not keep them sparse; attach its optimizer too, or exclude them",
+                    stacklevel=2,
+                )
+            self._refresh(attachment.weights, attachment.steps)
+
+    @torch.no_grad()
     def _refresh(self, weights: Iterable[SparseWeight], step: int) -> None:
         weights = list(weights)
         chosen = [self._select(weight, step) for weight in weights]  # all before any is changed
@@ -252,11 +278,12 @@ class TopKast:
         for weight, tiers in zip(weights, chosen, strict=True):
             weight.apply(tiers)
             if self.settings.reset_optimizer_state:
-                self._reset_state_outside(weight)
+                for attachment in self._attachments:
+                    attachment.reset_state_outside(weight)
         self.refresh_count += 1
 
     def _select(self, weight: SparseWeight, step: int) -> Tensor:
-        scores = weight.theta().abs_().contiguous()
+        scores = weight.magnitudes()
         active = weight.active_count
         updated = weight.updated_count if self.schedule.explores_at(step) else active
         try:
@@ -268,122 +295,8 @@ class TopKast:
         except NonFiniteScoresError:
             raise NonFiniteWeightError(
                 f"weight '{weight.name}' holds NaN or infinity at step {step}; its sets were left as they were. "
-                "Lower the "
-                "learning rate, clip gradients, or resume from the last checkpoint"
+                "Lower the learning rate, clip gradients, or resume from the last checkpoint"
             ) from None
-
-    def _reset_state_outside(self, weight: SparseWeight) -> None:
-        """Zero the optimizer's state outside B, which would pull at entries that come back and decay into denormals."""
-        for attachment in self._attachments:
-            for value in attachment.optimizer.state.get(weight.parameter, {}).values():
-                if isinstance(value, Tensor) and value.shape == weight.parameter.shape and value.is_floating_point():
-                    weight.mask_(value)
-
-    # --- around the optimizer's step ------------------------------------------------------------------------------
-
-    def _before_step(
-        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Open the weights: now, or once the closure given to `step` has computed the gradients."""
-        attachment = self._attachment_of(optimizer)
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if closure is None:
-            self._open(attachment)
-            return None
-        wrapped = self._opening_after(closure, attachment)
-        if "closure" in kwargs:
-            return args, {**kwargs, "closure": wrapped}
-        return (args[0], wrapped, *args[2:]), kwargs
-
-    def _opening_after(self, closure: Callable[[], Any], attachment: _Attachment) -> Callable[[], Any]:
-        evaluated = False
-
-        def wrapped() -> Any:
-            nonlocal evaluated
-            if evaluated:
-                raise TopKastError(
-                    f"{type(attachment.optimizer).__name__} evaluates its closure more than once a step, but the "
-                    "weights "
-                    "can be opened for one update only; use an optimizer that needs one gradient a step"
-                )
-            evaluated = True
-            result = closure()
-            self._open(attachment)
-            return result
-
-        return wrapped
-
-    @torch.no_grad()
-    def _open(self, attachment: _Attachment) -> None:
-        if not attachment.gradients_masked:
-            attachment.mask_gradients()
-        for weight in attachment.weights:
-            # like the optimizer, leave alone what has no gradient
-            if weight.parameter.grad is not None and not weight.is_open:
-                weight.open()
-
-    @torch.no_grad()
-    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Penalty on B, then α again; refresh when it is time."""
-        attachment = self._attachment_of(optimizer)
-        attachment.gradients_masked = False
-        # A fused optimizer under a gradient scaler skips inside its own kernel; the others are not even called.
-        found_inf = getattr(optimizer, "found_inf", None)
-        skipped = found_inf is not None and bool(found_inf)
-        stepped = False
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                weight = self._by_parameter.get(id(parameter))
-                if weight is not None and weight.is_open:
-                    weight.close(self.settings.penalty, lr=0 if skipped else self._within_reach(weight, group["lr"]))
-                    stepped = not skipped
-        if not stepped:
-            return
-        attachment.steps += 1
-        if self.schedule.refreshes_after(attachment.steps):
-            self._refresh(attachment.weights, attachment.steps)
-
-    def _within_reach(self, weight: SparseWeight, lr: float | Tensor) -> float | Tensor:
-        """Warn once where a learning rate above the peak we knew would carry the penalty past zero (it stops there)."""
-        if self.settings.penalty != "l2" or isinstance(lr, Tensor) or self._warned_of_overshoot:
-            return lr
-        if lr * weight.strength / weight.forward_density_target >= 1:
-            self._warned_of_overshoot = True
-            warnings.warn(
-                f"the penalty would carry exploring entries of '{weight.name}' past zero (lr {lr} · strength "
-                f"{weight.strength} / density {weight.forward_density_target:.4g} >= 1); it sets them to "
-                "zero. Lower "
-                "penalty_strength or the learning rate",
-                stacklevel=2,
-            )
-        return lr
-
-    def _attachment_of(self, optimizer: Optimizer) -> _Attachment:
-        return next(attachment for attachment in self._attachments if attachment.optimizer is optimizer)
-
-    def _check_optimizer(self, optimizer: Optimizer) -> list[SparseWeight]:
-        """The sparse weights that `optimizer` holds, if it can be accompanied."""
-        name = type(optimizer).__name__
-        if not isinstance(optimizer, Optimizer):
-            raise TopKastError(f"{name} is no torch.optim.Optimizer, so its steps cannot be accompanied")
-        if isinstance(optimizer, LBFGS):
-            raise TopKastError(
-                "LBFGS evaluates its closure several times a step, but the weights can be opened for one update only; "
-                "use an optimizer that needs one gradient a step (SGD, Adam, AdamW, ...)"
-            )
-        if any(attachment.optimizer is optimizer for attachment in self._attachments):
-            raise TopKastError(f"this {name} is attached already")
-        weights = [
-            self._by_parameter[id(parameter)]
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-            if id(parameter) in self._by_parameter
-        ]
-        if not weights:
-            raise TopKastError(
-                f"this {name} holds none of the sparse weights; attach the optimizer made from this model"
-            )
-        return weights
 
     def _set_strength(self) -> None:
         peaks = strength.peak_learning_rates(self._weights, [attachment.optimizer for attachment in self._attachments])
@@ -397,6 +310,8 @@ class TopKast:
             + ("" if stop is None else f" until step {stop}")
             + f", {settings.distribution} distribution"
         ]
+        if not any(weight.can_explore for weight in self._weights.values()):
+            notes.append("backward sparsity = forward sparsity: B = A, so that nothing outside A is ever tried")
         if settings.penalty == "l2":
             optimizers = [attachment.optimizer for attachment in self._attachments]
             peaks = strength.peak_learning_rates(self._weights, optimizers)
@@ -405,7 +320,8 @@ class TopKast:
                 for weight in self._weights.values()
                 if weight.updated_count > weight.active_count and weight.name in peaks
             ]
-            notes += strength.describe(max(shrinkages, default=0.0), settings.update_every)
+            least = min(torch.finfo(weight.parameter.dtype).eps / 2 for weight in self._weights.values())
+            notes += strength.describe(max(shrinkages, default=0.0), settings.update_every, least)
         return notes
 
     # --- state ----------------------------------------------------------------------------------------------------
@@ -414,13 +330,14 @@ class TopKast:
         """Sets, reserves and step counts: tensors and primitives only, so it loads under `weights_only=True`."""
         return {
             "version": STATE_VERSION,
-            "steps": [attachment.steps for attachment in self._attachments],
+            "steps": self._steps,
             "refresh_count": self.refresh_count,
+            "penalty_shrinkage": self.settings.penalty_shrinkage,
             "weights": {name: weight.state_dict() for name, weight in self._weights.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state, after the model (and its optimizers) have loaded theirs and `attach` was called.
+        """Go on from a saved state, after the model and its optimizers have loaded theirs.
 
         Raises:
             TopKastError: another format version, other weights, other densities, damaged tensors, or a model that
@@ -433,6 +350,7 @@ class TopKast:
         if (
             not isinstance(saved, dict)
             or not isinstance(steps, list)
+            or not isinstance(refreshes, int)
             or not all(isinstance(count, int) and count >= 0 for count in (*steps, refreshes))
         ):
             raise TopKastError("the saved Top-KAST state is damaged: it has no weights or no step counts")
@@ -440,18 +358,22 @@ class TopKast:
         if missing or extra:
             raise TopKastError(
                 f"the saved Top-KAST state belongs to other sparse weights: it lacks {missing or 'none'} and has "
-                f"{extra or 'none'} "
-                "in excess; resume with the model, include and exclude it was saved with"
+                f"{extra or 'none'} in excess; resume with the model, include and exclude it was saved with"
             )
         if self._attachments and len(steps) != len(self._attachments):
             raise TopKastError(f"the saved state counts {len(steps)} optimizers, this run has {len(self._attachments)}")
         for name, weight in self._weights.items():
             weight.check_state(saved[name])
+        # A strength worked out from the learning rate's peak is kept: the peak may not be known any more.
+        keep_strength = self.settings.penalty_shrinkage is not None
+        keep_strength &= state.get("penalty_shrinkage") == self.settings.penalty_shrinkage
         for name, weight in self._weights.items():
             asked = weight.strength
             weight.load_state_dict(saved[name])
-            if self.settings.penalty_shrinkage is None:
-                weight.strength = asked  # as this run asks for; only a strength worked out from the peak is kept
+            if not keep_strength:
+                weight.strength = asked
+        self._steps_before = [] if self._attachments else list(steps)
         for attachment, count in zip(self._attachments, steps, strict=False):
             attachment.steps = count
-        self.refresh_count = int(refreshes or 0)
+        self.refresh_count = refreshes
+        self._follow_schedule()

@@ -76,6 +76,8 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
 
 def explain(error: BaseException) -> str | None:
     """Return the one line that answers `error`, or None where it is not known to be the user's mistake."""
+    if isinstance(error, MisconfigurationException) and "No supported gpu" in str(error):
+        return "there is no GPU that this torch can use: trainer=cpu or trainer=ddp_cpu"
     if isinstance(error, AppError | TopKastError | MisconfigurationException):
         return str(error)
     if isinstance(error, InstantiationException):
@@ -94,7 +96,8 @@ def _explain_instantiation(error: InstantiationException) -> str | None:
     if cause is None or isinstance(cause, InstantiationException):
         return prefix + str(error).replace(where.group(0), "") if where else str(error)
     # What a constructor raises about its arguments; torch has RuntimeError for sizes.
-    if isinstance(cause, ValueError | TypeError | RuntimeError | OSError | ImportError | AppError):
+    known = (ValueError, TypeError, RuntimeError, OSError, ImportError, AppError, MisconfigurationException)
+    if isinstance(cause, known):
         return prefix + (explain(cause) or str(cause))
     return None
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_topkast.app.errors import AppError
 
@@ -35,11 +36,52 @@ def wandb_logger(save_dir: str, mode: str | None = None, **options: Any) -> Wand
     # As an option of wandb.init: `WandbLogger(offline=True)` would set WANDB_MODE for the whole process.
     if mode is not None:
         options["mode"] = mode
-    options.setdefault("settings", wandb.Settings(silent=True))  # the application's last lines say where the run is
+    # silent: the application's last lines say where the run is
+    options.setdefault("settings", wandb.Settings(silent=True, init_timeout=30))
     logger = WandbLogger(save_dir=save_dir, **options)
     if logger._wandb_init.get("anonymous") is None:
         logger._wandb_init.pop("anonymous", None)  # even None makes wandb.init warn that it is obsolete
     return logger
+
+
+def csv_logger(save_dir: str, name: str = "csv") -> CSVLogger:
+    """Return a `CSVLogger` for the folder `name`, or `name-2`, `name-3`, ... where an earlier run has left its curves.
+
+    Args:
+        save_dir: Folder of the run.
+        name: Folder in it.
+    """
+    folder, number = Path(save_dir) / name, 1
+    while getattr(rank_zero_only, "rank", 0) == 0:
+        try:
+            folder.mkdir(parents=True)  # of two runs at the same moment only one can
+            break
+        except FileExistsError:
+            if folder.is_dir() and not any(folder.iterdir()):
+                break
+            number += 1
+            folder = folder.with_name(f"{name}-{number}")
+        except OSError:
+            break  # refused with a clear message when all loggers are checked
+    return CSVLogger(save_dir, name="", version=folder.name)
+
+
+def log_config(loggers: Iterable[Logger], config: dict[str, Any]) -> None:
+    """Hand every logger the configuration; W&B's run begins here.
+
+    Raises:
+        AppError: W&B wants a network or a login and finds none.
+    """
+    for logger in loggers:
+        try:
+            logger.log_hyperparams(config)
+        except Exception as error:
+            if not type(error).__module__.startswith("wandb."):
+                raise
+            raise AppError(
+                f"W&B could not begin the run ({str(error).strip()}): log in, keep it on this machine with "
+                "logger.wandb.mode=offline, or leave it out with logger=csv"
+            ) from error
 
 
 def logged_in() -> bool:
@@ -62,8 +104,8 @@ def check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise AppError(
-            f"the logger folder {folder} can't be written ({error.strerror}): name another one with "
-            f"paths.output_dir=... or hydra.run.dir=..., or turn logging off with logger=none"
+            f"the folder {folder} can't be written ({error.strerror}): name another one with "
+            "hydra.run.dir=... or paths.output_dir=..."
         ) from error
 
 

@@ -45,14 +45,16 @@ def print_report(
         console.print(f"Checkpoint:  {checkpoint}", highlight=False)
     if wandb_dir is not None:
         console.print(f"W&B offline: wandb sync {wandb_dir}", highlight=False)
-    figures = "  ".join(f"{name} {value:.4f}" for name, value in sorted(metrics.items()) if name.startswith("test/"))
+    figures = "  ".join(f"{name} {value:.4f}" for name, value in sorted(metrics.items()))
     if figures:
         console.print(f"[bold]Final:       {figures}[/bold]", highlight=False)
 
 
 def sparsity_table(counts: list[WeightCount]) -> Table:
     """One row a weight with two dimensions or more, and one for all parameters; counted, not taken from settings."""
-    table = Table("weight", "shape", title="Realised sparsity", title_justify="left")
+    table = Table(title="Realised sparsity", title_justify="left")
+    table.add_column("weight", overflow="fold")  # names must stay whole
+    table.add_column("shape")
     for column in ("entries", "non-zero", "sparsity"):
         table.add_column(column, justify="right")
     for name, shape, entries, nonzero in counts:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import warnings
 from collections.abc import Mapping
+from numbers import Real
 from pathlib import Path
-from typing import Any, cast
-from zipfile import is_zipfile
+from typing import Any, NoReturn, cast
 
 import hydra
 import torch
@@ -15,12 +17,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from lightning_topkast.app.checkpoint import Checkpoint, open_checkpoint
 from lightning_topkast.app.errors import (
     CONFIG_MODULE,
     CONFIG_NAME,
@@ -29,7 +33,7 @@ from lightning_topkast.app.errors import (
     let_errors_through,
     one_line_errors,
 )
-from lightning_topkast.app.loggers import check_all_writable, close_wandb, wandb_folder
+from lightning_topkast.app.loggers import check_all_writable, check_writable, close_wandb, log_config, wandb_folder
 from lightning_topkast.app.report import count_weights, print_report
 from lightning_topkast.app.task import ClassificationTask
 
@@ -55,28 +59,34 @@ def train(cfg: DictConfig) -> float:
 
 
 def _train(cfg: DictConfig) -> float:
+    check_numbers(cfg)
+    check_writable(Path(cfg.paths.output_dir))
     seed_everything(cfg.seed, workers=True, verbose=False)
-    check_checkpoint(cfg.ckpt_path)
+    checkpoint = open_checkpoint(cfg.ckpt_path)
     data: LightningDataModule = instantiate(cfg.data, _convert_="all")
     model = build_model(cfg)
     loggers: list[Logger] = _instantiate_all(cfg.logger)
     check_all_writable(loggers)
-    trainer: Trainer = instantiate(
-        cfg.trainer,
-        logger=loggers or False,
-        callbacks=build_callbacks(cfg, has_loggers=bool(loggers)),
-        _convert_="all",
-    )
+    callbacks = build_callbacks(cfg, has_loggers=bool(loggers))
+    if checkpoint is not None:
+        checkpoint.check_model(model)
+        checkpoint.check_callbacks(callbacks)
+        checkpoint.check_optimizer(getattr(model, "optimizer", None))
+    trainer: Trainer = instantiate(cfg.trainer, logger=loggers or False, callbacks=callbacks, _convert_="all")
     _refuse_sweep_over_processes(trainer)
-    for logger in trainer.loggers:
-        logger.log_hyperparams(cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)))
+    log_config(trainer.loggers, cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)))
 
-    trainer.fit(model, datamodule=data, ckpt_path=cfg.ckpt_path)
+    try:
+        trainer.fit(model, datamodule=data, ckpt_path=cfg.ckpt_path)
+    except SystemExit as stop:  # Lightning has handled Ctrl-C or SIGTERM, and has saved what it saves
+        _say_how_to_go_on(stop, trainer)
+    _refuse_no_training(trainer, checkpoint)
     score = monitored(trainer, cfg.recipe.monitor)
     best: str = getattr(trainer.checkpoint_callback, "best_model_path", "")
-    figures: Mapping[str, float] = {}
+    figures: Mapping[str, float] = {cfg.recipe.monitor: score}
     if cfg.test:
-        figures = trainer.test(model, datamodule=data, ckpt_path=best or None, verbose=False)[0]
+        tested = trainer.test(model, datamodule=data, ckpt_path=best or None, verbose=False)[0]
+        figures = {name: value for name, value in tested.items() if name.startswith("test/")} or tested
     counts = count_weights(model)
     if trainer.is_global_zero:
         wandb_dir = wandb_folder(trainer.loggers)
@@ -104,17 +114,47 @@ def build_callbacks(cfg: DictConfig, has_loggers: bool) -> list[Callback]:
     return callbacks
 
 
-def check_checkpoint(path: str | None) -> None:
-    """Refuse a checkpoint that is missing or was cut off, before anything is built."""
-    if path is None or "://" in path or path in ("last", "best", "hpc", "registry"):
+def check_numbers(cfg: DictConfig) -> None:
+    """Refuse text where a number is needed, which would fail far from its cause."""
+    for key, kind, optional in (
+        ("seed", int, False),
+        ("trainer.max_epochs", int, True),
+        ("trainer.max_steps", int, True),
+        ("optimizer.lr", Real, True),
+    ):
+        value = OmegaConf.select(cfg, key)
+        if not (isinstance(value, kind) and not isinstance(value, bool)) and not (optional and value is None):
+            raise AppError(f"{key}={value} is not valid: expected {'an int' if kind is int else 'a number'}")
+
+
+def _say_how_to_go_on(stop: SystemExit, trainer: Trainer) -> NoReturn:
+    """Exit as shells expect it of an interrupted program, once the user knows where the last checkpoint is."""
+    last = [
+        str(callback.best_model_path)  # without a metric to follow, the newest is the best
+        for callback in trainer.checkpoint_callbacks
+        if isinstance(callback, ModelCheckpoint) and callback.monitor is None
+    ]
+    if trainer.is_global_zero:
+        overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+        again = " ".join(["topkast-train", *(f"'{text}'" for text in overrides if not text.startswith("ckpt_path="))])
+        way = f"go on with {again} ckpt_path={last[-1]}" if any(last) else "there is no checkpoint of it yet"
+        print(f"\ntopkast-train: interrupted in epoch {trainer.current_epoch}; {way}", file=sys.stderr, flush=True)
+    raise SystemExit(143 if isinstance(stop, SIGTERMException) else 130)
+
+
+def _refuse_no_training(trainer: Trainer, checkpoint: Checkpoint | None) -> None:
+    before = checkpoint.step if checkpoint else 0
+    if trainer.global_step > before or trainer.fast_dev_run:  # type: ignore[attr-defined]
         return
-    file = Path(path)
-    if not file.exists():
-        siblings = [entry.name for entry in file.parent.glob("*.ckpt")] if file.parent.is_dir() else []
-        hint = f": {did_you_mean(file.name, siblings)}" if siblings else ""
-        raise AppError(f"there is no checkpoint {file.absolute()}{hint}")
-    if file.is_file() and not is_zipfile(file):  # a checkpoint is a zip file, whose directory stands at its end
-        raise AppError(f"the checkpoint {file} is not complete: it was cut off, or is no checkpoint; take another one")
+    if checkpoint is not None:
+        raise AppError(
+            f"nothing was left to train: {checkpoint.path} is at step {checkpoint.step}, the end of "
+            f"trainer.max_epochs={trainer.max_epochs}, trainer.max_steps={trainer.max_steps}; raise them"
+        )
+    raise AppError(
+        f"nothing was trained: trainer.max_epochs={trainer.max_epochs}, trainer.max_steps={trainer.max_steps}, "
+        f"{trainer.num_training_batches} batches an epoch; each of them must allow a step"
+    )
 
 
 def monitored(trainer: Trainer, name: str) -> float:
@@ -156,8 +196,12 @@ def main() -> None:
     # Lightning's advice to install its own cloud service's logger.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "Tip: For" not in r.getMessage())
     let_errors_through()
-    with one_line_errors():
-        _run()
+    try:
+        with one_line_errors():
+            _run()
+    except BrokenPipeError:  # the reader, `head` for one, has seen enough; what is still in the buffer goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
 
 
 if __name__ == "__main__":

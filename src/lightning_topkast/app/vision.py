@@ -50,5 +50,6 @@ def load_torchvision(submodule: str) -> ModuleType:
         from lightning_topkast.app.errors import AppError
 
         raise AppError(
-            f"this model or data set needs torchvision ({error}): pip install 'lightning-topkast[vision]'"
+            f"this model or data set needs torchvision ({error}): pip install 'lightning-topkast[vision]', or "
+            "in a clone .venv/bin/pip install -c constraints.txt '.[vision]'"
         ) from error

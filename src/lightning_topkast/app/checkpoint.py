@@ -1,0 +1,112 @@
+"""Checkpoints that a run goes on from: what does not fit is refused before any training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from zipfile import is_zipfile
+
+import torch
+from lightning import Callback, LightningModule
+from torch.optim import Optimizer
+
+from lightning_topkast import TopKastCallback
+from lightning_topkast.app.errors import AppError
+
+_OF_OTHERS = ("hpc", "registry")  # Lightning finds these by itself: after a SLURM requeue, and in its model registry
+
+
+class Checkpoint:
+    """The contents of a checkpoint file, read without unpickling code and without copying its tensors.
+
+    Args:
+        path: the file.
+
+    Raises:
+        AppError: it is missing, cut off, or no checkpoint of Lightning.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        if path in ("last", "best"):
+            raise AppError(
+                f"ckpt_path={path} finds nothing, since every run has a folder of its own: name the file, "
+                f"{_newest() or 'outputs/<day>/<time>/checkpoints/last.ckpt'}"
+            )
+        if not self.path.exists():
+            siblings = [entry.name for entry in self.path.parent.glob("*.ckpt")] if self.path.parent.is_dir() else []
+            hint = f"; that folder has {', '.join(sorted(siblings))}" if siblings else ""
+            raise AppError(f"there is no checkpoint {self.path.absolute()}{hint}")
+        if not is_zipfile(self.path):  # a checkpoint is a zip file, whose directory stands at its end
+            raise AppError(
+                f"the checkpoint {path} is not complete: it was cut off, or is no checkpoint; take another one"
+            )
+        try:
+            content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:
+            raise AppError(f"{path} is no checkpoint that can be read safely ({_first_line(error)})") from error
+        if not isinstance(content, dict) or not {"pytorch-lightning_version", "state_dict"} <= content.keys():
+            raise AppError(f"{path} is no checkpoint of a run: it lacks the training state; take a last.ckpt")
+        self.content: dict[str, Any] = content
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken when it was written."""
+        return int(self.content["global_step"])
+
+    def check_model(self, model: LightningModule) -> None:
+        """Refuse a model with other weights."""
+        saved: Mapping[str, torch.Tensor] = self.content["state_dict"]
+        own = model.state_dict()
+        for name in [*own, *(name for name in saved if name not in own)]:
+            found, expected = (tuple(s[name].shape) if name in s else None for s in (saved, own))
+            if found != expected:
+                raise AppError(
+                    f"the checkpoint {self.path} belongs to another model: its '{name}' is {found or 'missing'}, this "
+                    f"run's is {expected or 'missing'}; resume with the model and data it was trained with"
+                )
+
+    def check_callbacks(self, callbacks: list[Callback]) -> None:
+        """Refuse to go on dense with the zeros of a sparse network."""
+        sparse = any(key.startswith(TopKastCallback.__qualname__) for key in self.content.get("callbacks", {}))
+        if sparse and not any(isinstance(callback, TopKastCallback) for callback in callbacks):
+            raise AppError(
+                f"the checkpoint {self.path} is of a sparse run, which would lose its sparsity here: resume with the "
+                "sparsity=... it was trained with"
+            )
+
+    def check_optimizer(self, part: Any) -> None:
+        """Refuse an optimizer of another kind; its state would be missing in the middle of its first step."""
+        optimizer = part([torch.zeros(1, requires_grad=True)])
+        if not isinstance(optimizer, Optimizer):
+            return
+        for state in self.content.get("optimizer_states", [])[:1]:
+            missing = sorted(optimizer.defaults.keys() - state["param_groups"][0].keys())
+            if missing:
+                raise AppError(
+                    f"the checkpoint {self.path} was written with another optimizer than {type(optimizer).__name__}: "
+                    f"it has no '{missing[0]}'; resume with the optimizer it was trained with"
+                )
+
+
+def open_checkpoint(path: str | None) -> Checkpoint | None:
+    """Return the checkpoint that a run goes on from, None where there is none or only Lightning can read it."""
+    if path is None or "://" in path or path in _OF_OTHERS:
+        return None
+    folder = Path(path)
+    if folder.is_dir():
+        if (folder / "meta.pt").exists() or (folder / ".metadata").exists():
+            return None  # sharded over processes
+        inside = ", ".join(sorted(str(file) for file in folder.rglob("*.ckpt"))[:4])
+        raise AppError(f"ckpt_path={path} is a folder: name the file{f', {inside}' if inside else ' in it'}")
+    return Checkpoint(path)
+
+
+def _newest() -> Path | None:
+    found = sorted(Path("outputs").glob("*/*/checkpoints/last.ckpt"), key=lambda file: file.stat().st_mtime)
+    return found[-1] if found else None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

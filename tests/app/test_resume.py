@@ -1,0 +1,154 @@
+"""Going on from a checkpoint, and being stopped: what does not fit is said in one line, and nothing is lost."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from tests.helpers import plain_path
+
+pytestmark = [
+    # Lightning's own, when a run goes on in a folder of its own, or a second one in the same folder
+    pytest.mark.filterwarnings("ignore:The dirpath has changed"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+]
+
+SHORT = ("trainer.limit_train_batches=2", "trainer.limit_val_batches=1", "trainer.limit_test_batches=1", "logger=none")
+
+
+def last_line(text):
+    return text.strip().splitlines()[-1]
+
+
+@pytest.fixture
+def checkpoint(cli, tmp_path):
+    """The last checkpoint of a finished run of one epoch."""
+    assert cli(*SHORT, "trainer.max_epochs=1", f"paths.output_dir={tmp_path}/run")[0] == 0
+    return tmp_path / "run" / "checkpoints" / "last.ckpt"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (["sparsity=dense", "trainer.max_epochs=2"], "is of a sparse run, which would lose its sparsity here"),
+        (["sparsity=topkast_80_50", "trainer.max_epochs=2"], "resume with the sparsities and distribution it had"),
+        (
+            ["model.hidden=[64]", "trainer.max_epochs=2"],
+            "another model: its 'net.hidden1.weight' is (256, 64)",
+        ),
+        (["optimizer=sgd", "trainer.max_epochs=2"], "written with another optimizer than SGD"),
+        (["trainer.max_epochs=1"], "nothing was left to train"),
+    ],
+    ids=["dense", "densities", "model", "optimizer", "finished"],
+)
+def test_checkpoint_that_does_not_fit_is_refused(cli, checkpoint, changes, expected):
+    code, _, err = cli(*SHORT, f"ckpt_path={checkpoint}", *changes)
+    assert code == 2
+    assert expected in last_line(err)
+
+
+def test_run_goes_on_from_its_checkpoint(cli, checkpoint):
+    code, out, _ = cli(*SHORT, f"ckpt_path={checkpoint}", "trainer.max_epochs=2")
+    assert code == 0
+    assert "epoch 2/2:" in out
+    assert "epoch 1/2:" not in out
+
+
+@pytest.mark.parametrize("content", [{"a": torch.zeros(2)}, [1, 2], "code"], ids=["state dict", "list", "code"])
+def test_file_that_is_no_checkpoint_is_refused(cli, tmp_path, content):
+    path = tmp_path / "other.ckpt"
+    torch.save(os.system if content == "code" else content, path)
+    code, _, err = cli(f"ckpt_path={path}", "logger=none")
+    assert code == 2
+    assert f"{path} is no checkpoint" in last_line(err)
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_checkpoint_must_be_named_by_its_file(cli, checkpoint, folder):
+    code, _, err = cli(f"ckpt_path={checkpoint.parent if folder else 'last'}", "logger=none")
+    assert code == 2
+    assert "name the file, " in last_line(err)
+
+
+def test_a_second_run_in_a_folder_keeps_the_curves_of_the_first(cli, tmp_path):
+    run = (*SHORT[:-1], "logger=csv", "trainer.max_epochs=1", f"paths.output_dir={tmp_path}/run")
+    assert cli(*run)[0] == 0
+    first = (tmp_path / "run" / "csv" / "metrics.csv").read_text()
+    assert cli(*run, "seed=1")[0] == 0
+    assert (tmp_path / "run" / "csv" / "metrics.csv").read_text() == first
+    assert (tmp_path / "run" / "csv-2" / "metrics.csv").read_text() != first
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("trainer.max_epochs=abc", "trainer.max_epochs=abc is not valid: expected an int"),
+        ("seed=abc", "seed=abc is not valid: expected an int"),
+        ("optimizer.lr=abc", "optimizer.lr=abc is not valid: expected a number"),
+        ("trainer.max_epochs=0", "nothing was trained: trainer.max_epochs=0"),
+        ("trainer=gpu", "there is no GPU that this torch can use: trainer=cpu or trainer=ddp_cpu"),
+    ],
+)
+def test_values_that_cannot_train_are_refused(cli, override, expected):
+    if override == "trainer=gpu" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    code, _, err = cli("logger=none", override)
+    assert code == 2
+    assert expected in last_line(err)
+
+
+def test_wandb_that_cannot_log_in_is_answered_in_one_line(cli):
+    # not by WANDB_MODE, which W&B reads once in a process: an earlier test may have been the one
+    code, _, err = cli("logger=wandb", "logger.wandb.mode=online", *SHORT[:-1])
+    assert code == 2
+    assert "W&B could not begin the run" in last_line(err)
+    assert "logger.wandb.mode=offline" in last_line(err)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_run_says_how_to_go_on_and_exits_as_shells_expect(tmp_path, sent, code):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(plain_path()), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "lightning_topkast.app.train", "trainer.max_epochs=10000", "logger=none"]
+    run = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job would ignore it
+    )
+    try:
+        assert run.stdout.readline().startswith("epoch 1/10000:")
+        time.sleep(0.2)
+        run.send_signal(sent)
+        _, err = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert run.returncode == code
+    assert "topkast-train: interrupted in epoch " in last_line(err)
+    path = last_line(err).rpartition("ckpt_path=")[2]
+    assert torch.load(path, weights_only=True)["callbacks"]
+
+
+def test_output_that_nobody_reads_any_more_ends_quietly(tmp_path):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(plain_path()), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "lightning_topkast.app.train", "trainer.max_epochs=200", "logger=none"]
+    run = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job would ignore it
+    )
+    run.stdout.readline()
+    run.stdout.close()
+    err = run.stderr.read()
+    run.stderr.close()
+    assert run.wait(timeout=60) == 141
+    assert "Traceback" not in err

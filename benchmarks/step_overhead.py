@@ -19,13 +19,12 @@ from time import process_time
 from typing import Any
 
 import torch
+from tables import Row, table
 from torch import Tensor, nn
 from variants import BACKWARD, EVERY, FORWARD, VARIANTS, Dense, Masked
 from workloads import Workload, adamw, workloads
 
 from lightning_topkast import TopKast
-
-Row = dict[str, Any]
 
 
 def main() -> None:
@@ -234,7 +233,7 @@ def mask_kinds(size: int, rounds: int) -> list[Row]:
     ]
 
 
-# --- the aims, and printing -------------------------------------------------------------------------------------------
+# --- the aims -----------------------------------------------------------------------------------------------------
 
 
 def aims(results: dict[str, Any]) -> list[Row]:
@@ -259,23 +258,6 @@ def aims(results: dict[str, Any]) -> list[Row]:
             add(f"{row['network']}: refresh < 1 % of training", row["% of training"], 1)
             add(f"{row['network']}: extra memory ≤ 9 bytes an entry", row["extra bytes/entry"], 9)
     return rows
-
-
-def table(title: str, rows: list[Row]) -> None:
-    """Print rows as a Markdown table; a row may lack columns."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [[shown(row.get(column)) for column in columns] for row in rows]
-    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
-    print(f"### {title}\n")
-    for line in (columns, ["-" * width for width in widths], *cells):
-        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |")
-    print(flush=True)
-
-
-def shown(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.0f}" if value >= 1000 else f"{value:.1f}" if value >= 10 else f"{value:.3f}"
-    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 if __name__ == "__main__":

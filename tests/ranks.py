@@ -99,6 +99,8 @@ def main(folder: Path) -> None:
     mp.start_processes(ranks, (folder,), nprocs=2, start_method="fork")
     train(folder)
     train(folder / "accumulated", accumulate=2, update_every=2, exploration="random")
+    train(folder / "packed", execution="packed")
+    train(folder / "compact", accumulate=2, update_every=2, execution="compact")
     try:
         train(folder / "drifted", Drift, update_every=4)
     except Exception as error:  # the launcher wraps what a rank raised

@@ -20,6 +20,9 @@ from tests.helpers import (
     zero_outside,
 )
 
+pytestmark = pytest.mark.usefixtures("execution")
+
+
 averaging = pytest.importorskip("lightning.pytorch.callbacks.weight_averaging", reason="came with Lightning 2.6")
 
 AVERAGES = {

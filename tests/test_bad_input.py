@@ -58,7 +58,9 @@ def test_sparsities_out_of_range(forward, backward, message):
         ({"penalty_strength": math.inf, "penalty": "l1"}, "penalty_strength=inf is not valid"),
         ({"penalty_shrinkage": 1.0}, r"penalty_shrinkage=1.0 is not valid: expected in \[0, 1\)"),
         ({"penalty_shrinkage": 0.1, "penalty": "l1"}, "penalty_shrinkage.*only penalty='l2'.*give penalty_strength"),
-        ({"execution": "packed"}, "execution='packed' is not valid"),
+        ({"execution": "folded"}, "execution='folded' is not valid"),
+        ({"operators": "fast"}, "operators='fast' is not valid"),
+        ({"strict": "yes"}, "strict='yes' is not valid"),
         ({"stop_exploration_at": -1}, "stop_exploration_at=-1 is not valid: expected a step"),
         ({"stop_exploration_at": 1.5}, "stop_exploration_at=1.5 is not valid.*fraction"),
         ({"stop_exploration_at": "half"}, "stop_exploration_at='half' is not valid"),
@@ -137,8 +139,10 @@ def test_lazy_modules_without_a_shape_are_refused():
 def test_fraction_of_an_unlimited_run(tmp_path):
     with pytest.raises(TopKastError, match=r"stop_exploration_at=0.5 is a fraction.*max_steps or max_epochs"):
         fit(make_trainer(tmp_path, make_callback(stop_exploration_at=0.5), max_epochs=-1), make_net())
+    net = make_net()
+    topkast = TopKast(net, 0.75, 0.5, stop_exploration_at=0.5)
     with pytest.raises(TopKastError, match="total_steps"):
-        TopKast(make_net(), 0.75, 0.5, stop_exploration_at=0.5)
+        topkast.attach(torch.optim.SGD(net.parameters(), 0.1))
 
 
 # --- the penalty --------------------------------------------------------------------------------------------------

@@ -82,6 +82,12 @@ def test_resumed_run_equals_the_whole_run_bit_for_bit(tmp_path, optimizer, updat
         {"penalty_shrinkage": 1e-2},
         {"reset_optimizer_state": False},
         {"distribution": "erk", "keep_first_dense": False, "keep_last_dense": False},
+        {"refresh_delay": 2},
+        {"execution": "packed"},
+        {"execution": "packed", "refresh_delay": 1, "update_every": 5},
+        {"execution": "packed", "stop_exploration_at": 0.25, "penalty_shrinkage": 1e-2},
+        {"execution": "packed", "exploration": "random", "distribution": "erk", "keep_last_dense": False},
+        {"execution": "compact"},
     ],
     ids=str,
 )
@@ -103,6 +109,31 @@ def test_run_with_a_scheduler_resumes_bit_for_bit(tmp_path, options):
         return Scheduled()
 
     check_resumes_exactly(tmp_path, options, model)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
+def test_packed_run_resumes_bit_for_bit(tmp_path, optimizer, accumulate):
+    check_resumes_exactly(
+        tmp_path,
+        {"update_every": 3, "penalty_strength": 1e-2, "execution": "packed"},
+        lambda seed=0: make_net(seed=seed, optimizer=optimizer, lr=0.05),
+        accumulate_grad_batches=accumulate,
+    )
+
+
+@pytest.mark.parametrize(("saved", "resumed"), [("masked", "packed"), ("packed", "compact"), ("compact", "masked")])
+def test_run_resumes_in_another_execution(tmp_path, saved, resumed):
+    options = {"update_every": 3, "penalty_strength": 1e-2}
+    whole = run(tmp_path, make_callback(**options), make_net(optimizer="adamw", lr=0.02), 4)
+    save = SaveAfter(tmp_path / "half.ckpt", epoch=1)
+    run(tmp_path, make_callback(execution=saved, **options), make_net(optimizer="adamw", lr=0.02), 4, others=[save])
+    callback = make_callback(execution=resumed, **options)
+    other = run(tmp_path, callback, make_net(seed=7, optimizer="adamw", lr=0.02), 4, ckpt_path=tmp_path / "half.ckpt")
+    for part in ("parameters", "θ"):
+        for name, value in whole[part].items():
+            torch.testing.assert_close(other[part][name], value, rtol=1e-4, atol=1e-6)
+    assert torch.equal(callback.topkast.weights[MIDDLE].tiers, whole["sets and reserves"]["weights"][MIDDLE]["tiers"])
 
 
 def test_bfloat16_run_resumes_bit_for_bit(tmp_path):

@@ -60,6 +60,7 @@ trainer:
         forward_sparsity: 0.75
         backward_sparsity: 0.5
         update_every: 2
+        refresh_delay: 1
         distribution: erk
         overrides:
           layers.2.*: {forward_sparsity: 0.5}
@@ -76,6 +77,8 @@ trainer:
         keep_last_dense: false
         reset_optimizer_state: false
         execution: masked
+        operators: auto
+        strict: false
         seed: 7
 """
 
@@ -85,7 +88,7 @@ def test_yaml_with_every_argument_builds_a_callback(tmp_path):
     cli = LightningCLI(Net, run=False, save_config_callback=None, args=[f"--config={tmp_path}/config.yaml"])
     (callback,) = (callback for callback in cli.trainer.callbacks if isinstance(callback, TopKastCallback))
     expected = TopKastCallback(
-        0.75, 0.5, update_every=2, distribution="erk",
+        0.75, 0.5, update_every=2, refresh_delay=1, distribution="erk",
         overrides={
             "layers.2.*": {"forward_sparsity": 0.5},
             "layers.4.weight": {"forward_sparsity": 0.25, "backward_sparsity": 0},
@@ -105,7 +108,7 @@ def test_yaml_with_every_argument_builds_a_callback(tmp_path):
 
 @pytest.mark.parametrize(
     "wrong",
-    ["distribution=even", "exploration=greedy", "penalty=l3", "execution=packed", "update_every=often", "include=3"],
+    ["distribution=even", "exploration=greedy", "penalty=l3", "execution=folded", "update_every=often", "include=3"],
 )
 def test_cli_refuses_what_is_no_choice(wrong, capsys):
     with pytest.raises(SystemExit):

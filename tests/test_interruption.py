@@ -11,16 +11,16 @@ from torch import nn
 
 from lightning_topkast import TopKast, TopKastError
 from lightning_topkast.selection import nested_top_k
-from lightning_topkast.weights import SparseWeight
+from lightning_topkast.weights import MaskedWeight
 from tests.helpers import MIDDLE, check_sparse, fit, make_callback, make_net, make_trainer, same, zero_outside
 
 # --- inside one weight --------------------------------------------------------------------------------------------
 
 
-def weight_in_training() -> SparseWeight:
+def weight_in_training() -> MaskedWeight:
     """A weight after its first selection, with values outside A."""
     torch.manual_seed(0)
-    weight = SparseWeight("weight", nn.Parameter(torch.randn(12, 12)), 20, 50)
+    weight = MaskedWeight("weight", nn.Parameter(torch.randn(12, 12)), 20, 50)
     weight.apply(nested_top_k(weight.magnitudes(), (50, 20)))
     weight.strength = 0.1
     return weight
@@ -28,7 +28,7 @@ def weight_in_training() -> SparseWeight:
 
 def interrupt_at(line: int, method, *arguments) -> bool:
     """Call `method`, and raise KeyboardInterrupt as its `line`-th line begins; return whether it got that far."""
-    codes, seen = {method.__func__.__code__, SparseWeight._switch.__code__}, 0
+    codes, seen = {method.__func__.__code__, MaskedWeight._switch.__code__}, 0
 
     def trace(frame, event, _):
         nonlocal seen
@@ -51,7 +51,7 @@ def interrupt_at(line: int, method, *arguments) -> bool:
     return False
 
 
-def check_recovered(weight: SparseWeight) -> None:
+def check_recovered(weight: MaskedWeight) -> None:
     assert weight.is_sparse
     assert not weight.is_open
     assert int(weight.active.sum()) == weight.active_count

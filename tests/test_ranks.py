@@ -30,7 +30,7 @@ def load(path: Path):
     return torch.load(path, weights_only=True)
 
 
-@pytest.mark.parametrize("run", [".", "accumulated"])
+@pytest.mark.parametrize("run", [".", "accumulated", "packed", "compact"])
 def test_both_ranks_hold_the_same_sets_after_training(folder, run):
     first, second = load(folder / run / "trained-0.pt"), load(folder / run / "trained-1.pt")
     assert same(first, second)
@@ -45,6 +45,9 @@ def test_both_ranks_hold_the_same_sets_after_training(folder, run):
         (".", 1, {}),
         # without synchronisation between accumulated batches (DDP's no_sync), and with sets that a generator decides
         ("accumulated", 2, {"update_every": 2, "exploration": "random"}),
+        # |B| values are all that is reduced
+        ("packed", 1, {"execution": "packed"}),
+        ("compact", 2, {"update_every": 2, "execution": "compact"}),
     ],
 )
 def test_two_ranks_train_as_one_process_on_both_shares(folder, tmp_path, run, accumulate, changes):

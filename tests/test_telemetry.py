@@ -10,7 +10,10 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_topkast.telemetry import Telemetry
-from tests.helpers import MIDDLE, Net, SaveAfter, fit, make_callback, make_net, make_trainer
+from tests.helpers import MIDDLE, Net, SaveAfter, fit, make_callback, make_net, make_trainer, parameters_of
+
+pytestmark = pytest.mark.usefixtures("execution")
+
 
 LAST = "layers.4.weight"
 STRENGTH = 1e-2
@@ -32,7 +35,7 @@ class ByHand(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         topkast = self.callback.topkast
-        sizes = {name: weight.parameter.numel() for name, weight in topkast.weights.items()}
+        sizes = {name: weight.size for name, weight in topkast.weights.items()}
         if topkast.refresh_count > self.refreshes:
             self.refreshes = topkast.refresh_count
             for name, weight in topkast.weights.items():
@@ -51,7 +54,8 @@ class ByHand(Callback):
         row = {
             "topkast/forward_sparsity": 1 - sum(active.values()) / total,
             "topkast/backward_sparsity": 1 - sum(updated.values()) / total,
-            "topkast/model_sparsity": (total - sum(active.values())) / sum(p.numel() for p in pl_module.parameters()),
+            "topkast/model_sparsity": (total - sum(active.values()))
+            / sum(p.numel() for p in parameters_of(pl_module).values()),
             "topkast/mask_change": sum(self.changed.values()) / sum(active.values()),
             "topkast/reservoir_activated": sum(int((self.ever[n] & r).sum()) for n, r in self.reservoir.items())
             / sum(int(r.sum()) for r in self.reservoir.values()),
@@ -209,6 +213,8 @@ def test_a_step_that_logs_nothing_computes_nothing_for_the_log(tmp_path, monkeyp
     assert all("tolist" in steps[step - 1] for step in busy), "the recorder sees what waits"
 
 
+# told by the operations that the masked mode uses
+@pytest.mark.parametrize("execution", ["masked"], indirect=True)
 @pytest.mark.usefixtures("host_reads_recorded")
 def test_a_step_between_refreshes_never_waits_for_the_device(tmp_path):
     """No operation of a whole training step brings a value or a size to the host."""

@@ -24,14 +24,13 @@ def offline_run(tmp_path_factory):
     """One offline run of twelve steps: its records, its folder, its callback and the values counted by hand."""
     folder = tmp_path_factory.mktemp("wandb")
     with pytest.MonkeyPatch.context() as patch:
-        # WandbLogger(offline=True) sets WANDB_MODE for the whole process
-        patch.setenv("WANDB_MODE", "offline")
         patch.setenv("WANDB_SILENT", "true")
         for name in ("CACHE", "CONFIG", "DATA"):
             patch.setenv(f"WANDB_{name}_DIR", str(folder))
+        # mode, not offline=True, which sets WANDB_MODE: that is read once in a process, and stays set
         callback = make_callback(penalty_strength=STRENGTH)
         by_hand = ByHand(callback)
-        logger = WandbLogger(offline=True, save_dir=folder, project="test")
+        logger = WandbLogger(mode="offline", save_dir=folder, project="test")
         try:
             trainer = make_trainer(folder, callback, by_hand, logger=logger, max_epochs=3)
             fit(trainer, make_net(optimizer="adamw", lr=0.05))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_topkast.callback import TopKastCallback
     from lightning_topkast.errors import NonFiniteWeightError, TopKastError
+    from lightning_topkast.layers import to_csr, to_dense
     from lightning_topkast.metrics import MaskChange, ReservoirActivation, Sparsity
     from lightning_topkast.topkast import TopKast
     from lightning_topkast.weights import SparseWeight
@@ -19,11 +20,14 @@ __all__ = [
     "TopKast",
     "TopKastCallback",
     "TopKastError",
+    "to_csr",
+    "to_dense",
 ]
 
 _HOMES = {
     "callback": ("TopKastCallback",),
     "errors": ("NonFiniteWeightError", "TopKastError"),
+    "layers": ("to_csr", "to_dense"),
     "metrics": ("MaskChange", "ReservoirActivation", "Sparsity"),
     "topkast": ("TopKast",),
     "weights": ("SparseWeight",),

@@ -17,7 +17,7 @@ def allocate(targets: Sequence[Target], settings: Settings) -> dict[str, tuple[i
     Raises:
         TopKastError: an override that matches no sparse weight, or a weight too small for one active entry.
     """
-    shapes = {target.name: tuple(target.parameter.shape) for target in targets}
+    shapes = {target.name: tuple(target.shape) for target in targets}
     overridden: dict[str, tuple[float, float]] = {}
     for pattern, values in (settings.overrides or {}).items():
         matched = [name for name in shapes if fnmatchcase(name, pattern)]
@@ -31,7 +31,7 @@ def allocate(targets: Sequence[Target], settings: Settings) -> dict[str, tuple[i
     backward_densities = share_out(free, 1 - settings.backward_sparsity)
     counts = {}
     for target in targets:
-        name, size = target.name, target.parameter.numel()
+        name, size = target.name, target.shape.numel()
         density, updated_density = overridden.get(name) or (forward_densities[name], backward_densities[name])
         active = round(density * size)
         if active < 1:

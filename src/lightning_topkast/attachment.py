@@ -57,7 +57,8 @@ class Attachment:
         self._handles: list[RemovableHandle] = []
         if not self.weights:
             raise TopKastError(
-                f"this {name} holds none of the sparse weights; attach the optimizer made from this model"
+                f"this {name} holds none of the sparse weights; attach the optimizer made from this model (one that "
+                "is not masked: made after TopKast, which changes the layers)"
             )
         for hook in optimizer._optimizer_step_pre_hooks.values():
             other = getattr(hook, "__self__", None)
@@ -90,19 +91,26 @@ class Attachment:
     def mask_gradients(self) -> None:
         """Zero the gradients outside B."""
         for weight in self.weights:
-            if weight.parameter.grad is not None:
-                weight.mask_(weight.parameter.grad)
+            weight.mask_gradient()
 
     def prepare_step(self) -> None:
         """Mask the gradients of the next step, which then need not do it again."""
         self.mask_gradients()
         self._gradients_masked = True
 
-    def reset_state_outside(self, weight: SparseWeight) -> None:
-        """Zero the optimizer's state outside B, which would pull at entries that come back and decay into denormals."""
-        for key, value in self.optimizer.state.get(weight.parameter, {}).items():
-            if key in _ZERO_AT_FIRST and isinstance(value, Tensor) and value.shape == weight.parameter.shape:
-                weight.mask_(value)
+    def state_of(self, weight: SparseWeight) -> list[Tensor]:
+        """The optimizer's state of a weight that begins at zero: its momenta and averages, in the parameter's shape."""
+        state = self.optimizer.state.get(weight.parameter, {})
+        shape = weight.parameter.shape
+        return [v for key, v in state.items() if key in _ZERO_AT_FIRST and isinstance(v, Tensor) and v.shape == shape]
+
+    def adopt_state(self) -> None:
+        """Give state that was loaded from a run of another execution the parameters' shapes."""
+        for weight in self.weights:
+            state = self.optimizer.state.get(weight.parameter, {})
+            for key, value in state.items():
+                if isinstance(value, Tensor):
+                    state[key] = weight.adopt(value)
 
     # --- hooks ----------------------------------------------------------------------------------------------------
 

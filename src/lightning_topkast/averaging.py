@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 
-from lightning.pytorch import Callback, Trainer, callbacks
+from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
 from torch import nn
 
+from lightning_topkast.layers import packed_weights
 from lightning_topkast.topkast import TopKast
+from lightning_topkast.weights import MaskedWeight, PackedWeight
 
 # WeightAveraging came with Lightning 2.6
 _AVERAGING = tuple(
@@ -42,11 +44,22 @@ class SparseAverages:
                 name.replace("_orig_mod.", ""): parameter.detach()
                 for name, parameter in average.named_parameters(remove_duplicate=False)
             }
+            packed = packed_weights(average)
             for name, weight in self._topkast.weights.items():
-                weight.sparsify_average_(parameters[name], self._active[name])
+                if isinstance(weight, PackedWeight):
+                    packed[name].follow(weight)
+                elif isinstance(weight, MaskedWeight):
+                    weight.sparsify_average_(parameters[name], self._active[name])
         if self._refreshes != self._topkast.refresh_count:
             self._refreshes = self._topkast.refresh_count
             self._active = {name: weight.active for name, weight in self._topkast.weights.items()}
+
+
+def copy_again(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Make averages whose callbacks were set up before ours begin from the packed model."""
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, _AVERAGING) and getattr(callback, "_average_model", None) is not None:
+            callback.setup(trainer, pl_module, "fit")
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:

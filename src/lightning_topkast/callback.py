@@ -5,12 +5,14 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.trainer.call import _call_configure_model
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import Optimizer
 
-from lightning_topkast.averaging import SparseAverages, callbacks_of
+from lightning_topkast.averaging import SparseAverages, callbacks_of, copy_again
 from lightning_topkast.errors import TopKastError
+from lightning_topkast.ops import Operators
 from lightning_topkast.penalty import Penalty
 from lightning_topkast.settings import Distribution, Execution, Exploration, Settings
 from lightning_topkast.telemetry import Telemetry
@@ -29,6 +31,8 @@ class TopKastCallback(Callback):
             baseline if the penalty is off.
         update_every: optimizer steps between two refreshes, the choices of the active and the updated set (N of the
             paper, which saw no loss at 100).
+        refresh_delay: steps between choosing the sets, in a background thread, and their taking effect; 0 waits for
+            them. A run is the same whatever the timing. Below `update_every`.
         distribution: "uniform" gives every weight the same density, "erk" in proportion to the sum over the product of
             its sizes (Erdős-Rényi-Kernel).
         overrides: glob pattern of parameter names → {"forward_sparsity": ..., "backward_sparsity": ...}; later patterns
@@ -49,7 +53,14 @@ class TopKastCallback(Callback):
         keep_first_dense: keep the model's first weight dense.
         keep_last_dense: keep the model's last weight dense.
         reset_optimizer_state: zero the optimizer's state of entries that leave the updated set.
-        execution: "masked" simulates sparsity with dense tensors that hold zeros: it saves no time and no memory.
+        execution: how sparse weights are kept. "masked" simulates sparsity with dense tensors that hold zeros: it saves
+            no time and no memory. "packed" keeps the values of the updated set only, so that gradient and optimizer
+            state are as small, and multiplies by them in compressed form (Linear, 1×1 Conv2d, GPT-2's Conv1D); other
+            layers are kept "compact": the same, but for a dense weight that is made for every forward pass. "auto"
+            packs where that is expected to be faster than dense.
+        operators: which products packed layers use: "compiled" (C++, built on first use), PyTorch's own ("torch"), or
+            the former where they can be had ("auto").
+        strict: refuse weights that `execution` would have to leave masked, instead of warning.
         seed: decides random exploration.
 
     Raises:
@@ -66,6 +77,7 @@ class TopKastCallback(Callback):
         backward_sparsity: float,
         *,
         update_every: int = 100,
+        refresh_delay: int = 0,
         distribution: Distribution = "uniform",
         overrides: dict[str, dict[str, float]] | None = None,
         exploration: Exploration = "magnitude",
@@ -81,6 +93,8 @@ class TopKastCallback(Callback):
         keep_last_dense: bool = True,
         reset_optimizer_state: bool = True,
         execution: Execution = "masked",
+        operators: Operators = "auto",
+        strict: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -88,6 +102,7 @@ class TopKastCallback(Callback):
             "forward_sparsity": forward_sparsity,
             "backward_sparsity": backward_sparsity,
             "update_every": update_every,
+            "refresh_delay": refresh_delay,
             "distribution": distribution,
             "overrides": _plain(overrides),
             "exploration": exploration,
@@ -103,6 +118,8 @@ class TopKastCallback(Callback):
             "keep_last_dense": keep_last_dense,
             "reset_optimizer_state": reset_optimizer_state,
             "execution": execution,
+            "operators": operators,
+            "strict": strict,
             "seed": seed,
         }
         Settings(**self._options)  # refuse a bad value where it is given, not when training starts
@@ -110,6 +127,7 @@ class TopKastCallback(Callback):
         self._telemetry: Telemetry | None = None
         self._saved_state: dict[str, Any] | None = None
         self._averages: SparseAverages | None = None
+        self._new: TopKast | None = None  # an engine whose training has not begun
 
     @property
     def state_key(self) -> str:
@@ -128,17 +146,26 @@ class TopKastCallback(Callback):
                 "apart; use strategy='ddp' or a single device"
             )
 
+        packs = stage == "fit" and self._options["execution"] != "masked"
+        if packs and self._kept_engine(pl_module) is None and (self._new is None or self._new.model is not pl_module):
+            # Layers change: before the checkpoint is loaded and the optimizers are made. `configure_model` may be
+            # called twice, as Lightning itself does for every stage.
+            _call_configure_model(trainer)
+            self._new = self._build(trainer, pl_module)
+            copy_again(trainer, pl_module)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Build the engine here: parameters are final (moved, wrapped, restored) and optimizers exist."""
-        topkast = self._engine(trainer, pl_module)
-        try:
-            self._attach(topkast, trainer)
-        except TopKastError:
-            if topkast is not self.topkast:
-                topkast.release()  # refused: the model shall be what it was
-            raise
-        self.topkast = topkast
-        self._averages = SparseAverages(trainer, topkast) if SparseAverages.exist_in(trainer) else None
+        topkast = self._kept_engine(pl_module)
+        if topkast is None:
+            topkast = self._new = self._new or self._build(trainer, pl_module)
+        if isinstance(self._options["stop_exploration_at"], float):
+            topkast.plan(self._steps_of_run(trainer, topkast))
+        self._attach(topkast, trainer)
+        self.topkast, self._new = topkast, None
+        if SparseAverages.exist_in(trainer):
+            self._averages = SparseAverages(trainer, topkast)
+            topkast.follow(self._averages.update)  # before the average is updated in this step
         rank_zero_info(f"Top-KAST: what is sparse, and why the rest is not\n{topkast.summary()}")
 
         engines = self._started_engines(trainer, pl_module)
@@ -163,22 +190,23 @@ class TopKastCallback(Callback):
             topkast.load_state_dict(self._saved_state)
             self._saved_state = None
 
-    def _engine(self, trainer: Trainer, pl_module: LightningModule) -> TopKast:
-        """The engine of an earlier `fit` if the model is still as it left it, else a new one."""
-        fraction = isinstance(self._options["stop_exploration_at"], float)
-        total_steps = trainer.estimated_stepping_batches if fraction else None
+    def _kept_engine(self, pl_module: LightningModule) -> TopKast | None:
+        """The engine of an earlier `fit`, if the model is still as it left it."""
         if self.topkast is not None and self.topkast.model is pl_module and self.topkast.is_intact:
-            self.topkast.plan(total_steps)
             return self.topkast
-        if total_steps is not None and self._saved_state is None:
+        return None
+
+    def _build(self, trainer: Trainer, pl_module: LightningModule) -> TopKast:
+        others = [c for c in callbacks_of(trainer) if isinstance(c, TopKastCallback) and c is not self]
+        engines = [other._new or (other.topkast if other._works_on(pl_module) else None) for other in others]
+        taken = {name for engine in engines if engine is not None for name in engine.weights}
+        return TopKast(pl_module, taken=taken, **self._options)
+
+    def _steps_of_run(self, trainer: Trainer, topkast: TopKast) -> int | float:
+        total_steps = trainer.estimated_stepping_batches
+        if topkast is self._new and self._saved_state is None:
             total_steps -= trainer.global_step  # a dense checkpoint goes on sparse: we count from here
-        taken = {
-            name
-            for callback in callbacks_of(trainer)
-            if isinstance(callback, TopKastCallback) and callback is not self and callback._works_on(pl_module)
-            for name in callback.topkast.weights  # type: ignore[union-attr]
-        }
-        return TopKast(pl_module, total_steps=total_steps, taken=taken, **self._options)
+        return total_steps
 
     def _works_on(self, pl_module: LightningModule) -> bool:
         return self.topkast is not None and self.topkast.model is pl_module and self.topkast.is_attached
@@ -238,6 +266,9 @@ class TopKastCallback(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """A step may have been broken off: end it, as other callbacks may save a checkpoint; there is no teardown."""
+        if self._new is not None:  # refused: the model shall be what it was
+            self._new.release()
+            self._new = None
         if self.topkast is not None:
             self.topkast.detach()
 
@@ -248,6 +279,7 @@ class TopKastCallback(Callback):
         self._saved_state = None  # of a checkpoint that was only validated or tested
         if self.topkast is not None and stage == "fit":
             self.topkast.detach()
+            self.topkast.follow(None)
 
     def _restore_sparsity(self) -> None:
         if self._averages is not None and self.topkast is not None:
@@ -258,11 +290,14 @@ class TopKastCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The engine's state: tensors and primitives only."""
-        return self.topkast.state_dict() if self.topkast is not None else (self._saved_state or {})
+        engine = self._new or self.topkast
+        return engine.state_dict() if engine is not None else (self._saved_state or {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state until training starts: the weights it belongs to are not in place yet."""
+        """Keep the state until training starts: the weights it belongs to may not be in place yet, nor optimizers."""
         self._saved_state = state_dict
+        if self._new is not None and state_dict:  # packed layers are, and have just been given α only
+            self._new.load_state_dict(state_dict)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
         """Refuse to go on with a sparse checkpoint whose sets we would silently lose."""

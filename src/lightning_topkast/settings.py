@@ -8,11 +8,12 @@ from typing import Any, Literal, get_args
 
 from lightning_topkast.distribution import DISTRIBUTIONS
 from lightning_topkast.errors import TopKastError
+from lightning_topkast.ops import Operators
 from lightning_topkast.penalty import Penalty
 
 Distribution = Literal["uniform", "erk"]
 Exploration = Literal["magnitude", "random"]
-Execution = Literal["masked"]
+Execution = Literal["masked", "packed", "compact", "auto"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Settings:
     forward_sparsity: float
     backward_sparsity: float
     update_every: int = 100
+    refresh_delay: int = 0
     distribution: Distribution = "uniform"
     overrides: Mapping[str, Mapping[str, float]] | None = None
     exploration: Exploration = "magnitude"
@@ -41,6 +43,8 @@ class Settings:
     keep_last_dense: bool = True
     reset_optimizer_state: bool = True
     execution: Execution = "masked"
+    operators: Operators = "auto"
+    strict: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -49,7 +53,7 @@ class Settings:
             patterns = getattr(self, name)
             listed = isinstance(patterns, list | tuple) and all(isinstance(pattern, str) for pattern in patterns)
             _check(patterns is None or listed, name, patterns, "a list of strings or None")
-        for name in ("keep_first_dense", "keep_last_dense", "reset_optimizer_state"):
+        for name in ("keep_first_dense", "keep_last_dense", "reset_optimizer_state", "strict"):
             _check(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
         _check(_is_number(self.seed) and isinstance(self.seed, int), "seed", self.seed, "an int")
         _check(
@@ -69,6 +73,11 @@ class Settings:
             self.update_every,
             "an int of at least 1",
         )
+        delay = self.refresh_delay
+        _check(
+            _is_number(delay) and isinstance(delay, int) and 0 <= delay < self.update_every,
+            "refresh_delay", delay, f"an int of at least 0 and below update_every={self.update_every}",
+        )  # fmt: skip
         _check(
             self.distribution in DISTRIBUTIONS, "distribution", self.distribution, f"one of {', '.join(DISTRIBUTIONS)}"
         )
@@ -84,12 +93,13 @@ class Settings:
             self.penalty,
             f"one of {', '.join(get_args(Penalty))} (penalty_strength=0 turns it off)",
         )
-        _check(
-            self.execution in get_args(Execution),
-            "execution",
-            self.execution,
-            "'masked', the only mode of this release",
-        )
+        for name, valid in (("execution", get_args(Execution)), ("operators", get_args(Operators))):
+            _check(getattr(self, name) in valid, name, getattr(self, name), f"one of {', '.join(valid)}")
+        if self.execution != "masked" and not self.reset_optimizer_state:
+            raise TopKastError(
+                f"execution='{self.execution}' keeps no optimizer state outside the updated set, so "
+                "reset_optimizer_state=False can't be honoured; leave it on, or train with execution='masked'"
+            )
         stop = self.stop_exploration_at
         _check(
             stop is None or (_is_number(stop) and stop >= 0 and (isinstance(stop, int) or stop <= 1)),

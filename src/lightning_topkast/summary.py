@@ -3,10 +3,12 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+_KEPT = {"masked": "sparse", "packed": "sparse, packed", "compact": "sparse, compact"}
+
 
 @dataclass(frozen=True)
 class WeightSummary:
-    """One parameter: its sets' exact sizes, or the reason why it is dense."""
+    """One parameter: its sets' exact sizes and how it is kept, or the reason why it is dense."""
 
     name: str
     shape: tuple[int, ...]
@@ -14,6 +16,7 @@ class WeightSummary:
     active: int
     updated: int
     reason: str = ""
+    execution: str = ""
 
     @property
     def forward_density(self) -> float:
@@ -47,9 +50,10 @@ class Summary:
         lines = [header]
         for row in self.rows:
             sets = (f"{row.active:,}", f"{row.updated:,}", f"{row.forward_density:.4f}", f"{row.backward_density:.4f}")
+            kept = f"dense: {row.reason}" if row.reason else _KEPT[row.execution]
             lines.append((
                 row.name, "×".join(map(str, row.shape)) or "scalar", f"{row.size:,}",
-                *(("", "", "", "") if row.reason else sets), f"dense: {row.reason}" if row.reason else "sparse",
+                *(("", "", "", "") if row.reason else sets), kept,
             ))  # fmt: skip
         sparse = [row for row in self.rows if not row.reason]
         entries = sum(row.size for row in sparse)
@@ -59,8 +63,8 @@ class Summary:
             f"{active / max(entries, 1):.4f}", f"{updated / max(entries, 1):.4f}", "",
         ))  # fmt: skip
         total = sum(row.size for row in self.rows)
-        kept = sum(row.active for row in self.rows)
-        lines.append(("whole model", "", f"{total:,}", f"{kept:,}", "", f"{kept / max(total, 1):.4f}", "", ""))
+        used = sum(row.active for row in self.rows)
+        lines.append(("whole model", "", f"{total:,}", f"{used:,}", "", f"{used / max(total, 1):.4f}", "", ""))
         widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
         text = [
             "  ".join(

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
 
 from lightning_topkast.errors import TopKastError
@@ -35,12 +36,14 @@ class Target:
     Args:
         name: the parameter's name in the plain model, without the `_orig_mod.` of torch.compile.
         parameter: the parameter itself.
+        shape: the weight's own shape, also where the parameter is packed.
         reason: why it is dense, or "" if it is sparse.
         owners: every module that holds it (several for tied weights), each with its name for the parameter.
     """
 
     name: str
     parameter: nn.Parameter
+    shape: torch.Size
     reason: str = ""
     owners: list[tuple[nn.Module, str]] = field(default_factory=list)
 
@@ -119,7 +122,9 @@ def _parameters(model: nn.Module) -> Iterator[Target]:
                     f"{module_name}.{own_name} has no shape yet (a lazy module); run one forward pass before training"
                 )
             name = f"{module_name}.{own_name}" if module_name else own_name
-            target = found.setdefault(id(parameter), Target(name=name.replace("_orig_mod.", ""), parameter=parameter))
+            packed = getattr(module, "packed_weights", {}).get(own_name)
+            shape = parameter.shape if packed is None else packed.shape
+            target = found.setdefault(id(parameter), Target(name.replace("_orig_mod.", ""), parameter, shape))
             target.owners.append((module, own_name))
     yield from found.values()
 
@@ -142,13 +147,13 @@ def _why_dense_by_kind(target: Target) -> str:
         for module, own_name in target.owners
     ):
         return "weight norm"  # torch.nn.utils.weight_norm's two: a zero gain would divide by a zero length
-    if parameter.dim() < 2 and any("norm" in type(module).__name__.lower() for module in modules):
+    if len(target.shape) < 2 and any("norm" in type(module).__name__.lower() for module in modules):
         return "norm"  # third parties' own, LlamaRMSNorm for one
     if any("bias" in own_name for _, own_name in target.owners):
         return "bias"
     if not any(isinstance(module, SPARSE_TYPES) for module in modules):
         return f"{type(modules[0]).__name__} is not sparsified by default"
-    return "" if parameter.dim() >= 2 else "vector"
+    return "" if len(target.shape) >= 2 else "vector"
 
 
 def _why_dense_by_choice(target: Target, include: Sequence[str] | None, include_types: Sequence[str] | None) -> str:
@@ -157,7 +162,7 @@ def _why_dense_by_choice(target: Target, include: Sequence[str] | None, include_
         return ""  # the full name is as explicit as can be
     if target.reason in ("embedding", "norm", "weight norm", "bias") or (include is None and include_types is None):
         return target.reason
-    if _matches(target, include) or (_has_type(target, include_types) and target.parameter.dim() >= 2):
+    if _matches(target, include) or (_has_type(target, include_types) and len(target.shape) >= 2):
         return ""
     return "not included"
 

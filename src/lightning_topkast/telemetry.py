@@ -80,7 +80,7 @@ def set_metrics(engines: Sequence[TopKast]) -> dict[str, Tensor]:
     change, activation = (kind(sync_on_compute=False).to(device) for kind in (MaskChange, ReservoirActivation))
     metrics: dict[str, Tensor] = {}
     for weight in weights:
-        size, active = weight.parameter.numel(), weight.active_entries
+        size, active = weight.size, weight.active_entries
         forward.count(size - active, size)
         backward.count(size - weight.updated_entries, size)
         change.count(weight.promoted, active)
@@ -88,6 +88,7 @@ def set_metrics(engines: Sequence[TopKast]) -> dict[str, Tensor]:
         metrics[f"{PREFIX}/forward_sparsity/{weight.name}"] = 1 - active / size
         metrics[f"{PREFIX}/mask_change/{weight.name}"] = weight.promoted / active
     everything = sum(parameter.numel() for parameter in engines[0].model.parameters())
+    everything += sum(weight.size - weight.parameter.numel() for weight in weights)
     model.count(forward.counted, everything)
     totals = {
         f"{PREFIX}/forward_sparsity": forward.compute(),

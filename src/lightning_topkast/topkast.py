@@ -1,8 +1,7 @@
 """Top-KAST over the weights of a model (Jayakumar et al. 2020): knows torch, not Lightning."""
 
 import warnings
-import zlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import chain, repeat
 from types import MappingProxyType
 from typing import Any
@@ -16,9 +15,12 @@ from lightning_topkast import strength
 from lightning_topkast.allocation import allocate
 from lightning_topkast.attachment import Attachment
 from lightning_topkast.distributed import check_ranks_agree
-from lightning_topkast.errors import NonFiniteWeightError, TopKastError
+from lightning_topkast.errors import TopKastError
+from lightning_topkast.execution import install, make_weights, release
+from lightning_topkast.layers import packed_weights
+from lightning_topkast.materialize import materialize
+from lightning_topkast.refresh import Selection, choose
 from lightning_topkast.schedule import RefreshSchedule, step_of
-from lightning_topkast.selection import NonFiniteScoresError, nested_top_k, top_k_then_random
 from lightning_topkast.settings import Settings
 from lightning_topkast.summary import Summary, WeightSummary
 from lightning_topkast.targets import find_targets
@@ -43,7 +45,7 @@ class TopKast:
         model: the model; its parameters stay its own and are α (zero outside A) between steps.
         forward_sparsity: share of a weight's entries that are zero in the forward pass, in [0, 1).
         backward_sparsity: share without gradient, in [0, forward_sparsity].
-        total_steps: length of the run in optimizer steps, for `stop_exploration_at` as a fraction.
+        total_steps: length of the run in optimizer steps, for `stop_exploration_at` as a fraction; `plan` sets it too.
         taken: names of weights that another engine works on, which must not be ours too.
         **options: the keyword arguments of `TopKastCallback`.
 
@@ -65,12 +67,19 @@ class TopKast:
     ) -> None:
         self.model = model
         self.settings = Settings(forward_sparsity, backward_sparsity, **options)
-        self.plan(total_steps)
+        self.schedule = RefreshSchedule(self.settings.update_every)
+        if total_steps is not None or not isinstance(self.settings.stop_exploration_at, float):
+            self.plan(total_steps)
         self.refresh_count = 0
         self._attachments: list[Attachment] = []
         # Steps taken with optimizers that were detached, or of a state loaded before any was attached.
         self._steps_before: list[int] = []
+        # By the optimizers' positions: sets that were chosen and take effect `refresh_delay` steps later.
+        self._selections: dict[int, Selection] = {}
+        self._followers: list[Callable[[], None]] = []
 
+        if self.settings.execution != "masked":
+            materialize(model)
         chosen = self.settings
         self._targets = find_targets(
             model, chosen.include, chosen.exclude, chosen.include_types, chosen.exclude_types,
@@ -88,20 +97,24 @@ class TopKast:
                     f"'{target.name}' gets gradients as sparse tensors, which cannot be masked; make its embedding "
                     "with sparse=False, or exclude it"
                 )
+            if any(target.name == name for name in packed_weights(model)):
+                raise TopKastError(
+                    f"'{target.name}' is packed already by an earlier TopKast; give the model its ordinary layers back "
+                    "with to_dense(model) first"
+                )
             if isinstance(target.parameter, DTensor):
                 raise TopKastError(
                     f"'{target.name}' is sharded over devices (FSDP or tensor parallel), which this release cannot "
                     "select over; train with DDP or a single device"
                 )
-        counts = allocate(sparse, chosen)
-        self._weights = {
-            target.name: SparseWeight(target.name, target.parameter, *counts[target.name]) for target in sparse
-        }
+        self._weights = make_weights(sparse, allocate(sparse, chosen), chosen)
         self._by_parameter: dict[Tensor, SparseWeight] = {weight.parameter: weight for weight in self._weights.values()}
         self._set_strength()
         self.refresh()
-        for weight in self._weights.values():
+        for target in sparse:
+            weight = self._weights[target.name]
             weight.note_first_reservoir()
+            install(target, weight)
         self.refresh_count = 0  # the first selection is no refresh
 
     # --- what users read ------------------------------------------------------------------------------------------
@@ -142,10 +155,13 @@ class TopKast:
         """Every parameter of the model: exact sizes of A and B, or why it is dense."""
         rows = []
         for target in self._targets:
-            size = target.parameter.numel()
+            size = target.shape.numel()
             weight = self._weights.get(target.name)
             active, updated = (weight.active_count, weight.updated_count) if weight else (size, size)
-            rows.append(WeightSummary(target.name, tuple(target.parameter.shape), size, active, updated, target.reason))
+            execution = weight.execution if weight else ""
+            rows.append(
+                WeightSummary(target.name, tuple(target.shape), size, active, updated, target.reason, execution)
+            )
         return Summary(tuple(rows), tuple(self._notes()))
 
     def penalty(self) -> Tensor:
@@ -154,7 +170,7 @@ class TopKast:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy accompanies no optimizer: those it may be copied with lose their hooks, as torch has it."""
-        return self.__dict__ | {"_attachments": [], "_steps_before": self._steps}
+        return self.__dict__ | {"_attachments": [], "_steps_before": self._steps, "_followers": []}
 
     # --- the method -----------------------------------------------------------------------------------------------
 
@@ -163,10 +179,13 @@ class TopKast:
 
         Raises:
             TopKastError: an optimizer that evaluates its closure repeatedly, that holds no sparse weight, that is
-                attached already, that has no learning rate, or whose learning rate lets the penalty overshoot zero.
+                attached already, that has no learning rate, or whose learning rate lets the penalty overshoot zero;
+                or exploration shall stop at a fraction of a run of unknown length.
         """
         if not optimizers:
             raise TopKastError("attach() needs the optimizers that train the model")
+        if not self._is_planned:
+            self.plan(None)  # refuses a fraction of an unknown length
         before = self._attachments
         try:
             for optimizer, steps in zip(optimizers, chain(self._steps_before, repeat(0)), strict=False):
@@ -180,11 +199,13 @@ class TopKast:
         except TopKastError:
             self._attachments = before
             raise
-        self._steps_before = []
         for weight in self._weights.values():
             weight.match_layout()
         for attachment in self._attachments[len(before) :]:
+            if self._steps_before:  # a state was loaded: the optimizer's belongs to its sets
+                attachment.adopt_state()
             attachment.begin()
+        self._steps_before = []
         return self
 
     def plan(self, total_steps: int | float | None) -> None:
@@ -206,15 +227,21 @@ class TopKast:
     def release(self) -> None:
         """Put every stored θ back into the model, which then is dense; this engine is of no more use."""
         self.detach()
-        for weight in self._weights.values():
-            weight.release()
+        for target in self._targets:
+            if target.name in self._weights:
+                release(target, self._weights[target.name])
 
     def restart(self) -> None:
         """Begin a new run over the same weights: count steps from 0, and explore again if that had stopped."""
         for attachment in self._attachments:
             attachment.steps = 0
         self._steps_before = []
+        self._selections.clear()
         self._follow_schedule()
+
+    def follow(self, follower: Callable[[], None] | None) -> None:
+        """Call `follower` after every refresh; None: nobody any more."""
+        self._followers = [] if follower is None else [follower]
 
     def mask_gradients(self) -> None:
         """Zero the gradients outside B, so that clipping and logged norms see what the optimizer will use.
@@ -238,6 +265,7 @@ class TopKast:
             TopKastError: the ranks disagree.
         """
         self.close()
+        self._selections.clear()
         self._refresh(self._weights.values(), self.step_count)
 
     def close(self) -> None:
@@ -255,48 +283,53 @@ class TopKast:
         """Steps taken with each optimizer."""
         return [attachment.steps for attachment in self._attachments] or self._steps_before
 
+    @property
+    def _is_planned(self) -> bool:
+        """Whether it is known when exploration stops, which may be a fraction of a run of unknown length."""
+        return self.settings.stop_exploration_at is None or self.schedule.stop_exploration_at is not None
+
     def _follow_schedule(self) -> None:
         """Refresh if the schedule has changed under the sets: they explore where they should not, or the reverse."""
-        if any(weight.is_exploring != (self.exploring and weight.can_explore) for weight in self._weights.values()):
+        if self._is_planned and any(
+            weight.is_exploring != (self.exploring and weight.can_explore) for weight in self._weights.values()
+        ):
             self.refresh()
 
     def _refresh_if_due(self, attachment: Attachment) -> None:
-        if self.schedule.refreshes_after(attachment.steps):
-            if self.unattached and self.refresh_count == 0:
-                warnings.warn(
-                    f"no attached optimizer holds {', '.join(self.unattached[:5])}: what trains them, if anything, "
-                    "does not keep them sparse; attach its optimizer too, or exclude them",
-                    stacklevel=2,
-                )
-            self._refresh(attachment.weights, attachment.steps)
+        index, step = self._attachments.index(attachment), attachment.steps
+        begun = self._selections.get(index)
+        if begun is not None and step - begun.step >= self.settings.refresh_delay:
+            del self._selections[index]
+            self._apply(attachment.weights, begun.result())
+        if not self.schedule.refreshes_after(step):
+            return
+        if self.unattached and self.refresh_count == 0:
+            warnings.warn(
+                f"no attached optimizer holds {', '.join(self.unattached[:5])}: what trains them, if anything, "
+                "does not keep them sparse; attach its optimizer too, or exclude them",
+                stacklevel=2,
+            )
+        if self.settings.refresh_delay and self.schedule.explores_at(step):
+            self._selections[index] = Selection(attachment.weights, self.settings, step)
+        else:
+            self._selections.pop(index, None)  # exploration stops now, not later
+            self._refresh(attachment.weights, step)
 
-    @torch.no_grad()
     def _refresh(self, weights: Iterable[SparseWeight], step: int) -> None:
         weights = list(weights)
-        chosen = [self._select(weight, step) for weight in weights]  # all before any is changed
-        check_ranks_agree([weight.name for weight in weights], chosen)
-        for weight, tiers in zip(weights, chosen, strict=True):
-            weight.apply(tiers)
-            if self.settings.reset_optimizer_state:
-                for attachment in self._attachments:
-                    attachment.reset_state_outside(weight)
-        self.refresh_count += 1
+        explores = self.schedule.explores_at(step)
+        chosen = {weight.name: choose(weight, self.settings, step, explores) for weight in weights}
+        self._apply(weights, chosen)  # all are chosen before any is changed
 
-    def _select(self, weight: SparseWeight, step: int) -> Tensor:
-        scores = weight.magnitudes()
-        active = weight.active_count
-        updated = weight.updated_count if self.schedule.explores_at(step) else active
-        try:
-            if self.settings.exploration == "magnitude":
-                return nested_top_k(scores, (updated, active))
-            # seeded by what every rank and a resumed run know, so that no generator state has to be kept
-            seed = zlib.crc32(f"{self.settings.seed}/{step}/{weight.name}".encode())
-            return top_k_then_random(scores, active, updated, torch.Generator().manual_seed(seed))
-        except NonFiniteScoresError:
-            raise NonFiniteWeightError(
-                f"weight '{weight.name}' holds NaN or infinity at step {step}; its sets were left as they were. "
-                "Lower the learning rate, clip gradients, or resume from the last checkpoint"
-            ) from None
+    @torch.no_grad()
+    def _apply(self, weights: Sequence[SparseWeight], chosen: Mapping[str, Tensor]) -> None:
+        check_ranks_agree(list(chosen), list(chosen.values()))
+        for weight in weights:
+            state = [tensor for attachment in self._attachments for tensor in attachment.state_of(weight)]
+            weight.apply(chosen[weight.name], state if self.settings.reset_optimizer_state else ())
+        self.refresh_count += 1
+        for follow in self._followers:
+            follow()
 
     def _set_strength(self) -> None:
         peaks = strength.peak_learning_rates(self._weights, [attachment.optimizer for attachment in self._attachments])
@@ -333,6 +366,7 @@ class TopKast:
             "steps": self._steps,
             "refresh_count": self.refresh_count,
             "penalty_shrinkage": self.settings.penalty_shrinkage,
+            "selections": {index: selection.state_dict() for index, selection in self._selections.items()},
             "weights": {name: weight.state_dict() for name, weight in self._weights.items()},
         }
 
@@ -372,8 +406,11 @@ class TopKast:
             weight.load_state_dict(saved[name])
             if not keep_strength:
                 weight.strength = asked
+        for attachment in self._attachments:
+            attachment.adopt_state()
         self._steps_before = [] if self._attachments else list(steps)
         for attachment, count in zip(self._attachments, steps, strict=False):
             attachment.steps = count
         self.refresh_count = refreshes
+        self._selections = {index: Selection.from_state(each) for index, each in state.get("selections", {}).items()}
         self._follow_schedule()

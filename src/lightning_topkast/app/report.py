@@ -11,6 +11,8 @@ from rich.table import Table
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from lightning_topkast.layers import packed_weights
+
 
 class WeightCount(NamedTuple):
     """How many entries of a parameter there are, and how many aren't zero."""
@@ -24,8 +26,10 @@ class WeightCount(NamedTuple):
 def count_weights(model: nn.Module) -> list[WeightCount]:
     """Count every parameter's entries; all processes take part, since sharded ones are gathered."""
     counts = []
+    packed = packed_weights(model)
     for name, parameter in model.named_parameters():
         whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        whole = packed[name].alpha() if name in packed else whole
         counts.append(WeightCount(name, tuple(whole.shape), whole.numel(), int(whole.count_nonzero())))
     return counts
 

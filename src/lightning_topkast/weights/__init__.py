@@ -1,8 +1,7 @@
 """How a sparse weight is kept."""
 
+from lightning_topkast.weights.base import SparseWeight
 from lightning_topkast.weights.masked import MaskedWeight
+from lightning_topkast.weights.packed import PackedWeight
 
-# What `TopKast.weights` holds.
-SparseWeight = MaskedWeight
-
-__all__ = ["MaskedWeight", "SparseWeight"]
+__all__ = ["MaskedWeight", "PackedWeight", "SparseWeight"]

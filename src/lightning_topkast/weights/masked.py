@@ -4,6 +4,7 @@ The parameter is α (zero outside A) at all times but during the optimizer's ste
 *reserve* (θ outside A), a byte that says whether it is in B, a byte of telemetry; per exploring entry its index.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,11 @@ from torch import Tensor, nn
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.penalty import Penalty, penalty_of, shrink_
 from lightning_topkast.selection import ACTIVE, EXPLORING, RESERVOIR
+from lightning_topkast.weights.base import SparseWeight
 from lightning_topkast.weights.entries import copied, flat, indices, mask_outside_, merged, where
-from lightning_topkast.weights.state import problem_with
 
 
-class MaskedWeight:
+class MaskedWeight(SparseWeight):
     """One weight θ, its active set A and its updated set B, in masked mode.
 
     Between steps the parameter is α. `open` puts the exploring entries' θ into it, so that the optimizer's update and
@@ -30,16 +31,11 @@ class MaskedWeight:
         updated_count: |B| while exploring, at least `active_count`.
     """
 
+    execution = "masked"
+
     def __init__(self, name: str, parameter: nn.Parameter, active_count: int, updated_count: int) -> None:
-        self.name = name
-        self.parameter = parameter
-        self.active_count = active_count
-        self.updated_count = updated_count
-        self.strength = 0.0  # λ of this weight's penalty; the engine sets it when it knows the learning rate
-        self.is_open = False
+        super().__init__(name, parameter, parameter.shape, active_count, updated_count)
         self._settled = True  # the parameter is α and no refresh is under way
-        # entries that the last refresh promoted into A
-        self.promoted = 0
         # At first everything is active: θ is the parameter as it is. Only `apply` makes it sparse.
         # B, all bits set on it: as fast on CPU as multiplying by a byte, 2.5 times as fast as by bool
         self._mask = torch.full_like(parameter, -1, dtype=torch.int8)
@@ -49,7 +45,6 @@ class MaskedWeight:
         self._pending: tuple[Tensor, Tensor, Tensor] | None = None
         # C as it was first chosen, less what has been active since: telemetry of how far exploration reaches
         self._dormant = torch.zeros_like(parameter, dtype=torch.bool, requires_grad=False)
-        self.first_reservoir = 0
         if self._reserve.stride() != parameter.stride():
             raise TopKastError(f"'{name}': its entries overlap or have gaps in memory; make the parameter contiguous")
 
@@ -61,11 +56,6 @@ class MaskedWeight:
         tiers = (self._mask * -ACTIVE).view(torch.uint8)
         flat(tiers).index_fill_(0, self._exploring, EXPLORING)
         return tiers
-
-    @property
-    def active(self) -> Tensor:
-        """A: bool in the weight's shape."""
-        return self.tiers == ACTIVE
 
     @property
     def updated(self) -> Tensor:
@@ -87,16 +77,6 @@ class MaskedWeight:
         """Entries of the first reservoir that have never been active, a scalar tensor."""
         return torch.count_nonzero(self._dormant)
 
-    @property
-    def forward_density(self) -> float:
-        """Realised |A| / n."""
-        return int(self.active_entries) / self.parameter.numel()
-
-    @property
-    def backward_density(self) -> float:
-        """Realised |B| / n."""
-        return int(self.updated_entries) / self.parameter.numel()
-
     def alpha(self) -> Tensor:
         """What the network computes with, θ on A and zero elsewhere, also in the middle of a step; dense, a copy."""
         return self.parameter.detach().masked_fill(~self.active, 0)
@@ -116,14 +96,8 @@ class MaskedWeight:
         magnitudes = torch.from_numpy(np.empty(parameter.shape, dtype=np.float32))
         return torch.add(parameter, self._reserve, out=magnitudes).abs_()
 
-    def apply(self, tiers: Tensor) -> None:
-        """Take over new sets: the promoted enter with their stored values, the demoted keep theirs.
-
-        Few entries change their set at a refresh, so those are found and moved one by one.
-
-        Args:
-            tiers: uint8 in the weight's shape.
-        """
+    def apply(self, tiers: Tensor, state: Sequence[Tensor] = ()) -> None:
+        """Take over new sets; few entries change theirs, so those are found and moved one by one."""
         self.match_layout()
         # in the parameter's memory order, so that flat indices of it and of its companions agree
         new = flat(torch.empty_like(self._mask, dtype=torch.uint8).copy_(tiers))
@@ -148,6 +122,8 @@ class MaskedWeight:
 
         self.promoted = promoted.numel()
         flat(self._dormant).index_fill_(0, promoted, False)
+        for tensor in state:  # it would pull at entries that come back, and decay into denormals
+            mask_outside_(tensor, self._mask)
 
     def _switch(self) -> None:
         """Make the pending sets those of the weight; harmless when done twice."""
@@ -176,9 +152,10 @@ class MaskedWeight:
 
     # --- around the optimizer's step ------------------------------------------------------------------------------
 
-    def mask_(self, tensor: Tensor) -> None:
-        """Zero `tensor`, in the weight's shape, outside B; also what is infinite or NaN there."""
-        mask_outside_(tensor, self._mask)
+    def mask_gradient(self) -> None:
+        """Zero the gradient outside B; also what is infinite or NaN there."""
+        if self.parameter.grad is not None:
+            mask_outside_(self.parameter.grad, self._mask)
 
     def open(self) -> None:
         r"""Put θ on B\A into the parameter, for the optimizer to update."""
@@ -221,15 +198,10 @@ class MaskedWeight:
         flat(self._reserve).index_copy_(0, self._exploring, exploring)
         self.is_open = False  # already here: what an interruption leaves undone from now on, `recover` can do
         entries.index_fill_(0, self._exploring, 0)
-        self.mask_(alpha)
+        mask_outside_(alpha, self._mask)
         if penalised:
             shrink_(alpha, penalty, lr * self.strength)
         self._settled = True
-
-    @property
-    def forward_density_target(self) -> float:
-        """D: |A| / n as it was allocated."""
-        return self.active_count / self.parameter.numel()
 
     def penalty(self, penalty: Penalty) -> Tensor:
         """The exploration penalty's value, a scalar tensor."""
@@ -252,11 +224,6 @@ class MaskedWeight:
     def is_exploring(self) -> bool:
         r"""Whether B\A has entries at present."""
         return self._exploring.numel() > 0
-
-    @property
-    def can_explore(self) -> bool:
-        """Whether B is larger than A while exploring."""
-        return self.updated_count > self.active_count
 
     def sparsify_average_(self, average: Tensor, active_before: Tensor) -> None:
         """Make a running average of α zero outside A, and begin it anew at α where an entry has entered A.
@@ -281,22 +248,19 @@ class MaskedWeight:
             if self.is_open
             else copied(self._reserve),
             "dormant": copied(self._dormant),
-            "first_reservoir": self.first_reservoir,
-            "promoted": self.promoted,
-            "active_count": self.active_count,
-            "updated_count": self.updated_count,
-            "strength": self.strength,
-        }
+        } | self._counts()
 
-    def check_state(self, state: Any) -> None:
-        """Refuse a state that is not this weight's, before anything is overwritten.
+    def adopt(self, value: Tensor) -> Tensor:
+        """A packed one is spread out, with zeros outside B."""
+        if value.shape == self.shape or value.shape != (self.updated_count,):
+            return value
+        order = self._order()
+        dense = value.new_zeros(self.size)
+        dense[order] = value[: order.numel()]
+        return dense.view(self.shape)
 
-        Raises:
-            TopKastError: with what differs.
-        """
-        problem = problem_with(state, self.parameter, self.active_count, self.updated_count)
-        if problem:
-            raise TopKastError(f"the saved Top-KAST state does not fit weight '{self.name}': {problem}")
+    def _in_model(self) -> Tensor:
+        return self.parameter.detach()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state that `check_state` has accepted; the parameter already holds the saved α."""
@@ -305,7 +269,5 @@ class MaskedWeight:
         torch.ne(tiers, 0, out=self._mask).neg_()
         self._exploring = indices(flat(tiers) == EXPLORING)
         self._dormant = torch.empty_like(self._mask, dtype=torch.bool).copy_(state["dormant"])
-        self.first_reservoir = state["first_reservoir"]
-        self.promoted = state["promoted"]
-        self.strength = state["strength"]
+        self._load_counts(state)
         self.is_open = False

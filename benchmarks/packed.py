@@ -1,0 +1,317 @@
+"""Whole training steps of dense, masked and packed networks, and what they hold in memory.
+
+    OMP_NUM_THREADS=1 python benchmarks/packed.py [--quick] [--only SECTION ...] [--json FILE] [--plot FILE]
+
+The variants of a case live in one process and take their steps in turn, on the same batch. Times are CPU seconds of
+this process's one thread; speeds are medians over rounds of (dense / variant) within a round. The arithmetic limit of
+a packed step is 3 / (2D + (D+M)) times dense: two products with A, one on B.
+"""
+
+import argparse
+import gc
+import json
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from time import process_time
+from typing import Any
+
+import torch
+from tables import Row, table
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from workloads import ResNet18
+
+from lightning_topkast import TopKast
+from lightning_topkast.app.models import TransformerLM
+from lightning_topkast.layers import packed_weights
+
+PAIRS = ((0.8, 0.5), (0.9, 0.8), (0.95, 0.9), (0.98, 0.95), (0.99, 0.98))
+EQUAL_PAIRS = ((0.9, 0.9), (0.95, 0.95), (0.98, 0.98))
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+    "SGD": lambda p: SGD(p, lr=1e-3, momentum=0.9),
+    "Adam": lambda p: Adam(p, lr=1e-4),
+    "Adam, fused": lambda p: Adam(p, lr=1e-4, fused=True),
+    "AdamW, fused": lambda p: AdamW(p, lr=1e-4, fused=True),
+}
+VARIANTS = {
+    "masked": {"execution": "masked"},
+    "packed, torch": {"execution": "packed", "operators": "torch"},
+    "packed, compiled": {"execution": "packed", "operators": "compiled"},
+}
+
+
+@dataclass
+class Case:
+    """A network with a batch, trained in several ways."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    batch: Callable[[], tuple[Tensor, Tensor]]
+    optimizer: str
+    pair: tuple[float, float]
+    rounds: int
+    variants: list[str] = field(default_factory=lambda: list(VARIANTS))
+    keep_ends_dense: bool = False
+
+
+class Training:
+    """One variant of a case in training."""
+
+    def __init__(self, case: Case, variant: str) -> None:
+        torch.manual_seed(0)
+        self.case, self.topkast = case, None
+        if variant == "sparselab":
+            self.model = with_sparselab(case.build(), case.pair[0])
+        else:
+            self.model = case.build()
+        if variant not in ("dense", "sparselab"):
+            ends = case.keep_ends_dense
+            options: dict[str, Any] = VARIANTS.get(variant) or {"execution": variant}
+            self.topkast = TopKast(self.model, *case.pair, keep_first_dense=ends, keep_last_dense=ends, **options)
+        self.optimizer = OPTIMIZERS[case.optimizer](self.model.parameters())
+        if self.topkast is not None:
+            self.topkast.attach(self.optimizer)
+
+    def step(self, batch: tuple[Tensor, Tensor]) -> float:
+        """Train one step; return its seconds."""
+        start = process_time()
+        self.optimizer.zero_grad()
+        output = self.model(batch[0])
+        if batch[1].is_floating_point():
+            loss = F.mse_loss(output, batch[1])
+        else:
+            loss = F.cross_entropy(output.flatten(0, -2), batch[1].flatten())
+        loss.backward()
+        self.optimizer.step()
+        return process_time() - start
+
+    def memory(self) -> Row:
+        """Bytes after a step: what the device must hold, the indices apart, and what lies on the host."""
+        parameters = list(self.model.parameters())
+        tensors = [*parameters, *(p.grad for p in parameters if p.grad is not None)]
+        tensors += [v for s in self.optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
+        packed = packed_weights(self.model).values()
+        # a compact layer's dense α lives while autograd needs it, which is from the forward to the backward pass
+        dense_alpha = sum(w.size * w.parameter.element_size() for w in packed if w.execution == "compact")
+        host = sum(value.nbytes for w in packed for value in vars(w).values() if isinstance(value, Tensor))
+        host -= sum(w.parameter.nbytes for w in packed)
+        return {
+            "bytes": sum(t.nbytes for t in tensors) + dense_alpha,
+            "index bytes": sum(w.packing.nbytes for w in packed),
+            "host bytes": host,
+        }
+
+
+def with_sparselab(model: nn.Module, sparsity: float) -> nn.Module:
+    """Replace every linear layer by sparselab's."""
+    from sparselab.nn import SparseLinear
+
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(parent, name, SparseLinear(child.in_features, child.out_features, sparsity=sparsity))
+    return model
+
+
+def compare(case: Case) -> list[Row]:
+    """Let every variant take its steps in turn; one row a variant."""
+    trainings: dict[str, Training] = {}
+    rows: list[Row] = []
+    for name in ("dense", *case.variants):
+        try:
+            trainings[name] = Training(case, name)
+            for _ in range(3):
+                trainings[name].step(case.batch())
+        except Exception as error:  # a rival or a missing compiler may fail in any way, and the table says how
+            trainings.pop(name, None)
+            rows.append({"variant": name, "failed": f"{type(error).__name__}: {error}".splitlines()[0][:80]})
+    times: dict[str, list[float]] = {name: [] for name in trainings}
+    names = list(trainings)
+    for turn in range(case.rounds):
+        batch = case.batch()
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            times[name].append(trainings[name].step(batch))
+    dense_bytes = trainings["dense"].memory()["bytes"]
+    forward, backward = (1 - sparsity for sparsity in case.pair)
+    limit = 3 / (2 * forward + backward)
+    head = {"network": case.name, "optimizer": case.optimizer, "sparsity": f"{case.pair[0]:.0%} / {case.pair[1]:.0%}"}
+    for name, training in trainings.items():
+        speed = median(plain / mine for plain, mine in zip(times["dense"], times[name], strict=True))
+        memory = training.memory()
+        row: Row = {"variant": name, "ms": median(times[name]) * 1e3, "speed": speed}
+        row["of limit"] = speed / limit if name != "dense" else None
+        row["bytes"] = memory["bytes"] / dense_bytes
+        row["+ indices"] = (memory["bytes"] + memory["index bytes"]) / dense_bytes
+        row["host MB"] = memory["host bytes"] / 1e6
+        if training.topkast is not None:
+            start = process_time()
+            training.topkast.refresh()
+            row["refresh ms"] = (process_time() - start) * 1e3
+        rows.append(row)
+    del trainings
+    gc.collect()
+    return [head | row for row in rows]
+
+
+def mlp(width: int) -> nn.Module:
+    layers: list[nn.Module] = []
+    for _ in range(4):
+        layers += [nn.Linear(width, width), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def cases(quick: bool, only: list[str]) -> Iterator[Case]:
+    """Everything that is timed, by section."""
+    if "MLP" in only:
+        for width in (64,) if quick else (1024, 2048, 4096):
+            for size in (8,) if quick else (128, 256):
+                for optimizer in ("SGD", "Adam", *(("Adam, fused",) if (width, size) == (2048, 128) else ())):
+                    for pair in PAIRS[1:3] if quick else PAIRS:
+                        yield Case(
+                            f"MLP 4 × {width}, batch {size}",
+                            lambda width=width: mlp(width),  # type: ignore[misc]
+                            lambda width=width, size=size: (torch.randn(size, width), torch.randn(size, width)),  # type: ignore[misc]
+                            optimizer,
+                            pair,
+                            rounds=3 if quick else {1024: 15, 2048: 9, 4096: 3}[width],
+                        )
+    if "transformer" in only:
+        width, time, size = (32, 8, 2) if quick else (1024, 128, 4)
+        for optimizer in ("SGD", "Adam"):
+            for pair in PAIRS[1:3] if quick else PAIRS:
+                yield Case(
+                    f"transformer block, width {width}, {size} × {time}",
+                    lambda: nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, batch_first=True),
+                    lambda: (torch.randn(size, time, width), torch.randn(size, time, width)),
+                    optimizer,
+                    pair,
+                    rounds=3 if quick else 7,
+                )
+    if "compact" in only:
+        channels, width, time, depth = (8, 32, 16, 2) if quick else (64, 384, 128, 6)
+        networks: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Tensor, Tensor]]]] = {
+            "ResNet-18, batch 32": (
+                lambda: ResNet18(channels),
+                lambda: (torch.randn(32, 3, 32, 32), torch.randint(10, (32,))),
+            ),
+            "transformer, 8 × 128": (
+                lambda: TransformerLM(256, time, width=width, depth=depth, heads=4),
+                lambda: (torch.randint(256, (8, time)), torch.randint(256, (8, time))),
+            ),
+        }
+        for name, (build, batch) in networks.items():
+            for optimizer in ("AdamW, fused", "Adam"):
+                yield Case(name, build, batch, optimizer, (0.9, 0.8), 3 if quick else 7, ["masked", "compact"], True)
+    if "sparselab" in only:
+        width, size = (64, 8) if quick else (2048, 128)
+        for pair in EQUAL_PAIRS:
+            yield Case(
+                f"MLP 4 × {width}, batch {size}",
+                lambda: mlp(width),
+                lambda: (torch.randn(size, width), torch.randn(size, width)),
+                "Adam",
+                pair,
+                3 if quick else 9,
+                ["packed, torch", "packed, compiled", "sparselab"],
+            )
+
+
+def aims(rows: list[Row]) -> list[Row]:
+    """Each aim with what was measured."""
+    found: list[Row] = []
+
+    def add(aim: str, measured: float, limit: float, at_least: bool = True) -> None:
+        met = measured >= limit if at_least else measured <= limit
+        found.append({"aim": aim, "measured": measured, "met": "met" if met else "not met"})
+
+    by_key = {(r["network"], r["optimizer"], r["sparsity"], r["variant"]): r for r in rows if "failed" not in r}
+    wanted = {
+        "90% / 80%": (1.2, 3, 0.45),
+        "95% / 90%": (2.3, 6, 0.25),
+        "98% / 95%": (5, 12, 0.13),
+        "99% / 98%": (9, 20, 0.06),
+    }
+    for sparsity, (torch_speed, compiled_speed, share) in wanted.items():
+        for variant, speed in (("packed, torch", torch_speed), ("packed, compiled", compiled_speed)):
+            row = by_key.get(("MLP 4 × 2048, batch 128", "Adam", sparsity, variant))
+            if row is not None:
+                add(f"{variant}, {sparsity}: speed ≥ {speed}", row["speed"], speed)
+                add(f"{variant}, {sparsity}: bytes ≤ {share}", row["bytes"], share, at_least=False)
+    row = by_key.get(("MLP 4 × 4096, batch 128", "Adam", "95% / 90%", "packed, compiled"))
+    if row is not None:
+        add("width 4096, 95% / 90%, compiled: speed ≥ 4", row["speed"], 4)
+    for (network, optimizer, sparsity, variant), row in by_key.items():
+        if variant == "compact":
+            add(f"{network}, {optimizer}: compact no slower than dense", row["speed"], 1)
+            add(f"{network}, {optimizer}: bytes ≤ 0.5", row["bytes"], 0.5, at_least=False)
+        rival = by_key.get((network, optimizer, sparsity, "sparselab"))
+        if rival is not None and variant == "packed, compiled":
+            add(f"{sparsity}: ≥ 1.5 × as fast as sparselab", rival["ms"] / row["ms"], 1.5)
+    return found
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Speed against sparsity, a line an operator, beside the arithmetic limit."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True)
+    for axis, optimizer in zip(axes, ("SGD", "Adam"), strict=True):
+        for variant, marker in (("packed, compiled", "o"), ("packed, torch", "s"), ("masked", "^")):
+            for width, style in ((1024, ":"), (2048, "-"), (4096, "--")):
+                points = [
+                    (r["sparsity"], r["speed"])
+                    for r in rows
+                    if (r["network"], r["optimizer"], r["variant"])
+                    == (f"MLP 4 × {width}, batch 128", optimizer, variant)
+                    and "speed" in r
+                ]
+                if points:
+                    colour = {"packed, compiled": "#0072B2", "packed, torch": "#D55E00", "masked": "#777777"}[variant]
+                    label = f"{variant}, width {width}"
+                    axis.plot(*zip(*points, strict=True), style, marker=marker, color=colour, label=label, ms=4)
+        names = [f"{f:.0%} / {b:.0%}" for f, b in PAIRS]
+        limits = [3 / (2 * (1 - f) + 1 - b) for f, b in PAIRS]
+        axis.plot(names, limits, color="black", lw=0.8, label="arithmetic limit of the products")
+        axis.axhline(1, color="black", lw=0.5)
+        axis.set(title=optimizer, yscale="log", xlabel="forward / backward sparsity")
+        axis.set_yticks([0.5, 1, 2, 5, 10, 20, 50], ["0.5", "1", "2", "5", "10", "20", "50"])
+    axes[0].set_ylabel("times as fast as dense, whole step")
+    axes[1].legend(fontsize=7, frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    sections = ["MLP", "transformer", "compact", "sparselab"]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="tiny networks and few steps: shows that it runs, no more")
+    parser.add_argument("--only", nargs="+", choices=sections, default=sections, help="sections")
+    parser.add_argument("--json", type=Path, help="also write all figures to this file")
+    parser.add_argument("--plot", type=Path, help="also draw the MLP's speeds into this file")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} thread\n")
+    rows: list[Row] = []
+    for case in cases(arguments.quick, arguments.only):
+        compared = compare(case)
+        rows += compared
+        table(f"{case.name}, {case.optimizer}, {case.pair[0]:.0%} / {case.pair[1]:.0%}", [
+            {key: value for key, value in row.items() if key not in ("network", "optimizer", "sparsity")}
+            for row in compared
+        ])  # fmt: skip
+    reached = aims(rows)
+    if reached:
+        table("Aims", reached)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"rows": rows, "aims": reached}, indent=1, ensure_ascii=False) + "\n")
+    if arguments.plot:
+        plot(rows, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()

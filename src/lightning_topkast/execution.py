@@ -1,0 +1,96 @@
+"""How each sparse weight is kept: masked, packed or compact."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import nn
+
+from lightning_topkast.errors import TopKastError
+from lightning_topkast.layers import SparseLayer, pack_layer, product_of, unpack_layer
+from lightning_topkast.ops import choose_operators
+from lightning_topkast.settings import Settings
+from lightning_topkast.targets import Target
+from lightning_topkast.weights import MaskedWeight, PackedWeight, SparseWeight
+
+Kept = Literal["masked", "packed", "compact"]
+
+# What a packed step takes for an entry of A (its two products) and of B (the sampled product), as multiples of what
+# dense products take for an entry (benchmarks/README.md, "What decides").
+_COSTS = {"torch": (4.0, 6.0), "compiled": (2.5, 2.5)}
+
+
+def make_weights(
+    targets: Sequence[Target], counts: Mapping[str, tuple[int, int]], settings: Settings
+) -> dict[str, SparseWeight]:
+    """Make every target's weight, kept as the settings ask for; the model is not changed yet.
+
+    Raises:
+        TopKastError: `strict` and a weight that could only be masked, or compiled operators that can't be had.
+    """
+    weights: dict[str, SparseWeight] = {}
+    left_masked: list[str] = []
+    operators = ""
+    for target in targets:
+        active, updated = counts[target.name]
+        obstacle = "" if settings.execution == "masked" else _obstacle(target)
+        if obstacle:
+            left_masked.append(f"'{target.name}' ({obstacle})")
+        if obstacle or settings.execution == "masked":
+            weights[target.name] = MaskedWeight(target.name, target.parameter, active, updated)
+            continue
+        products = settings.execution != "compact" and all(product_of(*owner) for owner in target.owners)
+        if products:
+            operators = operators or choose_operators(settings.operators, target.parameter.device)
+            if settings.execution == "auto" and not _pays(active, updated, target.parameter.numel(), operators):
+                products = False
+        weights[target.name] = PackedWeight(target.name, target.parameter, active, updated, products, operators)
+    if left_masked:
+        what = f"execution='{settings.execution}' leaves {', '.join(left_masked)} masked"
+        if settings.strict:
+            raise TopKastError(f"{what}, which strict=True refuses; exclude them, or set strict=False")
+        warnings.warn(f"{what}: dense tensors that hold zeros", stacklevel=2)
+    return weights
+
+
+def install(target: Target, weight: SparseWeight) -> None:
+    """Make the layers of `target` hold a packed `weight`; the dense parameter is let go."""
+    if not isinstance(weight, PackedWeight):
+        return
+    for module, name in target.owners:
+        kind = product_of(module, name) if weight.execution == "packed" else None
+        pack_layer(module, name, weight, kind or SparseLayer)
+    target.parameter = weight.parameter
+
+
+def release(target: Target, weight: SparseWeight) -> None:
+    """Give the model an ordinary dense weight again, which is θ."""
+    if isinstance(weight, MaskedWeight):
+        weight.release()
+        return
+    parameter = weight.parameter
+    target.parameter = nn.Parameter(weight.theta().to(parameter.device, parameter.dtype))
+    for module, name in target.owners:
+        unpack_layer(module, name, target.parameter)
+
+
+def _obstacle(target: Target) -> str:
+    """Why a weight can't be packed, or ""."""
+    parameter = target.parameter
+    if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+        return "it has hooks of its own, which expect a dense gradient"
+    for module, name in target.owners:
+        if isinstance(module, nn.utils.parametrize.ParametrizationList):
+            return "it is parametrized"
+        if isinstance(module, torch.jit.ScriptModule):
+            return f"{type(module).__name__} is compiled by TorchScript"
+        if name not in module._parameters or not isinstance(getattr(type(module), name, None), type(None)):
+            return f"{type(module).__name__} computes its '{name}' itself"
+    return ""
+
+
+def _pays(active: int, updated: int, size: int, operators: str) -> bool:
+    """Whether a packed step is expected to be faster than a dense one, whose three products take 3 · size."""
+    products, sampled = _COSTS[operators]
+    return products * 2 * active + sampled * updated < 3 * size

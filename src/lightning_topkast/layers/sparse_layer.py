@@ -1,0 +1,168 @@
+"""Layers whose weight is packed: the module stays the same object, under a class derived from its own."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_topkast.selection import NonFiniteScoresError
+from lightning_topkast.weights.packed import PackedWeight
+
+
+class SparseLayer(nn.Module):
+    """Mixed into a layer's class: its weight is α wherever it is read, and its parameter is the packed values.
+
+    State dicts hold the dense α under the plain name, on CPU, and take it back.
+    """
+
+    packed_weights: dict[str, PackedWeight]  # by the layer's own name for the parameter
+    plain_class: type[nn.Module]
+    kind: "type[SparseLayer]"
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, weight in self.packed_weights.items():
+            destination[prefix + name] = weight.alpha()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        rest = dict(state_dict)
+        for name, weight in self.packed_weights.items():
+            key = prefix + name
+            dense = rest.get(key)
+            if dense is None:
+                continue
+            rest[key] = weight.parameter.detach()
+            if dense.shape != weight.shape:
+                error_msgs.append(
+                    f"size mismatch for {key}: the state dict has {tuple(dense.shape)}, the packed weight stands for "
+                    f"{tuple(weight.shape)}"
+                )
+                continue
+            try:
+                weight.load_alpha(dense)
+            except NonFiniteScoresError:
+                error_msgs.append(f"{key} holds NaN or infinity")
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """The class is made at run time, so copies and pickles name what it is made of."""
+        own = getattr(self, "__getstate__", None)  # object's is new in 3.11
+        state = self.__dict__ if own is None else own()
+        return _empty, (self.plain_class, self.kind, tuple(self.packed_weights)), state
+
+
+def pack_layer(module: nn.Module, name: str, weight: PackedWeight, kind: type[SparseLayer]) -> None:
+    """Make `module` hold the packed `weight` as its parameter `name`.
+
+    Args:
+        module: any layer.
+        name: the layer's own name for the weight.
+        weight: the packed weight.
+        kind: `SparseLayer`, or one of its subclasses with a forward pass in packed form.
+    """
+    plain: type[nn.Module] = type(module)
+    packed = {name: weight}
+    if isinstance(module, SparseLayer):  # another of its weights is packed already
+        plain, packed = module.plain_class, module.packed_weights | packed
+        kind = module.kind if kind is SparseLayer else kind
+    module._parameters[name] = weight.parameter
+    module.__dict__["packed_weights"] = packed
+    module.__dict__.pop("_flat_weights", None)
+    _set_class(module, _class_of(plain, kind, tuple(packed)))
+
+
+def unpack_layer(module: nn.Module, name: str, dense: nn.Parameter) -> None:
+    """Make `module` an ordinary layer again, of which `dense` is the parameter `name`."""
+    assert isinstance(module, SparseLayer)
+    plain, kind, packed = module.plain_class, module.kind, module.packed_weights
+    del packed[name]
+    module._parameters[name] = dense
+    if packed:
+        _set_class(module, _class_of(plain, kind, tuple(packed)))
+        return
+    _set_class(module, plain)
+    del module.__dict__["packed_weights"]
+    if isinstance(module, nn.RNNBase):
+        module._flat_weights = [getattr(module, each) for each in module._flat_weights_names]
+
+
+def packed_weights(model: nn.Module) -> Mapping[str, PackedWeight]:
+    """The packed weights of a model by parameter name, each once under its first name."""
+    return {name: weight for name, weight, _, _ in _packed_places(model, remove_duplicate=True)}
+
+
+def _packed_places(model: nn.Module, remove_duplicate: bool) -> Iterator[tuple[str, PackedWeight, nn.Module, str]]:
+    seen: set[int] = set()
+    for module_name, module in model.named_modules():
+        for name, weight in list(module.packed_weights.items()) if isinstance(module, SparseLayer) else ():
+            if not remove_duplicate or id(weight) not in seen:
+                seen.add(id(weight))
+                full = f"{module_name}.{name}" if module_name else name
+                yield full.replace("_orig_mod.", ""), weight, module, name
+
+
+def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    module.__class__ = cls
+
+
+_classes: dict[tuple[type[nn.Module], type[SparseLayer], tuple[str, ...]], type[nn.Module]] = {}
+
+
+def _class_of(plain: type[nn.Module], kind: type[SparseLayer], names: tuple[str, ...]) -> type[nn.Module]:
+    if (plain, kind, names) not in _classes:
+        _classes[plain, kind, names] = _make_class(plain, kind, names)
+    return _classes[plain, kind, names]
+
+
+def _make_class(plain: type[nn.Module], kind: type[SparseLayer], names: tuple[str, ...]) -> type[nn.Module]:
+    members: dict[str, Any] = {name: _weight_property(name) for name in names}
+    members |= {"plain_class": plain, "kind": kind, "__module__": __name__, "__doc__": plain.__doc__}
+    if issubclass(plain, nn.RNNBase):
+        # it reads its weights from a list of its own, which would hold them as they were
+        members["_flat_weights"] = property(_flat_weights, lambda self, value: None)
+        members["flatten_parameters"] = lambda self: None
+    prefix = "Compact" if kind is SparseLayer else "Packed"
+    return type(f"{prefix}{plain.__name__}", (kind, plain), members)
+
+
+def _weight_property(name: str) -> property:
+    def read(self: SparseLayer) -> Tensor:
+        return self.packed_weights[name].packing.unpack(self._parameters[name])  # type: ignore[arg-type]
+
+    return property(read, doc="α, dense, made when it is read; its gradient reaches the packed values.")
+
+
+def _flat_weights(self: nn.RNNBase) -> list[Tensor | None]:
+    return [getattr(self, name, None) for name in self._flat_weights_names]
+
+
+def _empty(plain: type[nn.Module], kind: type[SparseLayer], names: tuple[str, ...]) -> nn.Module:
+    cls = _class_of(plain, kind, names)
+    return cls.__new__(cls)
+
+
+def to_dense(model: nn.Module) -> nn.Module:
+    """Give a packed model its ordinary layers back, in place: their weights are α, on their parameter's device.
+
+    The engine that packed it is of no more use. An optimizer of the packed model does not fit the dense one.
+
+    Returns:
+        the model.
+    """
+    dense: dict[int, nn.Parameter] = {}
+    for _, weight, module, name in list(_packed_places(model, remove_duplicate=False)):
+        if id(weight) not in dense:
+            parameter = weight.parameter
+            alpha = weight.alpha().to(parameter.device, parameter.dtype)
+            dense[id(weight)] = nn.Parameter(alpha, requires_grad=parameter.requires_grad)
+        unpack_layer(module, name, dense[id(weight)])
+    return model

@@ -1,0 +1,150 @@
+"""The compiled kernels: when they are used, and how they are built, kept and loaded.
+
+torch's own `cpp_extension.load` would wait for ever on the lock file of a killed build, and needs ninja, setuptools
+and Python's headers. Here a build has a folder of its own and its result is moved into place in one step.
+"""
+
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+
+from lightning_topkast.errors import TopKastError
+from lightning_topkast.ops import library  # noqa: F401  the kernels implement its operators
+
+Operators = Literal["auto", "torch", "compiled"]
+
+_SOURCE = Path(__file__).with_name("kernels.cpp")
+_PATIENCE = 900  # seconds that a build may take
+_LINES = 8  # of the compiler's output that an error quotes
+_INSTRUCTIONS = {
+    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"),
+    "AVX2": ("-mavx2", "-mfma", "-mf16c"),
+}
+
+_log = logging.getLogger(__name__)
+_lock = threading.Lock()
+_obstacle: str | None = None  # why the kernels could not be loaded; "" once they are
+
+
+def choose_operators(name: Operators, device: torch.device) -> Literal["torch", "compiled"]:
+    """The operators that `sparse_linear` runs by on `device`; the first call may compile them.
+
+    Args:
+        name: `"auto"` takes the compiled kernels where they can be had and torch's operators elsewhere.
+        device: where the tensors are.
+
+    Raises:
+        TopKastError: `"compiled"` and the kernels can't be had.
+    """
+    if name not in get_args(Operators):
+        raise TopKastError(f"operators must be one of {', '.join(get_args(Operators))}, got {name!r}")
+    if name == "torch":
+        return "torch"
+    obstacle = _load_once() if device.type == "cpu" else f"they run on CPU, not on {device.type}"
+    if not obstacle:
+        return "compiled"
+    if name == "compiled":
+        raise TopKastError(f"operators='compiled' can't be had: {obstacle}\nUse operators='auto' or 'torch'.")
+    return "torch"
+
+
+def _load_once() -> str:
+    """Load the kernels, or say what keeps this process from it; a failed build isn't tried again."""
+    global _obstacle
+    with _lock:
+        if _obstacle is None:
+            try:
+                _load(_command())
+                _obstacle = ""
+            except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+                _obstacle = str(error)
+                _log.info("using torch's sparse operators, since the compiled ones can't be had: %s", error)
+        return _obstacle
+
+
+def _command() -> list[str]:
+    """The compiler's command but for the names of its input and output."""
+    if sys.platform == "win32":
+        raise OSError("they are not built on Windows")
+    mac = sys.platform == "darwin"
+    folder = Path(torch.__file__).parent
+    capability = torch.backends.cpu.get_cpu_capability()
+    level = next((level for level in _INSTRUCTIONS if capability.startswith(level)), None)
+    return [
+        *shlex.split(os.environ.get("CXX") or ("clang++" if mac else "c++")),
+        *("-std=c++20", "-O3", "-fPIC", "-shared", "-w"),
+        *(() if level is None else (*_INSTRUCTIONS[level], f"-DCPU_CAPABILITY={level}", f"-DCPU_CAPABILITY_{level}")),
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+        f"-I{folder / 'include'}",
+        f"-I{folder / 'include' / 'torch' / 'csrc' / 'api' / 'include'}",
+        f"-L{folder / 'lib'}",
+        # torch's threads are OpenMP's; Apple's compiler has none, and the kernels then run on one thread
+        *(("-undefined", "dynamic_lookup") if mac else ("-fopenmp",)),
+    ]
+
+
+def _load(command: list[str]) -> None:
+    key = [torch.__version__, platform.machine(), *command, _SOURCE.read_text()]
+    name = f"kernels_{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.so"
+    path = _cache() / name
+    if _intact(path):
+        try:
+            torch.ops.load_library(path)
+            return
+        except OSError as error:
+            _log.info("building %s again, as it can't be loaded: %s", path, error)
+    _build(command, path)
+    torch.ops.load_library(path)
+
+
+def _cache() -> Path:
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path(caches, "torch_extensions")
+    folder = Path(root, "lightning_topkast")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _digest_of(path: Path) -> Path:
+    return path.with_suffix(".sha256")
+
+
+def _intact(path: Path) -> bool:
+    """Whether a built library is as it was written; to load a truncated one could end the process."""
+    try:
+        return _digest_of(path).read_text() == hashlib.sha256(path.read_bytes()).hexdigest()
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _build(command: list[str], path: Path) -> None:
+    _log.info("compiling the sparse kernels to %s, once; this takes some ten seconds", path)
+    with tempfile.TemporaryDirectory(prefix="build_", dir=path.parent) as folder:
+        built, digest = Path(folder, path.name), Path(folder, "digest")
+        try:
+            result = subprocess.run(
+                [*command, str(_SOURCE), "-o", str(built), "-ltorch_cpu", "-lc10"],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=_PATIENCE,
+            )
+        except FileNotFoundError as error:
+            raise OSError(f"no C++ compiler '{command[0]}'; install one, or name it by the variable CXX") from error
+        if result.returncode or not built.exists():
+            lines = (result.stderr or result.stdout).strip().splitlines()[-_LINES:]
+            raise OSError("\n".join([f"'{command[0]}' failed with exit status {result.returncode}", *lines]))
+        digest.write_text(hashlib.sha256(built.read_bytes()).hexdigest())
+        os.replace(built, path)
+        os.replace(digest, _digest_of(path))

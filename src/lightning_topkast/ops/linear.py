@@ -1,0 +1,147 @@
+"""A linear layer whose weight is sparse, and whose gradient covers more entries than its product."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lightning_topkast.errors import TopKastError
+from lightning_topkast.ops import library
+from lightning_topkast.ops.pattern import Pattern
+
+
+def sparse_linear(
+    input: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    active: Pattern,
+    exploring: Pattern,
+    operators: str = "torch",
+    transposed: bool = False,
+) -> Tensor:
+    """`F.linear(input, A, bias)` for a sparse A, whose gradient covers the exploring entries too.
+
+    The result's memory holds the batch last, as the products need it: a neighbouring sparse layer, with elementwise
+    operations between, copies nothing. Like `F.linear` it runs in the inputs' dtype, or autocast's; 16-bit types
+    are computed in float32.
+
+    Args:
+        input: (..., in).
+        values: (at least nnz of both patterns,): A's values row by row, then those of the exploring entries.
+            The gradient of what lies behind them is zero.
+        bias: (out,).
+        active: the places of A's entries in (out, in). Its transpose serves the input's gradient.
+        exploring: the places of the exploring entries, whose transpose is not used.
+        operators: `"torch"` or `"compiled"`, as `choose_operators` returned it.
+        transposed: the weight is (in, out), and so are the patterns; then A's transpose serves the product.
+
+    Returns:
+        (..., out).
+
+    Raises:
+        TopKastError: shapes or dtypes do not fit.
+    """
+    _check(input, values, bias, active, exploring, transposed)
+    computed = torch.float64 if values.dtype == torch.float64 else torch.float32
+    device = input.device.type
+    autocast = torch.is_autocast_enabled(device) and computed != torch.float64
+    result = torch.get_autocast_dtype(device) if autocast else input.dtype
+    if not autocast and not (values.dtype == input.dtype and (bias is None or bias.dtype == input.dtype)):
+        raise TopKastError(
+            f"input ({input.dtype}), values ({values.dtype}) and bias must have one dtype; convert the input, "
+            "or run under torch.autocast"
+        )
+    output: Tensor = _SparseLinear.apply(  # type: ignore[no-untyped-call]
+        input.to(computed),
+        values.to(computed),
+        None if bias is None else bias.to(computed),
+        active.crow,
+        active.col,
+        active.t_crow,
+        active.t_col,
+        active.t_order,
+        exploring.crow,
+        exploring.col,
+        operators,
+        transposed,
+    )
+    return output.to(result)
+
+
+def _check(
+    input: Tensor, values: Tensor, bias: Tensor | None, active: Pattern, exploring: Pattern, transposed: bool
+) -> None:
+    columns, rows = active.shape if transposed else active.shape[::-1]
+    if exploring.shape != active.shape:
+        raise TopKastError(f"the patterns' shapes differ: active {active.shape}, exploring {exploring.shape}")
+    if input.dim() == 0 or input.shape[-1] != columns:
+        raise TopKastError(f"input must be (..., {columns}), got {tuple(input.shape)}")
+    if values.dim() != 1 or values.shape[0] < active.nnz + exploring.nnz:
+        raise TopKastError(
+            f"values must be 1-D with at least {active.nnz} + {exploring.nnz} entries, got {tuple(values.shape)}"
+        )
+    if bias is not None and bias.shape != (rows,):
+        raise TopKastError(f"bias must be ({rows},), got {tuple(bias.shape)}")
+    if not active.t_crow.numel() and (transposed or (input.requires_grad and torch.is_grad_enabled())):
+        raise TopKastError("the active pattern lacks its transpose; make it with transpose=True")
+    if not (input.device == values.device == active.col.device == exploring.col.device):
+        raise TopKastError(
+            f"input ({input.device}), values ({values.device}) and patterns ({active.col.device}, "
+            f"{exploring.col.device}) must be on one device"
+        )
+
+
+class _SparseLinear(torch.autograd.Function):
+    """Both gradients of the product; torch.compile traces into it, as far as the opaque operators."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        values: Tensor,
+        bias: Tensor | None,
+        crow: Tensor,
+        col: Tensor,
+        t_crow: Tensor,
+        t_col: Tensor,
+        t_order: Tensor,
+        crow2: Tensor,
+        col2: Tensor,
+        operators: str,
+        transposed: bool,
+    ) -> Tensor:
+        lead = input.shape[:-1]
+        # a view where the input came from another sparse layer
+        batch_last = _batch_last(input)
+        ctx.save_for_backward(batch_last, values, crow, col, t_crow, t_col, t_order, crow2, col2)
+        ctx.operators, ctx.transposed = operators, transposed
+        product = library.product(operators)
+        if transposed:
+            return product(values, t_crow, t_col, t_order, batch_last, bias, lead)
+        return product(values, crow, col, None, batch_last, bias, lead)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, *tensors = ctx.saved_tensors
+        grads = _batch_last(grad)
+        of_input, of_values, of_bias = ctx.needs_input_grad[:3]
+        input_grad = values_grad = None
+        if of_input or of_values:
+            input_grad, values_grad = library.gradients(ctx.operators)(
+                *tensors, inputs, grads, grad.shape[:-1], ctx.transposed, of_input, of_values
+            )
+        return (
+            input_grad if of_input else None,
+            values_grad if of_values else None,
+            grads.sum(1) if of_bias else None,
+            *(None,) * 9,
+        )
+
+
+def _batch_last(tensor: Tensor) -> Tensor:
+    """(..., features) as a contiguous (features, batch)."""
+    *lead, features = tensor.shape
+    return tensor.reshape(math.prod(lead), features).t().contiguous()

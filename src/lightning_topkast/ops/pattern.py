@@ -1,0 +1,80 @@
+"""Where the entries of a sparse matrix are."""
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_LARGEST = torch.iinfo(torch.int32).max
+
+
+@dataclass(frozen=True, eq=False)
+class Pattern:
+    """The places of a sparse matrix's entries, as compressed rows (CSR), and those of its transpose.
+
+    Attributes:
+        shape: rows and columns of the matrix.
+        crow: int32 (rows + 1,); row r holds the entries crow[r] to crow[r + 1].
+        col: int32 (nnz,); the column of every entry.
+        t_crow: int32 (columns + 1,); `crow` of the transpose. Empty, as are the next two, if it wasn't asked for.
+        t_col: int32 (nnz,); `col` of the transpose.
+        t_order: int32 (nnz,); entry k of the transpose is entry t_order[k] of the matrix.
+    """
+
+    shape: tuple[int, int]
+    crow: Tensor
+    col: Tensor
+    t_crow: Tensor
+    t_col: Tensor
+    t_order: Tensor
+
+    @classmethod
+    def from_flat(cls, indices: Tensor, shape: tuple[int, int], transpose: bool = True) -> "Pattern":
+        """The pattern of entries with these flat row-major indices.
+
+        Args:
+            indices: int64 (nnz,) on CPU, strictly increasing.
+            shape: rows and columns.
+            transpose: also make the transpose, which a product needs for the gradient of its input.
+
+        Raises:
+            ValueError: the indices are out of range or not strictly increasing, or too many for int32.
+        """
+        rows, columns = shape
+        if max(rows, columns, indices.numel()) > _LARGEST:
+            raise ValueError(f"{indices.numel()} entries in {rows} × {columns}: int32 counts to {_LARGEST}")
+        entries = indices.numpy()
+        if entries.size and not (entries[0] >= 0 and entries[-1] < rows * columns):
+            raise ValueError(f"indices from {entries[0]} to {entries[-1]} do not fit {rows} × {columns} entries")
+        if not (entries[1:] > entries[:-1]).all():
+            raise ValueError("indices must be strictly increasing")
+        starts = np.arange(rows + 1, dtype=np.int64) * columns
+        crow = np.searchsorted(entries, starts).astype(np.int32)
+        rows_of_entries = np.repeat(np.arange(rows, dtype=np.int32), np.diff(crow))
+        col = torch.from_numpy((entries - starts[rows_of_entries]).astype(np.int32))
+        if not transpose:
+            nothing = torch.empty(0, dtype=torch.int32)
+            return cls((rows, columns), torch.from_numpy(crow), col, nothing, nothing, nothing)
+        # a stable sort by column leaves the rows in order; torch's is a radix sort
+        sorted_columns, order = torch.sort(col, stable=True)
+        t_crow = torch.searchsorted(sorted_columns, torch.arange(columns + 1, dtype=torch.int32), out_int32=True)
+        t_col = torch.from_numpy(rows_of_entries)[order]
+        return cls((rows, columns), torch.from_numpy(crow), col, t_crow, t_col, order.int())
+
+    def to(self, device: torch.device | str) -> "Pattern":
+        """The same pattern on another device."""
+        return Pattern(self.shape, *(tensor.to(device) for tensor in self._tensors()))
+
+    @property
+    def nnz(self) -> int:
+        """How many entries the matrix has."""
+        return self.col.numel()
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that the indices take."""
+        return sum(tensor.nbytes for tensor in self._tensors())
+
+    def _tensors(self) -> list[Tensor]:
+        return [getattr(self, field.name) for field in fields(self)[1:]]

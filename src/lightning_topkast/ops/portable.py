@@ -1,0 +1,112 @@
+"""The sparse products by torch's own operators, for every device that has them."""
+
+import math
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def batch_last(like: Tensor, lead: Sequence[int], features: int) -> Tensor:
+    """An uninitialised tensor (*lead, features) whose memory holds a row of the whole batch for every feature.
+
+    It is no view, which an in-place operation after a custom autograd function could not take.
+    """
+    batch = math.prod(lead)
+    strides = [math.prod(lead[dim + 1 :]) for dim in range(len(lead))]
+    return torch.empty_strided((*lead, features), (*strides, batch), dtype=like.dtype, device=like.device)
+
+
+def product(
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    order: Tensor | None,
+    dense: Tensor,
+    bias: Tensor | None,
+    lead: Sequence[int],
+) -> Tensor:
+    """A @ dense + bias, laid out as `batch_last`.
+
+    Args:
+        values: (at least nnz,) the entries of A.
+        crow: int32 (rows + 1,), see `Pattern`.
+        col: int32 (nnz,), see `Pattern`.
+        order: int32 (nnz,); entry k of A is values[order[k]] (None: values[k]).
+        dense: contiguous (columns, batch).
+        bias: (rows,), added to every column of the result.
+        lead: the sizes that the batch is the product of.
+    """
+    rows, (columns, batch) = crow.numel() - 1, dense.shape
+    result = batch_last(dense, lead, rows)
+    flat = result.as_strided((rows, batch), (batch, 1))
+    if bias is not None:
+        flat.copy_(bias.unsqueeze(1))
+    if col.numel() == 0 or batch == 0:
+        return result if bias is not None else result.zero_()
+    entries = values.narrow(0, 0, col.numel()) if order is None else values.index_select(0, order)
+    matrix = torch.sparse_csr_tensor(crow, col, entries, size=(rows, columns), check_invariants=False)
+    # with `out` autocast leaves the operands alone
+    torch.addmm(flat, matrix, dense, beta=0 if bias is None else 1, out=flat)
+    return result
+
+
+def gradients(
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    t_crow: Tensor,
+    t_col: Tensor,
+    t_order: Tensor,
+    crow2: Tensor,
+    col2: Tensor,
+    inputs: Tensor,
+    grads: Tensor,
+    lead: Sequence[int],
+    transposed: bool,
+    of_input: bool,
+    of_values: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of a layer's input, laid out as `batch_last`, and of its values; each empty if not asked for.
+
+    Args:
+        values: the layer's; A's entries, those of the second pattern, and a tail whose gradient is zero.
+        crow, col, t_crow, t_col, t_order: A's `Pattern`.
+        crow2, col2: the second pattern.
+        inputs: contiguous (in, batch).
+        grads: contiguous (out, batch), the gradient of the layer's output.
+        lead: the sizes that the batch is the product of.
+        transposed: whether the patterns are (in, out), rather than (out, in).
+        of_input, of_values: which gradients to compute.
+    """
+    input_grad, values_grad = inputs.new_empty(0), values.new_empty(0)
+    if of_input:
+        if transposed:
+            input_grad = product(values, crow, col, None, grads, None, lead)
+        else:
+            input_grad = product(values, t_crow, t_col, t_order, grads, None, lead)
+    if of_values:
+        rows, columns = (inputs, grads) if transposed else (grads, inputs)
+        values_grad = torch.zeros_like(values)
+        updated = col.numel() + col2.numel()
+        values_grad[: col.numel()] = _sampled(rows, columns, crow, col)
+        values_grad[col.numel() : updated] = _sampled(rows, columns, crow2, col2)
+    return input_grad, values_grad
+
+
+def _sampled(rows: Tensor, columns: Tensor, crow: Tensor, col: Tensor) -> Tensor:
+    """The entries of rows @ columns^T at the places of a pattern."""
+    entries = rows.new_zeros(col.numel())
+    if col.numel() == 0 or rows.shape[1] == 0:
+        return entries
+    size = rows.shape[0], columns.shape[0]
+    pattern = torch.sparse_csr_tensor(crow, col, entries, size=size, check_invariants=False)
+    return torch.sparse.sampled_addmm(pattern, rows, columns.t(), beta=0.0).values()
+
+
+with warnings.catch_warnings():
+    # The first CSR tensor of a process warns that they are in beta state.
+    warnings.simplefilter("ignore")
+    _none = torch.zeros(1, dtype=torch.int32)
+    torch.sparse_csr_tensor(_none, _none[:0], torch.zeros(0), size=(0, 0), check_invariants=False)

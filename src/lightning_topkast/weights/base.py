@@ -1,0 +1,226 @@
+"""What every way of keeping a sparse weight has in common."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_topkast.errors import TopKastError
+from lightning_topkast.penalty import Penalty
+from lightning_topkast.selection import ACTIVE, EXPLORING
+from lightning_topkast.weights.entries import indices
+from lightning_topkast.weights.state import problem_with
+
+
+class SparseWeight(ABC):
+    """One weight θ, its active set A and its updated set B.
+
+    Between steps the network computes with α: θ on A and zero elsewhere. `open` and `close` surround the optimizer's
+    update of θ on B; `apply` takes over new sets.
+
+    Args:
+        name: the parameter's name in the model.
+        parameter: what the model and the optimizer share.
+        shape: the weight's own shape.
+        active_count: |A|.
+        updated_count: |B| while exploring, at least `active_count`.
+    """
+
+    execution: str
+    parameter: nn.Parameter
+
+    def __init__(
+        self, name: str, parameter: nn.Parameter, shape: torch.Size, active_count: int, updated_count: int
+    ) -> None:
+        self.name = name
+        self.parameter = parameter
+        self.shape = shape
+        self.active_count = active_count
+        self.updated_count = updated_count
+        self.strength = 0.0  # λ of this weight's penalty; the engine sets it when it knows the learning rate
+        self.is_open = False
+        # entries that the last refresh promoted into A
+        self.promoted = 0
+        self.first_reservoir = 0
+
+    # --- the sets -------------------------------------------------------------------------------------------------
+
+    @property
+    def size(self) -> int:
+        """n, the number of entries."""
+        return self.shape.numel()
+
+    @property
+    @abstractmethod
+    def tiers(self) -> Tensor:
+        """uint8 in the weight's shape: 0 reservoir, 1 exploring, 2 active."""
+
+    @property
+    def active(self) -> Tensor:
+        """A: bool in the weight's shape."""
+        return self.tiers == ACTIVE
+
+    @property
+    def updated(self) -> Tensor:
+        """B: bool in the weight's shape."""
+        return self.tiers != 0
+
+    @property
+    @abstractmethod
+    def active_entries(self) -> Tensor:
+        """Realised |A|, a scalar tensor."""
+
+    @property
+    @abstractmethod
+    def updated_entries(self) -> Tensor:
+        """Realised |B|, a scalar tensor."""
+
+    @property
+    @abstractmethod
+    def dormant_entries(self) -> Tensor:
+        """Entries of the first reservoir that have never been active, a scalar tensor."""
+
+    @property
+    def forward_density(self) -> float:
+        """Realised |A| / n."""
+        return int(self.active_entries) / self.size
+
+    @property
+    def backward_density(self) -> float:
+        """Realised |B| / n."""
+        return int(self.updated_entries) / self.size
+
+    @property
+    def forward_density_target(self) -> float:
+        """D: |A| / n as it was allocated."""
+        return self.active_count / self.size
+
+    @property
+    @abstractmethod
+    def is_exploring(self) -> bool:
+        r"""Whether B\A has entries at present."""
+
+    @property
+    def can_explore(self) -> bool:
+        """Whether B is larger than A while exploring."""
+        return self.updated_count > self.active_count
+
+    @abstractmethod
+    def alpha(self) -> Tensor:
+        """What the network computes with, θ on A and zero elsewhere, also in the middle of a step; dense, a copy."""
+
+    @abstractmethod
+    def theta(self) -> Tensor:
+        """The stored θ, dense, a copy."""
+
+    @abstractmethod
+    def magnitudes(self) -> Tensor:
+        """|θ|, contiguous in the weight's shape: the scores of the selection; a copy."""
+
+    def snapshot(self) -> Callable[[], Tensor]:
+        """What gives `magnitudes` as they are now, also later and in another thread."""
+        scores = self.magnitudes()
+        return lambda: scores
+
+    @abstractmethod
+    def apply(self, tiers: Tensor, state: Sequence[Tensor] = ()) -> None:
+        """Take over new sets: the promoted enter with their stored values, the demoted keep theirs.
+
+        Args:
+            tiers: uint8 in the weight's shape.
+            state: the optimizer's state, tensors in the parameter's shape: what entries outside the new B have of it
+                is lost, and those that enter B begin at zero.
+        """
+
+    @abstractmethod
+    def note_first_reservoir(self) -> None:
+        """Remember C as it is now, of which `dormant_entries` counts what has not been active since."""
+
+    @abstractmethod
+    def match_layout(self) -> None:
+        """Follow the parameter to the device, dtype and memory format that the model was moved to."""
+
+    # --- around the optimizer's step ------------------------------------------------------------------------------
+
+    @abstractmethod
+    def mask_gradient(self) -> None:
+        """Zero the gradient outside B; also what is infinite or NaN there."""
+
+    @abstractmethod
+    def open(self) -> None:
+        """Make θ on B what the optimizer updates."""
+
+    @abstractmethod
+    def close(self, penalty: Penalty, lr: float | Tensor) -> None:
+        """Apply the penalty on B and make α again what the network computes with.
+
+        Args:
+            penalty: form of the penalty.
+            lr: the current learning rate; 0 leaves the values as they are.
+        """
+
+    @abstractmethod
+    def recover(self) -> None:
+        """End an interrupted step or refresh, with every θ kept."""
+
+    @abstractmethod
+    def penalty(self, penalty: Penalty) -> Tensor:
+        """The exploration penalty's value, a scalar tensor."""
+
+    @property
+    @abstractmethod
+    def is_sparse(self) -> bool:
+        """Whether the network computes with α, as it does between steps unless somebody else wrote to the weight."""
+
+    @abstractmethod
+    def restore_sparsity(self) -> None:
+        """Make the weight α again where somebody else (an average copied into the model) wrote to it."""
+
+    # --- state ----------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Tiers and reserve (dense, contiguous), on CPU: tensors and primitives only, the same for every execution."""
+
+    def check_state(self, state: Any) -> None:
+        """Refuse a state that is not this weight's, before anything is overwritten.
+
+        Raises:
+            TopKastError: with what differs.
+        """
+        problem = problem_with(state, self._in_model(), self.active_count, self.updated_count)
+        if problem:
+            raise TopKastError(f"the saved Top-KAST state does not fit weight '{self.name}': {problem}")
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a state that `check_state` has accepted; the model already holds the saved α."""
+
+    @abstractmethod
+    def adopt(self, value: Tensor) -> Tensor:
+        """Optimizer state of this weight in the parameter's shape, which it lacks if saved under another execution."""
+
+    @abstractmethod
+    def _in_model(self) -> Tensor:
+        """The weight as the model holds it, dense."""
+
+    def _order(self) -> Tensor:
+        r"""Flat indices of B in packed order: A's, then those of B\A."""
+        tiers = self.tiers.flatten()
+        return torch.cat([indices(tiers == tier) for tier in (ACTIVE, EXPLORING)])
+
+    def _counts(self) -> dict[str, Any]:
+        return {
+            "first_reservoir": self.first_reservoir,
+            "promoted": self.promoted,
+            "active_count": self.active_count,
+            "updated_count": self.updated_count,
+            "strength": self.strength,
+        }
+
+    def _load_counts(self, state: dict[str, Any]) -> None:
+        self.first_reservoir = state["first_reservoir"]
+        self.promoted = state["promoted"]
+        self.strength = state["strength"]

@@ -1,0 +1,661 @@
+"""Packed and compact weights train as masked ones do, and hold nothing dense."""
+
+import copy
+import pickle
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_topkast import TopKast, TopKastError, to_csr, to_dense
+from lightning_topkast.layers.csr import CsrLinear
+from lightning_topkast.selection import nested_top_k
+from lightning_topkast.weights import PackedWeight
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05, weight_decay=0.1),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9, nesterov=True, weight_decay=0.1),
+    "adam": lambda p: torch.optim.Adam(p, lr=3e-3, weight_decay=0.1),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=3e-3, weight_decay=0.1),
+    "adamw_fused": lambda p: torch.optim.AdamW(p, lr=3e-3, weight_decay=0.1, fused=True),
+}
+optimizers = pytest.mark.parametrize("make_optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
+executions = pytest.mark.parametrize("execution", ["packed", "compact"])
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(12, 40), nn.Tanh(), nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 24), nn.Tanh(), nn.Linear(24, 4)
+    )
+
+
+class Run:
+    """A small network in training in float64; every step's batch follows from the step number."""
+
+    def __init__(self, execution, make_optimizer=OPTIMIZERS["adamw"], make_model=mlp, inputs=(12,), **options):
+        torch.manual_seed(0)
+        self.model = make_model().double()
+        settings = {"update_every": 9, "penalty_strength": 1e-2, "operators": "torch"} | options
+        self.topkast = TopKast(self.model, 0.8, 0.6, execution=execution, **settings)
+        self.optimizer = make_optimizer(self.model.parameters())
+        self.topkast.attach(self.optimizer)
+        self.inputs, self.done = inputs, 0
+
+    def backward(self, part=0):
+        generator = torch.Generator().manual_seed(1000 * part + self.done)
+        x = torch.randn(16, *self.inputs, generator=generator, dtype=torch.float64)
+        y = torch.randint(0, 4, (16,), generator=generator)
+        loss = nn.functional.cross_entropy(self.model(x).flatten(1)[:, :4], y)
+        loss.backward()
+        return loss
+
+    def step(self, count=1, parts=1, clip=None):
+        losses = []
+        for _ in range(count):
+            self.optimizer.zero_grad()
+            losses.append(float(sum(self.backward(part).detach() for part in range(parts))))
+            if clip:
+                self.topkast.mask_gradients()
+                nn.utils.clip_grad_norm_(self.model.parameters(), clip)
+            self.optimizer.step()
+            self.done += 1
+        return losses
+
+
+def check_alike(run: Run, other: Run) -> None:
+    """Same sets, same θ in and outside them, same network."""
+    for name, weight in run.topkast.weights.items():
+        twin = other.topkast.weights[name]
+        assert torch.equal(weight.tiers, twin.tiers), name
+        torch.testing.assert_close(weight.theta(), twin.theta(), rtol=1e-9, atol=1e-11)
+        assert weight.promoted == twin.promoted
+        assert int(weight.dormant_entries) == int(twin.dormant_entries)
+    one, two = run.model.state_dict(), other.model.state_dict()
+    assert list(one) == list(two)
+    for key in one:
+        torch.testing.assert_close(one[key], two[key], rtol=1e-9, atol=1e-11)
+
+
+# --- the same training ------------------------------------------------------------------------------------------------
+
+
+@executions
+@optimizers
+def test_200_steps_give_the_masked_weights(make_optimizer, execution):
+    masked, packed = Run("masked", make_optimizer), Run(execution, make_optimizer)
+    assert {weight.execution for weight in packed.topkast.weights.values()} == {execution}
+    before = packed.topkast.weights["2.weight"].tiers
+    for _ in range(10):
+        assert packed.step(20) == pytest.approx(masked.step(20), rel=1e-9)
+        check_alike(packed, masked)
+    assert packed.topkast.refresh_count == 22
+    assert not torch.equal(packed.topkast.weights["2.weight"].tiers, before)
+
+
+@executions
+@pytest.mark.parametrize("penalty", ["l2", "l1", "norm"])
+@pytest.mark.parametrize("changes", [{}, {"exploration": "random"}, {"distribution": "erk"}], ids=str)
+def test_other_settings_give_the_masked_weights(execution, penalty, changes):
+    runs = [Run(kind, penalty=penalty, **changes) for kind in ("masked", execution)]
+    for run in runs:
+        run.step(40)
+    check_alike(*runs)
+    torch.testing.assert_close(*(run.topkast.penalty() for run in runs))
+
+
+@executions
+@optimizers
+def test_accumulation_and_clipping_give_the_masked_weights(make_optimizer, execution):
+    runs = [Run(kind, make_optimizer) for kind in ("masked", execution)]
+    for run in runs:
+        run.step(30, parts=3, clip=0.5)
+    check_alike(*runs)
+
+
+@executions
+@optimizers
+def test_exploration_stops_as_in_masked_mode(make_optimizer, execution):
+    runs = [Run(kind, make_optimizer, stop_exploration_at=14) for kind in ("masked", execution)]
+    for run in runs:
+        run.step(14)
+    check_alike(*runs)
+    weight = runs[1].topkast.weights["2.weight"]
+    assert not weight.is_exploring
+    outside = weight.theta()[~weight.active]
+    for run in runs:
+        run.step(20)
+    check_alike(*runs)
+    kept = ~weight.active
+    assert torch.equal(weight.tiers == 1, torch.zeros_like(kept))
+    assert not weight.parameter.detach()[weight.active_count :].any()
+    assert outside.abs().sum() > 0
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(6, 12)
+        self.attention = nn.MultiheadAttention(12, 2, batch_first=True)
+        self.last = nn.Linear(12, 4)
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.last((h + self.attention(h, h, h, need_weights=False)[0]).mean(1))
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(6, 12)
+        self.rnn = nn.LSTM(12, 8, num_layers=2, batch_first=True, bidirectional=True)
+        self.last = nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.last(self.rnn(self.first(x))[0].mean(1))
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.one, self.two, self.last = (
+            nn.Linear(6, 12),
+            nn.Linear(12, 12),
+            nn.Linear(12, 12),
+            nn.Linear(12, 4),
+        )
+        self.two.weight = self.one.weight
+
+    def forward(self, x):
+        return self.last(self.two(self.one(self.first(x)).tanh()).mean(1))
+
+
+class Shared(nn.Module):
+    """A weight shared by a linear layer and an embedding, which has no packed product."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.one, self.last = nn.Linear(6, 12), nn.Linear(12, 12), nn.Linear(12, 4)
+        self.table = nn.Embedding(12, 12)
+        self.table.weight = self.one.weight
+
+    def forward(self, x):
+        return self.last((self.one(self.first(x)).tanh() + self.table(torch.arange(5))).mean(1))
+
+
+def convolutional():
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.Tanh(), nn.Conv2d(8, 12, 3), nn.Tanh(), nn.Conv2d(12, 10, 1, stride=2), nn.Tanh(),
+        nn.Conv2d(10, 8, 1, groups=2), nn.Tanh(), nn.Flatten(), nn.Linear(72, 4),
+    )  # fmt: skip
+
+
+def gpt2_like():
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    return nn.Sequential(nn.Linear(12, 20), conv1d(28, 20), nn.Tanh(), conv1d(20, 28), nn.Tanh(), nn.Linear(20, 4))
+
+
+def encoder():
+    layer = nn.TransformerEncoderLayer(12, 2, 24, dropout=0.0, batch_first=True)
+    return nn.Sequential(nn.Linear(6, 12), nn.TransformerEncoder(layer, 2), nn.Linear(12, 4))
+
+
+MODELS = {
+    "convolutions": (
+        convolutional,
+        (3, 9, 9),
+        {"2.weight": "compact", "4.weight": "packed", "6.weight": "compact"},
+        {},
+    ),
+    "attention": (Attention, (5, 6), {"attention.in_proj_weight": "packed", "attention.out_proj.weight": "packed"}, {}),
+    "lstm": (Recurrent, (5, 6), {"rnn.weight_hh_l1_reverse": "compact"}, {}),
+    "tied": (Tied, (5, 6), {"one.weight": "packed"}, {}),
+    "shared": (Shared, (5, 6), {"one.weight": "compact"}, {"include": ["one.weight"]}),
+    "gpt2": (gpt2_like, (12,), {"1.weight": "packed", "3.weight": "packed"}, {"include": ["1.weight", "3.weight"]}),
+    "encoder": (encoder, (5, 6), {"1.layers.0.linear1.weight": "packed"}, {}),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_every_kind_of_layer_gives_the_masked_weights(kind):
+    make_model, inputs, expected, options = MODELS[kind]
+    masked, packed = (Run(e, make_model=make_model, inputs=inputs, **options) for e in ("masked", "packed"))
+    kept = {name: weight.execution for name, weight in packed.topkast.weights.items()}
+    assert kept.items() >= expected.items()
+    for _ in range(3):
+        assert packed.step(10) == pytest.approx(masked.step(10), rel=1e-8)
+        check_alike(packed, masked)
+    for run in (masked, packed):
+        run.model.eval()
+    with torch.no_grad():
+        x = torch.randn(4, *inputs, dtype=torch.float64)
+        torch.testing.assert_close(packed.model(x), masked.model(x))
+
+
+# --- what a packed model is -------------------------------------------------------------------------------------------
+
+
+@executions
+def test_parameter_gradient_and_state_are_as_long_as_B(execution):
+    run = Run(execution)
+    run.step(12)
+    weight = run.topkast.weights["2.weight"]
+    assert dict(run.model.named_parameters())["2.weight"] is weight.parameter
+    assert weight.parameter.shape == weight.parameter.grad.shape == (weight.updated_count,)
+    assert all(v.numel() <= weight.updated_count for v in run.optimizer.state[weight.parameter].values())
+
+
+@executions
+def test_weight_reads_as_alpha_and_its_gradient_reaches_the_values(execution):
+    run = Run(execution)
+    run.step(3)
+    layer, weight = run.model[2], run.topkast.weights["2.weight"]
+    assert isinstance(layer, nn.Linear)
+    assert torch.equal(layer.weight.detach(), weight.alpha())
+    target = torch.randn_like(weight.alpha())
+    (gradient,) = torch.autograd.grad((layer.weight * target).sum(), weight.parameter)
+    expected = torch.cat([target[weight.active], target[weight.tiers == 1]])
+    assert torch.equal(gradient, expected)
+
+
+@executions
+def test_state_dict_is_dense_and_loads_into_the_plain_model(execution):
+    run = Run(execution)
+    run.step(12)
+    plain = mlp().double()
+    plain.load_state_dict(run.model.state_dict())
+    x = torch.randn(5, 12, dtype=torch.float64)
+    torch.testing.assert_close(plain(x), run.model(x))
+    assert torch.count_nonzero(plain[2].weight) == run.topkast.weights["2.weight"].active_count
+
+
+@executions
+def test_plain_state_dict_loads_into_a_packed_model(execution):
+    run, other = Run(execution), mlp().double()
+    state = other.state_dict()
+    run.model.load_state_dict(state)
+    weight = run.topkast.weights["2.weight"]
+    assert torch.equal(weight.theta(), state["2.weight"])
+    kept = state["2.weight"].abs().flatten().topk(weight.active_count).indices
+    assert weight.active.flatten()[kept].all()
+    with pytest.raises(RuntimeError, match=r"size mismatch for 2.weight"):
+        run.model.load_state_dict(state | {"2.weight": torch.ones(3, 3)})
+    with pytest.raises(RuntimeError, match=r"2.weight holds NaN"):
+        run.model.load_state_dict(state | {"2.weight": torch.full((30, 40), torch.nan)})
+    assert torch.equal(weight.theta(), state["2.weight"])
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_to_dense_gives_the_ordinary_layers_back(kind):
+    make_model, inputs, _, options = MODELS[kind]
+    run = Run("packed", make_model=make_model, inputs=inputs, **options)
+    run.step(4)
+    x = torch.randn(4, *inputs, dtype=torch.float64)
+    before, state = run.model(x), run.model.state_dict()
+    assert to_dense(run.model) is run.model
+    torch.testing.assert_close(run.model(x), before)
+    plain = make_model()
+    assert [type(module) for module in run.model.modules()] == [type(module) for module in plain.modules()]
+    assert [(n, p.shape) for n, p in run.model.named_parameters()] == [
+        (n, p.shape) for n, p in plain.named_parameters()
+    ]
+    for key, value in run.model.state_dict().items():
+        assert torch.equal(value, state[key])
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(
+    "way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_a_copy_is_a_model_of_its_own(kind, way):
+    make_model, inputs, _, options = MODELS[kind]
+    run = Run("packed", make_model=make_model, inputs=inputs, **options)
+    run.step(4)
+    x = torch.randn(4, *inputs, dtype=torch.float64)
+    other = way(run.model)
+    expected = run.model(x).detach()
+    run.step(9)  # over a refresh
+    assert torch.equal(other(x), expected)
+    assert not torch.equal(run.model(x), expected)
+    other(x).sum().backward()
+    assert all(p.grad is not None for n, p in other.named_parameters() if n in run.topkast.weights)
+
+
+def test_release_gives_theta_back():
+    run = Run("packed")
+    run.step(12)
+    theta = run.topkast.weights["2.weight"].theta()
+    run.topkast.release()
+    assert type(run.model[2]) is nn.Linear
+    assert torch.equal(run.model[2].weight.detach(), theta)
+
+
+def test_summary_says_how_each_weight_is_kept():
+    text = str(Run("packed", make_model=convolutional, inputs=(3, 9, 9)).topkast.summary())
+    assert "sparse, packed" in text
+    assert "sparse, compact" in text
+
+
+# --- what cannot be ---------------------------------------------------------------------------------------------------
+
+
+def hooked():
+    model = mlp()
+    model[2].weight.register_hook(lambda gradient: gradient)
+    return model
+
+
+def test_weights_with_hooks_stay_masked_with_a_warning():
+    with pytest.warns(UserWarning, match=r"leaves '2.weight' \(it has hooks of its own"):
+        topkast = TopKast(hooked(), 0.8, 0.6, execution="packed", operators="torch")
+    assert {n: w.execution for n, w in topkast.weights.items()} == {"2.weight": "masked", "4.weight": "packed"}
+    with pytest.raises(TopKastError, match="strict=True refuses"):
+        TopKast(hooked(), 0.8, 0.6, execution="packed", operators="torch", strict=True)
+
+
+def test_parametrized_weights_stay_masked():
+    model = mlp()
+    nn.utils.parametrizations.orthogonal(model[2])
+    name = "2.parametrizations.weight.original"
+    with pytest.warns(UserWarning, match=f"leaves '{name}' \\(it is parametrized"):
+        topkast = TopKast(model, 0.8, 0.6, execution="packed", operators="torch", include=[name, "4.weight"])
+    assert topkast.weights[name].execution == "masked"
+
+
+def test_a_packed_model_cannot_be_packed_again():
+    run = Run("packed")
+    with pytest.raises(TopKastError, match=r"'2.weight' is packed already.*to_dense\(model\)"):
+        TopKast(run.model, 0.8, 0.6)
+
+
+def test_optimizer_made_before_the_layers_were_packed_is_refused():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(TopKastError, match=r"holds none of the sparse weights.*made after"):
+        TopKast(model, 0.8, 0.6, execution="packed", operators="torch").attach(optimizer)
+
+
+def test_state_outside_B_cannot_be_kept():
+    with pytest.raises(TopKastError, match="reset_optimizer_state=False can't be honoured"):
+        TopKast(mlp(), 0.8, 0.6, execution="packed", operators="torch", reset_optimizer_state=False)
+
+
+def test_nan_leaves_a_model_as_it_was():
+    model = mlp()
+    model[4].weight.data[0, 0] = torch.nan
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(TopKastError, match=r"'4.weight' holds NaN"):
+        TopKast(model, 0.8, 0.6, execution="packed", operators="torch")
+    assert type(model[2]) is nn.Linear
+    assert all(torch.equal(v.nan_to_num(), before[k].nan_to_num()) for k, v in model.state_dict().items())
+
+
+# --- state ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("saved", ["masked", "packed", "compact"])
+@pytest.mark.parametrize("resumed", ["masked", "packed", "compact"])
+@pytest.mark.parametrize("steps", [7, 9, 30])
+def test_a_run_resumes_in_every_execution(saved, resumed, steps):
+    whole, first = Run("masked"), Run(saved)
+    first.step(steps)
+    state = copy.deepcopy((first.model.state_dict(), first.optimizer.state_dict(), first.topkast.state_dict()))
+    second = Run(resumed)
+    second.model.load_state_dict(state[0])
+    second.optimizer.load_state_dict(state[1])
+    second.topkast.load_state_dict(state[2])
+    second.done = steps
+    second.step(25)
+    whole.step(steps + 25)
+    check_alike(second, whole)
+    assert all(isinstance(w, PackedWeight) == (resumed != "masked") for w in second.topkast.weights.values())
+
+
+# --- nothing dense ----------------------------------------------------------------------------------------------------
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest tensor that any operation makes."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
+                self.entries = max(self.entries, tensor.numel())
+        return result
+
+
+def test_a_packed_step_makes_no_tensor_of_the_weights_size():
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
+    topkast = TopKast(
+        model, 0.8, 0.6, execution="packed", operators="torch", keep_first_dense=False, keep_last_dense=False
+    )
+    optimizer = torch.optim.AdamW(model.parameters())
+    topkast.attach(optimizer)
+    with Largest() as largest:
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(torch.randn(8, 64)).sum().backward()
+            optimizer.step()
+    assert largest.entries == topkast.weights["0.weight"].updated_count == 1638
+    with Largest() as largest:
+        assert model[0].weight.shape == (64, 64)
+    assert largest.entries == 64 * 64, "the recorder sees a dense weight"
+
+
+@executions
+def test_reservoir_and_sets_are_not_registered_with_the_model(execution):
+    run = Run(execution)
+    run.step(3)
+    sizes = {name: tensor.numel() for name, tensor in [*run.model.named_parameters(), *run.model.named_buffers()]}
+    assert sizes["2.weight"] == run.topkast.weights["2.weight"].updated_count
+    assert len(sizes) == 8
+
+
+# --- birth ------------------------------------------------------------------------------------------------------------
+
+
+def test_model_on_the_meta_device_is_drawn_on_the_host():
+    torch.manual_seed(5)
+    expected = nn.Linear(40, 30)
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(40, 30))
+    torch.manual_seed(5)
+    topkast = TopKast(
+        model, 0.8, 0.6, execution="packed", operators="torch", keep_first_dense=False, keep_last_dense=False
+    )
+    assert torch.equal(topkast.weights["0.weight"].theta(), expected.weight.detach())
+    assert torch.equal(model[0].bias, expected.bias)
+    assert model(torch.randn(3, 40)).shape == (3, 30)
+
+
+def test_meta_module_that_cannot_be_drawn_is_named():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(3))
+
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(8, 8), Own())
+    with pytest.raises(TopKastError, match=r"'1' \(Own\) is on the meta device and has no reset_parameters\(\)"):
+        TopKast(model, 0.8, 0.6, execution="packed", include=["0.weight"])
+
+
+# --- choosing in the background ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("execution", ["masked", "packed", "compact"])
+def test_delayed_choice_is_that_of_its_own_step(execution):
+    run = Run(execution, refresh_delay=4)
+    run.step(9)
+    weight = run.topkast.weights["2.weight"]
+    chosen, before = nested_top_k(weight.magnitudes(), (weight.updated_count, weight.active_count)), weight.tiers
+    assert not torch.equal(chosen, before)
+    run.step(3)
+    assert torch.equal(weight.tiers, before)
+    run.step(1)
+    assert torch.equal(weight.tiers, chosen)
+    assert run.topkast.refresh_count == 1
+
+
+@pytest.mark.parametrize("execution", ["masked", "packed"])
+@pytest.mark.parametrize("steps", [8, 9, 11, 13, 20])
+def test_delayed_choice_is_saved_and_resumed(execution, steps):
+    options = {"refresh_delay": 4, "stop_exploration_at": 31}
+    whole, first = Run(execution, **options), Run(execution, **options)
+    first.step(steps)
+    state = pickle.loads(
+        pickle.dumps((first.model.state_dict(), first.optimizer.state_dict(), first.topkast.state_dict()))
+    )
+    second = Run(execution, **options)
+    second.model.load_state_dict(state[0])
+    second.optimizer.load_state_dict(state[1])
+    second.topkast.load_state_dict(state[2])
+    second.done = steps
+    second.step(30)
+    whole.step(steps + 30)
+    for name, weight in whole.topkast.weights.items():
+        assert torch.equal(weight.tiers, second.topkast.weights[name].tiers)
+        assert torch.equal(weight.theta(), second.topkast.weights[name].theta())
+
+
+def test_nan_found_in_the_background_is_reported_when_it_would_take_effect():
+    run = Run("packed", refresh_delay=2)
+    run.step(8)
+    weight = run.topkast.weights["2.weight"]
+    run.backward()
+    weight.parameter.data[0] = torch.nan
+    run.optimizer.step()
+    before = weight.tiers
+    run.optimizer.step()
+    with pytest.raises(TopKastError, match=r"'2.weight' holds NaN or infinity at step 9"):
+        run.optimizer.step()
+    assert torch.equal(weight.tiers, before)
+
+
+# --- interruption -----------------------------------------------------------------------------------------------------
+
+
+def test_refresh_interrupted_anywhere_is_finished_or_has_not_begun():
+    """Line by line: afterwards the sets are the old or the new ones, and every value and its state are in place."""
+    torch.manual_seed(0)
+    codes = {PackedWeight._repack.__code__, PackedWeight._settle.__code__}
+    outcomes = set()
+    for line in range(1, 60):
+        weight = PackedWeight("weight", nn.Parameter(torch.arange(1.0, 21).view(4, 5)), 5, 9, True)
+        weight.apply(nested_top_k(weight.magnitudes(), (9, 5)))
+        weight.parameter.data.mul_(-1)
+        theta, state = weight.theta(), weight.parameter.detach() * 10
+        scores = torch.rand(4, 5)
+        tiers, before = nested_top_k(scores, (9, 5)), weight.tiers
+        seen = 0
+
+        def trace(frame, event, _, line=line):
+            nonlocal seen
+            if frame.f_code not in codes:
+                return None
+            if event == "line":
+                seen += 1
+                if seen == line:
+                    raise KeyboardInterrupt
+            return trace
+
+        old = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            weight.apply(tiers, [state])
+            finished = True
+        except KeyboardInterrupt:
+            finished = False
+        finally:
+            sys.settrace(old)
+        weight.recover()
+        assert torch.equal(weight.theta(), theta)
+        new = torch.equal(weight.tiers, tiers)
+        assert new or torch.equal(weight.tiers, before)
+        places = weight.packing.indices()
+        stayed = (before.flatten()[places] > 0) if new else torch.ones(9, dtype=torch.bool)
+        assert torch.equal(state, torch.where(stayed, theta.flatten()[places] * 10, 0))
+        outcomes.add((finished, new))
+    assert outcomes == {(False, False), (False, True), (True, True)}
+
+
+# --- inference --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("execution", ["masked", "packed"])
+@pytest.mark.parametrize("make_model", [mlp, gpt2_like])
+def test_to_csr_computes_the_same_from_compressed_weights(execution, make_model):
+    run = Run(execution, make_model=make_model, include=["*.weight"])
+    run.step(4)
+    x = torch.randn(5, 12, dtype=torch.float64)
+    expected = run.model(x).detach()
+    counts = {name: weight.active_count for name, weight in run.topkast.weights.items()}
+    assert to_csr(run.model, operators="torch") is run.model
+    torch.testing.assert_close(run.model(x), expected)
+    for name, count in counts.items():
+        layer = run.model.get_submodule(name.removesuffix(".weight"))
+        assert isinstance(layer, CsrLinear)
+        assert layer.values.numel() == count
+    other = copy.deepcopy(run.model)
+    other.load_state_dict(run.model.state_dict())
+    assert torch.equal(other(x), run.model(x))
+
+
+def test_to_csr_leaves_dense_layers_alone():
+    model = to_csr(mlp())
+    assert all(type(layer) is nn.Linear for layer in model if not isinstance(layer, nn.Tanh))
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("average", [True, False])
+@pytest.mark.parametrize("masks", ["none", "bool", "float", "per head", "padding", "both"])
+def test_packed_attention_computes_what_the_plain_one_does(batch_first, need_weights, average, masks):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.MultiheadAttention(12, 3, batch_first=batch_first)).double()
+    topkast = TopKast(
+        model, 0.8, 0.6, execution="packed", operators="torch", keep_first_dense=False, keep_last_dense=False
+    )
+    assert {weight.execution for weight in topkast.weights.values()} == {"packed"}
+    plain = to_dense(copy.deepcopy(model))[0]
+    x = torch.randn((4, 5, 12) if batch_first else (5, 4, 12), dtype=torch.float64)
+    causal = torch.ones(5, 5, dtype=torch.bool).triu(1)
+    padding = torch.arange(5) >= torch.tensor([[5], [3], [4], [5]])
+    given = {
+        "none": {},
+        "bool": {"attn_mask": causal},
+        "float": {"attn_mask": torch.randn(5, 5, dtype=torch.float64)},
+        "per head": {"attn_mask": torch.randn(12, 5, 5, dtype=torch.float64)},
+        "padding": {"key_padding_mask": padding},
+        "both": {"attn_mask": causal, "key_padding_mask": padding},
+    }[masks]
+    given |= {"need_weights": need_weights, "average_attn_weights": average}
+    for module in (model[0], plain):
+        module.train()
+    for one, other in zip(model[0](x, x, x, **given), plain(x, x, x, **given), strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other)
+    if masks in ("none", "bool"):
+        single = x[0] if batch_first else x[:, 0]
+        torch.testing.assert_close(
+            model[0](single, single, single, **given)[0], plain(single, single, single, **given)[0]
+        )
+
+
+def test_attention_between_sequences_takes_the_ordinary_way():
+    model = nn.Sequential(nn.MultiheadAttention(12, 3, batch_first=True)).double()
+    TopKast(model, 0.8, 0.6, execution="packed", operators="torch", keep_first_dense=False, keep_last_dense=False)
+    plain = to_dense(copy.deepcopy(model))[0]
+    query, memory = torch.randn(2, 3, 12, dtype=torch.float64), torch.randn(2, 7, 12, dtype=torch.float64)
+    torch.testing.assert_close(model[0](query, memory, memory)[0], plain(query, memory, memory)[0])
+    assert model[0]._parameters["in_proj_weight"].grad is None
+    model[0](query, memory, memory)[0].sum().backward()
+    assert model[0]._parameters["in_proj_weight"].grad.abs().sum() > 0

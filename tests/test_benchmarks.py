@@ -7,6 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from tests.app.data_files import write_fashion_mnist
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -42,6 +46,47 @@ def test_step_overhead_compares_every_variant_on_every_network(tmp_path):
     assert {row["met"] for row in figures["aims"]} <= {"met", "not met"}
     for title in ("MLP: a step", "ResNet-18: refresh and memory", "Refresh of large weights", "Aims"):
         assert f"### {title}" in run.stdout
+
+
+def test_packed_times_every_variant_and_counts_its_bytes(tmp_path):
+    run_benchmark("packed.py", "--quick", "--json", tmp_path / "figures.json", "--plot", tmp_path / "speed.png")
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    rows = [row for row in figures["rows"] if "failed" not in row]
+    failed = {row["variant"] for row in figures["rows"] if "failed" in row}
+    assert failed <= {"sparselab", "packed, compiled"}, "a rival or a compiler may be missing"
+    assert {"dense", "masked", "packed, torch", "compact"} <= {row["variant"] for row in rows}
+    for row in rows:
+        assert row["speed"] > 0
+        if row["network"].startswith("MLP") and row["variant"] == "packed, torch":
+            # biases are all that is dense
+            backward = 1 - int(row["sparsity"].split(" / ")[1].removesuffix("%")) / 100
+            assert row["bytes"] == pytest.approx((64 * backward + 1) / 65, abs=2e-3)
+    assert (tmp_path / "speed.png").stat().st_size > 10_000
+
+
+def test_capacity_is_the_deepest_network_that_fits(tmp_path):
+    figures = tmp_path / "figures.json"
+    run_benchmark("capacity.py", "--limit", "3", "--width", "64", "--time", "8", "--json", figures)
+    rows = json.loads(figures.read_text())["rows"]
+    assert [row["kind"] for row in rows] == ["dense", "90/80", "95/90"] * 2
+    for row in rows:
+        assert row["peak MB"] <= 3 < row["next deeper MB"]
+    assert rows[0]["times dense"] == 1 < rows[4]["times dense"] <= rows[1]["times dense"] < rows[2]["times dense"]
+
+
+def test_time_to_accuracy_ends_at_the_goal_or_says_that_it_was_not_reached(tmp_path):
+    write_fashion_mnist(tmp_path / "data")
+    run_benchmark(
+        "time_to_accuracy.py", "--folder", tmp_path / "data", "--width", "16", "--accuracy", "0", "--seeds", "0",
+        "--json", tmp_path / "reached.json",
+    )  # fmt: skip
+    runs = json.loads((tmp_path / "reached.json").read_text())
+    assert [run["method"] for run in runs][:2] == ["dense", "masked, 90/80"]
+    assert all(run["seconds"] > 0 and run["accuracy"] >= 0 for run in runs)
+    out = run_benchmark(
+        "time_to_accuracy.py", "--folder", tmp_path / "data", "--accuracy", "1.1", "--seeds", "0", "--epochs", "1"
+    )
+    assert "0 of 1" in out.stdout
 
 
 def test_accuracy_is_measured_once_per_run_and_tabulated(tmp_path):

@@ -381,6 +381,13 @@ def test_state_outside_B_cannot_be_kept():
         TopKast(mlp(), 0.8, 0.6, execution="packed", operators="torch", reset_optimizer_state=False)
 
 
+@pytest.mark.parametrize(("make_optimizer", "key"), [(torch.optim.Adagrad, "sum"), (torch.optim.Rprop, "step_size")])
+def test_optimizer_state_of_unknown_beginning_is_refused_at_the_first_step(make_optimizer, key):
+    run = Run("packed", make_optimizer)
+    with pytest.raises(TopKastError, match=rf"keeps '{key}' for every entry of '2.weight'.*execution='masked'"):
+        run.step()
+
+
 def test_nan_leaves_a_model_as_it_was():
     model = mlp()
     model[4].weight.data[0, 0] = torch.nan

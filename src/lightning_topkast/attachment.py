@@ -53,6 +53,7 @@ class Attachment:
         self.steps = steps
         self._weights_by_parameter = weights
         self._gradients_masked = False
+        self._state_checked = False
         self._warned_of_overshoot = False
         self._handles: list[RemovableHandle] = []
         if not self.weights:
@@ -167,8 +168,23 @@ class Attachment:
                 # A subclass that goes on after super().step(), which has passed here and closed.
                 weight.restore_sparsity()
         if stepped:
+            if not self._state_checked:
+                self._check_state()
             self.steps += 1
             self.after_step(self)
+
+    def _check_state(self) -> None:
+        """Refuse state that can't be carried over a refresh of packed weights, once the optimizer has made it."""
+        for weight in self.weights:
+            for key, value in self.optimizer.state.get(weight.parameter, {}).items():
+                known = key in _ZERO_AT_FIRST or not isinstance(value, Tensor) or value.shape != weight.parameter.shape
+                if weight.execution != "masked" and not known:
+                    raise TopKastError(
+                        f"{type(self.optimizer).__name__} keeps '{key}' for every entry of '{weight.name}', and what it "
+                        "begins at for an entry that enters the updated set is not known; train with "
+                        "execution='masked', or with an optimizer of momenta and averages (SGD, Adam, AdamW, ...)"
+                    )
+        self._state_checked = True
 
     def _weights_and_groups(self) -> Iterator[tuple[SparseWeight, dict[str, Any]]]:
         for group in self.optimizer.param_groups:

@@ -1,0 +1,108 @@
+"""How long training takes to a fixed accuracy on FashionMNIST: dense, masked and packed.
+
+    OMP_NUM_THREADS=1 python benchmarks/time_to_accuracy.py [--accuracy 0.88] [--width 2048] [--json FILE]
+
+An MLP of two wide hidden layers with Adam at a constant learning rate, the first layer sparse too, the last dense. The
+validation accuracy is taken every 50 steps, outside the clock, which counts the CPU seconds of the one thread in
+training steps with their refreshes. All runs see the same batches.
+"""
+
+import argparse
+import json
+from itertools import islice
+from pathlib import Path
+from time import process_time
+
+import torch
+from tables import Row, table
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Adam
+
+from lightning_topkast import TopKast
+from lightning_topkast.app.data import FashionMNIST
+
+METHODS = {
+    "dense": None,
+    "masked, 90/80": (0.9, 0.8, "masked"),
+    "packed, 90/80": (0.9, 0.8, "packed"),
+    "packed, 95/90": (0.95, 0.9, "packed"),
+    "packed, 98/95": (0.98, 0.95, "packed"),
+}
+EVERY = 50
+
+
+def train(method: str, data: FashionMNIST, width: int, goal: float, most_epochs: int, seed: int) -> Row:
+    """Train until the validation accuracy reaches the goal; seconds, steps and the accuracy reached."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(784, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10)
+    )
+    topkast = None
+    if METHODS[method] is not None:
+        forward, backward, execution = METHODS[method]  # type: ignore[misc]
+        topkast = TopKast(model, forward, backward, execution=execution, keep_first_dense=False, penalty_shrinkage=1e-3)
+    optimizer = Adam(model.parameters(), lr=1e-3, fused=True)
+    if topkast is not None:
+        topkast.attach(optimizer)
+    validation = list(data.val_dataloader())
+    seconds, steps, reached = 0.0, 0, 0.0
+    for epoch in range(most_epochs):
+        data.seed = 1000 * seed + epoch
+        batches = iter(data.train_dataloader())
+        while chunk := list(islice(batches, EVERY)):
+            start = process_time()
+            for x, y in chunk:
+                optimizer.zero_grad()
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+            seconds += process_time() - start
+            steps += len(chunk)
+            reached = accuracy(model, validation)
+            if reached >= goal:
+                return {"method": method, "seed": seed, "seconds": seconds, "steps": steps, "accuracy": reached}
+    return {"method": method, "seed": seed, "seconds": None, "steps": steps, "accuracy": reached}
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> float:
+    """Share of the examples that are classified correctly."""
+    right = sum(int((model(x).argmax(1) == y).sum()) for x, y in batches)
+    return right / sum(len(y) for _, y in batches)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--accuracy", type=float, default=0.88, help="on the validation images (default: %(default)s)")
+    parser.add_argument("--width", type=int, default=2048, help="of both hidden layers (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=8, help="at most (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--folder", help="of the data, if it is not where the Debian package or torchvision put it")
+    parser.add_argument("--json", type=Path, help="also write all runs to this file")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    data = FashionMNIST(arguments.folder, batch_size=128, val_size=1 / 12)
+    data.prepare_data()
+    data.setup("fit")
+    runs = [
+        train(method, data, arguments.width, arguments.accuracy, arguments.epochs, seed)
+        for seed in arguments.seeds
+        for method in METHODS
+    ]
+    rows: list[Row] = []
+    for method in METHODS:
+        own = [run for run in runs if run["method"] == method]
+        row: Row = {"method": method, "reached": f"{sum(run['seconds'] is not None for run in own)} of {len(own)}"}
+        done = [run for run in own if run["seconds"] is not None]
+        if done:
+            row["seconds"] = sum(run["seconds"] for run in done) / len(done)
+            row["steps"] = sum(run["steps"] for run in done) / len(done)
+            row["ms a step"] = row["seconds"] / row["steps"] * 1e3
+        rows.append(row)
+    table(f"FashionMNIST, MLP 784-{arguments.width}-{arguments.width}-10 to {arguments.accuracy:.0%}", rows)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(runs, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

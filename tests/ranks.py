@@ -45,10 +45,19 @@ class Drift(Callback):
                 pl_module.layers[2].weight.mul_(torch.rand(16, 16, generator=torch.Generator().manual_seed(1)))
 
 
-def train(folder: Path, *others, accumulate: int = 1, **changes) -> None:
+class Unalike(Callback):
+    """Lets the ranks begin from different weights, of which DDP takes rank 0's."""
+
+    def setup(self, trainer, pl_module, stage):
+        with torch.no_grad():
+            for parameter in pl_module.parameters():
+                parameter.add_(trainer.global_rank)
+
+
+def train(folder: Path, *others, accumulate: int = 1, first: tuple = (), **changes) -> None:
     folder.mkdir(exist_ok=True)
     callback = make_callback(keep_last_dense=False, penalty_strength=1e-2, **changes)
-    callbacks = [callback, Note(folder, callback), *(other() for other in others)]
+    callbacks = [*first, callback, Note(folder, callback), *(other() for other in others)]
     model = make_net(optimizer="adamw", lr=0.02)
     trainer = make_trainer(
         folder, *callbacks, strategy="ddp_fork", devices=2, use_distributed_sampler=False,
@@ -100,6 +109,7 @@ def main(folder: Path) -> None:
     train(folder)
     train(folder / "accumulated", accumulate=2, update_every=2, exploration="random")
     train(folder / "packed", execution="packed")
+    train(folder / "unalike", first=(Unalike(),), execution="packed")
     train(folder / "compact", accumulate=2, update_every=2, execution="compact")
     try:
         train(folder / "drifted", Drift, update_every=4)

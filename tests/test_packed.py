@@ -1,8 +1,10 @@
 """Packed and compact weights train as masked ones do, and hold nothing dense."""
 
 import copy
+import gc
 import pickle
 import sys
+import weakref
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_topkast import TopKast, TopKastError, to_csr, to_dense
 from lightning_topkast.layers.csr import CsrLinear
+from lightning_topkast.materialize import materialize
 from lightning_topkast.selection import nested_top_k
 from lightning_topkast.weights import PackedWeight
 
@@ -337,6 +340,206 @@ def test_summary_says_how_each_weight_is_kept():
     assert "sparse, compact" in text
 
 
+# --- weights that are loaded in the middle -------------------------------------------------------------------------
+
+
+@executions
+def test_loading_the_present_weights_changes_nothing(execution):
+    run, other = Run(execution), Run(execution)
+    for each in (run, other):
+        each.step(12)
+    run.model.load_state_dict(copy.deepcopy(run.model.state_dict()))
+    for each in (run, other):
+        each.step(20)
+    check_alike(run, other)
+
+
+@executions
+def test_loading_earlier_weights_keeps_the_reservoir_and_aligns_the_optimizers_state(execution):
+    run = Run(execution)
+    run.step(3)
+    earlier = copy.deepcopy(run.model.state_dict())
+    run.step(17)
+    weight = run.topkast.weights["2.weight"]
+    before, theta = weight.tiers, weight.theta()
+    dense = torch.zeros(30, 40, dtype=torch.float64)
+    momentum = run.optimizer.state[weight.parameter]["exp_avg"]
+    dense.view(-1)[weight.packing.indices()] = momentum
+    run.model.load_state_dict(earlier)
+    assert torch.equal(weight.alpha(), earlier["2.weight"])
+    elsewhere = earlier["2.weight"] == 0
+    assert torch.equal(weight.theta()[elsewhere], theta[elsewhere])
+    assert not torch.equal(weight.tiers, before)
+    run.optimizer.param_groups[0]["lr"] = 0.0
+    for parameter in run.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    run.optimizer.step()
+    stayed = (before > 0).flatten()[weight.packing.indices()]
+    aligned = 0.9 * dense.view(-1)[weight.packing.indices()]
+    torch.testing.assert_close(momentum, torch.where(stayed, aligned, 0))
+
+
+def test_a_choice_by_weights_that_were_replaced_is_made_again():
+    run = Run("packed", refresh_delay=4)
+    run.step(10)
+    weight = run.topkast.weights["2.weight"]
+    fresh = {key: torch.randn_like(value) for key, value in run.model.state_dict().items()}
+    run.model.load_state_dict(fresh)
+    largest = nested_top_k(fresh["2.weight"].abs(), (weight.active_count,)).bool()
+    run.step(3)
+    assert (weight.active & largest).sum() > 0.9 * weight.active_count
+
+
+def test_assigning_a_state_dict_keeps_the_packed_parameter():
+    run = Run("packed")
+    run.step(3)
+    weight, names = run.topkast.weights["2.weight"], [name for name, _ in run.model.named_parameters()]
+    run.model.load_state_dict(mlp().double().state_dict(), assign=True)
+    assert run.model[2]._parameters["weight"] is weight.parameter
+    assert [name for name, _ in run.model.named_parameters()] == names
+    state = run.model.state_dict()
+    del state["2.weight"]
+    with pytest.raises(RuntimeError, match=r"Missing key.*2.weight"):
+        run.model.load_state_dict(state)
+
+
+def test_a_dense_checkpoint_with_its_optimizer_goes_on_packed():
+    plain = mlp().double()
+    optimizer = OPTIMIZERS["adamw"](plain.parameters())
+    plain(torch.randn(4, 12, dtype=torch.float64)).sum().backward()
+    optimizer.step()
+    run = Run("packed")
+    run.model.load_state_dict(plain.state_dict())
+    run.topkast.detach()
+    run.optimizer.load_state_dict(optimizer.state_dict())
+    run.topkast.attach(run.optimizer)
+    weight = run.topkast.weights["2.weight"]
+    expected = optimizer.state[plain[2].weight]["exp_avg"].flatten()[weight.packing.indices()]
+    assert torch.equal(run.optimizer.state[weight.parameter]["exp_avg"], expected)
+    run.step(3)
+
+
+# --- what else holds of a packed model -------------------------------------------------------------------------------
+
+
+def test_the_dense_parameter_is_let_go():
+    model = mlp()
+    dense = weakref.ref(model[2].weight)
+    topkast = TopKast(model, 0.8, 0.6, execution="packed", operators="torch")
+    gc.collect()
+    assert dense() is None
+    assert topkast.weights["2.weight"].parameter.numel() == 480
+
+
+def test_marks_on_the_parameter_stay():
+    model = mlp()
+    model[2].weight.no_decay = True
+    TopKast(model, 0.8, 0.6, execution="packed", operators="torch")
+    assert model[2]._parameters["weight"].no_decay
+
+
+def test_weight_decay_lost_by_dimension_is_warned_of():
+    model = mlp()
+    topkast = TopKast(model, 0.8, 0.6, execution="packed", operators="torch")
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    with pytest.warns(UserWarning, match=r"packed weights \(2.weight, 4.weight\) are in a group without weight decay"):
+        topkast.attach(torch.optim.AdamW(groups))
+
+
+def test_subclasses_and_replaced_forwards_are_not_packed():
+    class Doubling(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = nn.Sequential(nn.Linear(8, 8), Doubling(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    model[2].forward = lambda x: nn.functional.linear(x, model[2].weight) * 3
+    x = torch.randn(2, 8)
+    topkast = TopKast(model, 0.5, 0.25, execution="packed", operators="torch")
+    assert {weight.execution for weight in topkast.weights.values()} == {"compact"}
+    h = model[0](x)
+    h = 2 * nn.functional.linear(h, topkast.weights["1.weight"].alpha(), model[1].bias)
+    h = 3 * nn.functional.linear(h, topkast.weights["2.weight"].alpha())
+    torch.testing.assert_close(model(x), model[3](h))
+
+
+def test_pointwise_convolution_keeps_its_strides():
+    model = nn.Sequential(nn.Conv2d(6, 8, 1, stride=(2, 3)))
+    TopKast(model, 0.5, 0.25, execution="packed", operators="torch", keep_first_dense=False, keep_last_dense=False)
+    x = torch.randn(2, 6, 7, 8)
+    expected = nn.functional.conv2d(x, model[0].weight, model[0].bias, stride=(2, 3))
+    torch.testing.assert_close(model(x), expected)
+    torch.testing.assert_close(model(x[0]), expected[0])
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_packed_attention_drops_out_in_training_only(need_weights):
+    model = nn.Sequential(nn.MultiheadAttention(12, 3, dropout=0.5, batch_first=True))
+    TopKast(model, 0.8, 0.6, execution="packed", operators="torch", keep_first_dense=False, keep_last_dense=False)
+    x = torch.randn(2, 5, 12)
+    assert not torch.equal(*(model[0](x, x, x, need_weights=need_weights)[0] for _ in range(2)))
+    model.eval()
+    plain = to_dense(copy.deepcopy(model))[0]
+    assert torch.equal(*(model[0](x, x, x, need_weights=need_weights)[0] for _ in range(2)))
+    torch.testing.assert_close(model[0](x, x, x)[0], plain(x, x, x)[0])
+
+
+@pytest.mark.parametrize("options", [{"bias": False}, {"add_bias_kv": True}, {"add_zero_attn": True}], ids=str)
+def test_every_kind_of_attention_computes_what_the_plain_one_does(options):
+    model = nn.Sequential(nn.MultiheadAttention(12, 3, batch_first=True, **options)).double()
+    TopKast(model, 0.8, 0.6, execution="packed", operators="torch", include=["0.in_proj_weight", "0.out_proj.weight"])
+    plain = to_dense(copy.deepcopy(model))[0]
+    x = torch.randn(2, 5, 12, dtype=torch.float64)
+    torch.testing.assert_close(model[0](x, x, x)[0], plain(x, x, x)[0])
+
+
+@pytest.mark.parametrize(("pair", "kept"), [((0.5, 0.0), "compact"), ((0.98, 0.95), "packed")])
+def test_auto_packs_where_it_is_faster(pair, kept):
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3)))
+    topkast = TopKast(model, *pair, execution="auto", operators="torch")
+    assert {weight.execution for weight in topkast.weights.values()} == {kept}
+
+
+def test_frozen_weights_stay_frozen():
+    run = Run("packed")
+    run.topkast.weights["2.weight"].parameter.requires_grad_(False)
+    run.topkast.leave_out(["2.weight"])
+    assert type(run.model[2]) is nn.Linear
+    assert not run.model[2].weight.requires_grad
+    assert list(run.topkast.weights) == ["4.weight"]
+    run.step(10)
+
+
+def test_saving_in_the_middle_of_a_refresh_is_whole():
+    """A signal handler may save at any line."""
+    run = Run("packed")
+    run.step(3)
+    weight = run.topkast.weights["2.weight"]
+    theta, saved = weight.theta(), []
+
+    def trace(frame, event, _):
+        if frame.f_code not in {PackedWeight._repack.__code__, PackedWeight._settle.__code__}:
+            return None
+        if event == "line":
+            sys.settrace(None)
+            saved.append(weight.state_dict()["reserve"] + weight.alpha())
+            sys.settrace(trace)
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        tiers = nested_top_k(torch.rand(30, 40), (weight.updated_count, weight.active_count))
+        weight.apply(tiers, [torch.zeros(weight.updated_count, dtype=torch.float64)])
+    finally:
+        sys.settrace(before)
+    assert len(saved) > 15
+    assert all(torch.equal(each, theta) for each in saved)
+    assert torch.equal(weight.tiers, tiers)
+
+
 # --- what cannot be ---------------------------------------------------------------------------------------------------
 
 
@@ -479,6 +682,24 @@ def test_model_on_the_meta_device_is_drawn_on_the_host():
     assert model(torch.randn(3, 40)).shape == (3, 30)
 
 
+def test_tied_and_real_weights_survive_a_draw():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Embedding(12, 8), nn.Linear(8, 8), nn.Linear(8, 12, bias=False))
+        model[2].weight = model[0].weight
+    model[1].weight = nn.Parameter(torch.full((8, 8), 9.0))
+    materialize(model)
+    assert model[2].weight is model[0].weight
+    assert torch.equal(model[1].weight, torch.full((8, 8), 9.0))
+    assert not any(parameter.is_meta for parameter in model.parameters())
+
+
+def test_torchs_transformer_is_born_on_the_meta_device():
+    with torch.device("meta"):
+        model = nn.TransformerEncoderLayer(12, 2, 24, batch_first=True)
+    TopKast(model, 0.8, 0.6, execution="packed", operators="torch")
+    assert torch.isfinite(model(torch.randn(2, 5, 12))).all()
+
+
 def test_meta_module_that_cannot_be_drawn_is_named():
     class Own(nn.Module):
         def __init__(self):
@@ -610,6 +831,17 @@ def test_to_csr_computes_the_same_from_compressed_weights(execution, make_model)
     other = copy.deepcopy(run.model)
     other.load_state_dict(run.model.state_dict())
     assert torch.equal(other(x), run.model(x))
+
+
+def test_to_csr_keeps_layers_shared_and_weights_readable():
+    layer = nn.Linear(8, 8)
+    layer.weight.data[torch.rand(8, 8) < 0.8] = 0
+    dense = layer.weight.detach().clone()
+    model = to_csr(nn.Sequential(layer, nn.ReLU(), layer), operators="torch")
+    assert model[0] is model[2]
+    assert torch.equal(model[0].weight, dense)
+    with pytest.raises(TopKastError, match="single layer"):
+        to_csr(layer)
 
 
 def test_to_csr_leaves_dense_layers_alone():

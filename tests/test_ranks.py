@@ -30,7 +30,7 @@ def load(path: Path):
     return torch.load(path, weights_only=True)
 
 
-@pytest.mark.parametrize("run", [".", "accumulated", "packed", "compact"])
+@pytest.mark.parametrize("run", [".", "accumulated", "packed", "unalike", "compact"])
 def test_both_ranks_hold_the_same_sets_after_training(folder, run):
     first, second = load(folder / run / "trained-0.pt"), load(folder / run / "trained-1.pt")
     assert same(first, second)
@@ -47,6 +47,7 @@ def test_both_ranks_hold_the_same_sets_after_training(folder, run):
         ("accumulated", 2, {"update_every": 2, "exploration": "random"}),
         # |B| values are all that is reduced
         ("packed", 1, {"execution": "packed"}),
+        ("unalike", 1, {"execution": "packed"}),
         ("compact", 2, {"update_every": 2, "execution": "compact"}),
     ],
 )

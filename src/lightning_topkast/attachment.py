@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.penalty import Penalty
-from lightning_topkast.weights import SparseWeight
+from lightning_topkast.weights import PackedWeight, SparseWeight
 
 Hook = tuple[tuple[Any, ...], dict[str, Any]] | None
 
@@ -53,14 +53,14 @@ class Attachment:
         self.steps = steps
         self._weights_by_parameter = weights
         self._gradients_masked = False
-        self._state_checked = False
         self._warned_of_overshoot = False
         self._handles: list[RemovableHandle] = []
         if not self.weights:
             raise TopKastError(
-                f"this {name} holds none of the sparse weights; attach the optimizer made from this model (one that "
-                "is not masked: made after TopKast, which changes the layers)"
+                f"this {name} holds none of the sparse weights; attach the optimizer made from this model (unless it "
+                "is masked: made after TopKast, which changes the layers and makes the weights 1-D)"
             )
+        self._warn_of_lost_decay()
         for hook in optimizer._optimizer_step_pre_hooks.values():
             other = getattr(hook, "__self__", None)
             if isinstance(other, Attachment):
@@ -100,14 +100,30 @@ class Attachment:
         self._gradients_masked = True
 
     def state_of(self, weight: SparseWeight) -> list[Tensor]:
-        """The optimizer's state of a weight that begins at zero: its momenta and averages, in the parameter's shape."""
-        state = self.optimizer.state.get(weight.parameter, {})
-        shape = weight.parameter.shape
-        return [v for key, v in state.items() if key in _ZERO_AT_FIRST and isinstance(v, Tensor) and v.shape == shape]
+        """The optimizer's state of a weight that begins at zero: its momenta and averages, in the parameter's shape.
 
-    def adopt_state(self) -> None:
+        Raises:
+            TopKastError: the weight is packed, so that all of its state must be carried over a refresh, and some of it
+                begins at something else.
+        """
+        found = []
+        for key, value in self.optimizer.state.get(weight.parameter, {}).items():
+            if isinstance(value, Tensor) and value.shape == weight.parameter.shape:
+                if key in _ZERO_AT_FIRST:
+                    found.append(value)
+                elif weight.execution != "masked":
+                    raise TopKastError(
+                        f"{type(self.optimizer).__name__} keeps '{key}' for every entry of '{weight.name}', and what "
+                        "it begins at for an entry that enters the updated set is not known; train with "
+                        "execution='masked', or with an optimizer of momenta and averages (SGD, Adam, AdamW, ...)"
+                    )
+        return found
+
+    def adopt_state(self, packed_only: bool = False) -> None:
         """Give state that was loaded from a run of another execution the parameters' shapes."""
         for weight in self.weights:
+            if packed_only and weight.execution == "masked":
+                continue
             state = self.optimizer.state.get(weight.parameter, {})
             for key, value in state.items():
                 if isinstance(value, Tensor):
@@ -145,6 +161,9 @@ class Attachment:
 
     @torch.no_grad()
     def _open(self) -> None:
+        for weight in self.weights:
+            if isinstance(weight, PackedWeight):
+                weight.realign(self.state_of(weight))
         if not self._gradients_masked:
             self.mask_gradients()
         for weight in self.weights:
@@ -168,23 +187,26 @@ class Attachment:
                 # A subclass that goes on after super().step(), which has passed here and closed.
                 weight.restore_sparsity()
         if stepped:
-            if not self._state_checked:
-                self._check_state()
+            if self.steps == 0:  # rather now than at the first refresh
+                for weight in self.weights:
+                    self.state_of(weight)
             self.steps += 1
             self.after_step(self)
 
-    def _check_state(self) -> None:
-        """Refuse state that can't be carried over a refresh of packed weights, once the optimizer has made it."""
-        for weight in self.weights:
-            for key, value in self.optimizer.state.get(weight.parameter, {}).items():
-                known = key in _ZERO_AT_FIRST or not isinstance(value, Tensor) or value.shape != weight.parameter.shape
-                if weight.execution != "masked" and not known:
-                    raise TopKastError(
-                        f"{type(self.optimizer).__name__} keeps '{key}' for every entry of '{weight.name}', and what it "
-                        "begins at for an entry that enters the updated set is not known; train with "
-                        "execution='masked', or with an optimizer of momenta and averages (SGD, Adam, AdamW, ...)"
-                    )
-        self._state_checked = True
+    def _warn_of_lost_decay(self) -> None:
+        """Packed weights are 1-D, which a rule like "no weight decay below two dimensions" takes for a bias."""
+        decays = any(group.get("weight_decay") for group in self.optimizer.param_groups)
+        lost = [
+            weight.name
+            for weight, group in self._weights_and_groups()
+            if weight.parameter.dim() < len(weight.shape) and not group.get("weight_decay")
+        ]
+        if decays and lost:
+            warnings.warn(
+                f"packed weights ({', '.join(lost[:5])}) are in a group without weight decay, beside groups with it: "
+                "their parameters are 1-D, so decide by name which weights decay",
+                stacklevel=4,
+            )
 
     def _weights_and_groups(self) -> Iterator[tuple[SparseWeight, dict[str, Any]]]:
         for group in self.optimizer.param_groups:

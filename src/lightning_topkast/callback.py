@@ -151,6 +151,11 @@ class TopKastCallback(Callback):
             # Layers change: before the checkpoint is loaded and the optimizers are made. `configure_model` may be
             # called twice, as Lightning itself does for every stage.
             _call_configure_model(trainer)
+            if next(pl_module.parameters(), None) is None:
+                raise TopKastError(
+                    f"execution='{self._options['execution']}' changes the layers before LightningModule.setup, and "
+                    "there are none yet; build them in __init__ or configure_model"
+                )
             self._new = self._build(trainer, pl_module)
             copy_again(trainer, pl_module)
 
@@ -175,6 +180,8 @@ class TopKastCallback(Callback):
             leader._telemetry.log(force=True)
 
     def _attach(self, topkast: TopKast, trainer: Trainer) -> None:
+        # another callback may have frozen weights after ours had packed them
+        topkast.leave_out([name for name, weight in topkast.weights.items() if not weight.parameter.requires_grad])
         sparse = {id(weight.parameter) for weight in topkast.weights.values()}
         optimizers = [optimizer for optimizer in trainer.optimizers if sparse & _parameters_of(optimizer)]
         if optimizers:
@@ -182,7 +189,8 @@ class TopKastCallback(Callback):
         if topkast.unattached:
             raise TopKastError(
                 f"no optimizer holds the sparse weights {', '.join(topkast.unattached[:5])}: give them to one, freeze "
-                "them (requires_grad_(False)) or exclude them"
+                "them (requires_grad_(False)) or exclude them; unless execution='masked', their layers must stay "
+                "those that __init__ or configure_model has built"
             )
         if trainer.global_step == 0:
             topkast.restart()

@@ -37,3 +37,14 @@ def _digest(tiers: Tensor) -> Tensor:
     # odd multipliers from a linear congruence, so that swapped or shifted words change the sum
     multipliers = torch.arange(words.numel(), device=words.device) * 6364136223846793005 + 1442695040888963407
     return (words * (multipliers | 1)).sum()
+
+
+@torch.no_grad()
+def from_rank_0_(tensor: Tensor) -> None:
+    """Give every rank the tensor of rank 0, as DDP does later for parameters, of which packed weights are no more."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return
+    on_gpu = dist.get_backend() == "nccl" and tensor.device.type == "cpu"
+    sent = tensor.detach().cuda() if on_gpu else tensor.detach().contiguous()
+    dist.broadcast(sent, src=0)
+    tensor.detach().copy_(sent)

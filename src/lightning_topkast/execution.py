@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from lightning_topkast.distributed import from_rank_0_
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.layers import SparseLayer, pack_layer, product_of, unpack_layer
 from lightning_topkast.ops import choose_operators
@@ -40,6 +41,7 @@ def make_weights(
         if obstacle or settings.execution == "masked":
             weights[target.name] = MaskedWeight(target.name, target.parameter, active, updated)
             continue
+        from_rank_0_(target.parameter)
         products = settings.execution != "compact" and all(product_of(*owner) for owner in target.owners)
         if products:
             operators = operators or choose_operators(settings.operators, target.parameter.device)
@@ -70,7 +72,8 @@ def release(target: Target, weight: SparseWeight) -> None:
         weight.release()
         return
     parameter = weight.parameter
-    target.parameter = nn.Parameter(weight.theta().to(parameter.device, parameter.dtype))
+    theta = weight.theta().to(parameter.device, parameter.dtype)
+    target.parameter = nn.Parameter(theta, requires_grad=parameter.requires_grad)
     for module, name in target.owners:
         unpack_layer(module, name, target.parameter)
 

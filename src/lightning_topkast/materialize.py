@@ -1,5 +1,6 @@
 """Initial values for models that were built without memory."""
 
+from collections.abc import Callable
 from itertools import chain
 
 import torch
@@ -11,21 +12,40 @@ from lightning_topkast.errors import TopKastError
 def materialize(model: nn.Module) -> None:
     """Draw the initial values of everything on the meta device, in host memory, module by module.
 
-    The device then never sees the dense weights: they are packed before the model is moved.
+    The device then never sees the dense weights: they are packed before the model is moved. What is not on the meta
+    device keeps its values, and tied weights stay tied.
 
     Raises:
-        TopKastError: a module that doesn't say how it begins (`reset_parameters`).
+        TopKastError: a module that doesn't say how it begins (`reset_parameters`); nothing was drawn then.
     """
+    drawn: list[tuple[nn.Module, Callable[[], None]]] = []
     for name, module in model.named_modules():
-        own = list(chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False)))
+        own = chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
         lacking = [own_name for own_name, tensor in own if tensor.is_meta]
-        if not lacking:
-            continue
-        reset = getattr(module, "reset_parameters", None)
-        if not callable(reset):
-            raise TopKastError(
-                f"'{name}' ({type(module).__name__}) is on the meta device and has no reset_parameters() to draw its "
-                f"{', '.join(lacking)} with; give it one, or build it on a device"
-            )
-        module.to_empty(device=torch.device("cpu"), recurse=False)
+        if lacking:
+            reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
+            if not callable(reset):
+                raise TopKastError(
+                    f"'{name}' ({type(module).__name__}) is on the meta device and has no reset_parameters() to draw "
+                    f"its {', '.join(lacking)} with; give it one, or build it on a device"
+                )
+            drawn.append((module, reset))
+    tied: dict[nn.Parameter, nn.Parameter] = {}
+    fresh: set[int] = set()
+    for module, _ in drawn:
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta and parameter not in tied:
+                values = torch.empty_like(parameter, device="cpu")
+                tied[parameter] = nn.Parameter(values, requires_grad=parameter.requires_grad)
+            module._parameters[name] = tied.get(parameter, parameter)
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                module._buffers[name] = torch.empty_like(buffer, device="cpu")
+                fresh.add(id(module._buffers[name]))
+    fresh |= {id(parameter) for parameter in tied.values()}
+    for module, reset in drawn:
+        own = chain(module.parameters(recurse=False), module.buffers(recurse=False))
+        kept = [(tensor, tensor.detach().clone()) for tensor in own if id(tensor) not in fresh]
         reset()
+        for tensor, values in kept:
+            tensor.detach().copy_(values)

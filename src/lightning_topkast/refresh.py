@@ -1,15 +1,15 @@
 """Choosing the next sets of weights, now or in the background."""
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_topkast.errors import NonFiniteWeightError
-from lightning_topkast.selection import NonFiniteScoresError, nested_top_k, top_k_then_random
+from lightning_topkast.errors import NonFiniteWeightError, TopKastError
+from lightning_topkast.selection import ACTIVE, EXPLORING, NonFiniteScoresError, nested_top_k, top_k_then_random
 from lightning_topkast.settings import Settings
 from lightning_topkast.weights import SparseWeight
 
@@ -57,6 +57,7 @@ class Selection:
 
     def __init__(self, weights: Sequence[SparseWeight], settings: Settings, step: int) -> None:
         self.step = step
+        self._loads = {weight: weight.loads for weight in weights}
         snapshots = [(weight, weight.snapshot()) for weight in weights]
 
         def work() -> dict[str, Tensor]:
@@ -74,16 +75,39 @@ class Selection:
             self._chosen = self._chosen.result()
         return self._chosen
 
+    def concerns(self, weights: Iterable[SparseWeight]) -> bool:
+        """Whether it chose for any of them."""
+        return any(weight in self._loads for weight in weights)
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether the weights are still those it chose by, but for training."""
+        return all(weight.loads == loads for weight, loads in self._loads.items())
+
     def __getstate__(self) -> dict[str, Any]:
-        return {"step": self.step, "_chosen": self.result()}
+        return self.__dict__ | {"_chosen": self.result()}
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and primitives only."""
         return {"step": self.step, "tiers": {name: tiers.cpu() for name, tiers in self.result().items()}}
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> "Selection":
-        """A selection that was saved before it took effect."""
+    def from_state(cls, state: Any, weights: Mapping[str, SparseWeight]) -> "Selection":
+        """A selection that was saved before it took effect.
+
+        Raises:
+            TopKastError: it does not fit the weights.
+        """
+        step, tiers = (state.get("step"), state.get("tiers")) if isinstance(state, dict) else (None, None)
+        if not isinstance(step, int) or not isinstance(tiers, dict) or not tiers or tiers.keys() - weights.keys():
+            raise TopKastError("the saved Top-KAST state is damaged: its sets to come name other weights, or no step")
+        for name, chosen in tiers.items():
+            weight = weights[name]
+            counts = (weight.updated_count - weight.active_count, weight.active_count)
+            fits = isinstance(chosen, Tensor) and (chosen.dtype, chosen.shape) == (torch.uint8, weight.shape)
+            if not fits or tuple(int((chosen == tier).sum()) for tier in (EXPLORING, ACTIVE)) != counts:
+                raise TopKastError(f"the saved Top-KAST state is damaged: the sets to come of '{name}' don't fit it")
         selection = cls.__new__(cls)
-        selection.step, selection._chosen = int(state["step"]), dict(state["tiers"])
+        selection.step, selection._chosen = step, dict(tiers)
+        selection._loads = {weights[name]: weights[name].loads for name in tiers}
         return selection

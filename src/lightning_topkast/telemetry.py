@@ -80,7 +80,7 @@ def set_metrics(engines: Sequence[TopKast]) -> dict[str, Tensor]:
     change, activation = (kind(sync_on_compute=False).to(device) for kind in (MaskChange, ReservoirActivation))
     metrics: dict[str, Tensor] = {}
     for weight in weights:
-        size, active = weight.size, weight.active_entries
+        size, active = weight.size, weight.active_entries.to(device)  # those of packed weights are on the host
         forward.count(size - active, size)
         backward.count(size - weight.updated_entries, size)
         change.count(weight.promoted, active)

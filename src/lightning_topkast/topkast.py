@@ -24,7 +24,7 @@ from lightning_topkast.schedule import RefreshSchedule, step_of
 from lightning_topkast.settings import Settings
 from lightning_topkast.summary import Summary, WeightSummary
 from lightning_topkast.targets import find_targets
-from lightning_topkast.weights import SparseWeight
+from lightning_topkast.weights import PackedWeight, SparseWeight
 
 STATE_VERSION = 1
 
@@ -74,8 +74,8 @@ class TopKast:
         self._attachments: list[Attachment] = []
         # Steps taken with optimizers that were detached, or of a state loaded before any was attached.
         self._steps_before: list[int] = []
-        # By the optimizers' positions: sets that were chosen and take effect `refresh_delay` steps later.
-        self._selections: dict[int, Selection] = {}
+        # Sets that were chosen and take effect `refresh_delay` steps later.
+        self._selections: list[Selection] = []
         self._followers: list[Callable[[], None]] = []
 
         if self.settings.execution != "masked":
@@ -85,7 +85,7 @@ class TopKast:
             model, chosen.include, chosen.exclude, chosen.include_types, chosen.exclude_types,
             chosen.keep_first_dense, chosen.keep_last_dense,
         )  # fmt: skip
-        sparse = [target for target in self._targets if target.sparse]
+        sparse, packed = [target for target in self._targets if target.sparse], packed_weights(model)
         for target in sparse:
             if target.name in taken:
                 raise TopKastError(
@@ -97,10 +97,10 @@ class TopKast:
                     f"'{target.name}' gets gradients as sparse tensors, which cannot be masked; make its embedding "
                     "with sparse=False, or exclude it"
                 )
-            if any(target.name == name for name in packed_weights(model)):
+            if target.name in packed:
                 raise TopKastError(
                     f"'{target.name}' is packed already by an earlier TopKast; give the model its ordinary layers back "
-                    "with to_dense(model) first"
+                    "first, with that one's release() or, zero outside A, with to_dense(model)"
                 )
             if isinstance(target.parameter, DTensor):
                 raise TopKastError(
@@ -201,9 +201,11 @@ class TopKast:
             raise
         for weight in self._weights.values():
             weight.match_layout()
+            if isinstance(weight, PackedWeight):
+                weight.forget_order()
         for attachment in self._attachments[len(before) :]:
-            if self._steps_before:  # a state was loaded: the optimizer's belongs to its sets
-                attachment.adopt_state()
+            # masked: only if the sets that a packed state belongs to were loaded
+            attachment.adopt_state(packed_only=not self._steps_before)
             attachment.begin()
         self._steps_before = []
         return self
@@ -230,6 +232,14 @@ class TopKast:
         for target in self._targets:
             if target.name in self._weights:
                 release(target, self._weights[target.name])
+
+    def leave_out(self, names: Collection[str]) -> None:
+        """Make the named weights dense again, and leave them alone from now on."""
+        for target in self._targets:
+            if target.name in names:
+                release(target, self._weights.pop(target.name))
+                target.reason = "frozen"
+        self._by_parameter = {weight.parameter: weight for weight in self._weights.values()}
 
     def restart(self) -> None:
         """Begin a new run over the same weights: count steps from 0, and explore again if that had stopped."""
@@ -296,11 +306,15 @@ class TopKast:
             self.refresh()
 
     def _refresh_if_due(self, attachment: Attachment) -> None:
-        index, step = self._attachments.index(attachment), attachment.steps
-        begun = self._selections.get(index)
-        if begun is not None and step - begun.step >= self.settings.refresh_delay:
-            del self._selections[index]
-            self._apply(attachment.weights, begun.result())
+        weights, step = attachment.weights, attachment.steps
+        for begun in [selection for selection in self._selections if selection.concerns(weights)]:
+            if not begun.is_valid:  # other weights were loaded since
+                self._selections.remove(begun)
+                self._refresh(weights, step)
+            elif step - begun.step >= self.settings.refresh_delay:
+                self._selections.remove(begun)
+                chosen = begun.result()
+                self._apply([weight for weight in weights if weight.name in chosen], chosen)
         if not self.schedule.refreshes_after(step):
             return
         if self.unattached and self.refresh_count == 0:
@@ -310,10 +324,10 @@ class TopKast:
                 stacklevel=2,
             )
         if self.settings.refresh_delay and self.schedule.explores_at(step):
-            self._selections[index] = Selection(attachment.weights, self.settings, step)
-        else:
-            self._selections.pop(index, None)  # exploration stops now, not later
-            self._refresh(attachment.weights, step)
+            self._selections.append(Selection(weights, self.settings, step))
+        else:  # exploration stops now, not later
+            self._selections = [selection for selection in self._selections if not selection.concerns(weights)]
+            self._refresh(weights, step)
 
     def _refresh(self, weights: Iterable[SparseWeight], step: int) -> None:
         weights = list(weights)
@@ -366,7 +380,7 @@ class TopKast:
             "steps": self._steps,
             "refresh_count": self.refresh_count,
             "penalty_shrinkage": self.settings.penalty_shrinkage,
-            "selections": {index: selection.state_dict() for index, selection in self._selections.items()},
+            "selections": [selection.state_dict() for selection in self._selections],
             "weights": {name: weight.state_dict() for name, weight in self._weights.items()},
         }
 
@@ -398,6 +412,7 @@ class TopKast:
             raise TopKastError(f"the saved state counts {len(steps)} optimizers, this run has {len(self._attachments)}")
         for name, weight in self._weights.items():
             weight.check_state(saved[name])
+        selections = [Selection.from_state(each, self._weights) for each in state.get("selections", [])]
         # A strength worked out from the learning rate's peak is kept: the peak may not be known any more.
         keep_strength = self.settings.penalty_shrinkage is not None
         keep_strength &= state.get("penalty_shrinkage") == self.settings.penalty_shrinkage
@@ -412,5 +427,5 @@ class TopKast:
         for attachment, count in zip(self._attachments, steps, strict=False):
             attachment.steps = count
         self.refresh_count = refreshes
-        self._selections = {index: Selection.from_state(each) for index, each in state.get("selections", {}).items()}
+        self._selections = selections
         self._follow_schedule()

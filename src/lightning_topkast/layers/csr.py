@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from lightning_topkast.errors import TopKastError
 from lightning_topkast.layers.sparse_layer import to_dense
 from lightning_topkast.ops import Operators, Pattern, choose_operators, sparse_linear
 
@@ -42,6 +43,12 @@ class CsrLinear(nn.Module):
         operators = choose_operators(self.operators, input.device)
         return sparse_linear(input, self.values, self.bias, active, nothing, operators)
 
+    @property
+    def weight(self) -> Tensor:
+        """The weight (out × in), dense, made when it is read."""
+        shape = (self.out_features, self.in_features)
+        return torch.sparse_csr_tensor(self.crow, self.col, self.values, shape, check_invariants=False).to_dense()
+
     def extra_repr(self) -> str:
         """Sizes and density."""
         density = self.values.numel() / (self.in_features * self.out_features)
@@ -60,13 +67,23 @@ def to_csr(model: nn.Module, max_density: float = 0.5, operators: Operators = "a
 
     Returns:
         the model.
+
+    Raises:
+        TopKastError: the model is itself a single linear layer.
     """
     to_dense(model)
+    made: dict[int, CsrLinear] = {}
     for parent in list(model.modules()):
-        for name, module in list(parent.named_children()):
-            weight = _matrix(module)
+        for name, module in list(parent._modules.items()):  # named_children() leaves out a layer's second place
+            weight = None if module is None else _matrix(module)
             if weight is not None and int(torch.count_nonzero(weight)) <= max_density * weight.numel():
-                setattr(parent, name, CsrLinear(weight, module.bias, operators))  # type: ignore[arg-type]
+                if id(module) not in made:
+                    made[id(module)] = CsrLinear(weight, module.bias, operators)  # type: ignore[arg-type, union-attr]
+                parent._modules[name] = made[id(module)]
+    if _matrix(model) is not None:
+        raise TopKastError(
+            "to_csr replaces layers inside a model; make a CsrLinear of a single layer's weight and bias"
+        )
     return model
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_topkast.errors import TopKastError
 from lightning_topkast.selection import NonFiniteScoresError
 from lightning_topkast.weights.packed import PackedWeight
 
@@ -36,22 +37,38 @@ class SparseLayer(nn.Module):
     ) -> None:
         rest = dict(state_dict)
         for name, weight in self.packed_weights.items():
-            key = prefix + name
-            dense = rest.get(key)
+            dense = rest.pop(prefix + name, None)
             if dense is None:
-                continue
-            rest[key] = weight.parameter.detach()
-            if dense.shape != weight.shape:
+                missing_keys.extend([prefix + name] if strict else [])
+            elif dense.shape != weight.shape:
                 error_msgs.append(
-                    f"size mismatch for {key}: the state dict has {tuple(dense.shape)}, the packed weight stands for "
-                    f"{tuple(weight.shape)}"
+                    f"size mismatch for {prefix + name}: the state dict has {tuple(dense.shape)}, the packed weight "
+                    f"stands for {tuple(weight.shape)}"
                 )
-                continue
-            try:
-                weight.load_alpha(dense)
-            except NonFiniteScoresError:
-                error_msgs.append(f"{key} holds NaN or infinity")
-        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+            else:
+                try:
+                    weight.load_alpha(dense)
+                except NonFiniteScoresError:
+                    error_msgs.append(f"{prefix + name} holds NaN or infinity")
+        # out of sight of what would copy into the parameter or, with assign=True, replace it; the order is kept
+        parameters = dict(self._parameters)
+        for name in self.packed_weights:
+            del self._parameters[name]
+        try:
+            super()._load_from_state_dict(
+                rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
+        finally:
+            loaded = dict(self._parameters)
+            self._parameters.clear()
+            self._parameters.update({name: loaded.get(name, value) for name, value in parameters.items()})
+
+    def reset_parameters(self) -> None:
+        """Refused: it would write into a dense copy of the weight."""
+        raise TopKastError(
+            f"{type(self).__name__} holds packed weights, which reset_parameters() can't write to; draw them before "
+            "they are packed, or load others with load_state_dict"
+        )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """The class is made at run time, so copies and pickles name what it is made of."""
@@ -82,7 +99,8 @@ def pack_layer(module: nn.Module, name: str, weight: PackedWeight, kind: type[Sp
 
 def unpack_layer(module: nn.Module, name: str, dense: nn.Parameter) -> None:
     """Make `module` an ordinary layer again, of which `dense` is the parameter `name`."""
-    assert isinstance(module, SparseLayer)
+    if not isinstance(module, SparseLayer):
+        raise TopKastError(f"the {type(module).__name__} is an ordinary layer already")
     plain, kind, packed = module.plain_class, module.kind, module.packed_weights
     del packed[name]
     module._parameters[name] = dense

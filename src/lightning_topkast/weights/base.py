@@ -44,6 +44,8 @@ class SparseWeight(ABC):
         # entries that the last refresh promoted into A
         self.promoted = 0
         self.first_reservoir = 0
+        # how often other weights were loaded, which choose the sets anew
+        self.loads = 0
 
     # --- the sets -------------------------------------------------------------------------------------------------
 

@@ -40,18 +40,23 @@ class PackedWeight(SparseWeight):
         products: bool,
         operators: str = "torch",
     ) -> None:
-        values = nn.Parameter(dense.detach().new_zeros(updated_count))
+        values = nn.Parameter(dense.detach().new_zeros(updated_count), requires_grad=dense.requires_grad)
+        values.__dict__.update(dense.__dict__)  # what others have noted on it, such as "no weight decay"
         super().__init__(name, values, dense.shape, active_count, updated_count)
         self.execution = "packed" if products else "compact"
         self.operators = operators
         # Host memory. θ is up to date on C; on B the parameter has it.
-        self._theta = dense.detach().cpu().contiguous().view(-1)
+        theta = dense.detach().cpu().contiguous().view(-1)
+        owns_all = theta.untyped_storage().nbytes() == theta.nbytes  # a slice would keep all of a larger memory alive
+        self._theta = theta if owns_all else theta.clone()
         # At first everything is active, and nothing is packed: only `apply` chooses.
         self._tiers = torch.full(dense.shape, ACTIVE, dtype=torch.uint8)
         self._dormant = torch.zeros(dense.shape, dtype=torch.bool)
         self._packing = Packing.of(torch.zeros_like(self._tiers), products)
         # what a refresh is about to write: tensors and their new content, and the new sets
         self._pending: tuple[list[tuple[Tensor, Tensor]], Tensor, Packing] | None = None
+        # places that the optimizer's state belongs to, where weights were loaded since
+        self._state_places: Tensor | None = None
 
     @property
     def packing(self) -> Packing:
@@ -95,7 +100,7 @@ class PackedWeight(SparseWeight):
 
     def theta(self) -> Tensor:
         """The stored θ, dense, a copy on CPU."""
-        return self._theta_with(self._values())
+        return _with_values(self._theta, self._places(), self._values()).view(self.shape)
 
     def magnitudes(self) -> Tensor:
         """|θ|, on CPU in the weight's shape: the scores of the selection."""
@@ -103,14 +108,8 @@ class PackedWeight(SparseWeight):
 
     def snapshot(self) -> Callable[[], Tensor]:
         """What gives `magnitudes` as they are now; only B's values are copied, for those of C stay until a refresh."""
-        values = self._values().clone()
-        return lambda: self._theta_with(values).abs_()
-
-    def _theta_with(self, values: Tensor) -> Tensor:
-        # numpy asks for huge pages, torch does not: filling new memory takes half the time
-        whole = np.empty(self.size, dtype=np.float32) if self._theta.dtype == torch.float32 else None
-        theta = self._theta.clone() if whole is None else torch.from_numpy(whole).copy_(self._theta)
-        return theta.index_copy_(0, self._places(), values).view(self.shape)
+        places, values, theta, shape = self._places(), self._values().clone(), self._theta, self.shape
+        return lambda: _with_values(theta, places, values).view(shape).abs_()
 
     def apply(self, tiers: Tensor, state: Sequence[Tensor] = ()) -> None:
         """Take over new sets: values of entries that stay in B are moved, the others come from and go to the host."""
@@ -122,18 +121,8 @@ class PackedWeight(SparseWeight):
         packing = Packing.of(tiers, self.execution == "packed")
         new_places = packing.indices().long()
         writes = [(self.parameter.detach(), self._values_at(new_places))]
-        if state:
-            # where in the packed values each entry was
-            position = torch.from_numpy(np.full(self.size, -1, dtype=np.int32 if self.size < 2**31 else np.int64))
-            position.index_copy_(0, places, torch.arange(places.numel(), dtype=position.dtype))
-            source = position.index_select(0, new_places)
-            kept = indices(source >= 0)
-            source = source.index_select(0, kept)
-            for tensor in state:
-                on = tensor.device
-                moved = torch.zeros_like(tensor)
-                moved.index_copy_(0, kept.to(on), tensor.index_select(0, source.to(on)))
-                writes.append((tensor, moved))
+        writes += self._moved(state, places if self._state_places is None else self._state_places, new_places)
+        self._state_places = None
         active = new_places[: packing.active_count]
         self.promoted = int(torch.count_nonzero(self._tiers.view(-1).index_select(0, active) != ACTIVE))
         # All is prepared; writing it twice does no harm, so that an interruption is mended by writing it again.
@@ -141,15 +130,34 @@ class PackedWeight(SparseWeight):
         self._settle()
         self._dormant.view(-1).index_fill_(0, active, False)
 
+    def _moved(self, state: Sequence[Tensor], before: Tensor, after: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Every tensor of the state with its content for new places: moved where an entry stays, zero elsewhere."""
+        if not state:
+            return []
+        # where in the packed values each entry was
+        position = torch.from_numpy(np.full(self.size, -1, dtype=np.int32 if self.size < 2**31 else np.int64))
+        position.index_copy_(0, before, torch.arange(before.numel(), dtype=position.dtype))
+        source = position.index_select(0, after)
+        kept = indices(source >= 0)
+        source = source.index_select(0, kept)
+        writes = []
+        for tensor in state:
+            on = tensor.device
+            moved = torch.zeros_like(tensor)
+            moved.index_copy_(0, kept.to(on), tensor.index_select(0, source.to(on)))
+            writes.append((tensor, moved))
+        return writes
+
     def _values_at(self, places: Tensor) -> Tensor:
         values = torch.zeros_like(self.parameter, device="cpu", requires_grad=False)
         values[: places.numel()] = self._theta.index_select(0, places)
         return values
 
     def _settle(self) -> None:
-        if self._pending is None:
+        pending = self._pending  # a signal handler may settle it at any moment
+        if pending is None:
             return
-        writes, self._tiers, self._packing = self._pending
+        writes, self._tiers, self._packing = pending
         for tensor, content in writes:
             tensor.copy_(content)
         self._pending = None
@@ -165,6 +173,7 @@ class PackedWeight(SparseWeight):
         self._theta = self._theta.to(self.parameter.dtype)
 
     def _places(self) -> Tensor:
+        self._settle()
         return self._packing.indices().cpu().long()
 
     def _values(self) -> Tensor:
@@ -253,18 +262,48 @@ class PackedWeight(SparseWeight):
         self._take_over(self.alpha() + state["reserve"].cpu(), state["tiers"].cpu().clone())
         self._dormant = state["dormant"].cpu().clone()
         self._load_counts(state)
+        self.forget_order()
         self.is_open = False
 
     def load_alpha(self, alpha: Tensor) -> None:
-        """Take over dense weights from a state dict: the largest become A, as at the start.
+        """Take over dense weights from a state dict, which the network then computes with as far as A holds them.
+
+        Weights that fit the present A change its values only. Others choose the sets anew: A are the largest, and where
+        they are zero because they were sparse, not dense, θ stays what it was.
 
         Raises:
             NonFiniteScoresError: they hold NaN or infinity.
         """
-        updated = self.updated_count if self.is_exploring else self.active_count
-        tiers = nested_top_k(alpha.detach().cpu().abs(), (updated, self.active_count))
-        self._take_over(alpha.detach().cpu(), tiers)
+        alpha = alpha.detach().cpu().to(self._theta.dtype).contiguous()
+        magnitudes, support = alpha.abs(), alpha != 0
+        active = nested_top_k(magnitudes, (self.active_count,)).bool()
+        if not bool((support & (self._tiers != ACTIVE)).any()):
+            count = self._packing.active_count
+            values = alpha.view(-1).index_select(0, self._places()[:count])
+            self.parameter.detach()[:count] = values.to(self.parameter)
+            return
+        theta = alpha
+        if int(torch.count_nonzero(support)) <= self.active_count:
+            theta = torch.where(support | active, alpha, self.theta())
+        others = theta.abs().masked_fill_(active, -1)
+        exploring = self.updated_count - self.active_count if self.is_exploring else 0
+        tiers = nested_top_k(others, (exploring,)).masked_fill_(active, ACTIVE)
+        if self._state_places is None:
+            self._state_places = self._places()
+        self.loads += 1
+        self._take_over(theta, tiers)
         self.note_first_reservoir()
+
+    def realign(self, state: Sequence[Tensor]) -> None:
+        """Give the optimizer's state the order of the sets that were loaded since it was last aligned."""
+        if self._state_places is not None:
+            before, self._state_places = self._state_places, None
+            for tensor, content in self._moved(state, before, self._places()):
+                tensor.copy_(content)
+
+    def forget_order(self) -> None:
+        """The optimizer's state, if any, belongs to the present sets."""
+        self._state_places = None
 
     def _take_over(self, theta: Tensor, tiers: Tensor) -> None:
         self._theta = theta.to(self._theta.dtype).contiguous().clone().view(-1)
@@ -272,3 +311,11 @@ class PackedWeight(SparseWeight):
         values = self._values_at(packing.indices().long())
         self._pending = ([(self.parameter.detach(), values)], tiers, packing)
         self._settle()
+
+
+def _with_values(theta: Tensor, places: Tensor, values: Tensor) -> Tensor:
+    """A copy of the flat `theta` with `values` at `places`."""
+    # numpy asks for huge pages, torch does not: filling new memory takes half the time
+    whole = np.empty(theta.numel(), dtype=np.float32) if theta.dtype == torch.float32 else None
+    copy = theta.clone() if whole is None else torch.from_numpy(whole).copy_(theta)
+    return copy.index_copy_(0, places, values)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from time import process_time
+from time import perf_counter, process_time
 from typing import Any
 
 import torch
@@ -221,6 +221,34 @@ def cases(quick: bool, only: list[str]) -> Iterator[Case]:
             )
 
 
+def refreshes(quick: bool) -> list[Row]:
+    """The steps at which a refresh is chosen and takes effect, waited for or in the background; wall time."""
+    width, interval, delay = (64, 5, 2) if quick else (2048, 20, 10)
+    rows: list[Row] = []
+    for refresh_delay in (0, delay):
+        torch.manual_seed(0)
+        model = mlp(width)
+        options: dict[str, Any] = {"keep_first_dense": False, "keep_last_dense": False, "execution": "packed"}
+        topkast = TopKast(model, 0.9, 0.8, update_every=interval, refresh_delay=refresh_delay, **options)
+        optimizer = OPTIMIZERS["Adam"](model.parameters())
+        topkast.attach(optimizer)
+        times: dict[int, list[float]] = {}
+        for step in range(1, 1 + interval * (3 if quick else 9)):
+            x = torch.randn(128, width)
+            start = perf_counter()
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+            times.setdefault(step % interval, []).append((perf_counter() - start) * 1e3)
+        special = {0: "step that chooses, ms", refresh_delay: "step that applies, ms"}
+        plain = [ms for at, several in times.items() if at not in special for ms in several]
+        row: Row = {"refresh_delay": refresh_delay, "median step, ms": median(plain)}
+        row |= {name: median(times[at][1:]) for at, name in special.items()}
+        row["an interval, ms"] = sum(median(several[1:]) for several in times.values())
+        rows.append(row)
+    return rows
+
+
 def aims(rows: list[Row]) -> list[Row]:
     """Each aim with what was measured."""
     found: list[Row] = []
@@ -287,7 +315,7 @@ def plot(rows: list[Row], path: Path) -> None:
 
 
 def main() -> None:
-    sections = ["MLP", "transformer", "compact", "sparselab"]
+    sections = ["MLP", "transformer", "compact", "sparselab", "refresh"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny networks and few steps: shows that it runs, no more")
     parser.add_argument("--only", nargs="+", choices=sections, default=sections, help="sections")
@@ -304,11 +332,16 @@ def main() -> None:
             {key: value for key, value in row.items() if key not in ("network", "optimizer", "sparsity")}
             for row in compared
         ])  # fmt: skip
+    delays = refreshes(arguments.quick) if "refresh" in arguments.only else []
+    if delays:
+        table("Refreshes, chosen at once and in the background", delays)
     reached = aims(rows)
     if reached:
         table("Aims", reached)
     if arguments.json:
-        arguments.json.write_text(json.dumps({"rows": rows, "aims": reached}, indent=1, ensure_ascii=False) + "\n")
+        arguments.json.write_text(
+            json.dumps({"rows": rows, "refreshes": delays, "aims": reached}, indent=1, ensure_ascii=False) + "\n"
+        )
     if arguments.plot:
         plot(rows, arguments.plot)
 

@@ -23,7 +23,8 @@ def run(monkeypatch, tmp_path, capsys, name, *arguments):
 
 def test_every_example_is_run_here():
     names = {str(path.relative_to(EXAMPLES)) for path in EXAMPLES.rglob("*.py")}
-    run_here = {"callback.py", "plain_loop.py", "cli/main.py", "transformer.py", "read_checkpoint.py", "plot_curves.py"}
+    run_here = {"callback.py", "plain_loop.py", "cli/main.py", "transformer.py", "read_checkpoint.py"}
+    run_here |= {"plot_curves.py", "packed.py"}
     assert names == run_here
 
 
@@ -34,6 +35,14 @@ def test_digits_are_learnt_by_a_tenth_of_the_weights(name, monkeypatch, tmp_path
     assert found, output
     assert float(found[1]) > 0.92
     assert found[2] == "10.0"
+
+
+def test_a_packed_network_is_born_without_memory_and_compressed_at_the_end(monkeypatch, tmp_path, capsys):
+    output = run(monkeypatch, tmp_path, capsys, "packed.py")
+    losses = [float(loss) for loss in re.findall(r"loss (\d\.\d+)", output)]
+    assert losses[-1] < 0.7 * losses[0]
+    assert "104,858 values stand for 1,048,576 entries" in output
+    assert "CsrLinear(in_features=1024, out_features=1024, density=0.0500)" in output
 
 
 def test_lightning_cli_builds_the_callback_from_yaml(monkeypatch, tmp_path, capsys, caplog):

@@ -495,9 +495,12 @@ def test_every_kind_of_attention_computes_what_the_plain_one_does(options):
     torch.testing.assert_close(model[0](x, x, x)[0], plain(x, x, x)[0])
 
 
-@pytest.mark.parametrize(("pair", "kept"), [((0.5, 0.0), "compact"), ((0.98, 0.95), "packed")])
-def test_auto_packs_where_it_is_faster(pair, kept):
-    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3)))
+@pytest.mark.parametrize(
+    ("width", "pair", "kept"),
+    [(256, (0.8, 0.5), "compact"), (256, (0.9, 0.8), "packed"), (64, (0.98, 0.95), "compact")],
+)
+def test_auto_packs_where_it_is_faster(width, pair, kept):
+    model = nn.Sequential(*(nn.Linear(width, width) for _ in range(3)))
     topkast = TopKast(model, *pair, execution="auto", operators="torch")
     assert {weight.execution for weight in topkast.weights.values()} == {kept}
 

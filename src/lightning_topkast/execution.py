@@ -17,9 +17,10 @@ from lightning_topkast.weights import MaskedWeight, PackedWeight, SparseWeight
 
 Kept = Literal["masked", "packed", "compact"]
 
-# What a packed step takes for an entry of A (its two products) and of B (the sampled product), as multiples of what
-# dense products take for an entry (benchmarks/README.md, "What decides").
-_COSTS = {"torch": (4.0, 6.0), "compiled": (2.5, 2.5)}
+# What a packed product takes for an entry, as a multiple of what a dense one does, and the entries below which the
+# fixed cost of a layer eats the gain: measured on CPUs at batches of 128 and 256 (benchmarks/README.md, packed mode).
+_COST_OF_ENTRY = {"torch": 5.0, "compiled": 3.2}
+_LEAST_ENTRIES = 1 << 16
 
 
 def make_weights(
@@ -94,6 +95,5 @@ def _obstacle(target: Target) -> str:
 
 
 def _pays(active: int, updated: int, size: int, operators: str) -> bool:
-    """Whether a packed step is expected to be faster than a dense one, whose three products take 3 · size."""
-    products, sampled = _COSTS[operators]
-    return products * 2 * active + sampled * updated < 3 * size
+    """Whether a packed step's products (two with A, one on B) are expected to be faster than three dense ones."""
+    return size >= _LEAST_ENTRIES and _COST_OF_ENTRY[operators] * (2 * active + updated) < 3 * size

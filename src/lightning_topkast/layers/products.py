@@ -20,7 +20,9 @@ class ProductLayer(SparseLayer):
         assert packing.active is not None
         assert packing.exploring is not None
         values = cast(Tensor, self._parameters[name])
-        return sparse_linear(input, values, bias, packing.active, packing.exploring, weight.operators, transposed)
+        # chosen before the model was moved, perhaps to a device that the compiled ones don't run on
+        operators = weight.operators if values.device.type == "cpu" else "torch"
+        return sparse_linear(input, values, bias, packing.active, packing.exploring, operators, transposed)
 
 
 class ProductLinear(ProductLayer):

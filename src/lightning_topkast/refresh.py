@@ -1,14 +1,16 @@
-"""Choosing the next sets of weights, now or in the background."""
+"""When and how the sets of weights are chosen again, at once or in the background."""
 
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_topkast.distributed import check_ranks_agree
 from lightning_topkast.errors import NonFiniteWeightError, TopKastError
+from lightning_topkast.schedule import RefreshSchedule, step_of
 from lightning_topkast.selection import ACTIVE, EXPLORING, NonFiniteScoresError, nested_top_k, top_k_then_random
 from lightning_topkast.settings import Settings
 from lightning_topkast.weights import SparseWeight
@@ -111,3 +113,78 @@ class Selection:
         selection.step, selection._chosen = step, dict(tiers)
         selection._loads = {weights[name]: weights[name].loads for name in tiers}
         return selection
+
+
+class Refresher:
+    """Chooses the sets of weights again when the schedule says so, at once or in the background.
+
+    Args:
+        settings: of the run.
+        state_of: gives the optimizer's state of a weight, which follows the sets.
+    """
+
+    def __init__(self, settings: Settings, state_of: Callable[[SparseWeight], list[Tensor]]) -> None:
+        self.settings = settings
+        self.schedule = RefreshSchedule(settings.update_every)
+        self.count = 0
+        self.follower: Callable[[], None] | None = None  # called after every refresh
+        self.selections: list[Selection] = []  # chosen, to take effect `refresh_delay` steps later
+        self._state_of = state_of
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is followed by nobody."""
+        return self.__dict__ | {"follower": None}
+
+    def plan(self, total_steps: int | float | None) -> None:
+        """Set the run's length in optimizer steps, of which `stop_exploration_at` may be a fraction.
+
+        Raises:
+            TopKastError: it is, and the length is unknown.
+        """
+        try:
+            stop = step_of(self.settings.stop_exploration_at, total_steps)
+        except ValueError as error:
+            raise TopKastError(str(error)) from None
+        self.schedule = RefreshSchedule(self.settings.update_every, stop)
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether it is known when exploration stops, which may be a fraction of a run of unknown length."""
+        return self.settings.stop_exploration_at is None or self.schedule.stop_exploration_at is not None
+
+    def after_step(self, weights: Sequence[SparseWeight], step: int) -> None:
+        """Do what is due once `step` optimizer steps are done with these weights."""
+        for begun in [selection for selection in self.selections if selection.concerns(weights)]:
+            if not begun.is_valid:  # other weights were loaded since
+                self.selections.remove(begun)
+                self.refresh(weights, step)
+            elif step - begun.step >= self.settings.refresh_delay:
+                self.selections.remove(begun)
+                self._apply(weights, begun.result())
+        if self.schedule.refreshes_after(step):
+            if self.settings.refresh_delay and self.schedule.explores_at(step):
+                self.selections.append(Selection(weights, self.settings, step))
+            else:  # exploration stops now, not later
+                self.selections = [selection for selection in self.selections if not selection.concerns(weights)]
+                self.refresh(weights, step)
+
+    def refresh(self, weights: Sequence[SparseWeight], step: int) -> None:
+        """Choose the sets of weights now; all are chosen before any is changed.
+
+        Raises:
+            NonFiniteWeightError: a weight holds NaN or infinity; no weight's sets were changed.
+            TopKastError: the ranks disagree.
+        """
+        explores = self.schedule.explores_at(step)
+        self._apply(weights, {weight.name: choose(weight, self.settings, step, explores) for weight in weights})
+
+    @torch.no_grad()
+    def _apply(self, weights: Sequence[SparseWeight], chosen: Mapping[str, Tensor]) -> None:
+        check_ranks_agree(list(chosen), list(chosen.values()))
+        changed = [weight for weight in weights if weight.name in chosen]
+        states = [self._state_of(weight) if self.settings.reset_optimizer_state else [] for weight in changed]
+        for weight, state in zip(changed, states, strict=True):
+            weight.apply(chosen[weight.name], state)
+        self.count += 1
+        if self.follower is not None:
+            self.follower()

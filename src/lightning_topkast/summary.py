@@ -1,7 +1,17 @@
 """The table of every weight: sparse or dense, and why."""
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from lightning_topkast.schedule import RefreshSchedule
+from lightning_topkast.settings import Settings
+from lightning_topkast.strength import describe, peak_learning_rates
+from lightning_topkast.targets import Target
+from lightning_topkast.weights import SparseWeight
 
 _KEPT = {"masked": "sparse", "packed": "sparse, packed", "compact": "sparse, compact"}
 
@@ -75,3 +85,38 @@ class Summary:
         ]
         rule = "─" * max(map(len, text))
         return "\n".join([text[0], rule, *text[1:-2], rule, *text[-2:], *self.notes])
+
+
+def summarize(
+    targets: Iterable[Target],
+    weights: Mapping[str, SparseWeight],
+    schedule: RefreshSchedule,
+    settings: Settings,
+    optimizers: Sequence[Optimizer],
+) -> Summary:
+    """The summary of a run: every parameter, when the sets are chosen, what the penalty amounts to."""
+    rows = []
+    for target in targets:
+        size = target.shape.numel()
+        weight = weights.get(target.name)
+        active, updated = (weight.active_count, weight.updated_count) if weight else (size, size)
+        execution = weight.execution if weight else ""
+        rows.append(WeightSummary(target.name, tuple(target.shape), size, active, updated, target.reason, execution))
+    stop = schedule.stop_exploration_at
+    notes = [
+        f"refresh every {settings.update_every} steps, {settings.exploration} exploration"
+        + ("" if stop is None else f" until step {stop}")
+        + f", {settings.distribution} distribution"
+    ]
+    if not any(weight.can_explore for weight in weights.values()):
+        notes.append("backward sparsity = forward sparsity: B = A, so that nothing outside A is ever tried")
+    if settings.penalty == "l2":
+        peaks = peak_learning_rates(weights, optimizers)
+        shrinkages = [
+            peaks[weight.name] * weight.strength / weight.forward_density_target
+            for weight in weights.values()
+            if weight.can_explore and weight.name in peaks
+        ]
+        least = min((torch.finfo(weight.parameter.dtype).eps / 2 for weight in weights.values()), default=0.0)
+        notes += describe(max(shrinkages, default=0.0), settings.update_every, least)
+    return Summary(tuple(rows), tuple(notes))

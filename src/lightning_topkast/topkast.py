@@ -1,7 +1,7 @@
 """Top-KAST over the weights of a model (Jayakumar et al. 2020): knows torch, not Lightning."""
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from itertools import chain, repeat
 from types import MappingProxyType
 from typing import Any
@@ -14,15 +14,14 @@ from torch.optim import Optimizer
 from lightning_topkast import strength
 from lightning_topkast.allocation import allocate
 from lightning_topkast.attachment import Attachment
-from lightning_topkast.distributed import check_ranks_agree
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.execution import install, make_weights, release
 from lightning_topkast.layers import packed_weights
 from lightning_topkast.materialize import materialize
-from lightning_topkast.refresh import Selection, choose
-from lightning_topkast.schedule import RefreshSchedule, step_of
+from lightning_topkast.refresh import Refresher, Selection
+from lightning_topkast.schedule import RefreshSchedule
 from lightning_topkast.settings import Settings
-from lightning_topkast.summary import Summary, WeightSummary
+from lightning_topkast.summary import Summary, summarize
 from lightning_topkast.targets import find_targets
 from lightning_topkast.weights import PackedWeight, SparseWeight
 
@@ -67,16 +66,12 @@ class TopKast:
     ) -> None:
         self.model = model
         self.settings = Settings(forward_sparsity, backward_sparsity, **options)
-        self.schedule = RefreshSchedule(self.settings.update_every)
+        self._refresher = Refresher(self.settings, self._state_of)
         if total_steps is not None or not isinstance(self.settings.stop_exploration_at, float):
             self.plan(total_steps)
-        self.refresh_count = 0
         self._attachments: list[Attachment] = []
         # Steps taken with optimizers that were detached, or of a state loaded before any was attached.
         self._steps_before: list[int] = []
-        # Sets that were chosen and take effect `refresh_delay` steps later.
-        self._selections: list[Selection] = []
-        self._followers: list[Callable[[], None]] = []
 
         if self.settings.execution != "masked":
             materialize(model)
@@ -115,7 +110,7 @@ class TopKast:
             weight = self._weights[target.name]
             weight.note_first_reservoir()
             install(target, weight)
-        self.refresh_count = 0  # the first selection is no refresh
+        self._refresher.count = 0  # the first selection is no refresh
 
     # --- what users read ------------------------------------------------------------------------------------------
 
@@ -128,6 +123,16 @@ class TopKast:
     def step_count(self) -> int:
         """Optimizer steps taken; with several optimizers, those of the busiest."""
         return max(self._steps, default=0)
+
+    @property
+    def refresh_count(self) -> int:
+        """How often sets were chosen again; with several optimizers, each counts by itself."""
+        return self._refresher.count
+
+    @property
+    def schedule(self) -> RefreshSchedule:
+        """When the sets are chosen again, and when exploration stops."""
+        return self._refresher.schedule
 
     @property
     def exploring(self) -> bool:
@@ -153,16 +158,8 @@ class TopKast:
 
     def summary(self) -> Summary:
         """Every parameter of the model: exact sizes of A and B, or why it is dense."""
-        rows = []
-        for target in self._targets:
-            size = target.shape.numel()
-            weight = self._weights.get(target.name)
-            active, updated = (weight.active_count, weight.updated_count) if weight else (size, size)
-            execution = weight.execution if weight else ""
-            rows.append(
-                WeightSummary(target.name, tuple(target.shape), size, active, updated, target.reason, execution)
-            )
-        return Summary(tuple(rows), tuple(self._notes()))
+        optimizers = [attachment.optimizer for attachment in self._attachments]
+        return summarize(self._targets, self._weights, self.schedule, self.settings, optimizers)
 
     def penalty(self) -> Tensor:
         """The exploration penalty over all weights, a scalar tensor."""
@@ -170,7 +167,7 @@ class TopKast:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy accompanies no optimizer: those it may be copied with lose their hooks, as torch has it."""
-        return self.__dict__ | {"_attachments": [], "_steps_before": self._steps, "_followers": []}
+        return self.__dict__ | {"_attachments": [], "_steps_before": self._steps}
 
     # --- the method -----------------------------------------------------------------------------------------------
 
@@ -184,16 +181,14 @@ class TopKast:
         """
         if not optimizers:
             raise TopKastError("attach() needs the optimizers that train the model")
-        if not self._is_planned:
+        if not self._refresher.is_planned:
             self.plan(None)  # refuses a fraction of an unknown length
         before = self._attachments
         try:
             for optimizer, steps in zip(optimizers, chain(self._steps_before, repeat(0)), strict=False):
                 if any(attachment.optimizer is optimizer for attachment in self._attachments):
                     raise TopKastError(f"this {type(optimizer).__name__} is attached already")
-                attachment = Attachment(
-                    optimizer, self._by_parameter, self.settings.penalty, self._refresh_if_due, steps
-                )
+                attachment = Attachment(optimizer, self._by_parameter, self.settings.penalty, self._after_step, steps)
                 self._attachments = [*self._attachments, attachment]
             self._set_strength()
         except TopKastError:
@@ -212,11 +207,7 @@ class TopKast:
 
     def plan(self, total_steps: int | float | None) -> None:
         """Set the run's length in optimizer steps, of which `stop_exploration_at` may be a fraction."""
-        try:
-            stop = step_of(self.settings.stop_exploration_at, total_steps)
-        except ValueError as error:
-            raise TopKastError(str(error)) from None
-        self.schedule = RefreshSchedule(self.settings.update_every, stop)
+        self._refresher.plan(total_steps)
 
     def detach(self) -> None:
         """Stop accompanying the optimizers; the model stays sparse as it is, and the step count is kept."""
@@ -246,12 +237,12 @@ class TopKast:
         for attachment in self._attachments:
             attachment.steps = 0
         self._steps_before = []
-        self._selections.clear()
+        self._refresher.selections.clear()
         self._follow_schedule()
 
     def follow(self, follower: Callable[[], None] | None) -> None:
         """Call `follower` after every refresh; None: nobody any more."""
-        self._followers = [] if follower is None else [follower]
+        self._refresher.follower = follower
 
     def mask_gradients(self) -> None:
         """Zero the gradients outside B, so that clipping and logged norms see what the optimizer will use.
@@ -275,8 +266,8 @@ class TopKast:
             TopKastError: the ranks disagree.
         """
         self.close()
-        self._selections.clear()
-        self._refresh(self._weights.values(), self.step_count)
+        self._refresher.selections.clear()
+        self._refresher.refresh(list(self._weights.values()), self.step_count)
 
     def close(self) -> None:
         """Make every parameter α again where a step or a refresh was broken off; without one, nothing changes."""
@@ -293,83 +284,29 @@ class TopKast:
         """Steps taken with each optimizer."""
         return [attachment.steps for attachment in self._attachments] or self._steps_before
 
-    @property
-    def _is_planned(self) -> bool:
-        """Whether it is known when exploration stops, which may be a fraction of a run of unknown length."""
-        return self.settings.stop_exploration_at is None or self.schedule.stop_exploration_at is not None
-
     def _follow_schedule(self) -> None:
         """Refresh if the schedule has changed under the sets: they explore where they should not, or the reverse."""
-        if self._is_planned and any(
+        if self._refresher.is_planned and any(
             weight.is_exploring != (self.exploring and weight.can_explore) for weight in self._weights.values()
         ):
             self.refresh()
 
-    def _refresh_if_due(self, attachment: Attachment) -> None:
-        weights, step = attachment.weights, attachment.steps
-        for begun in [selection for selection in self._selections if selection.concerns(weights)]:
-            if not begun.is_valid:  # other weights were loaded since
-                self._selections.remove(begun)
-                self._refresh(weights, step)
-            elif step - begun.step >= self.settings.refresh_delay:
-                self._selections.remove(begun)
-                chosen = begun.result()
-                self._apply([weight for weight in weights if weight.name in chosen], chosen)
-        if not self.schedule.refreshes_after(step):
-            return
-        if self.unattached and self.refresh_count == 0:
+    def _after_step(self, attachment: Attachment) -> None:
+        if self.refresh_count == 0 and self.unattached and self.schedule.refreshes_after(attachment.steps):
             warnings.warn(
                 f"no attached optimizer holds {', '.join(self.unattached[:5])}: what trains them, if anything, "
                 "does not keep them sparse; attach its optimizer too, or exclude them",
                 stacklevel=2,
             )
-        if self.settings.refresh_delay and self.schedule.explores_at(step):
-            self._selections.append(Selection(weights, self.settings, step))
-        else:  # exploration stops now, not later
-            self._selections = [selection for selection in self._selections if not selection.concerns(weights)]
-            self._refresh(weights, step)
+        self._refresher.after_step(attachment.weights, attachment.steps)
 
-    def _refresh(self, weights: Iterable[SparseWeight], step: int) -> None:
-        weights = list(weights)
-        explores = self.schedule.explores_at(step)
-        chosen = {weight.name: choose(weight, self.settings, step, explores) for weight in weights}
-        self._apply(weights, chosen)  # all are chosen before any is changed
-
-    @torch.no_grad()
-    def _apply(self, weights: Sequence[SparseWeight], chosen: Mapping[str, Tensor]) -> None:
-        check_ranks_agree(list(chosen), list(chosen.values()))
-        for weight in weights:
-            state = [tensor for attachment in self._attachments for tensor in attachment.state_of(weight)]
-            weight.apply(chosen[weight.name], state if self.settings.reset_optimizer_state else ())
-        self.refresh_count += 1
-        for follow in self._followers:
-            follow()
+    def _state_of(self, weight: SparseWeight) -> list[Tensor]:
+        return [tensor for attachment in self._attachments for tensor in attachment.state_of(weight)]
 
     def _set_strength(self) -> None:
         peaks = strength.peak_learning_rates(self._weights, [attachment.optimizer for attachment in self._attachments])
         for name, weight in self._weights.items():
             weight.strength = strength.strength_of(self.settings, name, weight.forward_density_target, peaks.get(name))
-
-    def _notes(self) -> list[str]:
-        settings, stop = self.settings, self.schedule.stop_exploration_at
-        notes = [
-            f"refresh every {settings.update_every} steps, {settings.exploration} exploration"
-            + ("" if stop is None else f" until step {stop}")
-            + f", {settings.distribution} distribution"
-        ]
-        if not any(weight.can_explore for weight in self._weights.values()):
-            notes.append("backward sparsity = forward sparsity: B = A, so that nothing outside A is ever tried")
-        if settings.penalty == "l2":
-            optimizers = [attachment.optimizer for attachment in self._attachments]
-            peaks = strength.peak_learning_rates(self._weights, optimizers)
-            shrinkages = [
-                peaks[weight.name] * weight.strength / weight.forward_density_target
-                for weight in self._weights.values()
-                if weight.updated_count > weight.active_count and weight.name in peaks
-            ]
-            least = min(torch.finfo(weight.parameter.dtype).eps / 2 for weight in self._weights.values())
-            notes += strength.describe(max(shrinkages, default=0.0), settings.update_every, least)
-        return notes
 
     # --- state ----------------------------------------------------------------------------------------------------
 
@@ -380,7 +317,7 @@ class TopKast:
             "steps": self._steps,
             "refresh_count": self.refresh_count,
             "penalty_shrinkage": self.settings.penalty_shrinkage,
-            "selections": [selection.state_dict() for selection in self._selections],
+            "selections": [selection.state_dict() for selection in self._refresher.selections],
             "weights": {name: weight.state_dict() for name, weight in self._weights.items()},
         }
 
@@ -426,6 +363,5 @@ class TopKast:
         self._steps_before = [] if self._attachments else list(steps)
         for attachment, count in zip(self._attachments, steps, strict=False):
             attachment.steps = count
-        self.refresh_count = refreshes
-        self._selections = selections
+        self._refresher.count, self._refresher.selections = refreshes, selections
         self._follow_schedule()

@@ -11,6 +11,8 @@ import argparse
 import gc
 import json
 import platform
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -249,6 +251,34 @@ def refreshes(quick: bool) -> list[Row]:
     return rows
 
 
+def peak(quick: bool, pair: int, variant: str) -> float:
+    """Peak resident memory in MB (Linux) of a process that takes four steps and a refresh."""
+    width = 64 if quick else 2048
+    batch = torch.randn(128, width), torch.randn(128, width)
+    training = Training(Case("", lambda: mlp(width), lambda: batch, "Adam", PAIRS[pair], 0), variant)
+    for _ in range(3):
+        training.step(batch)
+    if training.topkast is not None:
+        training.topkast.refresh()
+    training.step(batch)
+    # not getrusage: that peak is inherited from the parent process
+    status = Path("/proc/self/status").read_text().split()
+    return int(status[status.index("VmHWM:") + 1]) / 1024
+
+
+def peaks(quick: bool) -> list[Row]:
+    """Peak memory of processes that each train one variant of the MLP of width 2048, host memory included."""
+    rows: list[Row] = []
+    for index, pair in enumerate(PAIRS):
+        row: Row = {"sparsity": f"{pair[0]:.0%} / {pair[1]:.0%}"}
+        for variant in ("dense", *VARIANTS):
+            command = [sys.executable, __file__, "--peak-of", str(index), variant, *(["--quick"] if quick else [])]
+            done = subprocess.run(command, capture_output=True, text=True)
+            row[f"{variant}, MB"] = float(done.stdout) if done.returncode == 0 else None
+        rows.append(row)
+    return rows
+
+
 def aims(rows: list[Row]) -> list[Row]:
     """Each aim with what was measured."""
     found: list[Row] = []
@@ -315,14 +345,18 @@ def plot(rows: list[Row], path: Path) -> None:
 
 
 def main() -> None:
-    sections = ["MLP", "transformer", "compact", "sparselab", "refresh"]
+    sections = ["MLP", "transformer", "compact", "sparselab", "refresh", "peak"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny networks and few steps: shows that it runs, no more")
     parser.add_argument("--only", nargs="+", choices=sections, default=sections, help="sections")
     parser.add_argument("--json", type=Path, help="also write all figures to this file")
     parser.add_argument("--plot", type=Path, help="also draw the MLP's speeds into this file")
+    parser.add_argument("--peak-of", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.peak_of:
+        print(peak(arguments.quick, int(arguments.peak_of[0]), arguments.peak_of[1]))
+        return
     print(f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} thread\n")
     rows: list[Row] = []
     for case in cases(arguments.quick, arguments.only):
@@ -335,12 +369,18 @@ def main() -> None:
     delays = refreshes(arguments.quick) if "refresh" in arguments.only else []
     if delays:
         table("Refreshes, chosen at once and in the background", delays)
+    peak_rows = peaks(arguments.quick) if "peak" in arguments.only else []
+    if peak_rows:
+        table("Peak memory of a process, MLP 4 × 2048, batch 128, Adam", peak_rows)
     reached = aims(rows)
     if reached:
         table("Aims", reached)
     if arguments.json:
         arguments.json.write_text(
-            json.dumps({"rows": rows, "refreshes": delays, "aims": reached}, indent=1, ensure_ascii=False) + "\n"
+            json.dumps(
+                {"rows": rows, "refreshes": delays, "peaks": peak_rows, "aims": reached}, indent=1, ensure_ascii=False
+            )
+            + "\n"
         )
     if arguments.plot:
         plot(rows, arguments.plot)

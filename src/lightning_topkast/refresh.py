@@ -63,7 +63,10 @@ class Selection:
         snapshots = [(weight, weight.snapshot()) for weight in weights]
 
         def work() -> dict[str, Tensor]:
-            return {weight.name: choose(weight, settings, step, True, scores()) for weight, scores in snapshots}
+            chosen = {weight.name: choose(weight, settings, step, True, scores()) for weight, scores in snapshots}
+            for weight in weights:
+                weight.prepare(chosen[weight.name])
+            return chosen
 
         self._chosen: dict[str, Tensor] | Future[dict[str, Tensor]] = _background.submit(work)
 

@@ -126,6 +126,9 @@ class SparseWeight(ABC):
         scores = self.magnitudes()
         return lambda: scores
 
+    def prepare(self, tiers: Tensor) -> None:  # noqa: B027  most need not
+        """Do what can be done in another thread before `apply` takes over these sets."""
+
     @abstractmethod
     def apply(self, tiers: Tensor, state: Sequence[Tensor] = ()) -> None:
         """Take over new sets: the promoted enter with their stored values, the demoted keep theirs.

@@ -55,6 +55,8 @@ class PackedWeight(SparseWeight):
         self._packing = Packing.of(torch.zeros_like(self._tiers), products)
         # what a refresh is about to write: tensors and their new content, and the new sets
         self._pending: tuple[list[tuple[Tensor, Tensor]], Tensor, Packing] | None = None
+        # sets that `apply` is likely to take over, with their indices
+        self._prepared: tuple[Tensor, Packing] | None = None
         # places that the optimizer's state belongs to, where weights were loaded since
         self._state_places: Tensor | None = None
 
@@ -111,6 +113,10 @@ class PackedWeight(SparseWeight):
         places, values, theta, shape = self._places(), self._values().clone(), self._theta, self.shape
         return lambda: _with_values(theta, places, values).view(shape).abs_()
 
+    def prepare(self, tiers: Tensor) -> None:
+        """Make the indices of these sets, which takes longer than choosing them."""
+        self._prepared = tiers, Packing.of(tiers, self.execution == "packed")
+
     def apply(self, tiers: Tensor, state: Sequence[Tensor] = ()) -> None:
         """Take over new sets: values of entries that stay in B are moved, the others come from and go to the host."""
         self._repack(tiers.cpu(), state)
@@ -118,7 +124,10 @@ class PackedWeight(SparseWeight):
     def _repack(self, tiers: Tensor, state: Sequence[Tensor]) -> None:
         places = self._places()
         self._theta.index_copy_(0, places, self._values())
-        packing = Packing.of(tiers, self.execution == "packed")
+        if self._prepared is None or self._prepared[0] is not tiers:
+            self.prepare(tiers)
+        assert self._prepared is not None
+        (_, packing), self._prepared = self._prepared, None
         new_places = packing.indices().long()
         writes = [(self.parameter.detach(), self._values_at(new_places))]
         writes += self._moved(state, places if self._state_places is None else self._state_places, new_places)

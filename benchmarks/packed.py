@@ -317,7 +317,8 @@ def plot(rows: list[Row], path: Path) -> None:
     """Speed against sparsity, a line an operator, beside the arithmetic limit."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.2), sharey=True)
+    names = [f"{f:.0%} / {b:.0%}" for f, b in PAIRS]
     for axis, optimizer in zip(axes, ("SGD", "Adam"), strict=True):
         for variant, marker in (("packed, compiled", "o"), ("packed, torch", "s"), ("masked", "^")):
             for width, style in ((1024, ":"), (2048, "-"), (4096, "--")):
@@ -326,20 +327,20 @@ def plot(rows: list[Row], path: Path) -> None:
                     for r in rows
                     if (r["network"], r["optimizer"], r["variant"])
                     == (f"MLP 4 × {width}, batch 128", optimizer, variant)
-                    and "speed" in r
+                    and r["sparsity"] in names
                 ]
                 if points:
                     colour = {"packed, compiled": "#0072B2", "packed, torch": "#D55E00", "masked": "#777777"}[variant]
                     label = f"{variant}, width {width}"
                     axis.plot(*zip(*points, strict=True), style, marker=marker, color=colour, label=label, ms=4)
-        names = [f"{f:.0%} / {b:.0%}" for f, b in PAIRS]
         limits = [3 / (2 * (1 - f) + 1 - b) for f, b in PAIRS]
         axis.plot(names, limits, color="black", lw=0.8, label="arithmetic limit of the products")
         axis.axhline(1, color="black", lw=0.5)
         axis.set(title=optimizer, yscale="log", xlabel="forward / backward sparsity")
         axis.set_yticks([0.5, 1, 2, 5, 10, 20, 50], ["0.5", "1", "2", "5", "10", "20", "50"])
+        axis.tick_params("x", labelsize=8)
     axes[0].set_ylabel("times as fast as dense, whole step")
-    axes[1].legend(fontsize=7, frameon=False)
+    axes[1].legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=130)
 

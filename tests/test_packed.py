@@ -901,3 +901,15 @@ def test_attention_between_sequences_takes_the_ordinary_way():
     assert model[0]._parameters["in_proj_weight"].grad is None
     model[0](query, memory, memory)[0].sum().backward()
     assert model[0]._parameters["in_proj_weight"].grad.abs().sum() > 0
+
+
+def test_vector_updated_as_a_whole_stays_in_its_execution():
+    def engine(execution):
+        module = nn.Module()
+        module.theta = nn.Parameter(torch.arange(1.0, 9))
+        return TopKast(module, 0.5, 0.0, execution=execution, operators="torch", include=["theta"])
+
+    masked, packed = engine("masked"), engine("compact")
+    packed.load_state_dict(packed.state_dict())
+    with pytest.raises(TopKastError, match=r"'theta' is 1-D and updated as a whole.*resume with execution='masked'"):
+        packed.load_state_dict(masked.state_dict())

@@ -198,6 +198,13 @@ class SparseWeight(ABC):
         problem = problem_with(state, self._in_model(), self.active_count, self.updated_count)
         if problem:
             raise TopKastError(f"the saved Top-KAST state does not fit weight '{self.name}': {problem}")
+        saved = state.get("execution", self.execution)
+        alike = (saved == "masked") == (self.execution == "masked")
+        if not alike and self.shape == (self.updated_count,):  # both orders of the optimizer's state have one shape
+            raise TopKastError(
+                f"'{self.name}' is 1-D and updated as a whole, and can't go on {self.execution} after {saved}: resume "
+                f"with execution='{saved}'"
+            )
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -218,6 +225,7 @@ class SparseWeight(ABC):
 
     def _counts(self) -> dict[str, Any]:
         return {
+            "execution": self.execution,
             "first_reservoir": self.first_reservoir,
             "promoted": self.promoted,
             "active_count": self.active_count,

@@ -114,6 +114,18 @@ def test_weights_rewritten_between_fits_are_selected_afresh(tmp_path):
     check_sparse(callback.topkast)
 
 
+def test_weight_frozen_after_a_fit_stays_sparse_in_the_next(tmp_path):
+    callback, model = make_callback(keep_last_dense=False), make_net()
+    fit(make_trainer(tmp_path, callback), model)
+    weight = callback.topkast.weights[MIDDLE]
+    theta = weight.theta()
+    weight.parameter.requires_grad_(False)
+    fit(make_trainer(tmp_path, callback), model)
+    assert callback.topkast.weights[MIDDLE] is weight
+    assert torch.equal(weight.theta(), theta)
+    assert torch.count_nonzero(parameters_of(model)[MIDDLE]) == weight.active_count
+
+
 def test_fit_after_an_interrupted_fit_masks_its_gradients(tmp_path):
     class Stop(Callback):
         def on_before_optimizer_step(self, trainer, pl_module, optimizer):

@@ -162,7 +162,7 @@ class Attachment:
     @torch.no_grad()
     def _open(self) -> None:
         for weight in self.weights:
-            if isinstance(weight, PackedWeight):
+            if isinstance(weight, PackedWeight) and weight.was_reordered:
                 weight.realign(self.state_of(weight))
         if not self._gradients_masked:
             self.mask_gradients()

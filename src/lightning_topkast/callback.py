@@ -180,10 +180,11 @@ class TopKastCallback(Callback):
             leader._telemetry.log(force=True)
 
     def _attach(self, topkast: TopKast, trainer: Trainer) -> None:
-        # another callback may have frozen weights after ours had packed them
-        topkast.leave_out([name for name, weight in topkast.weights.items() if not weight.parameter.requires_grad])
-        if not topkast.weights:
-            raise TopKastError("every weight that was to be sparse is frozen; unfreeze some, or include others")
+        if topkast is self._new:
+            # another callback may have frozen weights after ours had packed them; those of an earlier fit stay sparse
+            topkast.leave_out([name for name, weight in topkast.weights.items() if not weight.parameter.requires_grad])
+            if not topkast.weights:
+                raise TopKastError("every weight that was to be sparse is frozen; unfreeze some, or include others")
         sparse = {id(weight.parameter) for weight in topkast.weights.values()}
         optimizers = [optimizer for optimizer in trainer.optimizers if sparse & _parameters_of(optimizer)]
         if optimizers:

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 import torch
 from torch import nn
@@ -14,8 +13,6 @@ from lightning_topkast.ops import choose_operators
 from lightning_topkast.settings import Settings
 from lightning_topkast.targets import Target
 from lightning_topkast.weights import MaskedWeight, PackedWeight, SparseWeight
-
-Kept = Literal["masked", "packed", "compact"]
 
 # What a packed product takes for an entry, as a multiple of what a dense one does, and the entries below which the
 # fixed cost of a layer eats the gain: measured on CPUs at batches of 128 and 256 (benchmarks/README.md, packed mode).
@@ -89,7 +86,7 @@ def _obstacle(target: Target) -> str:
             return "it is parametrized"
         if isinstance(module, torch.jit.ScriptModule):
             return f"{type(module).__name__} is compiled by TorchScript"
-        if name not in module._parameters or not isinstance(getattr(type(module), name, None), type(None)):
+        if name not in module._parameters or getattr(type(module), name, None) is not None:
             return f"{type(module).__name__} computes its '{name}' itself"
     return ""
 

@@ -109,12 +109,11 @@ def test_wandb_that_cannot_log_in_is_answered_in_one_line(cli):
     assert "logger.wandb.mode=offline" in last_line(err)
 
 
-@pytest.mark.skipif(os.name != "posix", reason="signals")
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_stopped_run_says_how_to_go_on_and_exits_as_shells_expect(tmp_path, sent, code):
+def start(epochs: int) -> subprocess.Popen[str]:
+    """The application in a process of its own, which is training or about to."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(plain_path()), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "lightning_topkast.app.train", "trainer.max_epochs=10000", "logger=none"]
-    run = subprocess.Popen(
+    command = [sys.executable, "-m", "lightning_topkast.app.train", f"trainer.max_epochs={epochs}", "logger=none"]
+    return subprocess.Popen(
         command,
         env=environment,
         stdout=subprocess.PIPE,
@@ -122,6 +121,12 @@ def test_stopped_run_says_how_to_go_on_and_exits_as_shells_expect(tmp_path, sent
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job would ignore it
     )
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_run_says_how_to_go_on_and_exits_as_shells_expect(tmp_path, sent, code):
+    run = start(epochs=10000)
     try:
         assert run.stdout.readline().startswith("epoch 1/10000:")
         time.sleep(0.2)
@@ -136,16 +141,7 @@ def test_stopped_run_says_how_to_go_on_and_exits_as_shells_expect(tmp_path, sent
 
 
 def test_output_that_nobody_reads_any_more_ends_quietly(tmp_path):
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(plain_path()), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "lightning_topkast.app.train", "trainer.max_epochs=200", "logger=none"]
-    run = subprocess.Popen(
-        command,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job would ignore it
-    )
+    run = start(epochs=200)
     run.stdout.readline()
     run.stdout.close()
     err = run.stderr.read()

@@ -124,10 +124,11 @@ class PackedWeight(SparseWeight):
     def _repack(self, tiers: Tensor, state: Sequence[Tensor]) -> None:
         places = self._places()
         self._theta.index_copy_(0, places, self._values())
-        if self._prepared is None or self._prepared[0] is not tiers:
-            self.prepare(tiers)
-        assert self._prepared is not None
-        (_, packing), self._prepared = self._prepared, None
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None and prepared[0] is tiers:
+            packing = prepared[1]
+        else:
+            packing = Packing.of(tiers, self.execution == "packed")
         new_places = packing.indices().long()
         writes = [(self.parameter.detach(), self._values_at(new_places))]
         writes += self._moved(state, places if self._state_places is None else self._state_places, new_places)
@@ -302,6 +303,11 @@ class PackedWeight(SparseWeight):
         self.loads += 1
         self._take_over(theta, tiers)
         self.note_first_reservoir()
+
+    @property
+    def was_reordered(self) -> bool:
+        """Whether sets were loaded since the optimizer's state was last aligned with them."""
+        return self._state_places is not None
 
     def realign(self, state: Sequence[Tensor]) -> None:
         """Give the optimizer's state the order of the sets that were loaded since it was last aligned."""

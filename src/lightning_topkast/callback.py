@@ -8,13 +8,15 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.trainer.call import _call_configure_model
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from lightning_topkast.all_reduce import Hook, register, sparse_all_reduce_of
 from lightning_topkast.averaging import SparseAverages, callbacks_of, copy_again
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.ops import Operators
 from lightning_topkast.penalty import Penalty
-from lightning_topkast.settings import Distribution, Execution, Exploration, Settings
+from lightning_topkast.settings import AllReduce, Distribution, Execution, Exploration, Settings, check_all_reduce
 from lightning_topkast.telemetry import Telemetry
 from lightning_topkast.topkast import TopKast
 
@@ -62,6 +64,9 @@ class TopKastCallback(Callback):
             the former where they can be had ("auto").
         strict: refuse weights that `execution` would have to leave masked, instead of warning.
         seed: decides random exploration.
+        all_reduce: what DDP sends of a masked weight's gradient: all of it ("dense"), or only the values of the updated
+            set ("sparse"), as 16-bit numbers together with everything else ("sparse_bf16", "sparse_fp16"). What is
+            not sent is not seen either: the gradient is zero outside the updated set, also for a gradient scaler.
 
     Raises:
         TopKastError: here, in `setup` or at training start, for what cannot be honoured, with the way out.
@@ -96,6 +101,7 @@ class TopKastCallback(Callback):
         operators: Operators = "auto",
         strict: bool = False,
         seed: int = 0,
+        all_reduce: AllReduce = "dense",
     ) -> None:
         super().__init__()
         self._options: dict[str, Any] = {
@@ -123,6 +129,8 @@ class TopKastCallback(Callback):
             "seed": seed,
         }
         Settings(**self._options)  # refuse a bad value where it is given, not when training starts
+        check_all_reduce(all_reduce)
+        self._all_reduce = all_reduce
         self.topkast: TopKast | None = None
         self._telemetry: Telemetry | None = None
         self._saved_state: dict[str, Any] | None = None
@@ -173,11 +181,28 @@ class TopKastCallback(Callback):
             topkast.follow(self._averages.update)  # before the average is updated in this step
         rank_zero_info(f"Top-KAST: what is sparse, and why the rest is not\n{topkast.summary()}")
 
-        engines = self._started_engines(trainer, pl_module)
-        if all(isinstance(engine, TopKast) for engine in engines):  # the last of several callbacks to start
+        started = self._started_engines(trainer, pl_module)
+        engines = [engine for engine in started if engine is not None]
+        if len(engines) == len(started):  # the last of several callbacks to start
+            self._reduce_gradients(trainer, engines)
             leader = next(callback for callback in callbacks_of(trainer) if isinstance(callback, TopKastCallback))
-            leader._telemetry = Telemetry(trainer, [engine for engine in engines if engine is not None])
+            leader._telemetry = Telemetry(trainer, engines)
             leader._telemetry.log(force=True)
+
+    def _reduce_gradients(self, trainer: Trainer, engines: Sequence[TopKast]) -> None:
+        wishes = {callback._all_reduce for callback in callbacks_of(trainer) if isinstance(callback, TopKastCallback)}
+        if len(wishes) > 1:
+            raise TopKastError(
+                f"the TopKastCallbacks of this Trainer differ in all_reduce ({', '.join(sorted(wishes))}), but the "
+                "gradients of all are reduced together; give them the same"
+            )
+        if isinstance(trainer.strategy.model, DistributedDataParallel):
+            register(trainer.strategy.model, engines, self._all_reduce)
+        elif trainer.world_size > 1 and self._all_reduce != "dense":
+            raise TopKastError(
+                f"all_reduce='{self._all_reduce}' needs DDP, whose gradients a hook can reduce; "
+                f"{type(trainer.strategy).__name__} reduces its own: leave all_reduce='dense'"
+            )
 
     def _attach(self, topkast: TopKast, trainer: Trainer) -> None:
         if topkast is self._new:
@@ -229,6 +254,17 @@ class TopKastCallback(Callback):
             for callback in callbacks_of(trainer)
             if isinstance(callback, TopKastCallback)
         ]
+
+    def all_reduce_hook(self, hook: Hook) -> Hook:
+        """A DDP communication hook that sends what `hook` would, but of masked weights the updated set only.
+
+        For a model that is to have another hook than `all_reduce` offers, which then stays "dense":
+
+            DDPStrategy(ddp_comm_state=state, ddp_comm_hook=callback.all_reduce_hook(powerSGD_hook))
+
+        Two callbacks' hooks go into each other. Lightning registers such hooks on GPUs only.
+        """
+        return sparse_all_reduce_of(lambda: [] if self.topkast is None else [self.topkast], hook)
 
     # --- every step -----------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from lightning_topkast.penalty import Penalty
 Distribution = Literal["uniform", "erk"]
 Exploration = Literal["magnitude", "random"]
 Execution = Literal["masked", "packed", "compact", "auto"]
+AllReduce = Literal["dense", "sparse", "sparse_bf16", "sparse_fp16"]
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,12 @@ def check_sparsities(forward: float, backward: float, where: str = "") -> None:
             f"{where}backward_sparsity={backward} exceeds forward_sparsity={forward}: the updated set B holds the "
             f"active set A, so expected backward_sparsity <= forward_sparsity"
         )
+
+
+def check_all_reduce(all_reduce: str) -> None:
+    """Refuse an unknown way to reduce gradients; it is the callback's, since in a plain loop DDP is the user's own."""
+    known = get_args(AllReduce)
+    _check(all_reduce in known, "all_reduce", all_reduce, f"one of {', '.join(known)}")
 
 
 def _is_number(value: Any) -> bool:

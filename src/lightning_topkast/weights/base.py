@@ -46,6 +46,8 @@ class SparseWeight(ABC):
         self.first_reservoir = 0
         # how often other weights were loaded, which choose the sets anew
         self.loads = 0
+        # how often the sets or their order in memory changed: whoever keeps something made of them looks here
+        self.changes = 0
 
     # --- the sets -------------------------------------------------------------------------------------------------
 

@@ -130,6 +130,7 @@ class MaskedWeight(SparseWeight):
         if self._pending is not None:
             self._exploring, changed, mask = self._pending
             flat(self._mask).index_copy_(0, changed, mask)
+            self.changes += 1
             self._pending = None
 
     def note_first_reservoir(self) -> None:
@@ -149,6 +150,7 @@ class MaskedWeight(SparseWeight):
         tiers = torch.empty_like(self._mask, dtype=torch.uint8).copy_(tiers)
         self._exploring = indices(flat(tiers) == EXPLORING)
         self._dormant = torch.empty_like(self._mask, dtype=torch.bool).copy_(self._dormant)
+        self.changes += 1
 
     # --- around the optimizer's step ------------------------------------------------------------------------------
 
@@ -270,4 +272,5 @@ class MaskedWeight(SparseWeight):
         self._exploring = indices(flat(tiers) == EXPLORING)
         self._dormant = torch.empty_like(self._mask, dtype=torch.bool).copy_(state["dormant"])
         self._load_counts(state)
+        self.changes += 1
         self.is_open = False

@@ -1,8 +1,9 @@
-"""Run by test_ranks.py in a process of its own, which forks two ranks: `python ranks.py FOLDER`.
+"""Run by test_ranks.py in a process of its own, which forks two or three ranks: `python ranks.py FOLDER RANKS`.
 
-Forking needs a process in which autograd has not run yet, and one import of torch serves both ranks.
+Forking needs a process in which autograd has not run yet, and one import of torch serves all ranks.
 """
 
+import json
 import sys
 import warnings
 from pathlib import Path
@@ -11,18 +12,33 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from lightning.pytorch import Callback
+from lightning.pytorch.strategies import DDPStrategy
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from lightning_topkast import MaskChange, ReservoirActivation, Sparsity, TopKastError
 from lightning_topkast.distributed import check_ranks_agree
-from tests.helpers import Batches, batches, make_callback, make_net, make_trainer, parameters_of
+from tests import reductions
+from tests.helpers import MIDDLE, Batches, batches, make_callback, make_net, make_trainer, parameters_of
 
 
 class Shares(Batches):
-    """Every rank sees its own half of each batch."""
+    """Every rank sees its own share of each batch: halves, or thirds of unequal size."""
 
     def __iter__(self):
-        half = slice(dist.get_rank() * 4, dist.get_rank() * 4 + 4)
-        return iter([(x[half], y[half]) for x, y in list.__iter__(self)])
+        rank, world = dist.get_rank(), dist.get_world_size()
+        return iter([tuple(tensor.tensor_split(world)[rank] for tensor in batch) for batch in list.__iter__(self)])
+
+
+class Hooked(DDPStrategy):
+    """DDP with a communication hook, which Lightning itself registers on GPUs only."""
+
+    def __init__(self, hook) -> None:
+        super().__init__(start_method="fork")
+        self.hook = hook
+
+    def configure_ddp(self) -> None:
+        super().configure_ddp()
+        self.model.register_comm_hook(None, self.hook)
 
 
 class Note(Callback):
@@ -33,7 +49,7 @@ class Note(Callback):
 
     def on_train_end(self, trainer, pl_module):
         state = self.callback.topkast.state_dict(), parameters_of(pl_module), self.callback.topkast.refresh_count
-        torch.save(state, self.folder / f"trained-{trainer.global_rank}.pt")
+        torch.save((*state, _sizes), self.folder / f"trained-{trainer.global_rank}.pt")
 
 
 class Drift(Callback):
@@ -54,22 +70,43 @@ class Unalike(Callback):
                 parameter.add_(trainer.global_rank)
 
 
-def train(folder: Path, *others, accumulate: int = 1, first: tuple = (), **changes) -> None:
+def train(
+    folder: Path, world: int, *others, accumulate: int = 1, first: tuple = (), strategy_of=None, **changes
+) -> None:
     folder.mkdir(exist_ok=True)
     callback = make_callback(keep_last_dense=False, penalty_strength=1e-2, **changes)
     callbacks = [*first, callback, Note(folder, callback), *(other() for other in others)]
     model = make_net(optimizer="adamw", lr=0.02)
+    strategy = "ddp_fork" if strategy_of is None else strategy_of(callback)
     trainer = make_trainer(
-        folder, *callbacks, strategy="ddp_fork", devices=2, use_distributed_sampler=False,
+        folder, *callbacks, strategy=strategy, devices=world, use_distributed_sampler=False,
         accumulate_grad_batches=accumulate,
     )  # fmt: skip
     trainer.fit(model, Shares(batches()), Shares(batches(2, seed=2)))
 
 
-def ranks(rank: int, folder: Path) -> None:
-    """What the two ranks find out without a Trainer."""
+_sizes: list[int] = []  # of every rank, which is forked and has its own
+
+
+def noting(state, bucket):
+    _sizes.append(bucket.buffer().numel())
+    return allreduce_hook(state, bucket)
+
+
+def refusal(*arguments, **changes) -> str:
+    """What stops this training; the launcher wraps what a rank raised."""
+    try:
+        train(*arguments, **changes)
+    except Exception as error:
+        return str(error)
+    return "nothing"
+
+
+def ranks(rank: int, folder: Path, world: int) -> None:
+    """What the ranks find out without a Trainer."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    torch.save(reductions.reduced(world), folder / f"reduced-{rank}.pt")
     found = {}
     generator = torch.Generator().manual_seed(0)
     same = torch.randint(3, (5, 7), dtype=torch.uint8, generator=generator)
@@ -87,7 +124,8 @@ def ranks(rank: int, folder: Path) -> None:
 
     mask = torch.rand(10, generator=generator) < 0.5
     other = torch.rand(10, generator=generator) < 0.5
-    mine = slice(0, 3) if rank == 0 else slice(3, 10)  # shares of unequal size: a mean of means would be wrong
+    # shares of unequal size: a mean of means would be wrong
+    mine = slice(3 * rank, 3 * rank + 3 if rank < world - 1 else 10)
     for metric, arguments in (
         (Sparsity(), (mask,)),
         (MaskChange(), (mask, other)),
@@ -102,20 +140,34 @@ def ranks(rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, world: int) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    mp.start_processes(ranks, (folder,), nprocs=2, start_method="fork")
-    train(folder)
-    train(folder / "accumulated", accumulate=2, update_every=2, exploration="random")
-    train(folder / "packed", execution="packed")
-    train(folder / "unalike", first=(Unalike(),), execution="packed")
-    train(folder / "compact", accumulate=2, update_every=2, execution="compact")
-    try:
-        train(folder / "drifted", Drift, update_every=4)
-    except Exception as error:  # the launcher wraps what a rank raised
-        (folder / "drift.txt").write_text(str(error))
+    mp.start_processes(ranks, (folder, world), nprocs=world, start_method="fork")
+    train(folder / "masked", world)
+    train(folder / "packed", world, execution="packed")
+    train(folder / "accumulated", world, accumulate=2, update_every=2, exploration="random")
+    train(folder / "sparse", world, all_reduce="sparse")
+    if world == 3:
+        return
+    train(folder / "unalike", world, first=(Unalike(),), execution="packed")
+    train(folder / "compact", world, accumulate=2, update_every=2, execution="compact")
+    train(folder / "composed", world, strategy_of=lambda callback: Hooked(callback.all_reduce_hook(noting)))
+    refusals = {
+        "drifted": refusal(folder / "drifted", world, Drift, update_every=4),
+        "hooked": refusal(
+            folder / "hooked", world, all_reduce="sparse_bf16", strategy_of=lambda _: Hooked(allreduce_hook)
+        ),
+        "differing": refusal(
+            folder / "differing",
+            world,
+            include=[MIDDLE],
+            all_reduce="sparse",
+            first=(make_callback(include=["layers.0.weight"]),),
+        ),
+    }
+    (folder / "refusals.json").write_text(json.dumps(refusals))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -61,6 +61,16 @@ class Drift(Callback):
                 pl_module.layers[2].weight.mul_(torch.rand(16, 16, generator=torch.Generator().manual_seed(1)))
 
 
+class CountHooks(Callback):
+    """Notes how many hooks DDP has, whenever training starts; the list is DDP's own, which has no public one."""
+
+    def __init__(self) -> None:
+        self.hooks = []
+
+    def on_train_start(self, trainer, pl_module):
+        self.hooks.append([hook.__name__ for hook, _ in trainer.strategy.model._comm_hooks])
+
+
 class Unalike(Callback):
     """Lets the ranks begin from different weights, of which DDP takes rank 0's."""
 
@@ -140,6 +150,14 @@ def ranks(rank: int, folder: Path, world: int) -> None:
     dist.destroy_process_group()
 
 
+def hooks_of_two_fits(folder: Path) -> list[list[str]]:
+    """The hooks of one process in DDP, which launches no others, that fits twice."""
+    count, callback, model = CountHooks(), make_callback(all_reduce="sparse"), make_net()
+    for _ in range(2):
+        make_trainer(folder, callback, count, strategy=DDPStrategy()).fit(model, batches())
+    return count.hooks
+
+
 def main(folder: Path, world: int) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -167,6 +185,7 @@ def main(folder: Path, world: int) -> None:
         ),
     }
     (folder / "refusals.json").write_text(json.dumps(refusals))
+    (folder / "hooks.json").write_text(json.dumps(hooks_of_two_fits(folder / "twice")))
 
 
 if __name__ == "__main__":

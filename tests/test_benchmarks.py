@@ -2,6 +2,7 @@
 
 import csv
 import json
+import runpy
 import statistics
 import subprocess
 import sys
@@ -65,6 +66,34 @@ def test_packed_times_every_variant_and_counts_its_bytes(tmp_path):
         assert all(row["packed, torch, MB"] > 0 for row in figures["peaks"])
     assert [row["refresh_delay"] for row in figures["refreshes"]] == [0, 2]
     assert (tmp_path / "speed.png").stat().st_size > 10_000
+
+
+def obstacle_to_namespaces():
+    sys.path.insert(0, str(BENCHMARKS))  # where its `tables` lies
+    try:
+        return runpy.run_path(str(BENCHMARKS / "communication.py"))["obstacle"]()
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+def test_communication_sends_the_updated_set_over_a_cable_of_its_own(tmp_path):
+    reason = obstacle_to_namespaces()
+    if reason:
+        pytest.skip(reason)
+    run_benchmark("communication.py", "--quick", "--json", tmp_path / "figures.json")
+    rows = json.loads((tmp_path / "figures.json").read_text())["rows"]
+    links = ["unlimited", "100 Mbit/s"]
+    variants = ["dense", "sparse", "sparse_bf16", "packed"]
+    assert [(row["link"], row["variant"]) for row in rows] == [(link, name) for link in links for name in variants]
+    for row in rows:
+        # 2 · 256² sparse weights with 20 % of them sent, and 19,978 dense ones
+        share = (2 * 256**2 * 0.2 + 19_978) / (2 * 256**2 + 19_978)
+        expected = {"dense": 1, "sparse_bf16": share / 2}.get(row["variant"], share)
+        assert row["expected"] == pytest.approx(expected, rel=1e-3)
+        assert row["bytes / dense"] == pytest.approx(expected, rel=0.05), "small messages carry more headers"
+        assert float(row["weights differ by"]) < (1e-2 if row["variant"] == "sparse_bf16" else 1e-5)
+    (dense, sparse, *_) = (row for row in rows if row["link"] == "100 Mbit/s")
+    assert sparse["step ms"] < dense["step ms"]
 
 
 def test_capacity_is_the_deepest_network_that_fits(tmp_path):

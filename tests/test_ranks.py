@@ -192,6 +192,10 @@ def test_callback_sends_sparsely_without_changing_the_weights(two):
     assert same(two.load("sparse/trained"), two.load("masked/trained"))
 
 
+def test_every_fit_has_its_hook(two):
+    assert json.loads((two.folder / "hooks.json").read_text()) == [["sparse_all_reduce_hook"]] * 2
+
+
 def test_a_hook_of_ones_own_is_composed_with_the_callbacks(two):
     composed, masked = two.load("composed/trained"), two.load("masked/trained")
     assert same([rank[:3] for rank in composed], [rank[:3] for rank in masked])

@@ -1,0 +1,233 @@
+"""What DDP sends of sparse gradients, and how long a step takes over a link of limited bandwidth.
+
+    OMP_NUM_THREADS=1 python benchmarks/communication.py [--quick] [--json FILE]
+
+Two processes train one MLP with gloo, each in a network namespace of its own, joined by a virtual Ethernet pair whose
+rate `tc` limits: Linux, root and iproute2 are needed. Bytes are those that the interface's counter saw leave rank 0.
+The variants live in one process and take their steps in turn, on the same batches; seconds are wall time, speeds
+medians over rounds of (dense / variant) within a round. "dense" is masked Top-KAST under plain DDP.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tables import Row, table
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_topkast import TopKast
+from lightning_topkast.all_reduce import INNER_HOOKS, sparse_all_reduce
+
+DENSITIES = (0.5, 0.2, 0.1, 0.05)  # backward; forward is half of it
+LINKS = {"unlimited": None, "1 Gbit/s": "1gbit", "100 Mbit/s": "100mbit"}
+VARIANTS = ("dense", "sparse", "sparse_bf16", "packed")
+INTERFACE = "topkast"
+REFRESH_EVERY = 4
+LIMIT_S = 100  # for all densities on one link
+
+
+# --- one of the two processes -------------------------------------------------------------------------------------
+
+
+class Variant:
+    """A model in DDP, whose steps are timed and whose bytes are counted."""
+
+    def __init__(self, name: str, density: float, width: int) -> None:
+        torch.manual_seed(0)
+        sizes = [64, width, width, width, 10]
+        layers = [layer for ends in pairwise(sizes) for layer in (nn.Linear(*ends), nn.ReLU())]
+        self.model = nn.Sequential(*layers[:-1])
+        self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        execution = "packed" if name == "packed" else "masked"
+        self.topkast = TopKast(
+            self.model, 1 - density / 2, 1 - density, update_every=REFRESH_EVERY, execution=execution
+        )
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
+        self.topkast.attach(self.optimizer)
+        self.ddp = DistributedDataParallel(self.model)
+        if name in INNER_HOOKS:
+            self.ddp.register_comm_hook(None, sparse_all_reduce(self.topkast, hook=INNER_HOOKS[name]))
+        weights = self.topkast.weights.values()
+        values = self.parameters - sum(weight.size - int(weight.updated_entries) for weight in weights)
+        self.expected = 4 * self.parameters if name == "dense" else values * (2 if name == "sparse_bf16" else 4)
+
+    def step(self, batch: tuple[Tensor, Tensor]) -> tuple[float, int]:
+        """Train one step; return its seconds and the bytes sent."""
+        x, y = batch
+        dist.barrier()
+        sent, start = sent_bytes(), perf_counter()
+        self.optimizer.zero_grad()
+        F.cross_entropy(self.ddp(x), y).backward()
+        self.optimizer.step()
+        return perf_counter() - start, sent_bytes() - sent
+
+    def values(self) -> dict[str, Tensor]:
+        return self.model.state_dict() | {name: weight.theta() for name, weight in self.topkast.weights.items()}
+
+
+def sent_bytes() -> int:
+    return int(Path(f"/sys/class/net/{INTERFACE}/statistics/tx_bytes").read_text())
+
+
+def measure(density: float, width: int, rounds: int) -> Iterator[Row]:
+    """Steps of all variants in turn."""
+    variants = {name: Variant(name, density, width) for name in VARIANTS}
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    sent: dict[str, list[int]] = {name: [] for name in VARIANTS}
+    for turn in range(rounds + 2):  # in the first DDP settles its buckets
+        batch = torch.randn(32, 64, generator=generator), torch.randint(10, (32,), generator=generator)
+        for name, variant in variants.items():
+            taken, count = variant.step(batch)
+            refreshes = (turn + 1) % REFRESH_EVERY == 0
+            if turn >= 2:
+                sent[name].append(count)
+                if not refreshes:
+                    seconds[name].append(taken)
+    dense = variants["dense"].values()
+    for name, variant in variants.items():
+        scale = max(float(value.abs().max()) for value in dense.values())
+        # of θ and everything dense, relative to the largest value
+        difference = max(float((value - dense[key]).abs().max()) for key, value in variant.values().items()) / scale
+        ratio = median(sent[name]) / median(sent["dense"])
+        expected = variant.expected / variants["dense"].expected
+        yield {
+            "backward density": density,
+            "variant": name,
+            "step ms": 1e3 * median(seconds[name]),
+            "times dense": median(a / b for a, b in zip(seconds["dense"], seconds[name], strict=True)),
+            "MB sent": median(sent[name]) / 1e6,
+            "bytes / dense": ratio,
+            "expected": expected,
+            "off by %": 100 * (ratio / expected - 1),
+            "weights differ by": f"{difference:.0e}",
+        }
+
+
+def work(rank: int, address: str, width: int, rounds: int, densities: list[float], results: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://{address}:29500", rank=rank, world_size=2)
+    rows = [row for density in densities for row in measure(density, width, rounds)]
+    if rank == 0:
+        results.write_text(json.dumps(rows))
+    dist.destroy_process_group()
+
+
+# --- the two namespaces -------------------------------------------------------------------------------------------
+
+
+def obstacle() -> str | None:
+    """Why namespaces can't be made here."""
+    if sys.platform != "linux":
+        return "network namespaces are Linux's"
+    if os.geteuid() != 0:
+        return "making network namespaces takes root"
+    missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
+    if missing:
+        return f"{' and '.join(missing)} of iproute2 not found"
+    tried = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=False)
+    return tried.stderr.strip() or None
+
+
+def run(*command: str) -> None:
+    subprocess.run(command, check=True, timeout=20)
+
+
+@contextmanager
+def namespaces() -> Iterator[tuple[str, str]]:
+    """Two network namespaces joined by a cable, at 10.77.0.1 and 10.77.0.2; gone afterwards."""
+    names = (f"topkast-{os.getpid()}-0", f"topkast-{os.getpid()}-1")
+    try:
+        for name in names:
+            run("ip", "netns", "add", name)
+            run("ip", "-n", name, "link", "set", "lo", "up")
+        peer = ("peer", "name", INTERFACE, "netns", names[1])
+        run("ip", "-n", names[0], "link", "add", INTERFACE, "type", "veth", *peer)
+        for rank, name in enumerate(names):
+            run("ip", "-n", name, "address", "add", f"10.77.0.{rank + 1}/30", "dev", INTERFACE)
+            run("ip", "-n", name, "link", "set", INTERFACE, "up")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], check=False, timeout=20, stderr=subprocess.DEVNULL)
+
+
+def limit(name: str, rate: str) -> None:
+    """What leaves the namespace does so at this rate."""
+    bucket = ("rate", rate, "burst", "64kb", "limit", "16mb")
+    run("tc", "-n", name, "qdisc", "add", "dev", INTERFACE, "root", "tbf", *bucket)
+
+
+def train_in(names: tuple[str, str], arguments: list[str], results: Path) -> list[Row]:
+    """Both processes, each in its namespace; they end in time or are killed."""
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": INTERFACE, "OMP_NUM_THREADS": "1"}
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        for rank, name in enumerate(names):
+            own = ["--rank", str(rank), "--results", str(results), *arguments]
+            command = ["ip", "netns", "exec", name, sys.executable, __file__, *own]
+            processes.append(subprocess.Popen(command, env=environment))
+        deadline = perf_counter() + LIMIT_S
+        for process in processes:
+            if process.wait(timeout=max(1.0, deadline - perf_counter())):
+                raise SystemExit("a rank failed, see above")
+    except subprocess.TimeoutExpired:
+        raise SystemExit(f"the ranks took longer than {LIMIT_S} s and were stopped") from None
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return json.loads(results.read_text())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="a small network and few steps, to see that it runs")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--results", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, help="steps that are measured of each variant on each link")
+    arguments = parser.parse_args()
+    width, rounds, densities = (256, 5, [0.2]) if arguments.quick else (1024, arguments.rounds or 13, list(DENSITIES))
+    if arguments.rank is not None:
+        work(arguments.rank, "10.77.0.1", width, rounds, densities, arguments.results)
+        return
+    reason = obstacle()
+    if reason:
+        raise SystemExit(f"communication.py joins two processes by a cable of its own: {reason}")
+
+    own = (["--quick"] if arguments.quick else []) + ["--rounds", str(rounds)]
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for link, rate in LINKS.items():
+            if arguments.quick and link == "1 Gbit/s":
+                continue
+            with namespaces() as names:
+                for name in names if rate else ():
+                    limit(name, rate)
+                measured = train_in(names, own, Path(folder) / "rows.json")
+            table(f"{link}: a step of two ranks", measured)
+            rows += [{"link": link} | row for row in measured]
+    worst = max(abs(row["off by %"]) for row in rows)
+    print(f"Bytes sent are off what the values take by {worst:.2f} % at most (aim: 1 %).")
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

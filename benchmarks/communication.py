@@ -38,6 +38,7 @@ LINKS = {"unlimited": None, "1 Gbit/s": "1gbit", "100 Mbit/s": "100mbit"}
 VARIANTS = ("dense", "sparse", "sparse_bf16", "packed")
 INTERFACE = "topkast"
 REFRESH_EVERY = 4
+ROUNDS = {"unlimited": 13, "1 Gbit/s": 13, "100 Mbit/s": 7}
 LIMIT_S = 100  # for all densities on one link
 
 
@@ -160,7 +161,8 @@ def namespaces() -> Iterator[tuple[str, str]]:
         run("ip", "-n", names[0], "link", "add", INTERFACE, "type", "veth", *peer)
         for rank, name in enumerate(names):
             run("ip", "-n", name, "address", "add", f"10.77.0.{rank + 1}/30", "dev", INTERFACE)
-            run("ip", "-n", name, "link", "set", INTERFACE, "up")
+            # Packets leave in the size they would have on a wire, with all their headers counted.
+            run("ip", "-n", name, "link", "set", INTERFACE, "mtu", "9000", "gso_max_segs", "1", "up")
         yield names
     finally:
         for name in names:
@@ -169,7 +171,7 @@ def namespaces() -> Iterator[tuple[str, str]]:
 
 def limit(name: str, rate: str) -> None:
     """What leaves the namespace does so at this rate."""
-    bucket = ("rate", rate, "burst", "64kb", "limit", "16mb")
+    bucket = ("rate", rate, "burst", "128kb", "limit", "16mb")
     run("tc", "-n", name, "qdisc", "add", "dev", INTERFACE, "root", "tbf", *bucket)
 
 
@@ -201,9 +203,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--results", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--rounds", type=int, help="steps that are measured of each variant on each link")
+    parser.add_argument("--rounds", type=int, help="steps that are measured of each variant, otherwise by the link")
     arguments = parser.parse_args()
-    width, rounds, densities = (256, 5, [0.2]) if arguments.quick else (1024, arguments.rounds or 13, list(DENSITIES))
+    width, rounds, densities = (256, 5, [0.2]) if arguments.quick else (1024, arguments.rounds, list(DENSITIES))
     if arguments.rank is not None:
         work(arguments.rank, "10.77.0.1", width, rounds, densities, arguments.results)
         return
@@ -211,7 +213,6 @@ def main() -> None:
     if reason:
         raise SystemExit(f"communication.py joins two processes by a cable of its own: {reason}")
 
-    own = (["--quick"] if arguments.quick else []) + ["--rounds", str(rounds)]
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for link, rate in LINKS.items():
@@ -220,6 +221,7 @@ def main() -> None:
             with namespaces() as names:
                 for name in names if rate else ():
                     limit(name, rate)
+                own = ["--rounds", str(rounds or ROUNDS[link]), *(["--quick"] if arguments.quick else [])]
                 measured = train_in(names, own, Path(folder) / "rows.json")
             table(f"{link}: a step of two ranks", measured)
             rows += [{"link": link} | row for row in measured]

@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -161,8 +162,7 @@ def namespaces() -> Iterator[tuple[str, str]]:
         run("ip", "-n", names[0], "link", "add", INTERFACE, "type", "veth", *peer)
         for rank, name in enumerate(names):
             run("ip", "-n", name, "address", "add", f"10.77.0.{rank + 1}/30", "dev", INTERFACE)
-            # Packets leave in the size they would have on a wire, with all their headers counted.
-            run("ip", "-n", name, "link", "set", INTERFACE, "mtu", "9000", "gso_max_segs", "1", "up")
+            run("ip", "-n", name, "link", "set", INTERFACE, "mtu", "9000", "up")
         yield names
     finally:
         for name in names:
@@ -170,7 +170,8 @@ def namespaces() -> Iterator[tuple[str, str]]:
 
 
 def limit(name: str, rate: str) -> None:
-    """What leaves the namespace does so at this rate."""
+    """What leaves the namespace does so at this rate, in packets as they would be on a wire, all headers counted."""
+    run("ip", "-n", name, "link", "set", INTERFACE, "gso_max_segs", "1")
     bucket = ("rate", rate, "burst", "128kb", "limit", "16mb")
     run("tc", "-n", name, "qdisc", "add", "dev", INTERFACE, "root", "tbf", *bucket)
 
@@ -209,6 +210,7 @@ def main() -> None:
     if arguments.rank is not None:
         work(arguments.rank, "10.77.0.1", width, rounds, densities, arguments.results)
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that the namespaces go
     reason = obstacle()
     if reason:
         raise SystemExit(f"communication.py joins two processes by a cable of its own: {reason}")

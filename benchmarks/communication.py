@@ -218,7 +218,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for link, rate in LINKS.items():
-            if arguments.quick and link == "1 Gbit/s":
+            if arguments.quick and link != "100 Mbit/s":
                 continue
             with namespaces() as names:
                 for name in names if rate else ():

@@ -44,8 +44,8 @@ def sparse_all_reduce(*engines: TopKast, hook: Hook = allreduce_hook) -> Hook:
 
     Args:
         engines: those that work on the wrapped model.
-        hook: what reduces the packed vector, and gets the state given to `register_comm_hook`: PyTorch's all-reduce, its
-            16-bit hooks and wrappers, or PowerSGD, which compresses dense gradients then, and whose error feedback
+        hook: what reduces the packed vector, and gets the state given to `register_comm_hook`: PyTorch's all-reduce,
+            its 16-bit hooks and wrappers, or PowerSGD, which compresses dense gradients then, and whose error feedback
             can't follow B's change of size when exploration stops. Not post-local SGD: ranks must choose the same sets.
     """
     return sparse_all_reduce_of(lambda: engines, hook)

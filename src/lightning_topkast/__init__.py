@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_topkast.callback import TopKastCallback
+    from lightning_topkast.checkpoint_io import AtomicCheckpointIO
     from lightning_topkast.errors import NonFiniteWeightError, TopKastError
     from lightning_topkast.layers import to_csr, to_dense
     from lightning_topkast.metrics import MaskChange, ReservoirActivation, Sparsity
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from lightning_topkast.weights import SparseWeight
 
 __all__ = [
+    "AtomicCheckpointIO",
     "MaskChange",
     "NonFiniteWeightError",
     "ReservoirActivation",
@@ -26,6 +28,7 @@ __all__ = [
 
 _HOMES = {
     "callback": ("TopKastCallback",),
+    "checkpoint_io": ("AtomicCheckpointIO",),
     "errors": ("NonFiniteWeightError", "TopKastError"),
     "layers": ("to_csr", "to_dense"),
     "metrics": ("MaskChange", "ReservoirActivation", "Sparsity"),

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lightning_topkast.metrics import MaskChange, ReservoirActivation, Sparsity
     from lightning_topkast.topkast import TopKast
     from lightning_topkast.weights import SparseWeight
+    from lightning_topkast.whole_steps import WholeStepCheckpoint
 
 __all__ = [
     "AtomicCheckpointIO",
@@ -22,6 +23,7 @@ __all__ = [
     "TopKast",
     "TopKastCallback",
     "TopKastError",
+    "WholeStepCheckpoint",
     "to_csr",
     "to_dense",
 ]
@@ -34,6 +36,7 @@ _HOMES = {
     "metrics": ("MaskChange", "ReservoirActivation", "Sparsity"),
     "topkast": ("TopKast",),
     "weights": ("SparseWeight",),
+    "whole_steps": ("WholeStepCheckpoint",),
 }
 
 

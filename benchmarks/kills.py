@@ -1,6 +1,6 @@
 """Kills trainings again and again, and compares what they end with to an uninterrupted one, bit for bit.
 
-    OMP_NUM_THREADS=1 python benchmarks/kills.py [--kills 15] [--ranks 1 2] [--execution masked packed] [--seed 0] [--json FILE]
+    OMP_NUM_THREADS=1 python benchmarks/kills.py [--kills 15] [--ranks 1 2] [--seed 0] [--json FILE]
 
 Every training is a small one with a checkpoint every few steps. It is killed by SIGKILL, one rank or all of them, at
 a random moment or where it waits to be: in the middle of a refresh, or of writing a checkpoint. Then it is started
@@ -71,7 +71,10 @@ class Trial:
                     raise RuntimeError(f"{self.kind}: rank {rank} ended with another {differing}")
         row: Row = {"training": str(self.kind), "kills": self.kills.total()}
         row |= {name: self.kills[name] for name in NAMES.values()}
-        row |= {"trainings": self.trainings, "victims": ", ".join(f"{n} {who}" for who, n in sorted(self.victims.items()))}
+        row |= {
+            "trainings": self.trainings,
+            "victims": ", ".join(f"{n} {who}" for who, n in sorted(self.victims.items())),
+        }
         return row | ({"survivor, s": self.slowest_survivor} if self.kind.ranks > 1 else {})
 
     def _training(self, kills: int) -> list[Any]:
@@ -114,7 +117,9 @@ class Trial:
     def _plan(self) -> tuple[Target | None, float, bool]:
         """Where to kill, or else after how many seconds, from the start or from the first step."""
         draw = self.random
-        kind_of_kill = draw.choices(["in a refresh", "writing", "from the first step", "from the start"], [3, 3, 5, 1])[0]
+        kind_of_kill = draw.choices(["in a refresh", "writing", "from the first step", "from the start"], [3, 3, 5, 1])[
+            0
+        ]
         if kind_of_kill == "in a refresh":
             return Target(draw.randrange(self.kind.ranks), Moment.REFRESHING, draw.randint(1, 6)), 0, False
         if kind_of_kill == "writing":

@@ -130,7 +130,7 @@ def test_full_disk_is_named_and_the_old_checkpoint_kept(path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
-        with pytest.raises(OSError, match="not written: File too large; the .* there before is untouched") as error:
+        with pytest.raises(OSError, match=r"not written: File too large; the .* there before is untouched") as error:
             AtomicCheckpointIO().save_checkpoint(NEW, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

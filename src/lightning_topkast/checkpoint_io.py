@@ -1,6 +1,7 @@
 """`AtomicCheckpointIO`: checkpoint files that a crash at any moment leaves whole, the old one or the new one."""
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,10 +13,8 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-try:
+if sys.platform != "win32":
     import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 # Nothing of the checkpoint's own name: Lightning takes every file with "hpc_ckpt_" in its name for a checkpoint.
 _PREFIX, _SUFFIX = ".checkpoint-", ".tmp"
@@ -54,8 +53,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-                if fcntl is None:
-                    file.close()  # Windows renames no file that is open
+                if sys.platform == "win32":
+                    file.close()  # which renames no file that is open
                 os.replace(file.name, target)
             _sync_folder(target.parent)
         except (OSError, RuntimeError) as error:
@@ -94,7 +93,7 @@ def _remove_leftovers(folder: Path) -> None:
 
 def _lock(file: IO[bytes], wait: bool) -> bool:
     """Lock `file` against other writers until it is closed; False: another has it, or there are no locks here."""
-    if fcntl is None:
+    if sys.platform == "win32":
         return False
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -105,7 +104,7 @@ def _lock(file: IO[bytes], wait: bool) -> bool:
 
 def _sync_folder(folder: Path) -> None:
     """Have the folder's entries on the disk, where the system lets us."""
-    if os.name == "nt":  # folders can't be opened
+    if sys.platform == "win32":  # folders can't be opened
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -130,6 +130,9 @@ class Trial:
         """Kill one rank or all, and see that those left end too."""
         alone = [[rank] for rank in processes.running]
         victims = self.random.choice([*alone, list(processes.running)] if self.kind.ranks > 1 else alone)
+        if any(self.place.moment(rank) == Moment.STARTING for rank in processes.running):
+            # before the ranks have met, only what has started them (srun, torchrun, Lightning) ends those left
+            victims = list(processes.running)
         processes.kill(victims)
         counted = target.rank if target and target.rank in victims else victims[0]
         self.kills[NAMES[self.place.moment(counted)]] += 1

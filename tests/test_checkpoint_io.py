@@ -117,6 +117,30 @@ def test_two_writers_in_a_folder_leave_each_other_alone(path):
     assert len(os.listdir(path.parent)) == 3
 
 
+def test_two_writers_of_one_file_never_leave_it_half_written(path):
+    children = []
+    for content in (OLD, NEW):
+        children.append(os.fork())
+        if children[-1] == 0:
+            try:
+                for _ in range(30):
+                    AtomicCheckpointIO().save_checkpoint(content, path)
+            except BaseException:
+                os._exit(1)
+            os._exit(0)
+    reads, seen = 0, set()
+    while children:
+        ended, status = os.waitpid(children[0], os.WNOHANG)
+        if ended:
+            assert status == 0
+            children.pop(0)
+        seen.add(load(path)["weight"].unique().tolist()[0])
+        reads += 1
+    assert seen == {0.0, 1.0}
+    assert reads > 10
+    assert os.listdir(path.parent) == ["last.ckpt"]
+
+
 def test_temporary_file_is_not_taken_for_a_checkpoint(tmp_path, monkeypatch):
     """After a SLURM requeue Lightning looks for the name of its own among all the folder's files."""
     trainer = make_trainer(tmp_path)

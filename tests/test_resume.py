@@ -43,11 +43,22 @@ def test_resumed_run_equals_the_whole_run_bit_for_bit(folder, way, resumed):
             assert same(whole[part], other[part]), f"rank {rank}: {part}"
 
 
+def test_ranks_are_requeued_together_where_only_one_was_signalled(folder):
+    requeue = folder / "requeue"
+    assert (requeue / "calls").read_text() == "requeue 4217\n"
+    assert [path.name for path in (requeue / "run").glob("hpc*")] == ["hpc_ckpt_1.ckpt"]
+    assert torch.load(requeue / "run" / "hpc_ckpt_1.ckpt", weights_only=True)["global_step"] == 7
+    for rank in (0, 1):
+        whole = torch.load(folder / "masked-2-1" / "whole" / f"trained-{rank}.pt", weights_only=True)
+        for run in ("signalled", "requeued"):
+            assert same(torch.load(requeue / f"{run}-{rank}.pt", weights_only=True), whole)
+
+
 def test_killed_trainings_end_as_uninterrupted_ones(tmp_path):
     """A slice of what benchmarks/kills.py does at length."""
     script = Path(__file__).parents[1] / "benchmarks" / "kills.py"
-    run_alone(script, tmp_path, "--kills", 3, "--json", tmp_path / "kills.json")
+    run_alone(script, tmp_path, "--kills", 2, "--json", tmp_path / "kills.json")
     rows = json.loads((tmp_path / "kills.json").read_text())["rows"]
-    assert [row["kills"] for row in rows] == [3, 3, 3, 3]
+    assert [row["kills"] for row in rows] == [2, 2, 2, 2]
     assert all(row["trainings"] > 0 for row in rows)
     assert not list(tmp_path.glob("kills-*"))

@@ -62,7 +62,14 @@ class Saves(Callback):
 
 
 def train(
-    folder: Path, execution: str, ranks: int, accumulate: int, ckpt_path: Path | None = None, others=(), seed=0, **options
+    folder: Path,
+    execution: str,
+    ranks: int,
+    accumulate: int,
+    ckpt_path: Path | None = None,
+    others=(),
+    seed=0,
+    **options,
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     callback = make_callback(update_every=4, penalty_strength=1e-2, keep_last_dense=False, execution=execution)

@@ -120,3 +120,24 @@ def test_requeued_job_goes_on_bit_for_bit(tmp_path, requeued, monkeypatch, momen
     monkeypatch.delenv("SLURM_NTASKS")  # no job of SLURM any more, which would find the file
     assert same(train(tmp_path / "whole", execution, accumulate), resumed)
     assert resumed[-1] == 15
+
+
+def test_handler_of_the_user_is_left_alone(tmp_path, requeued):
+    seen = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: seen.append(signals.trainer_step()))
+
+    class AtOnce(Signals):
+        def on_after_backward(self, trainer, pl_module):
+            self.trainer_step = lambda: trainer.global_step
+            super().on_after_backward(trainer, pl_module)
+
+        def on_train_batch_end(self, trainer, *_):
+            assert not self.sent or seen == [6]
+
+    signals = AtOnce("in a backward pass")
+    try:
+        train(tmp_path / "run", "masked", 1, signals, whole_steps(tmp_path / "run"))
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert seen == [6]
+    assert not requeued.exists()

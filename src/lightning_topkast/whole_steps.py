@@ -9,6 +9,7 @@ from typing import Any
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.connectors.signal_connector import _HandlersCompose
 
 
 class WholeStepCheckpoint(ModelCheckpoint):
@@ -40,8 +41,8 @@ class WholeStepCheckpoint(ModelCheckpoint):
         if signum is None or threading.current_thread() is not threading.main_thread():
             return
         handler = signal.getsignal(signum)
-        if callable(handler) and not isinstance(getattr(handler, "__self__", None), WholeStepCheckpoint):
-            self._requeue = partial(handler, signum, None)
+        if isinstance(handler, _HandlersCompose):  # not the user's own, nor that of another checkpoint callback
+            self._requeue = partial(handler, signum, None)  # type: ignore[arg-type]
             signal.signal(signum, self._note)  # after the run, Lightning puts back what was there before it
 
     def on_train_batch_end(

@@ -63,6 +63,23 @@ class Batches(list):
     """A loader that begins each epoch alike, so that runs can be compared; a plain list means several loaders."""
 
 
+class Resumable(Batches):
+    """A loader that goes on in the middle of an epoch."""
+
+    position = 0
+
+    def __iter__(self):
+        for index in range(self.position, len(self)):
+            self.position = (index + 1) % len(self)
+            yield self[index]
+
+    def state_dict(self):
+        return {"position": self.position}
+
+    def load_state_dict(self, state):
+        self.position = state["position"]
+
+
 def batches(count: int = 4, size: int = 8, seed: int = 1) -> Batches:
     """Fixed batches of a small regression."""
     generator = torch.Generator().manual_seed(seed)

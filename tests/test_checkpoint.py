@@ -14,8 +14,8 @@ from torch import nn
 
 from tests.helpers import (
     MIDDLE,
-    Batches,
     Net,
+    Resumable,
     SaveAfter,
     batches,
     check_sparse,
@@ -146,23 +146,6 @@ def test_bfloat16_run_resumes_bit_for_bit(tmp_path):
         return Half(optimizer="adamw", lr=0.05)
 
     check_resumes_exactly(tmp_path, {}, model, precision="bf16-true")
-
-
-class Resumable(Batches):
-    """A loader that goes on in the middle of an epoch."""
-
-    position = 0
-
-    def __iter__(self):
-        for index in range(self.position, len(self)):
-            self.position = (index + 1) % len(self)
-            yield self[index]
-
-    def state_dict(self):
-        return {"position": self.position}
-
-    def load_state_dict(self, state):
-        self.position = state["position"]
 
 
 @pytest.mark.filterwarnings("ignore:.*weights_only")

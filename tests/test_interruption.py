@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_topkast import TopKast, TopKastError
 from lightning_topkast.selection import nested_top_k
-from lightning_topkast.weights import MaskedWeight
+from lightning_topkast.weights import MaskedWeight, PackedWeight
 from tests.helpers import MIDDLE, check_sparse, fit, make_callback, make_net, make_trainer, same, zero_outside
 
 # --- inside one weight --------------------------------------------------------------------------------------------
@@ -106,6 +106,57 @@ def test_interrupted_closing_keeps_the_update_of_every_entry():
         theta = weight.theta()
         assert ((theta == updated) | torch.isclose(theta, shrunk)).all(), f"line {line}"
     assert line > 8
+
+
+def packed_in_training() -> PackedWeight:
+    """The same, packed."""
+    torch.manual_seed(0)
+    weight = PackedWeight("weight", nn.Parameter(torch.randn(12, 12)), 20, 50, products=False)
+    weight.apply(nested_top_k(weight.magnitudes(), (50, 20)))
+    return weight
+
+
+@pytest.mark.parametrize("new_weight", [weight_in_training, packed_in_training])
+def test_checkpoint_saved_at_any_line_of_a_refresh_holds_every_value(new_weight):
+    """As a signal handler does; the refresh goes on after it as if nothing had been."""
+    whole, other = new_weight(), nested_top_k(torch.rand(12, 12, generator=torch.Generator().manual_seed(1)), (50, 20))
+    before = whole.theta()
+    whole.apply(other)
+    methods = (type(whole).apply, getattr(type(whole), "_switch", None) or PackedWeight._settle)
+    codes = {method.__code__ for method in (*methods, getattr(type(whole), "_repack", methods[0]))}
+    for line in range(1, 100):
+        weight, saved, seen = new_weight(), [], 0
+
+        def trace(frame, event, _):
+            nonlocal seen
+            if frame.f_code not in codes:
+                return None
+            seen += event == "line"
+            if seen == line and not saved:  # noqa: B023
+                saved.append((weight.alpha(), weight.state_dict()))  # noqa: B023
+            return trace
+
+        outer = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            weight.apply(other)
+        finally:
+            sys.settrace(outer)
+        assert same(weight.state_dict(), whole.state_dict()), f"line {line}"
+        assert torch.equal(weight.theta(), before), f"line {line}"
+        if not saved:
+            break
+        ((alpha, state),) = saved
+        resumed = new_weight()
+        if resumed.execution == "masked":
+            resumed.parameter.detach().copy_(alpha)
+        else:
+            resumed.load_alpha(alpha)
+        resumed.check_state(state)
+        resumed.load_state_dict(state)
+        assert torch.equal(resumed.theta(), before), f"line {line}"
+        assert resumed.is_sparse
+    assert line > 15
 
 
 # --- a run ----------------------------------------------------------------------------------------------------------

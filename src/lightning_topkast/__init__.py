@@ -5,13 +5,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_topkast.callback import TopKastCallback
+    from lightning_topkast.checkpoint_io import AtomicCheckpointIO
     from lightning_topkast.errors import NonFiniteWeightError, TopKastError
     from lightning_topkast.layers import to_csr, to_dense
     from lightning_topkast.metrics import MaskChange, ReservoirActivation, Sparsity
     from lightning_topkast.topkast import TopKast
     from lightning_topkast.weights import SparseWeight
+    from lightning_topkast.whole_steps import WholeStepCheckpoint
 
 __all__ = [
+    "AtomicCheckpointIO",
     "MaskChange",
     "NonFiniteWeightError",
     "ReservoirActivation",
@@ -20,17 +23,20 @@ __all__ = [
     "TopKast",
     "TopKastCallback",
     "TopKastError",
+    "WholeStepCheckpoint",
     "to_csr",
     "to_dense",
 ]
 
 _HOMES = {
     "callback": ("TopKastCallback",),
+    "checkpoint_io": ("AtomicCheckpointIO",),
     "errors": ("NonFiniteWeightError", "TopKastError"),
     "layers": ("to_csr", "to_dense"),
     "metrics": ("MaskChange", "ReservoirActivation", "Sparsity"),
     "topkast": ("TopKast",),
     "weights": ("SparseWeight",),
+    "whole_steps": ("WholeStepCheckpoint",),
 }
 
 

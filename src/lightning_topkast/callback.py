@@ -292,18 +292,18 @@ class TopKastCallback(Callback):
             self._averages.update()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Save α also from a signal handler in the middle of a step, and averages that are sparse.
+        """Save α also from a signal handler in the middle of a step or refresh, and averages that are sparse.
 
         An averaging callback saves a view of its average, so that our order does not matter.
         """
         if self._averages is not None:
             self._averages.update()
         if self.topkast is not None:
-            opened = {w.parameter.data_ptr(): w for w in self.topkast.weights.values() if w.is_open}
+            changing = {w.parameter.data_ptr(): w for w in self.topkast.weights.values() if not w.is_settled}
             state = checkpoint["state_dict"]
-            for name, value in state.items() if opened else ():
-                if value.data_ptr() in opened:
-                    state[name] = opened[value.data_ptr()].alpha()
+            for name, value in state.items() if changing else ():
+                if value.data_ptr() in changing:
+                    state[name] = changing[value.data_ptr()].alpha()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """An averaging callback copies its average into the model here, before or after us."""

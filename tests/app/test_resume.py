@@ -9,7 +9,8 @@ import time
 import pytest
 import torch
 
-from tests.helpers import plain_path
+from lightning_topkast.app.task import ClassificationTask
+from tests.helpers import plain_path, same
 
 pytestmark = [
     # Lightning's own, when a run goes on in a folder of its own, or a second one in the same folder
@@ -148,3 +149,38 @@ def test_output_that_nobody_reads_any_more_ends_quietly(tmp_path):
     run.stderr.close()
     assert run.wait(timeout=60) == 141
     assert "Traceback" not in err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+@pytest.mark.filterwarnings("ignore:.*weights_only")
+def test_job_that_slurm_ends_goes_on_by_itself(cli, tmp_path, monkeypatch):
+    """Its signal comes in the last step of the first of three epochs; a second start of the same command finds it."""
+    for name, value in {"NTASKS": 1, "PROCID": 0, "LOCALID": 0, "NODEID": 0, "JOB_ID": 4217}.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    (tmp_path / "bin").mkdir()
+    command = tmp_path / "bin" / "scontrol"
+    command.write_text(f'#!/bin/sh\necho "$@" >> "{tmp_path}/calls"\n')
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", str(command.parent), prepend=os.pathsep)
+    run = (*SHORT, "trainer.max_epochs=3", f"paths.output_dir={tmp_path}/run")
+    step = ClassificationTask.training_step
+
+    def signalled_step(task, batch, batch_idx):
+        if task.trainer.global_step == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return step(task, batch, batch_idx)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ClassificationTask, "training_step", signalled_step)
+        assert cli(*run)[0] == 0
+    assert (tmp_path / "calls").read_text() == "requeue 4217\n"
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    whole = torch.load(last, weights_only=True)
+
+    code, out, _ = cli(*run)
+    assert code == 0
+    assert "epoch 1/3:" not in out
+    resumed = torch.load(last, weights_only=True)
+    assert resumed["global_step"] == 6
+    for part in ("state_dict", "optimizer_states", "lr_schedulers"):
+        assert same(whole[part], resumed[part]), part

@@ -164,7 +164,7 @@ def test_progress_bar_shows_the_realised_sparsity():
 
 def test_without_a_logger_the_learning_rate_monitor_is_left_out(composed):
     names = [type(c).__name__ for c in build_callbacks(composed(), has_loggers=False)]
-    assert names == ["TopKastCallback", "ModelCheckpoint", "ModelCheckpoint", "SparsityProgressBar"]
+    assert names == ["TopKastCallback", "WholeStepCheckpoint", "WholeStepCheckpoint", "SparsityProgressBar"]
 
 
 def test_report_counts_zeros_in_the_weights_themselves():

@@ -177,6 +177,11 @@ class SparseWeight(ABC):
         """The exploration penalty's value, a scalar tensor."""
 
     @property
+    def is_settled(self) -> bool:
+        """Whether the parameter is α as it stands: no step, and no refresh that has to be ended first."""
+        return True
+
+    @property
     @abstractmethod
     def is_sparse(self) -> bool:
         """Whether the network computes with α, as it does between steps unless somebody else wrote to the weight."""

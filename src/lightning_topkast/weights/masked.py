@@ -4,6 +4,7 @@ The parameter is α (zero outside A) at all times but during the optimizer's ste
 *reserve* (θ outside A), a byte that says whether it is in B, a byte of telemetry; per exploring entry its index.
 """
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -79,7 +80,8 @@ class MaskedWeight(SparseWeight):
 
     def alpha(self) -> Tensor:
         """What the network computes with, θ on A and zero elsewhere, also in the middle of a step; dense, a copy."""
-        return self.parameter.detach().masked_fill(~self.active, 0)
+        settled = self._as_settled()
+        return settled.parameter.detach().masked_fill(~settled.active, 0)
 
     def theta(self) -> Tensor:
         """The stored θ, dense, a copy."""
@@ -180,6 +182,22 @@ class MaskedWeight(SparseWeight):
         self.restore_sparsity()
         self._settled = True
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether no step or refresh is under way."""
+        return self._settled
+
+    def _as_settled(self) -> "MaskedWeight":
+        """This weight or, while a step or refresh is under way, a copy as `recover` would make it.
+
+        A signal handler may save in between, but must change nothing that is going to be continued.
+        """
+        if self._settled:
+            return self
+        settled = copy.deepcopy(self)
+        settled.recover()
+        return settled
+
     def release(self) -> None:
         """Make the parameter θ."""
         self.parameter.detach().copy_(self.theta())
@@ -243,13 +261,11 @@ class MaskedWeight(SparseWeight):
 
     def state_dict(self) -> dict[str, Any]:
         """Tiers and reserve (dense, contiguous), on CPU: tensors and primitives only."""
+        settled = self._as_settled()
         return {
-            "tiers": copied(self.tiers),
-            # in the middle of a step (a signal handler saves then) the newest θ is in the parameter
-            "reserve": copied(torch.where(self.tiers == EXPLORING, self.parameter.detach(), self._reserve))
-            if self.is_open
-            else copied(self._reserve),
-            "dormant": copied(self._dormant),
+            "tiers": copied(settled.tiers),
+            "reserve": copied(settled._reserve),
+            "dormant": copied(settled._dormant),
         } | self._counts()
 
     def adopt(self, value: Tensor) -> Tensor:

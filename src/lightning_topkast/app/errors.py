@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+import torch
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import (
@@ -20,6 +21,7 @@ from hydra.errors import (
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from lightning_topkast.errors import TopKastError
 
@@ -47,11 +49,12 @@ def one_line_errors() -> Iterator[None]:
         yield
     except Exception as error:
         message = explain(error)
+        _tell_torchrun(error)
         if message is None:
             raise
         # The process may end inside a progress bar's line.
         print(f"\ntopkast-train: {_one_line(message)}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_CODE)
+        sys.exit(1 if _is_lost_connection(error) else EXIT_CODE)
 
 
 def let_errors_through() -> None:
@@ -80,6 +83,8 @@ def explain(error: BaseException) -> str | None:
         return "there is no GPU that this torch can use: trainer=cpu or trainer=ddp_cpu"
     if isinstance(error, AppError | TopKastError | MisconfigurationException):
         return str(error)
+    if _is_lost_connection(error):
+        return _explain_lost_connection(error)
     if isinstance(error, InstantiationException):
         return _explain_instantiation(error)
     if isinstance(error, HydraException | OmegaConfBaseException):
@@ -87,6 +92,28 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return None
+
+
+def _is_lost_connection(error: BaseException) -> bool:
+    # Gloo's errors have no class of their own, only the place in its sources where they arose.
+    return isinstance(error, torch.distributed.DistError) or (
+        isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+    )
+
+
+def _explain_lost_connection(error: BaseException) -> str:
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID"))
+    reason = re.sub(r"^\[\S*\] *", "", str(error).splitlines()[0] if str(error) else type(error).__name__)
+    return (
+        f"{f'rank {rank}: ' if rank else ''}the connection to another process is lost ({reason}): a process, a node or "
+        "the network between them failed; started again with ckpt_path=auto, the run goes on from its newest checkpoint"
+    )
+
+
+def _tell_torchrun(error: BaseException) -> None:
+    """Write the error into the file that torchrun's summary reads, if torchrun has started this process."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        get_error_handler().record_exception(error)
 
 
 def _explain_instantiation(error: InstantiationException) -> str | None:

@@ -35,6 +35,7 @@ from lightning_topkast.app.errors import (
 )
 from lightning_topkast.app.loggers import check_all_writable, check_writable, close_wandb, log_config, wandb_folder
 from lightning_topkast.app.report import count_weights, print_report
+from lightning_topkast.app.resume import AUTO, SameCheckpoint, newest_checkpoint
 from lightning_topkast.app.task import ClassificationTask
 
 
@@ -62,12 +63,16 @@ def _train(cfg: DictConfig) -> float:
     check_numbers(cfg)
     check_writable(Path(cfg.paths.output_dir))
     seed_everything(cfg.seed, workers=True, verbose=False)
-    checkpoint = open_checkpoint(cfg.ckpt_path)
+    auto = cfg.ckpt_path == AUTO
+    ckpt_path = newest_checkpoint(Path(cfg.paths.output_dir)) if auto else cfg.ckpt_path
+    checkpoint = open_checkpoint(ckpt_path)
     data: LightningDataModule = instantiate(cfg.data, _convert_="all")
     model = build_model(cfg)
     loggers: list[Logger] = _instantiate_all(cfg.logger)
     check_all_writable(loggers)
     callbacks = build_callbacks(cfg, has_loggers=bool(loggers))
+    if auto:
+        callbacks.append(SameCheckpoint(ckpt_path))
     if checkpoint is not None:
         checkpoint.check_model(model)
         checkpoint.check_callbacks(callbacks)
@@ -77,10 +82,11 @@ def _train(cfg: DictConfig) -> float:
     log_config(trainer.loggers, cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)))
 
     try:
-        trainer.fit(model, datamodule=data, ckpt_path=cfg.ckpt_path)
+        trainer.fit(model, datamodule=data, ckpt_path=ckpt_path)
     except SystemExit as stop:  # Lightning has handled Ctrl-C or SIGTERM, and has saved what it saves
         _say_how_to_go_on(stop, trainer)
-    _refuse_no_training(trainer, checkpoint)
+    if not (auto and ckpt_path):  # started again after its end, a run only says once more what came out
+        _refuse_no_training(trainer, checkpoint)
     score = monitored(trainer, cfg.recipe.monitor)
     best: str = getattr(trainer.checkpoint_callback, "best_model_path", "")
     figures: Mapping[str, float] = {cfg.recipe.monitor: score}

@@ -29,6 +29,9 @@ CONFIG_MODULE = "lightning_topkast.conf"
 CONFIG_NAME = "train"
 EXIT_CODE = 2
 
+# Gloo's have no class of their own. Most name the place in its sources where they arose.
+_GLOO_ERRORS = r"gloo/transport|caused pair closure|Connection closed by peer"
+
 _OURS = "TOPKAST_ONE_LINE_ERRORS"
 
 
@@ -49,7 +52,7 @@ def one_line_errors() -> Iterator[None]:
         yield
     except Exception as error:
         message = explain(error)
-        _tell_torchrun(error)
+        _tell_torchrun(AppError(_one_line(message)) if message else error)
         if message is None:
             raise
         # The process may end inside a progress bar's line.
@@ -95,10 +98,9 @@ def explain(error: BaseException) -> str | None:
 
 
 def _is_lost_connection(error: BaseException) -> bool:
-    # Gloo's errors have no class of their own, only the place in its sources where they arose.
-    return isinstance(error, torch.distributed.DistError) or (
-        isinstance(error, RuntimeError) and "gloo/transport" in str(error)
-    )
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    return isinstance(error, RuntimeError) and re.search(_GLOO_ERRORS, str(error)) is not None
 
 
 def _explain_lost_connection(error: BaseException) -> str:
@@ -112,7 +114,11 @@ def _explain_lost_connection(error: BaseException) -> str:
 
 def _tell_torchrun(error: BaseException) -> None:
     """Write the error into the file that torchrun's summary reads, if torchrun has started this process."""
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        return
+    try:
+        raise error from error.__cause__  # what is written is the exception being handled, with its traceback
+    except type(error):
         get_error_handler().record_exception(error)
 
 

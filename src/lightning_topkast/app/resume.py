@@ -15,6 +15,8 @@ from lightning_topkast.app.errors import AppError
 
 AUTO = "auto"
 
+_NAMELESS = "torchrun-none"  # trainer=multinode without --rdzv-id
+
 
 def newest_checkpoint(folder: Path) -> str | None:
     """Return the checkpoint of most steps in a run's folder, None where no complete one is; says what it passes over.
@@ -23,7 +25,15 @@ def newest_checkpoint(folder: Path) -> str | None:
 
     Args:
         folder: Of the run: its own checkpoints lie in `checkpoints`, those that SLURM's signal asks for in itself.
+
+    Raises:
+        AppError: torchrun was given no name for the run, so that all nameless ones would share a folder.
     """
+    if _NAMELESS in folder.parts:
+        raise AppError(
+            "ckpt_path=auto finds a run's checkpoints again by the run's name: start it with torchrun --rdzv-id=NAME, "
+            "or name its folder with hydra.run.dir=..."
+        )
     complete: list[tuple[int, int, str]] = []
     for path in sorted([*folder.glob("checkpoints/*.ckpt"), *folder.glob("hpc_ckpt_*.ckpt")]):
         try:

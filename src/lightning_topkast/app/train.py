@@ -14,12 +14,10 @@ from typing import Any, NoReturn, cast
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -36,6 +34,7 @@ from lightning_topkast.app.errors import (
 from lightning_topkast.app.loggers import check_all_writable, check_writable, close_wandb, log_config, wandb_folder
 from lightning_topkast.app.report import count_weights, print_report
 from lightning_topkast.app.resume import AUTO, SameCheckpoint, newest_checkpoint
+from lightning_topkast.app.sweep import one_job
 from lightning_topkast.app.task import ClassificationTask
 
 
@@ -78,27 +77,27 @@ def _train(cfg: DictConfig) -> float:
         checkpoint.check_callbacks(callbacks)
         checkpoint.check_optimizer(getattr(model, "optimizer", None))
     trainer: Trainer = instantiate(cfg.trainer, logger=loggers or False, callbacks=callbacks, _convert_="all")
-    _refuse_sweep_over_processes(trainer)
-    log_config(trainer.loggers, cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)))
+    with one_job(trainer):
+        log_config(trainer.loggers, cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)))
 
-    try:
-        trainer.fit(model, datamodule=data, ckpt_path=ckpt_path)
-    except SystemExit as stop:  # Lightning has handled Ctrl-C or SIGTERM, and has saved what it saves
-        _say_how_to_go_on(stop, trainer)
-    if not (auto and ckpt_path):  # started again after its end, a run only says once more what came out
-        _refuse_no_training(trainer, checkpoint)
-    score = monitored(trainer, cfg.recipe.monitor)
-    best: str = getattr(trainer.checkpoint_callback, "best_model_path", "")
-    figures: Mapping[str, float] = {cfg.recipe.monitor: score}
-    if cfg.test:
-        tested = trainer.test(model, datamodule=data, ckpt_path=best or None, verbose=False)[0]
-        figures = {name: value for name, value in tested.items() if name.startswith("test/")} or tested
-    counts = count_weights(model)
-    if trainer.is_global_zero:
-        wandb_dir = wandb_folder(trainer.loggers)
-        close_wandb(failed=False)  # before the last lines, which name its folder
-        print_report(counts, figures, Path(cfg.paths.output_dir), wandb_dir, Path(best) if best else None)
-    return score
+        try:
+            trainer.fit(model, datamodule=data, ckpt_path=ckpt_path)
+        except SystemExit as stop:  # Lightning has handled Ctrl-C or SIGTERM, and has saved what it saves
+            _say_how_to_go_on(stop, trainer)
+        if not (auto and ckpt_path):  # started again after its end, a run only says once more what came out
+            _refuse_no_training(trainer, checkpoint)
+        score = monitored(trainer, cfg.recipe.monitor)
+        best: str = getattr(trainer.checkpoint_callback, "best_model_path", "")
+        figures: Mapping[str, float] = {cfg.recipe.monitor: score}
+        if cfg.test:
+            tested = trainer.test(model, datamodule=data, ckpt_path=best or None, verbose=False)[0]
+            figures = {name: value for name, value in tested.items() if name.startswith("test/")} or tested
+        counts = count_weights(model)
+        if trainer.is_global_zero:
+            wandb_dir = wandb_folder(trainer.loggers)
+            close_wandb(failed=False)  # before the last lines, which name its folder
+            print_report(counts, figures, Path(cfg.paths.output_dir), wandb_dir, Path(best) if best else None)
+        return score
 
 
 def build_model(cfg: DictConfig) -> LightningModule:
@@ -178,16 +177,6 @@ def monitored(trainer: Trainer, name: str) -> float:
 def _instantiate_all(group: DictConfig | None) -> list[Any]:
     """Instantiate each entry of a group of named entries; those set to null are left out."""
     return [instantiate(entry, _convert_="all") for entry in (group or {}).values() if entry]
-
-
-def _refuse_sweep_over_processes(trainer: Trainer) -> None:
-    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
-        return
-    if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher) and trainer.world_size > 1:
-        raise AppError(
-            "a sweep (-m) can't start several processes a job, since each would run the whole sweep again: "
-            "run the jobs one by one, or use trainer=cpu or trainer=gpu"
-        )
 
 
 @hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME)

@@ -109,7 +109,8 @@ class Job:
         command = [
             sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d",
             f"--rdzv-endpoint={self.network.addresses[0]}:{PORT}", "--rdzv-id=job", f"--local-addr={address}",
-            "--max-restarts=3", f"--rdzv-conf=is_host={int(node == 0)},read_timeout=15", "--shutdown-timeout=5", "--monitor-interval=0.2",
+            "--max-restarts=3", f"--rdzv-conf=is_host={int(node == 0)},read_timeout=15", "--shutdown-timeout=5",
+            "--monitor-interval=0.2",
             "-m", "lightning_topkast.app.train", "trainer=multinode", *self.overrides,
         ]  # fmt: skip
         with (self.folder / f"node{node}.log").open("ab") as log:
@@ -214,9 +215,7 @@ def reference(folder: Path, options: list[str]) -> Path:
         "-m", "lightning_topkast.app.train", "trainer=multinode", *options, f"hydra.run.dir={folder}/run",
     ]  # fmt: skip
     folder.mkdir(parents=True)
-    subprocess.run(
-        command, cwd=folder, check=True, capture_output=True, timeout=150, env=os.environ | ENVIRONMENT
-    )
+    subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=150, env=os.environ | ENVIRONMENT)
     return folder / "run" / "checkpoints" / "last.ckpt"
 
 
@@ -261,7 +260,9 @@ def watching(job: Job, before: str) -> Iterator[dict[str, float]]:
             if "lost" not in seen and any(LOST.search(text) for text in new.values()):
                 seen["lost"] = time.monotonic() - job.begun
             for text in new.values():
-                if "resumed" not in seen and EPOCH.search(text.rpartition("goes on from")[2] if "goes on" in text else ""):
+                if "resumed" not in seen and EPOCH.search(
+                    text.rpartition("goes on from")[2] if "goes on" in text else ""
+                ):
                     seen["resumed"] = time.monotonic() - job.begun
 
     thread = threading.Thread(target=watch, daemon=True)

@@ -43,6 +43,7 @@ NEEDS: dict[tuple[str, str], list[str]] = {
     ("trainer", "ddp"): ON_CPU,
     ("trainer", "ddp_cpu"): ON_CPU,
     ("trainer", "slurm"): ON_CPU,
+    ("trainer", "multinode"): ON_CPU,
     ("trainer", "fsdp2"): [*ON_CPU, "sparsity=dense"],  # Top-KAST refuses sharded parameters so far
     ("experiment", "cifar10_resnet18"): CIFAR10,
     ("experiment", "imagenet_resnet50"): ["data.input_shape=[3,64,64]", *IMAGENET],

@@ -33,17 +33,11 @@ class Requeue(Callback):
         self.every = every
         self._asked = False
         self._last_step = 0
-        self._before: Any = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take the signal before Lightning does, which leaves it to a handler that is there."""
         if stage == "fit" and threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGUSR1, self._ask)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGUSR1, self._before)
-            self._before = None
+            signal.signal(signal.SIGUSR1, self._ask)  # for good: during the test, too, it must not end the process
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -57,7 +51,9 @@ class Requeue(Callback):
             return
         trainer.save_checkpoint(self.path)
         if trainer.is_global_zero:
-            print(f"topkast-train: asked to stop: saved {self.path}, {requeue(os.environ)}", file=sys.stderr, flush=True)
+            print(
+                f"topkast-train: asked to stop: saved {self.path}, {requeue(os.environ)}", file=sys.stderr, flush=True
+            )
         raise SIGTERMException
 
     def _ask(self, *_: Any) -> None:

@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,8 +38,8 @@ EPOCH = re.compile(r"^epoch (\d+)/\d+:", re.MULTILINE)
 # that an earlier attempt has left (pytorch issue 135712).
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
-# As in docs/cluster.md: a node that has lost the others, or torchrun itself, is tried again.
-SUPERVISOR = 'for attempt in 1 2 3 4 5 6; do "$@" && exit 0; sleep 1; done; exit 1'
+# As in docs/cluster.md: a node that has lost the others, or torchrun itself, is tried again, so many times.
+SUPERVISOR = 'for attempt in $(seq "$0"); do "$@" && exit 0; sleep 1; done; exit 1'
 
 
 class Network:
@@ -96,8 +97,8 @@ class Network:
 class Job:
     """One run over both nodes; its standard output and error are kept by the node, with times."""
 
-    def __init__(self, network: Network, folder: Path, overrides: list[str]) -> None:
-        self.network, self.folder, self.overrides = network, folder, overrides
+    def __init__(self, network: Network, folder: Path, overrides: list[str], attempts: int = 6) -> None:
+        self.network, self.folder, self.overrides, self.attempts = network, folder, overrides, attempts
         folder.mkdir(parents=True)
         self.processes: list[subprocess.Popen[bytes]] = []
         self.begun = time.monotonic()
@@ -109,13 +110,14 @@ class Job:
         command = [
             sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d",
             f"--rdzv-endpoint={self.network.addresses[0]}:{PORT}", "--rdzv-id=job", f"--local-addr={address}",
-            "--max-restarts=3", f"--rdzv-conf=is_host={int(node == 0)},read_timeout=15", "--shutdown-timeout=5",
-            "--monitor-interval=0.2",
+            "--max-restarts=3", f"--rdzv-conf=is_host={int(node == 0)},read_timeout=15,join_timeout=60",
+            "--shutdown-timeout=5", "--monitor-interval=0.2",
             "-m", "lightning_topkast.app.train", "trainer=multinode", *self.overrides,
         ]  # fmt: skip
+        inside = ["ip", "netns", "exec", self.network.spaces[node]]
         with (self.folder / f"node{node}.log").open("ab") as log:
             return subprocess.Popen(
-                ["ip", "netns", "exec", self.network.spaces[node], "bash", "-c", SUPERVISOR, "node", *command],
+                [*inside, "bash", "-c", SUPERVISOR, str(self.attempts), *command],
                 cwd=self.folder, stdout=log, stderr=log, start_new_session=True,
                 env=os.environ | ENVIRONMENT | {"GLOO_SOCKET_IFNAME": link},
             )  # fmt: skip
@@ -245,11 +247,25 @@ def run_case(fault: Callable[[Job], None], folder: Path, options: list[str], exp
     return found
 
 
+def link_gone(folder: Path, options: list[str]) -> dict[str, Any]:
+    """Cut the link for good, with nobody to start torchrun again; return when each node gave up, in seconds."""
+    with Network() as network:
+        job = Job(network, folder, options, attempts=1)
+        job.wait_for(lambda log: epochs(log) >= 5, 60, "training")
+        network.set_link("down")
+        cut = time.monotonic()
+        found: dict[str, Any] = {"fault": "link_gone"}
+        for node in (1, 0):
+            code = job.processes[node].wait(timeout=150)
+            found[f"node{node}"] = {"ended_after": time.monotonic() - cut, "code": code}
+        last = [(folder / f"node{node}.log").read_text(errors="replace").splitlines() for node in (0, 1)]
+    found["errors"] = [[line for line in log if "connection to another process is lost" in line][:1] for log in last]
+    return found
+
+
 @contextlib.contextmanager
 def watching(job: Job, before: str) -> Iterator[dict[str, float]]:
     """Note when the logs first tell of a loss, and when training has gone on."""
-    import threading
-
     seen: dict[str, float] = {}
     done = threading.Event()
     begun = {file: file.stat().st_size for file in job.folder.glob("node*.log")}
@@ -296,12 +312,16 @@ def same(a: Any, b: Any) -> bool:
 
 
 def main() -> None:
+    names = [*CASES, "link_gone"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", choices=[*CASES, []], default=list(CASES))
+    parser.add_argument("cases", nargs="*", help=f"of {', '.join(names)}; all without any")
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--timeout", type=int, default=10, help="of trainer.strategy, in seconds")
     parser.add_argument("--keep", type=Path, help="a folder for logs and checkpoints")
     arguments = parser.parse_args()
+    cases = arguments.cases or names
+    if not set(cases) <= set(names):
+        parser.error(f"no such case among {cases}: choose from {names}")
     reason = available()
     if reason:
         raise SystemExit(reason)
@@ -310,10 +330,13 @@ def main() -> None:
         folder = arguments.keep or Path(temporary)
         expected = reference(folder / "reference", options)
         found = []
-        for case in arguments.cases:
-            found.append(run_case(CASES[case], folder / case, options, expected))
+        for case in cases:
+            if case == "link_gone":
+                found.append(link_gone(folder / case, options))
+            else:
+                found.append(run_case(CASES[case], folder / case, options, expected))
             print(json.dumps(found[-1], indent=1), flush=True)
-    if arguments.cases == list(CASES):
+    if cases == names:
         RESULTS.write_text(json.dumps({"timeout": arguments.timeout, "cases": found}, indent=1) + "\n")
 
 

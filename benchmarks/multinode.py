@@ -62,6 +62,9 @@ class Network:
             for space, link, address in zip(self.spaces, self.links, self.addresses, strict=True):
                 ip("-n", space, "address", "add", f"{address}/24", "dev", link)
                 ip("-n", space, "link", "set", link, "up")
+                # torchrun's own connections wait without a timeout of theirs: until TCP gives up resending, after 15
+                # minutes by default, with 6 tries after some 25 s.
+                ip("netns", "exec", space, "sh", "-c", "echo 6 > /proc/sys/net/ipv4/tcp_retries2")
         except BaseException:
             self.__exit__()
             raise

@@ -93,3 +93,11 @@ def test_ranks_that_see_different_folders_are_refused_before_training(slurm):
         r"rank 0 goes on from \S+/requeue.ckpt, rank 1 from no checkpoint: all nodes must see the same", log
     )
     assert "epoch" not in log
+
+
+def test_scripts_of_the_cluster_guide_are_valid_shell():
+    guide = (Path(__file__).parents[2] / "docs" / "cluster.md").read_text()
+    scripts = re.findall(r"```bash\n(.*?)```", guide, re.DOTALL)
+    assert len(scripts) == 3
+    for script in scripts:
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True, timeout=10)

@@ -137,9 +137,18 @@ def _say_how_to_go_on(stop: SystemExit, trainer: Trainer) -> NoReturn:
     if trainer.is_global_zero:
         overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
         again = " ".join(["topkast-train", *(f"'{text}'" for text in overrides if not text.startswith("ckpt_path="))])
-        way = f"go on with {again} ckpt_path={last[-1]}" if any(last) else "there is no checkpoint of it yet"
+        way = (
+            f"go on with {again} {_override('ckpt_path', last[-1])}"
+            if any(last)
+            else "there is no checkpoint of it yet"
+        )
         print(f"\ntopkast-train: interrupted in epoch {trainer.current_epoch}; {way}", file=sys.stderr, flush=True)
     raise SystemExit(143 if isinstance(stop, SIGTERMException) else 130)
+
+
+def _override(key: str, value: str) -> str:
+    """Return `key=value` as a shell and Hydra take it, which wants quotes around names such as `epoch=3.ckpt`."""
+    return f"{key}={value}" if not set(value) & set("=,:' ()[]{}") else f"\"{key}='{value}'\""
 
 
 def _refuse_no_training(trainer: Trainer, checkpoint: Checkpoint | None) -> None:

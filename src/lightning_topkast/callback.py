@@ -138,6 +138,11 @@ class TopKastCallback(Callback):
         targets = ("include", "exclude", "include_types", "exclude_types")
         return self._generate_state_key(**{name: self._options[name] for name in targets})
 
+    @property
+    def settings(self) -> Settings:
+        """The arguments it was made with."""
+        return Settings(**self._options)
+
     # --- start ----------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

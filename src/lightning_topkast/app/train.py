@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Mapping
@@ -32,6 +31,7 @@ from lightning_topkast.app.errors import (
     did_you_mean,
     let_errors_through,
     one_line_errors,
+    quiet_broken_pipe,
 )
 from lightning_topkast.app.loggers import check_all_writable, check_writable, close_wandb, log_config, wandb_folder
 from lightning_topkast.app.report import count_weights, print_report
@@ -205,12 +205,8 @@ def main() -> None:
     # Lightning's advice to install its own cloud service's logger.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "Tip: For" not in r.getMessage())
     let_errors_through()
-    try:
-        with one_line_errors():
-            _run()
-    except BrokenPipeError:  # the reader, `head` for one, has seen enough; what is still in the buffer goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+    with quiet_broken_pipe(), one_line_errors():
+        _run()
 
 
 if __name__ == "__main__":

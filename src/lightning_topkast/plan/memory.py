@@ -133,11 +133,12 @@ class OptimizerState:
         return total
 
     def _try(self, dimensions: int, dtype: torch.dtype) -> list[tuple[tuple[int, ...], int]]:
-        parameter = nn.Parameter(torch.ones(self._SIZES[:dimensions], dtype=dtype, device="cpu"))
-        parameter.grad = torch.ones_like(parameter)
         try:
-            optimizer = self._make([parameter])
-            optimizer.step()
+            with torch.device("cpu"):  # also where the model is made on another by default
+                parameter = nn.Parameter(torch.ones(self._SIZES[:dimensions], dtype=dtype))
+                parameter.grad = torch.ones_like(parameter)
+                optimizer = self._make([parameter])
+                optimizer.step()
         except Exception as error:
             raise TopKastError(
                 f"the optimizer's state can't be found out: its step on a {dimensions}-D {dtype} parameter fails "

@@ -178,7 +178,9 @@ def make_plan(
         kept = (_held(target, counts, settings, other)[0] for target in targets)
         strategies[f"{other}_{spread.strategy}"] = sum((bytes_of(each, optimizer, spread) for each in kept), buffers)
     unused = [target.name for target in targets if target.sparse and target.name not in products]
-    return Plan(tuple(layers), examples, parallel, strategies, tuple(_notes(execution, obstacles, unused)))
+    return Plan(
+        tuple(layers), examples, parallel, strategies, tuple(_notes(layers, parallel, execution, obstacles, unused))
+    )
 
 
 def _sets(model: nn.Module, settings: Settings | None) -> tuple[list[Target], dict[str, tuple[int, int]]]:
@@ -234,16 +236,30 @@ def _alternatives(settings: Settings | None, parallel: Parallel) -> Iterator[tup
             yield execution, replace(parallel, strategy="fsdp2")
 
 
-def _notes(execution: str, obstacles: Sequence[str], unused: Sequence[str]) -> Iterator[str]:
-    if execution not in ("dense", "packed"):
+def _notes(
+    layers: Sequence[Layer], parallel: Parallel, execution: str, obstacles: Sequence[str], unused: Sequence[str]
+) -> Iterator[str]:
+    executed, allowed, dense = (
+        sum(figures)
+        for figures in zip(
+            *((each.executed_flops[1], each.training_flops, each.dense_training_flops) for each in layers), strict=True
+        )
+    )
+    if executed > allowed:
         yield (
-            f"FLOPs are the arithmetic that the sparsity allows; execution='{execution}' saves it only where products "
-            "are packed, and computes the dense ones elsewhere (executed_*)"
+            "FLOPs are the arithmetic that the sparsity allows. Products with masked and compact weights are computed "
+            f"dense, so that this run's training executes {_ratio(executed, dense):.1%} of a dense run's"
         )
     if obstacles:
         yield f"execution='{execution}' leaves {len(obstacles)} weights masked: {', '.join(obstacles[:5])}"
     if unused:
         yield f"no product was counted for {len(unused)} sparse weights: {', '.join(unused[:5])}"
+    if parallel.devices > 1:
+        yield (
+            "sent: by ring algorithms, (w-1)/w of what is gathered or scattered over w devices and twice that of an "
+            "all-reduce; ddp reduces the gradients of a step, fsdp2 gathers the parameters forward and backward and "
+            "scatters the gradients of every batch"
+        )
     yield (
         "not counted: activations, elementwise operations, refreshes, and what lives for a moment (layers gathered by "
         "fsdp2, the dense weight of a compact layer, autocast's copies)"

@@ -178,7 +178,7 @@ _FORMATS: dict[str, Callable[[Plan], None]] = {
 
 @hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME)
 def _run(cfg: DictConfig) -> None:
-    with one_line_errors(CONFIG_NAME):
+    with quiet_broken_pipe(), one_line_errors(CONFIG_NAME):  # here too, since Hydra reports whatever leaves its job
         if cfg.format not in _FORMATS:
             raise AppError(f"format={cfg.format} is not valid: {did_you_mean(str(cfg.format), _FORMATS)}")
         _FORMATS[cfg.format](plan(cfg))

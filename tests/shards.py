@@ -25,6 +25,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from lightning_topkast import NonFiniteWeightError, TopKast, TopKastError
+from lightning_topkast.plan import OptimizerState, Parallel, make_plan
+from lightning_topkast.settings import Settings
+from lightning_topkast.weights import own_part
 from tests.helpers import (
     MIDDLE,
     OPTIMIZERS,
@@ -271,6 +274,36 @@ def check_fsdp(world: int) -> dict:
     return found
 
 
+def check_bytes(world: int, mesh) -> dict:
+    """What a plan says of each kind of memory, and what this rank has of it."""
+
+    def build():
+        return nn.Sequential(nn.Linear(64, 95), nn.Tanh(), nn.Linear(95, 64))
+
+    with torch.device("meta"):
+        planned = make_plan(
+            build(), [torch.zeros(1, 64)], Settings(**OPTIONS), OptimizerState(torch.optim.Adam),
+            Parallel(world, "fsdp2"),
+        ).bytes  # fmt: skip
+    torch.manual_seed(0)
+    model = fully_shard(build(), mesh=mesh)
+    topkast = TopKast(model, **OPTIONS)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    topkast.attach(optimizer)
+    model(torch.randn(4, 64)).square().sum().backward()
+    optimizer.step()
+    weights, parameters = topkast.weights.values(), list(model.parameters())
+    state = [own_part(value).nbytes for entry in optimizer.state.values() for value in entry.values()]
+    return {
+        "weights": (planned.weights, sum(own_part(parameter).nbytes for parameter in parameters)),
+        "gradients": (planned.gradients, sum(own_part(parameter.grad).nbytes for parameter in parameters)),
+        "optimizer": (planned.optimizer, sum(state)),
+        "masks": (planned.masks, sum(weight._mask.nbytes + weight._dormant.nbytes for weight in weights)),
+        "reserve": (planned.reserve, sum(weight._reserve.nbytes for weight in weights)),
+        "indices": (planned.indices, sum(weight._exploring.nbytes for weight in weights)),
+    }
+
+
 class ShardedNet(Net):
     """The small net, its weights sharded over all ranks."""
 
@@ -371,6 +404,7 @@ def ranks(rank: int, folder: Path, world: int, later: bool) -> None:
             "state": check_state(folder, world, mesh),
             "fsdp": check_fsdp(world),
             "lightning": check_lightning(folder, world),
+            "bytes": check_bytes(world, mesh),
         }
     if world == 4:
         found["replicas"] = check_replicas(world, rank)

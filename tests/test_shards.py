@@ -174,6 +174,13 @@ def test_one_process_goes_on_from_a_distributed_checkpoint_made_one_file(folder,
     assert same(whole["callbacks"][key], reference["callbacks"][key])
 
 
+@WORLDS
+def test_plan_of_shards_is_what_the_first_rank_holds(folder, world):
+    """It has the most; the exploring entries, which fall where they may, are about as many."""
+    for kind, (planned, held) in found(folder, world, "bytes")[0].items():
+        assert planned == held if kind != "indices" else planned == pytest.approx(held, rel=0.05), kind
+
+
 def test_state_without_its_shards_is_refused(tmp_path):
     """As of a small file that was taken out of its folder."""
     from lightning_topkast.sharded_checkpoint import with_shards

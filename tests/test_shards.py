@@ -1,16 +1,17 @@
 """FSDP2 and tensor parallelism on 2 and 4 CPU processes: sharded weights choose the sets that whole ones would."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.tensor import DTensor
 
 from lightning_topkast import TopKastError
-from lightning_topkast.sharded_checkpoint import move_shards_back
+from lightning_topkast.app.consolidate import main
+from lightning_topkast.sharded_checkpoint import consolidate, with_shards
 from tests.helpers import MIDDLE, fit, make_callback, make_net, make_trainer, parameters_of, plain_path, same
 
 pytestmark = pytest.mark.timeout(400)
@@ -161,17 +162,40 @@ def test_one_process_goes_on_from_the_file_of_several(folder, tmp_path, world):
 
 @WORLDS
 def test_one_process_goes_on_from_a_distributed_checkpoint_made_one_file(folder, tmp_path, world):
-    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-
-    half = folder / f"half-{world}.ckpt"
-    dcp_to_torch_save(half, tmp_path / "tensors.pt")
-    tensors = torch.load(tmp_path / "tensors.pt", weights_only=True)
-    whole = torch.load(half / "meta.pt", weights_only=True) | tensors
-    assert not any(isinstance(value, DTensor) for value in whole["state_dict"].values())
-    key = next(key for key in whole["callbacks"] if key.startswith("TopKastCallback"))
-    move_shards_back(whole, key)
+    consolidate(folder / f"half-{world}.ckpt", tmp_path / "one.ckpt")
+    one = torch.load(tmp_path / "one.ckpt", weights_only=True)
     reference = torch.load(folder / f"file-{world}.ckpt", weights_only=True)
-    assert same(whole["callbacks"][key], reference["callbacks"][key])
+    assert same(one["callbacks"], reference["callbacks"])
+    assert same(dict(one["state_dict"]), dict(reference["state_dict"]))
+    assert len(one["optimizer_states"]) == 1
+
+    sharded = torch.load(folder / f"state-{world}.pt", weights_only=True)["state"][MIDDLE]
+    callback, model = make_callback(penalty_strength=1e-2), make_net(seed=7, optimizer="adamw", lr=0.02)
+    trainer = make_trainer(tmp_path, callback, max_epochs=4, gradient_clip_val=0.05)
+    fit(trainer, model, ckpt_path=tmp_path / "one.ckpt")
+    torch.testing.assert_close(parameters_of(model)[MIDDLE], sharded[2], rtol=1e-3, atol=1e-5)
+    assert torch.equal(callback.topkast.weights[MIDDLE].tiers, sharded[1])
+
+
+@pytest.mark.parametrize("missing", [".metadata", "meta.pt"])
+def test_folder_that_is_not_complete_is_refused_and_leaves_nothing(folder, tmp_path, missing, monkeypatch, capsys):
+    shutil.copytree(folder / "half-2.ckpt", tmp_path / "half.ckpt")
+    (tmp_path / "half.ckpt" / missing).unlink()
+    monkeypatch.setattr(sys, "argv", ["topkast-consolidate", str(tmp_path / "half.ckpt"), str(tmp_path / "one.ckpt")])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert f"is no complete distributed checkpoint: it has no {missing}" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["half.ckpt"]
+
+
+def test_command_makes_one_file_and_overwrites_none(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["topkast-consolidate", str(folder / "half-2.ckpt"), str(tmp_path / "one.ckpt")])
+    main()
+    assert "wrote" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["one.ckpt"]
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "exists already" in capsys.readouterr().err
 
 
 @WORLDS
@@ -183,8 +207,6 @@ def test_plan_of_shards_is_what_the_first_rank_holds(folder, world):
 
 def test_state_without_its_shards_is_refused(tmp_path):
     """As of a small file that was taken out of its folder."""
-    from lightning_topkast.sharded_checkpoint import with_shards
-
     callback = make_callback()
     fit(make_trainer(tmp_path, callback), make_net())
     state = callback.topkast.state_dict() | {"shards_in": "optimizer_1"}

@@ -15,7 +15,7 @@ from lightning_topkast.errors import TopKastError
 from lightning_topkast.ops import Operators
 from lightning_topkast.penalty import Penalty
 from lightning_topkast.settings import Distribution, Execution, Exploration, Settings
-from lightning_topkast.sharded_checkpoint import move_shards_back, move_shards_out, saves_shards, with_shards
+from lightning_topkast.sharded_checkpoint import move_shards_out, saves_shards, with_shards
 from lightning_topkast.telemetry import Telemetry
 from lightning_topkast.topkast import TopKast
 from lightning_topkast.weights import own_part
@@ -331,7 +331,6 @@ class TopKastCallback(Callback):
                 f"the checkpoint holds Top-KAST states for other targets ({'; '.join(saved)}), none for "
                 f"{self.state_key}; resume with the include and exclude it was saved with"
             )
-        move_shards_back(checkpoint, self.state_key)
 
 
 def _plain(value: Any) -> Any:

@@ -5,13 +5,16 @@ callbacks' states among it, to a small file of rank 0. What we hold of sharded w
 states, as one more of them, and is read back into the shards of whatever number of processes goes on.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from lightning_topkast.errors import TopKastError
@@ -40,14 +43,12 @@ def move_shards_out(checkpoint: dict[str, Any], state_key: str) -> None:
     others.append(tensors)
 
 
-def move_shards_back(checkpoint: Mapping[str, Any], state_key: str) -> None:
-    """Undo `move_shards_out` in a checkpoint that has since been made one file."""
+def move_shards_back(checkpoint: dict[str, Any], state_key: str) -> None:
+    """Undo `move_shards_out` in a checkpoint that is read as a whole."""
     state = checkpoint.get("callbacks", {}).get(state_key)
     if not state or _MARK not in state:
         return
-    number = int(state[_MARK].rpartition("_")[2])
-    others = checkpoint.get("optimizer_states", [])
-    tensors = checkpoint.get(state[_MARK]) or (others[number] if number < len(others) else None)
+    tensors = checkpoint.pop(state[_MARK], None)
     if tensors is not None:
         del state[_MARK]
         _merge(state, tensors)
@@ -72,6 +73,39 @@ def with_shards(state: dict[str, Any], topkast: TopKast, folder: Any) -> dict[st
     state = {key: value for key, value in state.items() if key != _MARK}
     _merge(state, tensors)
     return state
+
+
+def consolidate(folder: str | Path, file: str | Path) -> None:
+    """Make one ordinary checkpoint of a distributed one, that a single process or DDP can load and go on from.
+
+    Lightning's own tool for this does not know the checkpoints of `ModelParallelStrategy`. The whole model must fit in
+    host memory, twice. Reading a folder unpickles its `.metadata`, as `torch.distributed.checkpoint` always does: only
+    read what you trust.
+
+    Args:
+        folder: of a distributed checkpoint.
+        file: to write; it appears once it is complete.
+
+    Raises:
+        TopKastError: the folder is no complete distributed checkpoint.
+    """
+    folder, file = Path(folder), Path(file)
+    lacking = [name for name in (".metadata", "meta.pt") if not (folder / name).is_file()]
+    if lacking:
+        raise TopKastError(f"{folder} is no complete distributed checkpoint: it has no {' and no '.join(lacking)}")
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    try:
+        dcp_to_torch_save(folder, partial)
+        tensors = torch.load(partial, weights_only=True)
+        checkpoint = torch.load(folder / "meta.pt", map_location="cpu", weights_only=True) | tensors
+        for key in checkpoint.get("callbacks", {}):
+            move_shards_back(checkpoint, key)
+        states = sorted((key for key in checkpoint if key.startswith("optimizer_")), key=lambda key: int(key[10:]))
+        checkpoint["optimizer_states"] = [checkpoint.pop(key) for key in states]
+        torch.save(checkpoint, partial)
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _tensors(weight: Mapping[str, Any]) -> dict[str, Tensor]:

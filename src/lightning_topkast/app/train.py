@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Mapping
@@ -30,6 +29,7 @@ from lightning_topkast.app.errors import (
     did_you_mean,
     let_errors_through,
     one_line_errors,
+    quiet_broken_pipe,
 )
 from lightning_topkast.app.loggers import check_all_writable, check_writable, close_wandb, log_config, wandb_folder
 from lightning_topkast.app.report import count_weights, print_report
@@ -142,9 +142,18 @@ def _say_how_to_go_on(stop: SystemExit, trainer: Trainer) -> NoReturn:
     if trainer.is_global_zero:
         overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
         again = " ".join(["topkast-train", *(f"'{text}'" for text in overrides if not text.startswith("ckpt_path="))])
-        way = f"go on with {again} ckpt_path={last[-1]}" if any(last) else "there is no checkpoint of it yet"
+        way = (
+            f"go on with {again} {_override('ckpt_path', last[-1])}"
+            if any(last)
+            else "there is no checkpoint of it yet"
+        )
         print(f"\ntopkast-train: interrupted in epoch {trainer.current_epoch}; {way}", file=sys.stderr, flush=True)
     raise SystemExit(143 if isinstance(stop, SIGTERMException) else 130)
+
+
+def _override(key: str, value: str) -> str:
+    """Return `key=value` as a shell and Hydra take it, which wants quotes around names such as `epoch=3.ckpt`."""
+    return f"{key}={value}" if not set(value) & set("=,:' ()[]{}") else f"\"{key}='{value}'\""
 
 
 def _refuse_no_training(trainer: Trainer, checkpoint: Checkpoint | None) -> None:
@@ -191,12 +200,8 @@ def main() -> None:
     # Lightning's advice to install its own cloud service's logger.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "Tip: For" not in r.getMessage())
     let_errors_through()
-    try:
-        with one_line_errors():
-            _run()
-    except BrokenPipeError:  # the reader, `head` for one, has seen enough; what is still in the buffer goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+    with quiet_broken_pipe(), one_line_errors():
+        _run()
 
 
 if __name__ == "__main__":

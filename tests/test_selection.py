@@ -143,7 +143,8 @@ def test_an_empty_weight_has_empty_sets():
 
 def test_random_exploration_keeps_the_largest_active_and_draws_the_rest():
     scores = torch.arange(1000).float()
-    draws = [top_k_then_random(scores, 100, 300, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    lotteries = [torch.rand(1000, generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    draws = [top_k_then_random(scores, 100, 300, lottery) for lottery in lotteries]
     for tiers in draws:
         assert torch.equal(tiers == 2, scores >= 900)
         assert (tiers == 1).sum() == 200
@@ -151,3 +152,8 @@ def test_random_exploration_keeps_the_largest_active_and_draws_the_rest():
     assert not torch.equal(draws[0], draws[2])
     # by magnitude the mean rank would be 800; a fair draw from 0..899 has 450 ± 20
     assert 380 < scores[draws[0] == 1].mean() < 520
+
+
+def test_random_exploration_never_draws_what_is_active():
+    tiers = top_k_then_random(torch.tensor([3.0, 2.0, 1.0, 0.0]), 2, 4, torch.zeros(4))
+    assert tiers.tolist() == [2, 2, 1, 1]

@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_topkast.all_reduce import sparse_all_reduce
     from lightning_topkast.callback import TopKastCallback
     from lightning_topkast.checkpoint_io import AtomicCheckpointIO
     from lightning_topkast.errors import NonFiniteWeightError, TopKastError
@@ -24,11 +25,13 @@ __all__ = [
     "TopKastCallback",
     "TopKastError",
     "WholeStepCheckpoint",
+    "sparse_all_reduce",
     "to_csr",
     "to_dense",
 ]
 
 _HOMES = {
+    "all_reduce": ("sparse_all_reduce",),
     "callback": ("TopKastCallback",),
     "checkpoint_io": ("AtomicCheckpointIO",),
     "errors": ("NonFiniteWeightError", "TopKastError"),

@@ -133,6 +133,8 @@ class Attachment:
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hook:
         """Open the weights: now, or once the closure given to `step` has computed the gradients."""
+        if _only_makes_state(optimizer, kwargs):
+            return None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._open()
@@ -228,6 +230,14 @@ class Attachment:
                 stacklevel=2,
             )
         return lr
+
+
+def _only_makes_state(optimizer: Optimizer, kwargs: Mapping[str, Any]) -> bool:
+    """Whether this is `torch.distributed.checkpoint`'s way of making the state it is about to save or load.
+
+    It gives every parameter a zero gradient and every group the learning rate 0, and calls `step(closure=None)`.
+    """
+    return kwargs == {"closure": None} and not any(group.get("lr", 1) for group in optimizer.param_groups)
 
 
 # Momenta and averages of torch's and most other optimizers, by the names they share. Nothing else is reset: Rprop's

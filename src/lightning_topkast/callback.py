@@ -17,8 +17,10 @@ from lightning_topkast.errors import TopKastError
 from lightning_topkast.ops import Operators
 from lightning_topkast.penalty import Penalty
 from lightning_topkast.settings import AllReduce, Distribution, Execution, Exploration, Settings, check_all_reduce
+from lightning_topkast.sharded_checkpoint import move_shards_out, saves_shards, with_shards
 from lightning_topkast.telemetry import Telemetry
 from lightning_topkast.topkast import TopKast
+from lightning_topkast.weights import own_part
 
 
 class TopKastCallback(Callback):
@@ -136,12 +138,18 @@ class TopKastCallback(Callback):
         self._saved_state: dict[str, Any] | None = None
         self._averages: SparseAverages | None = None
         self._new: TopKast | None = None  # an engine whose training has not begun
+        self._saves_shards = False
 
     @property
     def state_key(self) -> str:
         """Tells several callbacks with disjoint targets apart in a checkpoint."""
         targets = ("include", "exclude", "include_types", "exclude_types")
         return self._generate_state_key(**{name: self._options[name] for name in targets})
+
+    @property
+    def settings(self) -> Settings:
+        """The arguments it was made with."""
+        return Settings(**self._options)
 
     # --- start ----------------------------------------------------------------------------------------------------
 
@@ -151,8 +159,9 @@ class TopKastCallback(Callback):
         if stage == "fit" and isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
             raise TopKastError(
                 f"{type(trainer.strategy).__name__} flattens weights into shards whose entries cannot be told "
-                "apart; use strategy='ddp' or a single device"
+                "apart; use FSDP2 (ModelParallelStrategy), strategy='ddp' or a single device"
             )
+        self._saves_shards = saves_shards(trainer)
 
         packs = stage == "fit" and self._options["execution"] != "masked"
         if packs and self._kept_engine(pl_module) is None and (self._new is None or self._new.model is not pl_module):
@@ -223,7 +232,7 @@ class TopKastCallback(Callback):
         if trainer.global_step == 0:
             topkast.restart()
         if self._saved_state is not None:
-            topkast.load_state_dict(self._saved_state)
+            topkast.load_state_dict(with_shards(self._saved_state, topkast, trainer.ckpt_path))
             self._saved_state = None
 
     def _kept_engine(self, pl_module: LightningModule) -> TopKast | None:
@@ -299,11 +308,13 @@ class TopKastCallback(Callback):
         if self._averages is not None:
             self._averages.update()
         if self.topkast is not None:
-            changing = {w.parameter.data_ptr(): w for w in self.topkast.weights.values() if not w.is_settled}
+            changing = {own_part(w.parameter).data_ptr(): w for w in self.topkast.weights.values() if not w.is_settled}
             state = checkpoint["state_dict"]
             for name, value in state.items() if changing else ():
-                if value.data_ptr() in changing:
-                    state[name] = changing[value.data_ptr()].alpha()
+                if own_part(value).data_ptr() in changing:
+                    state[name] = changing[own_part(value).data_ptr()].alpha()
+            if self._saves_shards:
+                move_shards_out(checkpoint, self.state_key)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """An averaging callback copies its average into the model here, before or after us."""
@@ -338,7 +349,9 @@ class TopKastCallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         """The engine's state: tensors and primitives only."""
         engine = self._new or self.topkast
-        return engine.state_dict() if engine is not None else (self._saved_state or {})
+        if engine is None:
+            return self._saved_state or {}
+        return engine.state_dict(gathered=not self._saves_shards)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until training starts: the weights it belongs to may not be in place yet, nor optimizers."""

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import nn
@@ -9,8 +10,8 @@ from torch import nn
 from lightning_topkast.distributed import from_rank_0_
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.layers import SparseLayer, pack_layer, product_of, unpack_layer
-from lightning_topkast.ops import choose_operators
-from lightning_topkast.settings import Settings
+from lightning_topkast.ops import Operators, choose_operators
+from lightning_topkast.settings import Execution, Settings
 from lightning_topkast.targets import Target
 from lightning_topkast.weights import MaskedWeight, PackedWeight, SparseWeight
 
@@ -33,25 +34,44 @@ def make_weights(
     operators = ""
     for target in targets:
         active, updated = counts[target.name]
-        obstacle = "" if settings.execution == "masked" else _obstacle(target)
+        kept, obstacle = kept_as(target, active, updated, settings.execution, settings.operators)
         if obstacle:
             left_masked.append(f"'{target.name}' ({obstacle})")
-        if obstacle or settings.execution == "masked":
+        if kept == "masked":
             weights[target.name] = MaskedWeight(target.name, target.parameter, active, updated)
             continue
         from_rank_0_(target.parameter)
-        products = settings.execution != "compact" and all(product_of(*owner) for owner in target.owners)
-        if products:
+        if kept == "packed":
             operators = operators or choose_operators(settings.operators, target.parameter.device)
-            if settings.execution == "auto" and not _pays(active, updated, target.parameter.numel(), operators):
-                products = False
-        weights[target.name] = PackedWeight(target.name, target.parameter, active, updated, products, operators)
+        weights[target.name] = PackedWeight(target.name, target.parameter, active, updated, kept == "packed", operators)
     if left_masked:
         what = f"execution='{settings.execution}' leaves {', '.join(left_masked)} masked"
         if settings.strict:
             raise TopKastError(f"{what}, which strict=True refuses; exclude them, or set strict=False")
         warnings.warn(f"{what}: dense tensors that hold zeros", stacklevel=2)
     return weights
+
+
+def kept_as(
+    target: Target, active: int, updated: int, execution: Execution, operators: Operators
+) -> tuple[Literal["masked", "packed", "compact"], str]:
+    """How a weight with these sizes of A and B is kept, and what leaves it masked against `execution` ("": nothing).
+
+    Raises:
+        TopKastError: `execution="auto"` and compiled operators that can't be had.
+    """
+    obstacle = "" if execution == "masked" else _obstacle(target)
+    if obstacle or execution == "masked":
+        return "masked", obstacle
+    if execution == "compact" or not all(product_of(*owner) for owner in target.owners):
+        return "compact", ""
+    if execution == "auto":
+        parameter = target.parameter
+        # what has no memory yet is given some on the CPU
+        device = torch.device("cpu") if parameter.is_meta else parameter.device
+        if not _pays(active, updated, parameter.numel(), choose_operators(operators, device)):
+            return "compact", ""
+    return "packed", ""
 
 
 def install(target: Target, weight: SparseWeight) -> None:

@@ -3,6 +3,7 @@
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,16 +12,17 @@ from torch import Tensor
 from lightning_topkast.distributed import check_ranks_agree
 from lightning_topkast.errors import NonFiniteWeightError, TopKastError
 from lightning_topkast.schedule import RefreshSchedule, step_of
-from lightning_topkast.selection import ACTIVE, EXPLORING, NonFiniteScoresError, nested_top_k, top_k_then_random
+from lightning_topkast.selection import ACTIVE, EXPLORING, NonFiniteScoresError, TopK, nested_top_k, top_k_then_random
 from lightning_topkast.settings import Settings
-from lightning_topkast.weights import SparseWeight
+from lightning_topkast.sharded_selection import nested_top_k_of_shards
+from lightning_topkast.weights import Sharding, SparseWeight
 
 # One thread for all: selection is bound by memory, and the training goes on beside it.
 _background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="topkast-refresh")
 
 
 def choose(weight: SparseWeight, settings: Settings, step: int, explores: bool, scores: Tensor | None = None) -> Tensor:
-    """The next sets of one weight, as tiers.
+    """The next sets of one weight, as tiers; of a sharded weight this process' part of them, by a collective.
 
     Args:
         weight: whose sets are chosen.
@@ -35,17 +37,28 @@ def choose(weight: SparseWeight, settings: Settings, step: int, explores: bool, 
     scores = weight.magnitudes() if scores is None else scores
     active = weight.active_count
     updated = weight.updated_count if explores else active
+    select = _selection_of(weight.sharding)
     try:
         if settings.exploration == "magnitude":
-            return nested_top_k(scores, (updated, active))
+            return select(scores, (updated, active))
         # seeded by what every rank and a resumed run know, so that no generator state has to be kept
         seed = zlib.crc32(f"{settings.seed}/{step}/{weight.name}".encode())
-        return top_k_then_random(scores, active, updated, torch.Generator().manual_seed(seed))
+        lottery = torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed))
+        return top_k_then_random(scores, active, updated, weight.sharding.part_of(lottery), select)
     except NonFiniteScoresError:
         raise NonFiniteWeightError(
             f"weight '{weight.name}' holds NaN or infinity at step {step}; its sets were left as they were. "
             "Lower the learning rate, clip gradients, or resume from the last checkpoint"
         ) from None
+
+
+def _selection_of(sharding: Sharding) -> TopK:
+    """How the largest entries of a weight are found, whose parts may be on several devices."""
+    if not sharding.is_cut:
+        return nested_top_k
+    return partial(
+        nested_top_k_of_shards, size=sharding.shape.numel(), total=sharding.sum, indices=sharding.flat_indices
+    )
 
 
 class Selection:
@@ -183,8 +196,9 @@ class Refresher:
 
     @torch.no_grad()
     def _apply(self, weights: Sequence[SparseWeight], chosen: Mapping[str, Tensor]) -> None:
-        check_ranks_agree(list(chosen), list(chosen.values()))
         changed = [weight for weight in weights if weight.name in chosen]
+        names = [weight.name for weight in changed]
+        check_ranks_agree(names, [chosen[name] for name in names], [weight.sharding for weight in changed])
         states = [self._state_of(weight) if self.settings.reset_optimizer_state else [] for weight in changed]
         for weight, state in zip(changed, states, strict=True):
             weight.apply(chosen[weight.name], state)

@@ -5,7 +5,7 @@ A *tier* counts the nested sets an entry belongs to. With the counts of B and A:
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ _CHUNK = 1 << 16
 # Entries that the bounds of a threshold are estimated from.
 _SAMPLE = 1 << 16
 _EVERYTHING = -math.inf, math.inf
+
+# scores, sizes of nested sets → for every entry, how many of the sets it belongs to
+TopK = Callable[[Tensor, Sequence[int]], Tensor]
 
 
 class NonFiniteScoresError(ValueError):
@@ -54,25 +57,28 @@ def nested_top_k(scores: Tensor, counts: Sequence[int]) -> Tensor:
     return tiers.view(scores.shape)
 
 
-def top_k_then_random(scores: Tensor, active: int, updated: int, generator: torch.Generator) -> Tensor:
+def top_k_then_random(
+    scores: Tensor, active: int, updated: int, lottery: Tensor, select: TopK = nested_top_k
+) -> Tensor:
     """Tiers whose active set is the exact top-k and whose exploring set is drawn at random from the rest.
 
-    This is the paper's ablation of magnitude-guided exploration (paper section 3.2). The draw is made on CPU, so
-    that every device and every rank with the same generator state gets the same set.
+    This is the paper's ablation of magnitude-guided exploration (paper section 3.2).
 
     Args:
         scores: finite scores of any shape.
         active: |A|.
         updated: |B|, at least `active`.
-        generator: CPU generator that decides the draw.
+        lottery: uniform in [0, 1), in the shape of `scores`; the largest outside A win. Drawn on CPU it is the same for
+            every device and rank.
+        select: finds the largest entries.
 
     Returns:
         uint8 tiers in the shape of `scores`.
     """
-    tiers = nested_top_k(scores, (active,)).mul_(ACTIVE)
-    lottery = torch.rand(scores.numel(), generator=generator).to(scores.device).view(scores.shape)
-    lottery.masked_fill_(tiers == ACTIVE, -1.0)
-    return tiers.add_(nested_top_k(lottery, (updated - active,)))
+    is_active = select(scores, (active,)).bool()
+    # what is active is out of the draw, below every other; not by a negative number, whose bits don't order
+    lottery = lottery.to(scores.device).clamp_min(torch.finfo(lottery.dtype).tiny).masked_fill_(is_active, 0)
+    return select(lottery, (updated - active,)).masked_fill_(is_active, ACTIVE)
 
 
 def _tiers_numpy(scores: np.ndarray, counts: Sequence[int]) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -46,7 +47,7 @@ class TopKast:
         backward_sparsity: share without gradient, in [0, forward_sparsity].
         total_steps: length of the run in optimizer steps, for `stop_exploration_at` as a fraction; `plan` sets it too.
         taken: names of weights that another engine works on, which must not be ours too.
-        **options: the keyword arguments of `TopKastCallback`.
+        **options: the keyword arguments of `TopKastCallback` but `all_reduce`, which is `sparse_all_reduce` here.
 
     Raises:
         TopKastError: a setting out of range, a pattern that matches nothing, nothing to make sparse, a weight too small
@@ -75,6 +76,7 @@ class TopKast:
 
         if self.settings.execution != "masked":
             materialize(model)
+        _reshard(model)
         chosen = self.settings
         self._targets = find_targets(
             model, chosen.include, chosen.exclude, chosen.include_types, chosen.exclude_types,
@@ -97,10 +99,11 @@ class TopKast:
                     f"'{target.name}' is packed already by an earlier TopKast; give the model its ordinary layers back "
                     "first, with that one's release() or, zero outside A, with to_dense(model)"
                 )
-            if isinstance(target.parameter, DTensor):
+            if isinstance(target.parameter, DTensor) and (chosen.execution != "masked" or chosen.refresh_delay):
                 raise TopKastError(
-                    f"'{target.name}' is sharded over devices (FSDP or tensor parallel), which this release cannot "
-                    "select over; train with DDP or a single device"
+                    f"'{target.name}' is sharded over devices (FSDP2 or tensor parallel), which needs "
+                    f"execution='masked' and refresh_delay=0, got '{chosen.execution}' and {chosen.refresh_delay}; "
+                    "packed weights train with DDP"
                 )
         self._weights = make_weights(sparse, allocate(sparse, chosen), chosen)
         self._by_parameter: dict[Tensor, SparseWeight] = {weight.parameter: weight for weight in self._weights.values()}
@@ -153,6 +156,7 @@ class TopKast:
     @property
     def is_intact(self) -> bool:
         """Whether the model still holds these parameters and they are zero outside A."""
+        _reshard(self.model)
         held = {id(parameter) for parameter in self.model.parameters()}
         return all(id(w.parameter) in held and w.is_sparse for w in self._weights.values())
 
@@ -310,15 +314,20 @@ class TopKast:
 
     # --- state ----------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
-        """Sets, reserves and step counts: tensors and primitives only, so it loads under `weights_only=True`."""
+    def state_dict(self, gathered: bool = False) -> dict[str, Any]:
+        """Sets, reserves and step counts: tensors and primitives only, so it loads under `weights_only=True`.
+
+        Args:
+            gathered: of sharded weights, give tensors whole and on rank 0 only, instead of the DTensors that
+                `torch.distributed.checkpoint` saves; every rank must ask then. Both can be loaded.
+        """
         return {
             "version": STATE_VERSION,
             "steps": self._steps,
             "refresh_count": self.refresh_count,
             "penalty_shrinkage": self.settings.penalty_shrinkage,
             "selections": [selection.state_dict() for selection in self._refresher.selections],
-            "weights": {name: weight.state_dict() for name, weight in self._weights.items()},
+            "weights": {name: weight.state_dict(gathered) for name, weight in self._weights.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -365,3 +374,10 @@ class TopKast:
             attachment.steps = count
         self._refresher.count, self._refresher.selections = refreshes, selections
         self._follow_schedule()
+
+
+def _reshard(model: nn.Module) -> None:
+    """Let a model under FSDP2 hold its shards, which it doesn't after a forward pass without a backward one."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -7,7 +7,7 @@ import numpy as np
 from lightning.pytorch.loggers import Logger, WandbLogger
 
 from lightning_topkast.topkast import TopKast
-from lightning_topkast.weights import SparseWeight
+from lightning_topkast.weights import SparseWeight, own_part
 
 _BINS = 64
 _STEP = "trainer/global_step"  # WandbLogger's own name for the x axis
@@ -92,9 +92,12 @@ def magnitude_histograms(engines: Sequence[TopKast]) -> dict[str, Any]:
 
 
 def split_histogram(weight: SparseWeight) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    r"""Counts and bin edges of |θ| on A, B\A and C; groups without entries are left out."""
-    magnitudes = weight.theta().abs().float().cpu().flatten()
-    tiers = weight.tiers.cpu().flatten()
+    r"""Counts and bin edges of |θ| on A, B\A and C; groups without entries are left out.
+
+    Of a sharded weight it is this process' part that is counted.
+    """
+    magnitudes = own_part(weight.theta()).abs().float().cpu().flatten()
+    tiers = own_part(weight.tiers).cpu().flatten()
     groups = {name: magnitudes[tiers == tier] for name, tier in (("active", 2), ("exploring", 1), ("reservoir", 0))}
     groups = {name: group for name, group in groups.items() if group.numel()}
     thresholds = [float(group.min()) for name, group in groups.items() if name != "reservoir"]

@@ -43,7 +43,9 @@ NEEDS: dict[tuple[str, str], list[str]] = {
     ("trainer", "ddp"): ON_CPU,
     ("trainer", "ddp_cpu"): ON_CPU,
     ("trainer", "slurm"): ON_CPU,
-    ("trainer", "fsdp2"): [*ON_CPU, "sparsity=dense"],  # Top-KAST refuses sharded parameters so far
+    ("trainer", "multinode"): ON_CPU,
+    ("trainer", "fsdp2"): ON_CPU,  # really sharded in test_sharding.py
+    ("trainer", "fsdp2_sharded"): ON_CPU,
     ("experiment", "cifar10_resnet18"): CIFAR10,
     ("experiment", "imagenet_resnet50"): ["data.input_shape=[3,64,64]", *IMAGENET],
     ("experiment", "enwik8_transformer"): ENWIK8,

@@ -49,7 +49,11 @@ def last_line(err: str) -> str:
         ("sparsity.forward_sparsity=1.5", "forward_sparsity=1.5 is out of range"),
         ("sparsity.include=[conv*]", "include: 'conv*' matches no parameter"),
         ("ckpt_path=none.ckpt", "there is no checkpoint "),
-        ("-m seed=0,1 trainer=ddp_cpu", "a sweep (-m) can't start several processes a job"),
+        (
+            "-m seed=0,1 trainer=ddp_cpu trainer.num_nodes=2",
+            "a sweep (-m) can't start its processes on trainer.num_nodes=2",
+        ),
+        ("trainer=slurm callbacks.requeue.every=0", "callbacks.requeue: every=0 is out of range"),
     ],
 )
 def test_mistake_is_answered_in_one_line(arguments, expected, cli):

@@ -1,5 +1,9 @@
 """FSDP2: `configure_model` shards the network over the mesh that the strategy brings."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
@@ -9,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from lightning_topkast.app.models import TransformerLM
 from lightning_topkast.app.report import count_weights
 from lightning_topkast.app.task import ClassificationTask
+from tests.helpers import plain_path
 
 
 @pytest.fixture
@@ -35,3 +40,30 @@ def test_without_a_mesh_the_network_stays_whole():
     task = ClassificationTask(TransformerLM(256, 8, width=16, depth=1, heads=2), torch.optim.SGD, num_classes=256)
     task.configure_model()
     assert not any(isinstance(parameter, DTensor) for parameter in task.parameters())
+
+
+def run_sharded(folder, *overrides):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(plain_path()), "OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable, "-m", "lightning_topkast.app.train", "trainer=fsdp2_sharded", "trainer.accelerator=cpu",
+        "trainer.devices=2", "trainer.precision=32-true", "+trainer.strategy.process_group_backend=gloo", "logger=csv",
+        "recipe.update_every=2", "trainer.limit_train_batches=4", "hydra.run.dir=run", *overrides,
+    ]  # fmt: skip
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150, cwd=folder)
+
+
+@pytest.mark.timeout(300)
+def test_two_processes_train_shards_of_a_sparse_network_and_go_on_from_them(tmp_path):
+    done = run_sharded(tmp_path, "trainer.max_epochs=2")
+    assert done.returncode == 0, done.stderr
+    assert "90.00 %" in done.stdout
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (last,) = checkpoints.glob("last*")  # the one of the first epoch is gone
+    assert last.name == "last-step=8.ckpt"
+    assert {path.name for path in last.iterdir()} == {".metadata", "meta.pt", "__0_0.distcp", "__1_0.distcp"}
+
+    done = run_sharded(tmp_path, "trainer.max_epochs=3", f"ckpt_path='{last}'", "hydra.run.dir=on")
+    assert done.returncode == 0, done.stderr
+    assert "epoch 3/3:" in done.stdout
+    assert "epoch 2/3:" not in done.stdout
+    assert "90.00 %" in done.stdout

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+import torch
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import (
@@ -20,12 +21,16 @@ from hydra.errors import (
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from lightning_topkast.errors import TopKastError
 
 CONFIG_MODULE = "lightning_topkast.conf"
 CONFIG_NAME = "train"
 EXIT_CODE = 2
+
+# Gloo's have no class of their own. Most name the place in its sources where they arose.
+_GLOO_ERRORS = r"gloo/transport|caused pair closure|Connection closed by peer"
 
 _OURS = "TOPKAST_ONE_LINE_ERRORS"
 
@@ -35,10 +40,13 @@ class AppError(Exception):
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
+def one_line_errors(config_name: str = CONFIG_NAME) -> Iterator[None]:
     """Print a mistake of the user as one line and exit with code 2; anything unknown keeps its traceback.
 
     Whoever sets `HYDRA_FULL_ERROR=1` gets every traceback.
+
+    Args:
+        config_name: the application's main configuration, which names it too.
     """
     if not _may_shorten():
         yield
@@ -46,12 +54,13 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        message = explain(error)
+        message = explain(error, config_name)
+        _tell_torchrun(AppError(_one_line(message)) if message else error)
         if message is None:
             raise
         # The process may end inside a progress bar's line.
-        print(f"\ntopkast-train: {_one_line(message)}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_CODE)
+        print(f"\ntopkast-{config_name}: {_one_line(message)}", file=sys.stderr, flush=True)
+        sys.exit(1 if _is_lost_connection(error) else EXIT_CODE)
 
 
 def let_errors_through() -> None:
@@ -65,6 +74,17 @@ def _may_shorten() -> bool:
     return os.environ.get("HYDRA_FULL_ERROR") != "1" or os.environ.get(_OURS) == "1"
 
 
+@contextmanager
+def quiet_broken_pipe() -> Iterator[None]:
+    """End silently where the reader, `head` for one, has seen enough; what is still in the buffer goes nowhere."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
     """Return `did you mean 'x' or 'y'?`, or all valid names where none is near."""
     names = sorted(set(valid))
@@ -74,19 +94,46 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
     return f"valid: {', '.join(names)}" if names else "there are no valid names"
 
 
-def explain(error: BaseException) -> str | None:
+def explain(error: BaseException, config_name: str = CONFIG_NAME) -> str | None:
     """Return the one line that answers `error`, or None where it is not known to be the user's mistake."""
     if isinstance(error, MisconfigurationException) and "No supported gpu" in str(error):
         return "there is no GPU that this torch can use: trainer=cpu or trainer=ddp_cpu"
     if isinstance(error, AppError | TopKastError | MisconfigurationException):
         return str(error)
+    if _is_lost_connection(error):
+        return _explain_lost_connection(error)
     if isinstance(error, InstantiationException):
         return _explain_instantiation(error)
     if isinstance(error, HydraException | OmegaConfBaseException):
-        return _explain_config(error)
+        return _explain_config(error, config_name)
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return None
+
+
+def _is_lost_connection(error: BaseException) -> bool:
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    return isinstance(error, RuntimeError) and re.search(_GLOO_ERRORS, str(error)) is not None
+
+
+def _explain_lost_connection(error: BaseException) -> str:
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID"))
+    reason = re.sub(r"^\[\S*\] *", "", str(error).splitlines()[0] if str(error) else type(error).__name__)
+    return (
+        f"{f'rank {rank}: ' if rank else ''}the connection to another process is lost ({reason}): a process, a node or "
+        "the network between them failed; started again with ckpt_path=auto, the run goes on from its newest checkpoint"
+    )
+
+
+def _tell_torchrun(error: BaseException) -> None:
+    """Write the error into the file that torchrun's summary reads, if torchrun has started this process."""
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        return
+    try:
+        raise error from error.__cause__  # what is written is the exception being handled, with its traceback
+    except type(error):
+        get_error_handler().record_exception(error)
 
 
 def _explain_instantiation(error: InstantiationException) -> str | None:
@@ -102,16 +149,16 @@ def _explain_instantiation(error: InstantiationException) -> str | None:
     return None
 
 
-def _explain_config(error: HydraException | OmegaConfBaseException) -> str:
+def _explain_config(error: HydraException | OmegaConfBaseException, config_name: str) -> str:
     if isinstance(error, OverrideParseException):
         reason = [line for line in str(error).splitlines() if line and not line.startswith("See http")][-1]
         return f"the override '{error.override}' can't be read ({reason}): write it as key=value"
     if isinstance(error, MissingConfigException):
-        return _explain_missing_option(error)
+        return _explain_missing_option(error, config_name)
     text = str(error)
     unknown = re.search(r"Could not (?:override|delete from config[^']*) '([^']+)'", text)
     if unknown:
-        return _explain_unknown_key(unknown.group(1).removeprefix("+").removeprefix("~"))
+        return _explain_unknown_key(unknown.group(1).removeprefix("+").removeprefix("~"), config_name)
     ambiguous = re.search(r"Ambiguous value for argument '([^=]+)=([^']+)'", text)
     if ambiguous:
         key, values = ambiguous.groups()
@@ -127,19 +174,19 @@ def _explain_config(error: HydraException | OmegaConfBaseException) -> str:
     return text or str(cause)
 
 
-def _explain_missing_option(error: MissingConfigException) -> str:
+def _explain_missing_option(error: MissingConfigException, config_name: str) -> str:
     missing = error.missing_cfg_file or ""
     group, _, option = missing.rpartition("/")
     if group and error.options:
         return f"there is no '{option}' in the group '{group}': {did_you_mean(option, error.options)}"
     unknown = re.search(r"Could not (?:override|find) '([^']+)'", str(error))
-    return _explain_unknown_key(unknown.group(1)) if unknown else str(error)
+    return _explain_unknown_key(unknown.group(1), config_name) if unknown else str(error)
 
 
-def _explain_unknown_key(key: str) -> str:
+def _explain_unknown_key(key: str, config_name: str) -> str:
     key = key.partition("@")[0].replace("/", ".")
     parent, _, last = key.rpartition(".")
-    valid = _valid_keys(with_hydra=parent.partition(".")[0] == "hydra")
+    valid = _valid_keys(config_name, with_hydra=parent.partition(".")[0] == "hydra")
     # Names of the same node come first: a typo seldom moves to another one.
     siblings = [name for name in valid if name.rpartition(".")[0] == parent]
     for names in (siblings, valid):
@@ -152,7 +199,7 @@ def _explain_unknown_key(key: str) -> str:
     return f"there is no config key '{key}': {hint}a new one is added by +{key}=..."
 
 
-def _valid_keys(with_hydra: bool) -> list[str]:
+def _valid_keys(config_name: str, with_hydra: bool) -> list[str]:
     """Return every key of the configuration that the command line's readable group choices give."""
     GlobalHydra.instance().clear()
     with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
@@ -163,7 +210,7 @@ def _valid_keys(with_hydra: bool) -> list[str]:
             name, _, value = argument.partition("=")
             if name in groups and value in loader.get_group_options(name):
                 chosen.append(argument)
-        config = compose(CONFIG_NAME, overrides=chosen, return_hydra_config=with_hydra)
+        config = compose(config_name, overrides=chosen, return_hydra_config=with_hydra)
     return sorted({*groups, *_keys(config)})
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Mapping
@@ -14,12 +13,10 @@ from typing import Any, NoReturn, cast
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -32,9 +29,12 @@ from lightning_topkast.app.errors import (
     did_you_mean,
     let_errors_through,
     one_line_errors,
+    quiet_broken_pipe,
 )
 from lightning_topkast.app.loggers import check_all_writable, check_writable, close_wandb, log_config, wandb_folder
 from lightning_topkast.app.report import count_weights, print_report
+from lightning_topkast.app.resume import AUTO, SameCheckpoint, newest_checkpoint
+from lightning_topkast.app.sweep import one_job
 from lightning_topkast.app.task import ClassificationTask
 
 
@@ -62,37 +62,42 @@ def _train(cfg: DictConfig) -> float:
     check_numbers(cfg)
     check_writable(Path(cfg.paths.output_dir))
     seed_everything(cfg.seed, workers=True, verbose=False)
-    checkpoint = open_checkpoint(cfg.ckpt_path)
+    auto = cfg.ckpt_path == AUTO
+    ckpt_path = newest_checkpoint(Path(cfg.paths.output_dir)) if auto else cfg.ckpt_path
+    checkpoint = open_checkpoint(ckpt_path)
     data: LightningDataModule = instantiate(cfg.data, _convert_="all")
     model = build_model(cfg)
     loggers: list[Logger] = _instantiate_all(cfg.logger)
     check_all_writable(loggers)
     callbacks = build_callbacks(cfg, has_loggers=bool(loggers))
+    if auto:
+        callbacks.append(SameCheckpoint(ckpt_path))
     if checkpoint is not None:
         checkpoint.check_model(model)
         checkpoint.check_callbacks(callbacks)
         checkpoint.check_optimizer(getattr(model, "optimizer", None))
     trainer: Trainer = instantiate(cfg.trainer, logger=loggers or False, callbacks=callbacks, _convert_="all")
-    _refuse_sweep_over_processes(trainer)
-    log_config(trainer.loggers, cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)))
+    with one_job(trainer):
+        log_config(trainer.loggers, cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)))
 
-    try:
-        trainer.fit(model, datamodule=data, ckpt_path=cfg.ckpt_path)
-    except SystemExit as stop:  # Lightning has handled Ctrl-C or SIGTERM, and has saved what it saves
-        _say_how_to_go_on(stop, trainer)
-    _refuse_no_training(trainer, checkpoint)
-    score = monitored(trainer, cfg.recipe.monitor)
-    best: str = getattr(trainer.checkpoint_callback, "best_model_path", "")
-    figures: Mapping[str, float] = {cfg.recipe.monitor: score}
-    if cfg.test:
-        tested = trainer.test(model, datamodule=data, ckpt_path=best or None, verbose=False)[0]
-        figures = {name: value for name, value in tested.items() if name.startswith("test/")} or tested
-    counts = count_weights(model)
-    if trainer.is_global_zero:
-        wandb_dir = wandb_folder(trainer.loggers)
-        close_wandb(failed=False)  # before the last lines, which name its folder
-        print_report(counts, figures, Path(cfg.paths.output_dir), wandb_dir, Path(best) if best else None)
-    return score
+        try:
+            trainer.fit(model, datamodule=data, ckpt_path=ckpt_path)
+        except SystemExit as stop:  # Lightning has handled Ctrl-C or SIGTERM, and has saved what it saves
+            _say_how_to_go_on(stop, trainer)
+        if not (auto and ckpt_path):  # started again after its end, a run only says once more what came out
+            _refuse_no_training(trainer, checkpoint)
+        score = monitored(trainer, cfg.recipe.monitor)
+        best: str = getattr(trainer.checkpoint_callback, "best_model_path", "")
+        figures: Mapping[str, float] = {cfg.recipe.monitor: score}
+        if cfg.test:
+            tested = trainer.test(model, datamodule=data, ckpt_path=best or None, verbose=False)[0]
+            figures = {name: value for name, value in tested.items() if name.startswith("test/")} or tested
+        counts = count_weights(model)
+        if trainer.is_global_zero:
+            wandb_dir = wandb_folder(trainer.loggers)
+            close_wandb(failed=False)  # before the last lines, which name its folder
+            print_report(counts, figures, Path(cfg.paths.output_dir), wandb_dir, Path(best) if best else None)
+        return score
 
 
 def build_model(cfg: DictConfig) -> LightningModule:
@@ -137,9 +142,18 @@ def _say_how_to_go_on(stop: SystemExit, trainer: Trainer) -> NoReturn:
     if trainer.is_global_zero:
         overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
         again = " ".join(["topkast-train", *(f"'{text}'" for text in overrides if not text.startswith("ckpt_path="))])
-        way = f"go on with {again} ckpt_path={last[-1]}" if any(last) else "there is no checkpoint of it yet"
+        way = (
+            f"go on with {again} {_override('ckpt_path', last[-1])}"
+            if any(last)
+            else "there is no checkpoint of it yet"
+        )
         print(f"\ntopkast-train: interrupted in epoch {trainer.current_epoch}; {way}", file=sys.stderr, flush=True)
     raise SystemExit(143 if isinstance(stop, SIGTERMException) else 130)
+
+
+def _override(key: str, value: str) -> str:
+    """Return `key=value` as a shell and Hydra take it, which wants quotes around names such as `epoch=3.ckpt`."""
+    return f"{key}={value}" if not set(value) & set("=,:' ()[]{}") else f"\"{key}='{value}'\""
 
 
 def _refuse_no_training(trainer: Trainer, checkpoint: Checkpoint | None) -> None:
@@ -174,16 +188,6 @@ def _instantiate_all(group: DictConfig | None) -> list[Any]:
     return [instantiate(entry, _convert_="all") for entry in (group or {}).values() if entry]
 
 
-def _refuse_sweep_over_processes(trainer: Trainer) -> None:
-    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
-        return
-    if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher) and trainer.world_size > 1:
-        raise AppError(
-            "a sweep (-m) can't start several processes a job, since each would run the whole sweep again: "
-            "run the jobs one by one, or use trainer=cpu or trainer=gpu"
-        )
-
-
 @hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME)
 def _run(cfg: DictConfig) -> float:
     with one_line_errors():
@@ -196,12 +200,8 @@ def main() -> None:
     # Lightning's advice to install its own cloud service's logger.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "Tip: For" not in r.getMessage())
     let_errors_through()
-    try:
-        with one_line_errors():
-            _run()
-    except BrokenPipeError:  # the reader, `head` for one, has seen enough; what is still in the buffer goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+    with quiet_broken_pipe(), one_line_errors():
+        _run()
 
 
 if __name__ == "__main__":

@@ -3,5 +3,6 @@
 from lightning_topkast.weights.base import SparseWeight
 from lightning_topkast.weights.masked import MaskedWeight
 from lightning_topkast.weights.packed import PackedWeight
+from lightning_topkast.weights.sharding import Sharding, own_part
 
-__all__ = ["MaskedWeight", "PackedWeight", "SparseWeight"]
+__all__ = ["MaskedWeight", "PackedWeight", "Sharding", "SparseWeight", "own_part"]

@@ -11,6 +11,7 @@ from lightning_topkast.errors import TopKastError
 from lightning_topkast.penalty import Penalty
 from lightning_topkast.selection import ACTIVE, EXPLORING
 from lightning_topkast.weights.entries import indices
+from lightning_topkast.weights.sharding import Sharding
 from lightning_topkast.weights.state import problem_with
 
 
@@ -23,7 +24,7 @@ class SparseWeight(ABC):
     Args:
         name: the parameter's name in the model.
         parameter: what the model and the optimizer share.
-        shape: the weight's own shape.
+        sharding: the weight's own shape, and how it is cut over devices.
         active_count: |A|.
         updated_count: |B| while exploring, at least `active_count`.
     """
@@ -32,11 +33,11 @@ class SparseWeight(ABC):
     parameter: nn.Parameter
 
     def __init__(
-        self, name: str, parameter: nn.Parameter, shape: torch.Size, active_count: int, updated_count: int
+        self, name: str, parameter: nn.Parameter, sharding: Sharding, active_count: int, updated_count: int
     ) -> None:
         self.name = name
         self.parameter = parameter
-        self.shape = shape
+        self.sharding = sharding
         self.active_count = active_count
         self.updated_count = updated_count
         self.strength = 0.0  # λ of this weight's penalty; the engine sets it when it knows the learning rate
@@ -50,6 +51,11 @@ class SparseWeight(ABC):
         self.changes = 0
 
     # --- the sets -------------------------------------------------------------------------------------------------
+
+    @property
+    def shape(self) -> torch.Size:
+        """The weight's own shape."""
+        return self.sharding.shape
 
     @property
     def size(self) -> int:
@@ -121,7 +127,7 @@ class SparseWeight(ABC):
 
     @abstractmethod
     def magnitudes(self) -> Tensor:
-        """|θ|, contiguous in the weight's shape: the scores of the selection; a copy."""
+        """|θ|, contiguous: the scores of the selection, a copy; of a sharded weight this process' part."""
 
     def snapshot(self) -> Callable[[], Tensor]:
         """What gives `magnitudes` as they are now, also later and in another thread."""
@@ -136,7 +142,7 @@ class SparseWeight(ABC):
         """Take over new sets: the promoted enter with their stored values, the demoted keep theirs.
 
         Args:
-            tiers: uint8 in the weight's shape.
+            tiers: uint8 in the weight's shape, or this process' part of them.
             state: the optimizer's state, tensors in the parameter's shape: what entries outside the new B have of it
                 is lost, and those that enter B begin at zero.
         """
@@ -193,8 +199,12 @@ class SparseWeight(ABC):
     # --- state ----------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def state_dict(self) -> dict[str, Any]:
-        """Tiers and reserve (dense, contiguous), on CPU: tensors and primitives only, the same for every execution."""
+    def state_dict(self, gathered: bool = False) -> dict[str, Any]:
+        """Tiers and reserve (dense, contiguous), on CPU: tensors and primitives only, the same for every execution.
+
+        Args:
+            gathered: give those of a sharded weight whole, on rank 0 only, rather than as DTensors; a collective.
+        """
 
     def check_state(self, state: Any) -> None:
         """Refuse a state that is not this weight's, before anything is overwritten.
@@ -202,7 +212,7 @@ class SparseWeight(ABC):
         Raises:
             TopKastError: with what differs.
         """
-        problem = problem_with(state, self._in_model(), self.active_count, self.updated_count)
+        problem = problem_with(state, self._in_model(), self.active_count, self.updated_count, self.sharding)
         if problem:
             raise TopKastError(f"the saved Top-KAST state does not fit weight '{self.name}': {problem}")
         saved = state.get("execution", self.execution)
@@ -223,7 +233,7 @@ class SparseWeight(ABC):
 
     @abstractmethod
     def _in_model(self) -> Tensor:
-        """The weight as the model holds it, dense."""
+        """The weight as the model holds it, dense; of a sharded one this process' part."""
 
     def _order(self) -> Tensor:
         r"""Flat indices of B in packed order: A's, then those of B\A."""

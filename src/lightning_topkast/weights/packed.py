@@ -16,6 +16,7 @@ from lightning_topkast.selection import ACTIVE, nested_top_k
 from lightning_topkast.weights.base import SparseWeight
 from lightning_topkast.weights.entries import indices
 from lightning_topkast.weights.packing import Packing
+from lightning_topkast.weights.sharding import Sharding
 
 
 class PackedWeight(SparseWeight):
@@ -42,7 +43,7 @@ class PackedWeight(SparseWeight):
     ) -> None:
         values = nn.Parameter(dense.detach().new_zeros(updated_count), requires_grad=dense.requires_grad)
         values.__dict__.update(dense.__dict__)  # what others have noted on it, such as "no weight decay"
-        super().__init__(name, values, dense.shape, active_count, updated_count)
+        super().__init__(name, values, Sharding(name, dense), active_count, updated_count)
         self.execution = "packed" if products else "compact"
         self.operators = operators
         # Host memory. θ is up to date on C; on B the parameter has it.
@@ -247,7 +248,7 @@ class PackedWeight(SparseWeight):
 
     # --- state ----------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, gathered: bool = False) -> dict[str, Any]:
         """Tiers and reserve (dense, contiguous), on CPU: tensors and primitives only."""
         return {
             "tiers": self.tiers,

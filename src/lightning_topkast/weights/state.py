@@ -7,12 +7,23 @@ import torch
 from torch import Tensor
 
 from lightning_topkast.selection import ACTIVE
+from lightning_topkast.weights.sharding import Sharding
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def problem_with(state: Any, parameter: Tensor, active_count: int, updated_count: int) -> str | None:
-    """What is wrong with a weight's saved state for a parameter that holds its α, or None."""
+def problem_with(
+    state: Any, parameter: Tensor, active_count: int, updated_count: int, sharding: Sharding
+) -> str | None:
+    """What is wrong with a weight's saved state, or None.
+
+    Args:
+        state: as it was saved; tensors in the weight's shape, whole or DTensors.
+        parameter: this process' part of the weight that holds the saved α.
+        active_count: |A|.
+        updated_count: |B| while exploring.
+        sharding: of the weight; what is counted is summed over all parts, so that every process finds the same.
+    """
     kinds = {"tiers": Tensor, "reserve": Tensor, "dormant": Tensor, "first_reservoir": int, "promoted": int,
              "active_count": int, "updated_count": int, "strength": float}  # fmt: skip
     if not isinstance(state, dict):
@@ -20,7 +31,7 @@ def problem_with(state: Any, parameter: Tensor, active_count: int, updated_count
     for key, kind in kinds.items():
         if not isinstance(state.get(key), kind):
             return f"'{key}' should be a {kind.__name__}, found {type(state.get(key)).__name__}"
-    shape = parameter.shape
+    shape = sharding.shape
     for key, dtypes in {"tiers": (torch.uint8,), "dormant": (torch.bool,), "reserve": _FLOATING}.items():
         tensor = state[key]
         if tensor.shape != shape or tensor.dtype not in dtypes:
@@ -32,13 +43,19 @@ def problem_with(state: Any, parameter: Tensor, active_count: int, updated_count
         )
     if not (math.isfinite(state["strength"]) and state["strength"] >= 0):
         return f"'strength' is {state['strength']}, expected a number of at least 0; the file is damaged"
-    tiers = state["tiers"].cpu()
-    active, updated = int((tiers == ACTIVE).sum()), int((tiers != 0).sum())
-    if int(tiers.max()) > ACTIVE or active != active_count or updated not in (active, updated_count):
+    tiers, reserve = (sharding.part_of(state[key]).cpu() for key in ("tiers", "reserve"))
+    is_active, alpha = tiers == ACTIVE, parameter.detach().cpu()
+    found = [
+        is_active, tiers != 0, tiers > ACTIVE, ~torch.isfinite(reserve) | (is_active & (reserve != 0)),
+        alpha.masked_fill(is_active, 0) != 0,
+    ]  # fmt: skip
+    counts = torch.stack([torch.count_nonzero(entries) for entries in found]).to(parameter.device)
+    active, updated, unknown, misplaced, not_zero = sharding.sum(counts).tolist()
+    if unknown or active != active_count or updated not in (active, updated_count):
         return f"its tiers hold |A| = {active} and |B| = {updated}; the file is damaged"
-    if not bool(torch.isfinite(state["reserve"]).all()) or bool(state["reserve"].cpu()[tiers == ACTIVE].any()):
+    if misplaced:
         return "its reserve holds NaN, infinity or active entries; the file is damaged"
-    if bool(parameter.detach().cpu().masked_fill(tiers == ACTIVE, 0).any()):
+    if not_zero:
         return (
             "the model's weight is not zero outside the saved active set; "
             "load the model's own state dict of the same checkpoint first"

@@ -1,0 +1,197 @@
+"""`topkast-plan`: print what the run that a Hydra configuration describes would take, without allocating it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import hydra
+import torch
+from hydra.utils import instantiate
+from lightning import Callback, LightningModule
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_topkast import TopKastCallback
+from lightning_topkast.app.errors import (
+    CONFIG_MODULE,
+    AppError,
+    did_you_mean,
+    let_errors_through,
+    one_line_errors,
+    quiet_broken_pipe,
+)
+from lightning_topkast.app.plan_tables import print_tables
+from lightning_topkast.app.task import ClassificationTask
+from lightning_topkast.app.train import build_model
+from lightning_topkast.plan import OptimizerState, Parallel, Plan, make_plan
+from lightning_topkast.plan.memory import Strategy
+from lightning_topkast.settings import Settings
+
+CONFIG_NAME = "plan"
+_PRECISIONS = {
+    "16-true": torch.float16,
+    "bf16-true": torch.bfloat16,
+    "64-true": torch.float64,
+    # autocast leaves the weights, and with them gradients and optimizer state, as they are
+    **dict.fromkeys(("32-true", "16-mixed", "bf16-mixed"), torch.float32),
+}
+_ALIASES = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}
+
+
+def plan(cfg: DictConfig) -> Plan:
+    """Plan what `cfg` describes.
+
+    Raises:
+        AppError: for what the user can mend, with the way to do so.
+        TopKastError: what training would refuse.
+    """
+    parallel, precision, settings = read_parallel(cfg), read_precision(cfg), read_settings(cfg)
+    with torch.device("meta"):
+        model = build_model(cfg)
+        model.configure_model()
+        model.to(precision)
+        inputs = _inputs(cfg, model, precision)
+        return make_plan(model, inputs, settings, OptimizerState(_optimizer_of(model)), parallel)
+
+
+def read_parallel(cfg: DictConfig) -> Parallel:
+    """Return the number of devices and the strategy, without asking what this machine has."""
+    devices = _count(cfg, "trainer.devices") * _count(cfg, "trainer.num_nodes")
+    if cfg.trainer.get("tpu_cores") or str(cfg.trainer.accelerator) == "tpu":
+        raise AppError("trainer.accelerator=tpu is not planned: cpu or gpu")
+    configured = cfg.trainer.get("strategy", "auto")
+    name = str(configured.get("_target_", "") if isinstance(configured, DictConfig) else configured).rpartition(".")[2]
+    strategy: Strategy
+    if name in ("auto", "SingleDeviceStrategy"):
+        strategy = "single" if devices == 1 else "ddp"
+    elif name.startswith("ddp") or name == "DDPStrategy":
+        strategy = "ddp"
+    elif name == "ModelParallelStrategy":
+        strategy = "fsdp2"
+        if configured.get("tensor_parallel_size", "auto") != 1:
+            raise AppError("trainer.strategy.tensor_parallel_size must be 1: tensor parallelism is not planned")
+    else:
+        raise AppError(
+            f"trainer.strategy={name} is not planned: use a single device, trainer=ddp, or trainer=fsdp2 "
+            "(ModelParallelStrategy)"
+        )
+    own_buckets = not (isinstance(configured, DictConfig) and configured.get("gradient_as_bucket_view", False))
+    all_reduce = OmegaConf.select(cfg, "sparsity.all_reduce", default="dense")
+    accumulate = _count(cfg, "trainer.accumulate_grad_batches")
+    return Parallel(devices, strategy, all_reduce, own_buckets, accumulate)
+
+
+def _count(cfg: DictConfig, key: str) -> int:
+    """Return a number of devices, or the like, as Lightning reads it."""
+    value = OmegaConf.select(cfg, key, default=1)
+    if isinstance(value, ListConfig):
+        return len(value)
+    text = str(value)
+    if "," in text:
+        return len([part for part in text.split(",") if part.strip()])
+    if text in ("-1", "auto"):
+        raise AppError(f"{key}={value} counts what this machine has: a plan needs a number, such as {key}=8")
+    if not text.isdigit() or int(text) < 1:
+        raise AppError(f"{key}={value} is not valid: expected a number of at least 1")
+    return int(text)
+
+
+def read_precision(cfg: DictConfig) -> torch.dtype:
+    """Return the dtype that weights, gradients and optimizer state have."""
+    name = str(cfg.trainer.get("precision") or "32-true")
+    name = _ALIASES.get(name, name)
+    if name not in _PRECISIONS:
+        raise AppError(f"trainer.precision={name} is not planned: {did_you_mean(name, _PRECISIONS)}")
+    return _PRECISIONS[name]
+
+
+def read_settings(cfg: DictConfig) -> Settings | None:
+    """Return Top-KAST's settings, None for a dense run."""
+    callback = instantiate(cfg.sparsity, _convert_="all")
+    if isinstance(callback, TopKastCallback):
+        return callback.settings
+    if type(callback) is Callback:
+        return None
+    raise AppError(f"sparsity: {type(callback).__name__} is not planned: Top-KAST, or sparsity=dense")
+
+
+def _inputs(cfg: DictConfig, model: LightningModule, precision: torch.dtype) -> list[Any]:
+    """Return one batch without values; the model's own example comes first."""
+    example = model.example_input_array
+    if example is not None:
+        given = list(example) if isinstance(example, tuple | list) else [example]
+        return [value.to("meta") if isinstance(value, Tensor) else value for value in given]
+    batch = OmegaConf.select(cfg, "data.batch_size", default=1)
+    if not isinstance(batch, int) or batch < 1:
+        raise AppError(f"data.batch_size={batch} is not valid: expected an int of at least 1")
+    length = OmegaConf.select(cfg, "data.sequence_length")
+    if length is not None:
+        return [torch.zeros(batch, length, dtype=torch.int64)]
+    shape = OmegaConf.select(cfg, "data.input_shape")
+    if shape is None:
+        raise AppError(
+            "data has neither input_shape nor sequence_length, so the model's input is not known: give one, such as "
+            "+data.input_shape=[3,224,224], or the model an example_input_array"
+        )
+    return [torch.zeros(batch, *shape, dtype=precision)]
+
+
+def _optimizer_of(model: LightningModule) -> Callable[[list[nn.Parameter]], Optimizer]:
+    """Return what makes the configured optimizer for other parameters."""
+    if isinstance(model, ClassificationTask):
+        return model.optimizer
+    try:
+        configured: Any = model.configure_optimizers()
+        while not isinstance(configured, Optimizer):  # Lightning allows lists, tuples and dicts of them
+            configured = configured["optimizer"] if isinstance(configured, dict) else configured[0]
+    except Exception as error:
+        raise AppError(
+            f"{type(model).__name__}.configure_optimizers() gives no optimizer before training "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    return lambda parameters: type(configured)(parameters, **configured.defaults)
+
+
+def write_csv(plan: Plan) -> None:
+    """Print a row a layer, and the total as the last one."""
+    rows = [layer.to_dict() for layer in plan.layers]
+    for row in rows:
+        row["shape"] = "x".join(map(str, row["shape"]))
+    totals = plan.totals()
+    rows.append({name: totals.get(name, "") for name in rows[0]} | {"name": "total"})
+    writer = csv.DictWriter(sys.stdout, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+
+
+_FORMATS: dict[str, Callable[[Plan], None]] = {
+    "table": print_tables,
+    "csv": write_csv,
+    "json": lambda plan: print(json.dumps(plan.to_dict(), indent=2)),
+}
+
+
+@hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME)
+def _run(cfg: DictConfig) -> None:
+    with quiet_broken_pipe(), one_line_errors(CONFIG_NAME):  # here too, since Hydra reports whatever leaves its job
+        if cfg.format not in _FORMATS:
+            raise AppError(f"format={cfg.format} is not valid: {did_you_mean(str(cfg.format), _FORMATS)}")
+        _FORMATS[cfg.format](plan(cfg))
+
+
+def main() -> None:
+    """Run the application on the command line's overrides."""
+    let_errors_through()
+    with quiet_broken_pipe(), one_line_errors(CONFIG_NAME):
+        if {"-m", "--multirun"} & set(sys.argv):  # Hydra would write a folder for the sweep
+            raise AppError("a plan is of one run: leave -m out, and plan the runs of a sweep one by one")
+        _run()
+
+
+if __name__ == "__main__":
+    main()

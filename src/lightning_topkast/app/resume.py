@@ -1,0 +1,84 @@
+"""`ckpt_path=auto`: a run that is started again goes on from the newest complete checkpoint in its own folder."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+
+from lightning_topkast.app.checkpoint import Checkpoint
+from lightning_topkast.app.errors import AppError
+
+AUTO = "auto"
+
+_NAMELESS = "torchrun-none"  # trainer=multinode without --rdzv-id
+
+
+def newest_checkpoint(folder: Path) -> str | None:
+    """Return the checkpoint of most steps in a run's folder, None where no complete one is; says what it passes over.
+
+    Of two at the same step the later written one knows more. A checkpoint is a file or, sharded, a folder.
+
+    Args:
+        folder: Of the run: its own checkpoints lie in `checkpoints`, those that SLURM's signal asks for in itself.
+
+    Raises:
+        AppError: torchrun was given no name for the run, so that all nameless ones would share a folder.
+    """
+    if _NAMELESS in folder.parts:
+        raise AppError(
+            "ckpt_path=auto finds a run's checkpoints again by the run's name: start it with torchrun --rdzv-id=NAME, "
+            "or name its folder with hydra.run.dir=..."
+        )
+    complete: list[tuple[int, int, str]] = []
+    for path in sorted([*folder.glob("checkpoints/*.ckpt"), *folder.glob("hpc_ckpt_*.ckpt")]):
+        try:
+            step = _sharded_step(path) if path.is_dir() else Checkpoint(str(path)).step
+            complete.append((step, path.stat().st_mtime_ns, str(path)))
+        except (AppError, OSError) as error:
+            _say(f"passed over: {error}")
+    found = max(complete, default=None)
+    if found is not None:
+        _say(f"goes on from {found[2]}, step {found[0]}")
+    return found[2] if found else None
+
+
+class SameCheckpoint(Callback):
+    """Refuses ranks that go on from different checkpoints, which a folder that they don't share leads to.
+
+    Args:
+        path: What this rank goes on from.
+    """
+
+    def __init__(self, path: str | None) -> None:
+        self.path = path
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Compare with rank 0: the processes are connected by now, and nothing has been loaded."""
+        mine = self.path or "no checkpoint"
+        first: str = trainer.strategy.broadcast(mine)
+        if not trainer.strategy.reduce_boolean_decision(mine == first, all=True):
+            raise AppError(
+                f"ckpt_path=auto: rank 0 goes on from {first}, rank {trainer.global_rank} from {mine}: all nodes must "
+                "see the same run folder, by hydra.run.dir=... on a shared file system"
+            )
+
+
+def _sharded_step(folder: Path) -> int:
+    # Written in this order, when the shards are whole.
+    for name in (".metadata", "meta.pt"):
+        if not (folder / name).is_file():
+            raise AppError(f"the checkpoint {folder} is not complete: it has no {name}")
+    try:
+        return int(torch.load(folder / "meta.pt", map_location="cpu", weights_only=True)["global_step"])
+    except (RuntimeError, UnpicklingError, EOFError, KeyError) as error:
+        raise AppError(f"the checkpoint {folder} is not complete: its meta.pt can't be read") from error
+
+
+def _say(text: str) -> None:
+    if getattr(rank_zero_only, "rank", 0) == 0:
+        print(f"topkast-train: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,101 @@
+"""A job of a sweep (`-m`) that takes several processes: Lightning would start the whole sweep again in each of them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from hydra.utils import get_original_cwd
+from lightning import Trainer
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+
+from lightning_topkast.app.errors import CONFIG_MODULE, AppError
+
+_END = 60.0  # seconds that the other processes may take to end after the first has
+
+
+@contextmanager
+def one_job(trainer: Trainer) -> Iterator[None]:
+    """Let the job of a sweep start processes that run this job only, and see to it that they end with it.
+
+    Raises:
+        AppError: one of them failed, or they should run on several nodes.
+    """
+    launcher = trainer.strategy.launcher
+    if (
+        not _in_sweep()
+        or not isinstance(launcher, _SubprocessScriptLauncher)
+        or trainer.world_size == 1
+        or launcher.cluster_environment.creates_processes_externally  # all of them run every job, one after the other
+    ):
+        yield
+        return
+    if trainer.num_nodes > 1:
+        raise AppError(
+            f"a sweep (-m) can't start its processes on trainer.num_nodes={trainer.num_nodes} nodes by itself: "
+            "let torchrun (trainer=multinode) or SLURM (trainer=slurm) start them"
+        )
+    environment = dict(os.environ)
+    own = _JobLauncher(launcher.cluster_environment, launcher.num_processes, launcher.num_nodes)
+    trainer.strategy._launcher = own
+    try:
+        yield
+        own.join()
+    finally:
+        for process in own.procs:
+            process.kill()
+        # The next job starts as this one did: no group, no rank.
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        os.environ.clear()
+        os.environ.update(environment)
+
+
+class _JobLauncher(_SubprocessScriptLauncher):
+    """Starts the further processes of a job with the job's own overrides and folder, where Lightning takes sys.argv."""
+
+    def join(self) -> None:
+        for number, process in enumerate(self.procs, start=1):
+            try:
+                code = process.wait(_END)
+            except subprocess.TimeoutExpired:
+                raise AppError(f"process {number} of the job did not end within {_END:.0f} s of the first") from None
+            if code:
+                raise AppError(f"process {number} of the job ended with code {code}")
+
+    def _call_children_scripts(self) -> None:
+        self._check_can_spawn_children()
+        os.environ.update(
+            MASTER_ADDR=self.cluster_environment.main_address,
+            MASTER_PORT=str(self.cluster_environment.main_port),
+            NODE_RANK="0",
+            LOCAL_RANK="0",
+            WORLD_SIZE=str(self.num_processes),
+        )
+        for local_rank in range(1, self.num_processes):
+            environment = {**os.environ, "LOCAL_RANK": str(local_rank)}
+            self.procs.append(subprocess.Popen(_command(), env=environment, cwd=get_original_cwd()))
+
+
+def _command() -> list[str]:
+    """The command line of this job alone, which writes no config: the first process has."""
+    config = HydraConfig.get()
+    places = {source.provider: source.path for source in config.runtime.config_sources}  # without file:// and pkg://
+    command = [sys.executable, "-m", "lightning_topkast.app.train", "--config-name", str(config.job.config_name)]
+    if places["main"] != CONFIG_MODULE:
+        command += ["--config-path", places["main"]]
+    if "command-line" in places:
+        command += ["--config-dir", places["command-line"]]
+    folder = config.runtime.output_dir.replace("\\", "\\\\").replace("'", "\\'")
+    own = ["hydra.mode=RUN", f"hydra.run.dir='{folder}'", "hydra.output_subdir=null"]
+    return [*command, *config.overrides.task, *config.overrides.hydra, *own]
+
+
+def _in_sweep() -> bool:
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN

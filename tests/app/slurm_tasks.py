@@ -1,0 +1,76 @@
+"""Run by test_nodes.py as `python slurm_tasks.py FOLDER`: forks the two tasks of a SLURM job.
+
+One import serves all tasks; each has SLURM's variables, its own command line and a log.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
+from lightning.pytorch.utilities import rank_zero_only
+
+from lightning_topkast.app.train import main
+
+OPTIONS = [
+    "trainer=slurm", "trainer.accelerator=cpu", "trainer.precision=32-true", "logger=none", "data.batch_size=32",
+    "trainer.limit_train_batches=10", "trainer.limit_val_batches=1", "trainer.strategy.timeout.seconds=20",
+]  # fmt: skip
+
+
+def task(rank: int, port: int, overrides: list[str], log: Path) -> int:
+    """Fork a task; return its process id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        slurm = {"PROCID": rank, "LOCALID": rank, "NODEID": 0, "NTASKS": 2, "NTASKS_PER_NODE": 2, "NNODES": 1}
+        slurm |= {"JOB_ID": 4242, "STEP_ID": 0, "JOB_NAME": "train"}
+        os.environ.update({f"SLURM_{name}": str(value) for name, value in slurm.items()})
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), PATH="/nowhere")
+        rank_zero_only.rank = rank  # what a process that is started with these variables finds out at import
+        sys.argv = ["topkast-train", *OPTIONS, *overrides]
+        main()
+        code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def job(name: str, *overrides: str, rank1: tuple[str, ...] = (), signalled: bool = False) -> None:
+    """Run both tasks to their end and note their exit codes; task 1 alone may get the signal, in the fourth epoch."""
+    log = Path(f"{name}.log")
+    port = find_free_network_port()
+    pids = [task(rank, port, [*overrides, *(rank1 if rank else ())], log) for rank in (0, 1)]
+    codes: dict[int, int] = {}
+    end = time.monotonic() + 60
+    while len(codes) < 2 and time.monotonic() < end:
+        if signalled and log.exists() and "epoch 3/" in log.read_text():
+            os.kill(pids[1], signal.SIGUSR1)
+            signalled = False
+        for pid in pids:
+            if pid not in codes and (status := os.waitpid(pid, os.WNOHANG))[0]:
+                codes[pid] = os.waitstatus_to_exitcode(status[1])
+        time.sleep(0.05)
+    for pid in set(pids) - codes.keys():
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    Path(f"{name}.json").write_text(json.dumps([codes.get(pid) for pid in pids]))
+
+
+if __name__ == "__main__":
+    os.chdir(sys.argv[1])
+    job("asked", "trainer.max_epochs=100000", signalled=True)
+    job("unshared", "trainer.max_epochs=100000", rank1=("hydra.run.dir=elsewhere",))

@@ -1,0 +1,172 @@
+"""`ckpt_path=auto`: the same command, started again, goes on from what its own folder holds."""
+
+import os
+import signal
+
+import pytest
+import torch
+from lightning import Callback
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
+
+from lightning_topkast.app import train as train_module
+from lightning_topkast.app.errors import explain
+from lightning_topkast.app.requeue import requeue
+from lightning_topkast.app.resume import newest_checkpoint
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:Using .DistributedSampler. with the dataloaders:UserWarning"),
+    pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
+]
+
+SHORT = ("trainer.limit_train_batches=2", "trainer.limit_val_batches=1", "trainer.limit_test_batches=1", "logger=none")
+ON_CPU = ("trainer.accelerator=cpu", "trainer.precision=32-true")
+
+
+@pytest.fixture
+def auto(cli, tmp_path):
+    """Run, or run again, in the test's folder."""
+    return lambda *overrides: cli(*SHORT, f"hydra.run.dir={tmp_path}/run", "ckpt_path=auto", *overrides)
+
+
+def lines(err):
+    return [line.removeprefix("topkast-train: ") for line in err.splitlines() if line.startswith("topkast-train: ")]
+
+
+def write_checkpoint(path, step):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"pytorch-lightning_version": "2", "state_dict": {}, "global_step": step}, path)
+
+
+def write_sharded(folder, step):
+    folder.mkdir(parents=True)
+    (folder / "__0_0.distcp").touch()
+    (folder / ".metadata").touch()
+    torch.save({"global_step": step}, folder / "meta.pt")
+
+
+def test_first_start_begins_anew_and_the_second_goes_on(auto, tmp_path):
+    code, out, err = auto("trainer.max_epochs=1")
+    assert (code, lines(err)) == (0, [])
+    assert "epoch 1/1:" in out
+    code, out, err = auto("trainer.max_epochs=2")
+    assert code == 0
+    (line,) = lines(err)
+    assert line.startswith(f"goes on from {tmp_path}/run/checkpoints/")
+    assert line.endswith("step 2")
+    assert "epoch 2/2:" in out
+    assert "epoch 1/2:" not in out
+
+
+def test_run_that_was_finished_ends_well_again(auto):
+    assert auto("trainer.max_epochs=1")[0] == 0
+    code, out, _ = auto("trainer.max_epochs=1")
+    assert code == 0
+    assert "epoch" not in out.replace("max_epochs", "")
+    assert "test/acc" in out
+
+
+def test_truncated_newer_checkpoint_is_passed_over_in_one_line(auto, tmp_path):
+    assert auto("trainer.max_epochs=1")[0] == 0
+    whole = (tmp_path / "run" / "checkpoints" / "last.ckpt").read_bytes()
+    (tmp_path / "run" / "checkpoints" / "newer.ckpt").write_bytes(whole[: len(whole) // 2])
+    code, out, err = auto("trainer.max_epochs=2")
+    assert code == 0
+    passed, _ = lines(err)
+    assert passed.startswith("passed over: the checkpoint ")
+    assert "newer.ckpt is not complete" in passed
+    assert "epoch 1/2:" not in out
+
+
+def test_most_steps_count_and_then_the_later_file(tmp_path):
+    write_checkpoint(tmp_path / "checkpoints" / "copied.ckpt", step=10)
+    write_checkpoint(tmp_path / "checkpoints" / "best.ckpt", step=20)
+    write_checkpoint(tmp_path / "checkpoints" / "last.ckpt", step=20)
+    os.utime(tmp_path / "checkpoints" / "copied.ckpt", (3e9, 3e9))
+    os.utime(tmp_path / "checkpoints" / "best.ckpt", (2e9, 2e9))
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoints" / "best.ckpt")
+
+
+def test_checkpoint_that_lightning_writes_on_a_slurm_signal_is_seen(tmp_path):
+    write_checkpoint(tmp_path / "checkpoints" / "last.ckpt", step=10)
+    write_checkpoint(tmp_path / "hpc_ckpt_1.ckpt", step=15)
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "hpc_ckpt_1.ckpt")
+
+
+@pytest.mark.parametrize("missing", [".metadata", "meta.pt", "half of meta.pt", None])
+def test_sharded_checkpoint_counts_if_it_is_complete(tmp_path, capsys, missing):
+    write_checkpoint(tmp_path / "checkpoints" / "last.ckpt", step=10)
+    folder = tmp_path / "checkpoints" / "sharded.ckpt"
+    write_sharded(folder, step=20)
+    if missing == "half of meta.pt":
+        content = (folder / "meta.pt").read_bytes()
+        (folder / "meta.pt").write_bytes(content[: len(content) // 2])
+    elif missing:
+        (folder / missing).unlink()
+    expected = "last.ckpt" if missing else "sharded.ckpt"
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoints" / expected)
+    assert ("passed over: the checkpoint" in capsys.readouterr().err) == bool(missing)
+
+
+def test_torchrun_without_a_name_for_the_run_is_refused(cli):
+    code, _, err = cli("trainer=multinode", *SHORT, *ON_CPU)
+    assert code == 2
+    assert "--rdzv-id=NAME" in lines(err)[-1]
+
+
+class Signal(Callback):
+    """Sends the signal that SLURM sends before a job's time is over."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 3:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def test_job_whose_time_is_over_saves_requeues_and_goes_on(cli, tmp_path, monkeypatch):
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{scontrol.parent}:{os.environ['PATH']}")
+    for name, value in {"NTASKS": 1, "NTASKS_PER_NODE": 1, "NNODES": 1, "PROCID": 0, "LOCALID": 0, "NODEID": 0}.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    monkeypatch.setenv("SLURM_JOB_ID", "4242")
+    monkeypatch.setenv("MASTER_PORT", str(find_free_network_port()))
+    command = ("trainer=slurm", *SHORT[1:], *ON_CPU, "trainer.max_epochs=2", "callbacks.requeue.every=1")
+    build = train_module.build_callbacks
+    with monkeypatch.context() as m:
+        m.setattr(train_module, "build_callbacks", lambda *a, **k: [*build(*a, **k), Signal()])
+        code, _, err = cli(*command)
+    assert code == 143, err
+    path = "outputs/slurm-4242-0/checkpoints/requeue.ckpt"
+    assert any(line.startswith("asked to stop: saved ") and line.endswith("requeued job 4242") for line in lines(err))
+    assert (tmp_path / "asked").read_text() == "requeue 4242\n"
+    assert torch.load(tmp_path / path, weights_only=True)["global_step"] == 4
+    torch.distributed.destroy_process_group()
+    code, out, err = cli(*command)
+    assert code == 0
+    assert lines(err)[0].endswith(f"{path}, step 4")
+    assert "epoch 2/2:" in out
+
+
+def test_task_of_an_array_is_requeued_by_its_own_number(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3", "SLURM_JOB_ID": "10"}
+    assert requeue(array).startswith("could not requeue job 7_3 (")
+    assert requeue({}) == "no SLURM job to requeue"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.distributed.DistNetworkError("connect() timed out"),
+        RuntimeError("[a/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 1800ms for recv operation"),
+        RuntimeError("Application timeout caused pair closure"),
+    ],
+)
+def test_lost_connection_is_told_from_a_mistake(error, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    line = explain(error)
+    assert line.startswith("rank 3: the connection to another process is lost (")
+    assert "gloo/transport" not in line
+    assert explain(RuntimeError("a bug")) is None

@@ -1,0 +1,104 @@
+"""Selection over parts that see each other's counts only: the sets are those of the whole, entry for entry."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_topkast.selection import NonFiniteScoresError, nested_top_k
+from lightning_topkast.sharded_selection import nested_top_k_of_shards
+
+
+class Parts:
+    """Sums over threads that stand for the processes."""
+
+    def __init__(self, count):
+        self.count, self.values, self.calls = count, [None] * count, 0
+        self.barrier = threading.Barrier(count, timeout=20)
+
+    def total(self, rank):
+        def total(value):
+            self.values[rank] = value.clone()
+            self.barrier.wait()
+            summed = torch.stack(self.values).sum(0)
+            self.calls += rank == 0
+            self.barrier.wait()
+            return summed
+
+        return total
+
+
+def select(scores, counts, owner):
+    """Tiers of flat `scores` whose entry i is held by part owner[i]."""
+    held = [torch.nonzero(owner == rank).flatten() for rank in range(int(owner.max()) + 1)]
+    parts = Parts(len(held))
+
+    def work(rank):
+        total, mine = parts.total(rank), held[rank]
+        return nested_top_k_of_shards(scores[mine], counts, scores.numel(), total, lambda positions: mine[positions])
+
+    tiers = torch.full_like(scores, 99, dtype=torch.uint8)
+    with ThreadPoolExecutor(len(held)) as pool:
+        for mine, chosen in zip(held, pool.map(work, range(len(held))), strict=True):
+            tiers[mine] = chosen
+    return tiers, parts.calls
+
+
+@settings(deadline=None, max_examples=150)
+@given(data=st.data())
+def test_parts_choose_what_the_whole_would(data):
+    size = data.draw(st.integers(1, 200))
+    kind = data.draw(st.sampled_from(["few values", "all equal", "any", "tiny", "bfloat16", "float64"]))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    scores = torch.rand(size, generator=generator)
+    if kind == "few values":
+        scores = torch.randint(3, (size,), generator=generator).float()
+    elif kind == "all equal":
+        scores = torch.full((size,), 0.5)
+    elif kind == "tiny":
+        scores = scores * 1e-40  # denormal
+    elif kind == "bfloat16":
+        scores = scores.bfloat16()
+    elif kind == "float64":
+        scores = scores.double() * 1e-200
+    updated = data.draw(st.integers(0, size))
+    active = data.draw(st.integers(0, updated))
+    owner = torch.randint(data.draw(st.integers(1, 4)), (size,), generator=generator)
+    tiers, _ = select(scores, (updated, active), owner)
+    assert torch.equal(tiers, nested_top_k(scores, (updated, active)))
+
+
+def test_ties_go_to_the_lowest_index_of_the_whole():
+    tiers, _ = select(torch.tensor([1.0, 2.0, 2.0, 2.0, 2.0, 0.0]), (3, 2), torch.tensor([0, 1, 0, 1, 0, 1]))
+    assert tiers.tolist() == [0, 2, 2, 1, 0, 0]
+
+
+def test_minus_zero_is_zero():
+    tiers, _ = select(torch.tensor([-0.0, 0.0, 1.0]), (2,), torch.tensor([0, 1, 1]))
+    assert tiers.tolist() == [1, 0, 1]
+
+
+def test_distinct_scores_take_three_rounds_a_set_and_ties_a_few_more():
+    scores = torch.rand(5000, generator=torch.Generator().manual_seed(0))
+    owner = torch.arange(5000) % 3
+    assert select(scores, (1000, 500), owner)[1] <= 1 + 2 * 3
+    assert select(torch.ones(5000), (1000, 500), owner)[1] <= 1 + 2 * (3 + 2)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_every_part_refuses_what_is_not_finite_in_one(value):
+    scores, parts, refused = torch.ones(2, 4), Parts(2), []
+    scores[1, 2] = value
+
+    def work(rank):
+        try:
+            nested_top_k_of_shards(scores[rank], (2,), 8, parts.total(rank), lambda positions: positions + 4 * rank)
+        except NonFiniteScoresError:
+            refused.append(rank)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(work, range(2)))
+    assert sorted(refused) == [0, 1]

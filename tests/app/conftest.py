@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,7 +34,6 @@ def clean_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
     """Each test starts in an empty folder, logged out of W&B, and leaves the process as it was."""
     environment = dict(os.environ)
     threads = torch.get_num_threads()
-    usr1 = signal.getsignal(signal.SIGUSR1)
     torch.set_num_threads(1)
     monkeypatch.chdir(tmp_path)
     for name in [name for name in os.environ if name.startswith(("WANDB_", "HYDRA_", "SLURM_", "TOPKAST_"))]:
@@ -44,7 +42,6 @@ def clean_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
     yield
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    signal.signal(signal.SIGUSR1, usr1)
     GlobalHydra.instance().clear()
     HydraConfig.instance().cfg = None
     torch.set_num_threads(threads)

@@ -50,16 +50,25 @@ def task(rank: int, port: int, overrides: list[str], log: Path) -> int:
 
 
 def job(name: str, *overrides: str, rank1: tuple[str, ...] = (), signalled: bool = False) -> None:
-    """Run both tasks to their end and note their exit codes; task 1 alone may get the signal, in the fourth epoch."""
-    log = Path(f"{name}.log")
+    """Run both tasks to their end and note their exit codes.
+
+    Task 1 alone may get the signal, in the fourth epoch; SLURM ends both once the job is saved and requeued.
+    """
+    log, result = Path(f"{name}.log"), Path(f"{name}.json")
     port = find_free_network_port()
     pids = [task(rank, port, [*overrides, *(rank1 if rank else ())], log) for rank in (0, 1)]
+    saved = Path("outputs/slurm-4242-0/hpc_ckpt_1.ckpt")
     codes: dict[int, int] = {}
     end = time.monotonic() + 60
     while len(codes) < 2 and time.monotonic() < end:
         if signalled and log.exists() and "epoch 3/" in log.read_text():
             os.kill(pids[1], signal.SIGUSR1)
             signalled = False
+        if name == "asked" and saved.exists():
+            time.sleep(0.5)  # training has gone on
+            for pid in pids:
+                os.kill(pid, signal.SIGTERM)
+            name = "asked and ended"
         for pid in pids:
             if pid not in codes and (status := os.waitpid(pid, os.WNOHANG))[0]:
                 codes[pid] = os.waitstatus_to_exitcode(status[1])
@@ -67,7 +76,7 @@ def job(name: str, *overrides: str, rank1: tuple[str, ...] = (), signalled: bool
     for pid in set(pids) - codes.keys():
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-    Path(f"{name}.json").write_text(json.dumps([codes.get(pid) for pid in pids]))
+    result.write_text(json.dumps([codes.get(pid) for pid in pids]))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,11 @@
 """`ckpt_path=auto`: the same command, started again, goes on from what its own folder holds."""
 
 import os
-import signal
 
 import pytest
 import torch
-from lightning import Callback
-from lightning.fabric.plugins.environments.lightning import find_free_network_port
 
-from lightning_topkast.app import train as train_module
 from lightning_topkast.app.errors import explain
-from lightning_topkast.app.requeue import requeue
 from lightning_topkast.app.resume import newest_checkpoint
 
 pytestmark = [
@@ -112,48 +107,6 @@ def test_torchrun_without_a_name_for_the_run_is_refused(cli):
     code, _, err = cli("trainer=multinode", *SHORT, *ON_CPU)
     assert code == 2
     assert "--rdzv-id=NAME" in lines(err)[-1]
-
-
-class Signal(Callback):
-    """Sends the signal that SLURM sends before a job's time is over."""
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_step == 3:
-            os.kill(os.getpid(), signal.SIGUSR1)
-
-
-def test_job_whose_time_is_over_saves_requeues_and_goes_on(cli, tmp_path, monkeypatch):
-    scontrol = tmp_path / "bin" / "scontrol"
-    scontrol.parent.mkdir()
-    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
-    scontrol.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{scontrol.parent}:{os.environ['PATH']}")
-    for name, value in {"NTASKS": 1, "NTASKS_PER_NODE": 1, "NNODES": 1, "PROCID": 0, "LOCALID": 0, "NODEID": 0}.items():
-        monkeypatch.setenv(f"SLURM_{name}", str(value))
-    monkeypatch.setenv("SLURM_JOB_ID", "4242")
-    monkeypatch.setenv("MASTER_PORT", str(find_free_network_port()))
-    command = ("trainer=slurm", *SHORT[1:], *ON_CPU, "trainer.max_epochs=2", "callbacks.requeue.every=1")
-    build = train_module.build_callbacks
-    with monkeypatch.context() as m:
-        m.setattr(train_module, "build_callbacks", lambda *a, **k: [*build(*a, **k), Signal()])
-        code, _, err = cli(*command)
-    assert code == 143, err
-    path = "outputs/slurm-4242-0/checkpoints/requeue.ckpt"
-    assert any(line.startswith("asked to stop: saved ") and line.endswith("requeued job 4242") for line in lines(err))
-    assert (tmp_path / "asked").read_text() == "requeue 4242\n"
-    assert torch.load(tmp_path / path, weights_only=True)["global_step"] == 4
-    torch.distributed.destroy_process_group()
-    code, out, err = cli(*command)
-    assert code == 0
-    assert lines(err)[0].endswith(f"{path}, step 4")
-    assert "epoch 2/2:" in out
-
-
-def test_task_of_an_array_is_requeued_by_its_own_number(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3", "SLURM_JOB_ID": "10"}
-    assert requeue(array).startswith("could not requeue job 7_3 (")
-    assert requeue({}) == "no SLURM job to requeue"
 
 
 @pytest.mark.parametrize(

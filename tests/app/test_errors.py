@@ -53,7 +53,6 @@ def last_line(err: str) -> str:
             "-m seed=0,1 trainer=ddp_cpu trainer.num_nodes=2",
             "a sweep (-m) can't start its processes on trainer.num_nodes=2",
         ),
-        ("trainer=slurm callbacks.requeue.every=0", "callbacks.requeue: every=0 is out of range"),
     ],
 )
 def test_mistake_is_answered_in_one_line(arguments, expected, cli):

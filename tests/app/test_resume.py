@@ -184,3 +184,22 @@ def test_job_that_slurm_ends_goes_on_by_itself(cli, tmp_path, monkeypatch):
     assert resumed["global_step"] == 6
     for part in ("state_dict", "optimizer_states", "lr_schedulers"):
         assert same(whole[part], resumed[part]), part
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_run_resumed_in_the_middle_of_an_epoch_sees_the_batches_that_are_left(cli, tmp_path, workers):
+    """Two of three epochs of five batches, saved at every second step; the seventh step is the second of its epoch."""
+    run = (
+        "logger=none", "trainer.limit_train_batches=5", "trainer.limit_val_batches=1", "test=false",
+        "trainer.max_epochs=3", f"data.num_workers={workers}", "recipe.update_every=2",
+    )  # fmt: skip
+    every = ("+callbacks.last_checkpoint.every_n_train_steps=1", "+callbacks.last_checkpoint.save_top_k=-1")
+    name = "callbacks.last_checkpoint.filename='{step}'"
+    assert cli(*run, *every, name, f"paths.output_dir={tmp_path}/whole")[0] == 0
+    middle = tmp_path / "whole" / "checkpoints" / "step=7.ckpt"
+    assert cli(*run, *every, name, f"ckpt_path='{middle}'", f"paths.output_dir={tmp_path}/resumed")[0] == 0
+    whole = torch.load(tmp_path / "whole" / "checkpoints" / "step=15.ckpt", weights_only=True)
+    resumed = torch.load(tmp_path / "resumed" / "checkpoints" / "step=15.ckpt", weights_only=True)
+    assert not (tmp_path / "resumed" / "checkpoints" / "step=7.ckpt").exists()
+    for part in ("state_dict", "optimizer_states", "lr_schedulers"):
+        assert same(whole[part], resumed[part]), part

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any, cast
 
 import torch
 from lightning import LightningDataModule
@@ -21,7 +22,7 @@ class SplitData(LightningDataModule):
     """Base of the data modules: a subclass fills `train_set`, `val_set` and `test_set` in `load`.
 
     The order of the training examples depends on `seed` and the epoch only: runs that differ in sparsity see the same
-    batches, and a run resumed at an epoch's end continues with the batches it would have seen.
+    batches, and a run that is resumed continues with the batches it would have seen, also in the middle of an epoch.
 
     Args:
         batch_size: Examples a step and process.
@@ -42,6 +43,8 @@ class SplitData(LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self._loaded = False
+        self._train_loader: ResumableLoader | None = None
+        self._position: Mapping[str, int] | None = None
 
     @abstractmethod
     def load(self) -> None:
@@ -60,10 +63,25 @@ class SplitData(LightningDataModule):
         world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         size = len(self.train_set)  # type: ignore[arg-type]
         # Lightning tells this sampler the epoch, also on one process; its order then survives a resume.
-        sampler: DistributedSampler[Example] = DistributedSampler(
-            self.train_set, num_replicas=world, rank=rank, shuffle=True, seed=self.seed
+        sampler = ResumableSampler(self.train_set, num_replicas=world, rank=rank, shuffle=True, seed=self.seed)
+        loader = self._loader(
+            self.train_set, kind=ResumableLoader, sampler=sampler, drop_last=size // world >= self.batch_size
         )
-        return self._loader(self.train_set, sampler=sampler, drop_last=size // world >= self.batch_size)
+        self._train_loader = cast(ResumableLoader, loader)
+        self._train_loader.position, self._position = self._position, None
+        return loader
+
+    def state_dict(self) -> dict[str, int]:
+        """Where training is in its epoch.
+
+        Lightning asks the loader itself, too, but gives its state back to none that was made before the loops were
+        restored, as it is where the length of the run is asked for.
+        """
+        return self._train_loader.state_dict() if self._train_loader is not None else {}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Let the next training loader begin there."""
+        self._position = state_dict or None
 
     def val_dataloader(self) -> DataLoader[Example]:
         """Validation batches in order."""
@@ -73,8 +91,10 @@ class SplitData(LightningDataModule):
         """Test batches in order."""
         return self._loader(self.test_set)
 
-    def _loader(self, dataset: Dataset[Example], **options: Any) -> DataLoader[Example]:
-        return DataLoader(
+    def _loader(
+        self, dataset: Dataset[Example], kind: type[DataLoader[Example]] = DataLoader, **options: Any
+    ) -> DataLoader[Example]:
+        return kind(
             dataset,
             batch_size=self.batch_size,
             num_workers=self.num_workers,
@@ -83,6 +103,44 @@ class SplitData(LightningDataModule):
             collate_fn=self.collate,
             **options,
         )
+
+
+class ResumableSampler(DistributedSampler[Example]):
+    """A `DistributedSampler` that can leave out the examples an epoch has begun with."""
+
+    skip = 0
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield indices from the first that is not skipped."""
+        return islice(super().__iter__(), self.skip, None)
+
+
+class ResumableLoader(DataLoader[Example]):
+    """A loader over a `ResumableSampler` that can begin in the middle of an epoch; what was seen is not read again."""
+
+    sampler: ResumableSampler
+    position: Mapping[str, int] | None = None  # where to begin: an epoch, and how many of its batches were seen
+
+    _batches = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """The present epoch, and how many of its batches were handed out."""
+        return {"epoch": self.sampler.epoch, "batches": self._batches}
+
+    def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
+        """Begin there the next time."""
+        self.position = state_dict
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # what DataLoader returns is one
+        """Yield an epoch's batches, or those that are left of it."""
+        position, self.position = self.position, None
+        # saved at an epoch's end, it is the next epoch that comes now
+        goes_on = position is not None and position["epoch"] == self.sampler.epoch
+        self._batches = position["batches"] % len(self) if position is not None and goes_on else 0
+        self.sampler.skip = self._batches * (self.batch_size or 1)
+        for batch in super().__iter__():
+            self._batches += 1
+            yield batch
 
 
 class ArrayDataset(Dataset[Any]):

@@ -49,6 +49,7 @@ def test_step_overhead_compares_every_variant_on_every_network(tmp_path):
         assert f"### {title}" in run.stdout
 
 
+@pytest.mark.timeout(400)  # a minute on a core that has nothing else to do
 def test_packed_times_every_variant_and_counts_its_bytes(tmp_path):
     run_benchmark("packed.py", "--quick", "--json", tmp_path / "figures.json", "--plot", tmp_path / "speed.png")
     figures = json.loads((tmp_path / "figures.json").read_text())

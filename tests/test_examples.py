@@ -1,7 +1,9 @@
 """Every example runs, and does what it says."""
 
+import os
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
-from tests.helpers import fit, make_callback, make_net, make_trainer
+from tests.helpers import fit, make_callback, make_net, make_trainer, plain_path
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -24,7 +26,7 @@ def run(monkeypatch, tmp_path, capsys, name, *arguments):
 def test_every_example_is_run_here():
     names = {str(path.relative_to(EXAMPLES)) for path in EXAMPLES.rglob("*.py")}
     run_here = {"callback.py", "plain_loop.py", "cli/main.py", "transformer.py", "read_checkpoint.py"}
-    run_here |= {"plot_curves.py", "packed.py"}
+    run_here |= {"plot_curves.py", "packed.py", "fsdp2.py"}
     assert names == run_here
 
 
@@ -43,6 +45,16 @@ def test_a_packed_network_is_born_without_memory_and_compressed_at_the_end(monke
     assert losses[-1] < 0.7 * losses[0]
     assert "104,858 values stand for 1,048,576 entries" in output
     assert "CsrLinear(in_features=1024, out_features=1024, density=0.0500)" in output
+
+
+def test_two_processes_shard_weights_and_masks(tmp_path):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(plain_path()), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, EXAMPLES / "fsdp2.py"]
+    output = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True
+    )
+    expected = "rank 0 holds 15,000 of 30,000 entries of net.2.weight; 3,000 are in use, 3,000 were asked for"
+    assert expected in output.stdout
 
 
 def test_lightning_cli_builds_the_callback_from_yaml(monkeypatch, tmp_path, capsys, caplog):

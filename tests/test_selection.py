@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_topkast.selection import (
-    _SAMPLE,
+    SAMPLE,
     NonFiniteScoresError,
     _tiers_torch,
     nested_top_k,
@@ -84,7 +84,7 @@ def test_a_large_weight_is_selected_exactly_whatever_its_sample_says(kind):
     if kind == "ascending":
         scores = scores.sort().values
     elif kind.startswith("sampled"):
-        scores[:: size // _SAMPLE | 1] = 0.0 if "smallest" in kind else 2.0
+        scores[:: size // SAMPLE | 1] = 0.0 if "smallest" in kind else 2.0
     order = torch.sort(scores, descending=True, stable=True).indices  # stable: ties to the lowest index
     expected = torch.zeros(size, dtype=torch.uint8)
     expected[order[:updated]] += 1

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_topkast.selection import NonFiniteScoresError, nested_top_k
+from lightning_topkast import sharded_selection
+from lightning_topkast.selection import SAMPLE, NonFiniteScoresError, nested_top_k
 from lightning_topkast.sharded_selection import nested_top_k_of_shards
 
 
@@ -71,6 +72,44 @@ def test_parts_choose_what_the_whole_would(data):
     assert torch.equal(tiers, nested_top_k(scores, (updated, active)))
 
 
+@pytest.mark.parametrize("size", [4 * SAMPLE + 1, 7 * SAMPLE])
+@pytest.mark.parametrize("kind", ["normal", "sorted", "few values", "all equal", "misleading sample", "float64"])
+def test_parts_of_a_large_weight_choose_what_the_whole_would(kind, size):
+    """Large enough that a sample brackets the thresholds; where it misleads, all entries are searched."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(size, generator=generator).abs()
+    if kind == "sorted":
+        scores = scores.sort().values
+    elif kind == "few values":
+        scores = scores.round()
+    elif kind == "all equal":
+        scores = torch.ones(size)
+    elif kind == "float64":
+        scores = scores.double()
+    owner = torch.arange(size) * 3 // size
+    if kind == "misleading sample":
+        for rank in range(3):
+            mine = torch.nonzero(owner == rank).flatten()
+            scores[mine[:: size // SAMPLE | 1]] = 100.0
+    for counts in ((size // 5, size // 10), (size, size // 2), (3, 0)):
+        tiers, _ = select(scores, counts, owner)
+        assert torch.equal(tiers, nested_top_k(scores, counts)), counts
+
+
+def test_few_candidates_are_left_to_be_searched(monkeypatch):
+    searched = []
+    largest = sharded_selection._largest
+
+    def noting(keys, *arguments):
+        searched.append(keys.numel())
+        return largest(keys, *arguments)
+
+    monkeypatch.setattr(sharded_selection, "_largest", noting)
+    size = 16 * SAMPLE
+    select(torch.randn(size, generator=torch.Generator().manual_seed(0)).abs(), (size // 5,), torch.arange(size) % 2)
+    assert 0 < sum(searched) < size // 8
+
+
 def test_ties_go_to_the_lowest_index_of_the_whole():
     tiers, _ = select(torch.tensor([1.0, 2.0, 2.0, 2.0, 2.0, 0.0]), (3, 2), torch.tensor([0, 1, 0, 1, 0, 1]))
     assert tiers.tolist() == [0, 2, 2, 1, 0, 0]
@@ -88,14 +127,15 @@ def test_distinct_scores_take_three_rounds_a_set_and_ties_a_few_more():
     assert select(torch.ones(5000), (1000, 500), owner)[1] <= 1 + 2 * (3 + 2)
 
 
+@pytest.mark.parametrize("size", [4, 3 * SAMPLE])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_every_part_refuses_what_is_not_finite_in_one(value):
-    scores, parts, refused = torch.ones(2, 4), Parts(2), []
+def test_every_part_refuses_what_is_not_finite_in_one(value, size):
+    scores, parts, refused = torch.ones(2, size), Parts(2), []
     scores[1, 2] = value
 
     def work(rank):
         try:
-            nested_top_k_of_shards(scores[rank], (2,), 8, parts.total(rank), lambda positions: positions + 4 * rank)
+            nested_top_k_of_shards(scores[rank], (2, 1), 2 * size, parts.total(rank), lambda places: places)
         except NonFiniteScoresError:
             refused.append(rank)
 

@@ -16,8 +16,8 @@ RESERVOIR, EXPLORING, ACTIVE = 0, 1, 2
 # Entries handled at a time on CPU, so that temporaries stay in the L2 cache.
 _CHUNK = 1 << 16
 # Entries that the bounds of a threshold are estimated from.
-_SAMPLE = 1 << 16
-_EVERYTHING = -math.inf, math.inf
+SAMPLE = 1 << 16
+EVERYTHING = -math.inf, math.inf
 
 # scores, sizes of nested sets → for every entry, how many of the sets it belongs to
 TopK = Callable[[Tensor, Sequence[int]], Tensor]
@@ -84,12 +84,12 @@ def top_k_then_random(
 def _tiers_numpy(scores: np.ndarray, counts: Sequence[int]) -> Tensor:
     """`nested_top_k` of flat CPU scores: all above a bracket of the threshold, and the largest of those in it."""
     tiers = np.zeros(scores.size, dtype=np.uint8)
-    scans = _scan(scores, [_bracket(scores, count) for count in counts])
+    scans = scan(scores, [_bracket(scores, count) for count in counts])
     for count, (above, candidates) in zip(counts, scans, strict=True):
         missing = count - int(np.count_nonzero(above))
         if not 0 <= missing <= candidates.size:
             # The sample misled, as it does where order in memory and order of size go together.
-            ((above, candidates),) = _scan(scores, [_EVERYTHING])
+            ((above, candidates),) = scan(scores, [EVERYTHING])
             missing = count
         tiers += above.view(np.uint8)
         tiers[_largest(scores, candidates, missing)] += 1
@@ -98,17 +98,17 @@ def _tiers_numpy(scores: np.ndarray, counts: Sequence[int]) -> Tensor:
 
 def _bracket(scores: np.ndarray, count: int) -> tuple[float, float]:
     """Bounds that very likely enclose the `count`-th largest score and few others, from a sample."""
-    if scores.size <= 4 * _SAMPLE:
-        return _EVERYTHING
+    if scores.size <= 4 * SAMPLE:
+        return EVERYTHING
     # an odd stride, so that it meets every column of the usual widths
-    sample = np.sort(scores[:: scores.size // _SAMPLE | 1])
+    sample = np.sort(scores[:: scores.size // SAMPLE | 1])
     below = 1 - count / scores.size
     margin = 4 * math.sqrt(sample.size * below * (1 - below)) + 1  # four standard deviations of the rank
     low, high = math.floor(sample.size * below - margin), math.ceil(sample.size * below + margin)
     return sample[low] if low >= 0 else -math.inf, sample[high] if high < sample.size else math.inf
 
 
-def _scan(scores: np.ndarray, brackets: Sequence[tuple[float, float]]) -> list[tuple[np.ndarray, np.ndarray]]:
+def scan(scores: np.ndarray, brackets: Sequence[tuple[float, float]]) -> list[tuple[np.ndarray, np.ndarray]]:
     """For every bracket, which scores lie above it (bool), and the indices of those in it; one pass over memory."""
     scans: list[tuple[np.ndarray, list[np.ndarray]]] = [(np.empty(scores.size, dtype=bool), []) for _ in brackets]
     members = np.empty(min(scores.size, _CHUNK), dtype=bool)

@@ -21,29 +21,19 @@ class WholeStepCheckpoint(ModelCheckpoint):
       with `every_n_train_steps`, right after having been resumed. Here it waits for the end of the step.
     - It saves by steps or time at an epoch's last batch, from where a resumed run counts its epochs wrongly, so that
       the next resume trains other batches. Here it waits for the end of the epoch, unless it follows a metric.
-    - The signal by which SLURM announces the end of a job is answered wherever it hits, perhaps in the middle of the
-      optimizer's step, and by every rank where that is just then, so that they may wait for each other for ever.
-      Here it waits for one of the two, at which the ranks agree; so the notice that SLURM gives (`--signal=USR1@90`:
-      90 seconds) must be long enough for a step, or for a validation.
+    - The signal by which SLURM announces the end of a job, and SIGTERM where there are several ranks, are answered
+      wherever they hit, perhaps in the middle of the optimizer's step, and by every rank where that is just then, so
+      that they may wait for each other for ever. Here they wait for one of the two, at which the ranks agree by a tiny
+      all-reduce; so the notice that SLURM gives (`--signal=USR1@90`: 90 seconds) must be long enough for a step, or for
+      a validation.
     """
 
-    _requeue: Callable[[], Any] | None = None  # Lightning's answer to the signal, until it is given
-    _asked_to_requeue = False
+    _signals: "_Signals | None" = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Come before Lightning's answer to SLURM's signal, which has just been registered."""
+        """Come before Lightning's answers to signals, which have just been registered."""
         super().on_train_start(trainer, pl_module)
-        self._requeue, self._asked_to_requeue = None, False
-        environment = trainer._accelerator_connector.cluster_environment
-        if not isinstance(environment, SLURMEnvironment) or not environment.auto_requeue:
-            return
-        signum = environment.requeue_signal
-        if signum is None or threading.current_thread() is not threading.main_thread():
-            return
-        handler = signal.getsignal(signum)
-        if isinstance(handler, _HandlersCompose):  # not the user's own, nor that of another checkpoint callback
-            self._requeue = partial(handler, signum, None)  # type: ignore[arg-type]
-            signal.signal(signum, self._note)  # after the run, Lightning puts back what was there before it
+        self._signals = _Signals(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -55,20 +45,66 @@ class WholeStepCheckpoint(ModelCheckpoint):
                 super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         elif not epoch._should_accumulate():
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-            self._requeue_if_asked(trainer)
+            self._answer_signals()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save what is due by epochs, and what was due at the last batch."""
         super().on_train_epoch_end(trainer, pl_module)
         if self.monitor is None:
             super().on_train_batch_end(trainer, pl_module, None, None, -1)
-        self._requeue_if_asked(trainer)
+        self._answer_signals()
+
+    def _answer_signals(self) -> None:
+        if self._signals is not None:
+            self._signals.answer()
+
+
+class _Signals:
+    """Lightning's answers to signals, put off until the ranks agree that one of them was sent one.
+
+    Args:
+        trainer: which has registered its handlers; it puts back those before its own after the run.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._answers: dict[int, Callable[[], Any]] = {}
+        self._noted: set[int] = set()
+        if threading.current_thread() is not threading.main_thread():
+            return
+        environment = trainer._accelerator_connector.cluster_environment
+        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and environment.requeue_signal:
+            signum = int(environment.requeue_signal)
+            handler = self._take(signum)
+            if handler is not None:
+                self._answers[signum] = partial(handler, signum, None)  # type: ignore[arg-type]
+        if trainer.world_size > 1:
+            handler = self._take(signal.SIGTERM)
+            if handler is not None:
+                self._answers[signal.SIGTERM] = partial(self._stop, handler)
+
+    def _take(self, signum: int) -> _HandlersCompose | None:
+        """Note the signal from now on; returns Lightning's handler, None where it is a user's or taken already."""
+        handler = signal.getsignal(signum)
+        if not isinstance(handler, _HandlersCompose):
+            return None
+        signal.signal(signum, self._note)
+        return handler
 
     def _note(self, signum: int, frame: Any) -> None:
-        self._asked_to_requeue = True
+        self._noted.add(signum)
 
-    def _requeue_if_asked(self, trainer: Trainer) -> None:
-        requeue = self._requeue
-        if requeue is not None and trainer.strategy.reduce_boolean_decision(self._asked_to_requeue, all=False):
-            self._requeue = None  # once: the signal may reach other ranks later
-            requeue()
+    def answer(self) -> None:
+        """Give the answers that are due, on all ranks; a collective if there are several and anything was put off."""
+        for signum in sorted(self._answers):
+            if self._trainer.strategy.reduce_boolean_decision(signum in self._noted, all=False):
+                self._answers.pop(signum)()  # once: the signal may reach other ranks later
+
+    def _stop(self, handler: _HandlersCompose) -> None:
+        # Lightning raises its SIGTERMException where it sees this next, which is now the same place on every rank. Its
+        # own handler would broadcast, too.
+        connector = self._trainer._signal_connector
+        connector.received_sigterm = True
+        for each in handler.signal_handlers:
+            if getattr(each, "__self__", None) is not connector and callable(each):
+                each(signal.SIGTERM, None)  # type: ignore[arg-type]

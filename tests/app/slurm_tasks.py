@@ -52,7 +52,7 @@ def task(rank: int, port: int, overrides: list[str], log: Path) -> int:
 def job(name: str, *overrides: str, rank1: tuple[str, ...] = (), signalled: bool = False) -> None:
     """Run both tasks to their end and note their exit codes.
 
-    Task 1 alone may get the signal, in the fourth epoch; SLURM ends both once the job is saved and requeued.
+    Task 1 alone may get the signals: in the fourth epoch that to requeue, and once the job is saved that to end.
     """
     log, result = Path(f"{name}.log"), Path(f"{name}.json")
     port = find_free_network_port()
@@ -66,8 +66,7 @@ def job(name: str, *overrides: str, rank1: tuple[str, ...] = (), signalled: bool
             signalled = False
         if name == "asked" and saved.exists():
             time.sleep(0.5)  # training has gone on
-            for pid in pids:
-                os.kill(pid, signal.SIGTERM)
+            os.kill(pids[1], signal.SIGTERM)
             name = "asked and ended"
         for pid in pids:
             if pid not in codes and (status := os.waitpid(pid, os.WNOHANG))[0]:

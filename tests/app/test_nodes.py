@@ -76,7 +76,7 @@ def slurm(tmp_path_factory):
     return folder
 
 
-def test_slurm_tasks_save_together_although_the_signal_reaches_only_one(slurm):
+def test_slurm_tasks_save_and_end_together_although_the_signals_reach_only_one(slurm):
     log = (slurm / "asked.log").read_text()
     assert json.loads((slurm / "asked.json").read_text()) == [143, 143], log[-4000:]
     saved = torch.load(slurm / "outputs" / "slurm-4242-0" / "hpc_ckpt_1.ckpt", weights_only=True)

@@ -335,6 +335,8 @@ def test_packed_weights_and_a_sparse_all_reduce_send_b_only():
     updated = round(0.3 * 20 * 30)
     payloads = {name: layer.bytes.payload for name, layer in layers.items()}
     assert payloads == {"dense": 2400, "sparse": 4 * updated, "sparse_bf16": 2 * updated, "packed": 4 * updated}
+    # the hook keeps B's flat indices, 64 bits each
+    assert layers["sparse"].bytes.indices - layers["dense"].bytes.indices == 8 * updated
 
 
 def test_fsdp2_gathers_twice_and_scatters_once_a_batch():

@@ -161,9 +161,10 @@ def bytes_of(held: Held, optimizer: OptimizerState, parallel: Parallel) -> Bytes
     if held.execution == "masked":
         # of a sharded weight each device has about its share of the exploring entries
         share = entries / max(prod(held.shape), 1)
-        found += Bytes(
-            masks=2 * entries, reserve=entries * itemsize, indices=_INT64 * round((held.present - held.active) * share)
-        )
+        indices = round((held.present - held.active) * share)
+        if parallel.strategy == "ddp" and parallel.all_reduce != "dense":
+            indices += held.present  # B's, which the communication hook keeps
+        found += Bytes(masks=2 * entries, reserve=entries * itemsize, indices=_INT64 * indices)
     elif held.packs:
         found += Bytes(indices=_packing(held), host=(itemsize + 2) * prod(held.shape))
     return found + _traffic(held, parallel)

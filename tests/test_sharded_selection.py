@@ -96,6 +96,15 @@ def test_parts_of_a_large_weight_choose_what_the_whole_would(kind, size):
         assert torch.equal(tiers, nested_top_k(scores, counts)), counts
 
 
+@pytest.mark.parametrize("size", [10, 5 * SAMPLE])
+def test_a_part_may_be_empty(size):
+    scores = torch.rand(size, generator=torch.Generator().manual_seed(0))
+    owner = torch.full((size,), 2)
+    owner[0] = 0
+    tiers, _ = select(scores, (size // 2, size // 4), owner)
+    assert torch.equal(tiers, nested_top_k(scores, (size // 2, size // 4)))
+
+
 def test_few_candidates_are_left_to_be_searched(monkeypatch):
     searched = []
     largest = sharded_selection._largest

@@ -123,7 +123,8 @@ def scan(scores: np.ndarray, brackets: Sequence[tuple[float, float]]) -> list[tu
             np.greater_equal(piece, low, out=inside)
             np.not_equal(inside, larger, out=inside)
             found.append(np.flatnonzero(inside) + start)
-    return [(above, np.concatenate(found)) for above, found in scans]
+    nothing = np.empty(0, dtype=np.int64)
+    return [(above, np.concatenate([nothing, *found])) for above, found in scans]
 
 
 def _largest(scores: np.ndarray, candidates: np.ndarray, count: int) -> np.ndarray:

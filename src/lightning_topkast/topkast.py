@@ -51,7 +51,7 @@ class TopKast:
 
     Raises:
         TopKastError: a setting out of range, a pattern that matches nothing, nothing to make sparse, a weight too small
-            for one active entry, sharded weights.
+            for one active entry, sharded weights that are to be packed.
         NonFiniteWeightError: a weight holds NaN or infinity.
     """
 
@@ -155,7 +155,7 @@ class TopKast:
 
     @property
     def is_intact(self) -> bool:
-        """Whether the model still holds these parameters and they are zero outside A."""
+        """Whether the model still holds these parameters and they are zero outside A; with sharded ones a collective."""
         _reshard(self.model)
         held = {id(parameter) for parameter in self.model.parameters()}
         return all(id(w.parameter) in held and w.is_sparse for w in self._weights.values())
@@ -166,7 +166,7 @@ class TopKast:
         return summarize(self._targets, self._weights, self.schedule, self.settings, optimizers)
 
     def penalty(self) -> Tensor:
-        """The exploration penalty over all weights, a scalar tensor."""
+        """The exploration penalty over all weights, a scalar tensor; with sharded ones a collective."""
         return torch.stack([weight.penalty(self.settings.penalty).float() for weight in self._weights.values()]).sum()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -224,12 +224,14 @@ class TopKast:
     def release(self) -> None:
         """Put every stored θ back into the model, which then is dense; this engine is of no more use."""
         self.detach()
+        _reshard(self.model)
         for target in self._targets:
             if target.name in self._weights:
                 release(target, self._weights[target.name])
 
     def leave_out(self, names: Collection[str]) -> None:
         """Make the named weights dense again, and leave them alone from now on."""
+        _reshard(self.model)
         for target in self._targets:
             if target.name in names:
                 release(target, self._weights.pop(target.name))
@@ -269,6 +271,7 @@ class TopKast:
             NonFiniteWeightError: a weight holds NaN or infinity; no weight's sets were changed.
             TopKastError: the ranks disagree.
         """
+        _reshard(self.model)
         self.close()
         self._refresher.selections.clear()
         self._refresher.refresh(list(self._weights.values()), self.step_count)
@@ -280,6 +283,7 @@ class TopKast:
 
     def restore_sparsity(self) -> None:
         """Make every parameter zero outside A again after somebody else wrote to it; θ elsewhere is kept."""
+        _reshard(self.model)
         for weight in self._weights.values():
             weight.restore_sparsity()
 
@@ -319,7 +323,8 @@ class TopKast:
 
         Args:
             gathered: of sharded weights, give tensors whole and on rank 0 only, instead of the DTensors that
-                `torch.distributed.checkpoint` saves; every rank must ask then. Both can be loaded.
+                `torch.distributed.checkpoint` saves; every rank must ask then. Every rank can load the DTensors, and
+                the whole ones once it has read or been sent them.
         """
         return {
             "version": STATE_VERSION,
@@ -356,6 +361,7 @@ class TopKast:
             )
         if self._attachments and len(steps) != len(self._attachments):
             raise TopKastError(f"the saved state counts {len(steps)} optimizers, this run has {len(self._attachments)}")
+        _reshard(self.model)
         for name, weight in self._weights.items():
             weight.check_state(saved[name])
         selections = [Selection.from_state(each, self._weights) for each in state.get("selections", [])]
@@ -377,7 +383,10 @@ class TopKast:
 
 
 def _reshard(model: nn.Module) -> None:
-    """Let a model under FSDP2 hold its shards, which it doesn't after a forward pass without a backward one."""
+    """Let a model under FSDP2 hold its shards, which it doesn't after a forward pass without a backward one.
+
+    What is written into the shards would not be seen by the next forward pass either.
+    """
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -171,6 +171,7 @@ class TopKast:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy accompanies no optimizer: those it may be copied with lose their hooks, as torch has it."""
+        self._align_states()
         return self.__dict__ | {"_attachments": [], "_steps_before": self._steps}
 
     # --- the method -----------------------------------------------------------------------------------------------
@@ -216,6 +217,7 @@ class TopKast:
     def detach(self) -> None:
         """Stop accompanying the optimizers; the model stays sparse as it is, and the step count is kept."""
         self.close()
+        self._align_states()
         self._steps_before = self._steps
         for attachment in self._attachments:
             attachment.end()
@@ -288,6 +290,11 @@ class TopKast:
         """Steps taken with each optimizer."""
         return [attachment.steps for attachment in self._attachments] or self._steps_before
 
+    def _align_states(self) -> None:
+        """Let optimizers' state, which is about to be kept without us, belong to the present sets."""
+        for attachment in self._attachments:
+            attachment.align_state()
+
     def _follow_schedule(self) -> None:
         """Refresh if the schedule has changed under the sets: they explore where they should not, or the reverse."""
         if self._refresher.is_planned and any(
@@ -321,6 +328,7 @@ class TopKast:
             gathered: of sharded weights, give tensors whole and on rank 0 only, instead of the DTensors that
                 `torch.distributed.checkpoint` saves; every rank must ask then. Both can be loaded.
         """
+        self._align_states()
         return {
             "version": STATE_VERSION,
             "steps": self._steps,

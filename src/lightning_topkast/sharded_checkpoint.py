@@ -43,11 +43,13 @@ def move_shards_out(checkpoint: dict[str, Any], state_key: str) -> None:
 def move_shards_back(checkpoint: Mapping[str, Any], state_key: str) -> None:
     """Undo `move_shards_out` in a checkpoint that has since been made one file."""
     state = checkpoint.get("callbacks", {}).get(state_key)
-    if not state or _MARK not in state:
+    if not isinstance(state, dict) or _MARK not in state:
         return
-    number = int(state[_MARK].rpartition("_")[2])
+    number = str(state[_MARK]).removeprefix("optimizer_")
     others = checkpoint.get("optimizer_states", [])
-    tensors = checkpoint.get(state[_MARK]) or (others[number] if number < len(others) else None)
+    if not number.isdecimal():
+        raise TopKastError(f"the saved Top-KAST state is damaged: it is said to be in {state[_MARK]!r}")
+    tensors = checkpoint.get(state[_MARK]) or (others[int(number)] if int(number) < len(others) else None)
     if tensors is not None:
         del state[_MARK]
         _merge(state, tensors)
@@ -59,10 +61,10 @@ def with_shards(state: dict[str, Any], topkast: TopKast, folder: Any) -> dict[st
     Raises:
         TopKastError: it was saved for other weights.
     """
-    if _MARK not in state:
+    if not isinstance(state, dict) or _MARK not in state:
         return state
-    own = topkast.state_dict()["weights"]
-    if own.keys() != state["weights"].keys():
+    own, saved = topkast.state_dict()["weights"], state.get("weights")
+    if not isinstance(saved, dict) or own.keys() != saved.keys():
         return state  # which is refused, with the names
     tensors = {name: _tensors(weight) for name, weight in own.items()}
     try:
@@ -78,5 +80,10 @@ def _tensors(weight: Mapping[str, Any]) -> dict[str, Tensor]:
     return {key: value for key, value in weight.items() if isinstance(value, Tensor)}
 
 
-def _merge(state: dict[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+def _merge(state: dict[str, Any], tensors: Any) -> None:
+    parts = (state.get("weights"), tensors)
+    if not all(isinstance(part, Mapping) and all(isinstance(w, Mapping) for w in part.values()) for part in parts) or (
+        parts[0].keys() != parts[1].keys()
+    ):
+        raise TopKastError("the saved Top-KAST state is damaged: its shards belong to other weights")
     state["weights"] = {name: weight | dict(tensors[name]) for name, weight in state["weights"].items()}

@@ -338,6 +338,7 @@ class TopKast:
             "weights": {name: weight.state_dict(gathered) for name, weight in self._weights.items()},
         }
 
+    @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state, after the model and its optimizers have loaded theirs.
 
@@ -345,18 +346,23 @@ class TopKast:
             TopKastError: another format version, other weights, other densities, damaged tensors, or a model that
                 does not hold the saved α. Nothing was overwritten then.
         """
-        version = state.get("version")
-        if version != STATE_VERSION:
+        if not isinstance(state, Mapping):
+            raise TopKastError(f"the saved Top-KAST state is damaged: expected a dict, found {type(state).__name__}")
+        version, pending, shrinkage = (state.get(key) for key in ("version", "selections", "penalty_shrinkage"))
+        pending = [] if pending is None else pending
+        if not isinstance(version, int) or version != STATE_VERSION:
             raise TopKastError(f"the saved Top-KAST state has format version {version!r}, expected {STATE_VERSION}")
         saved, steps, refreshes = state.get("weights"), state.get("steps"), state.get("refresh_count")
         if (
             not isinstance(saved, dict)
             or not isinstance(steps, list)
+            or not isinstance(pending, list)
             or not isinstance(refreshes, int)
+            or not isinstance(shrinkage, float | int | None)
             or not all(isinstance(count, int) and count >= 0 for count in (*steps, refreshes))
         ):
             raise TopKastError("the saved Top-KAST state is damaged: it has no weights or no step counts")
-        missing, extra = sorted(self._weights.keys() - saved.keys()), sorted(saved.keys() - self._weights.keys())
+        missing, extra = sorted(self._weights.keys() - saved.keys()), sorted(map(str, saved.keys() - self._weights.keys()))
         if missing or extra:
             raise TopKastError(
                 f"the saved Top-KAST state belongs to other sparse weights: it lacks {missing or 'none'} and has "
@@ -366,10 +372,9 @@ class TopKast:
             raise TopKastError(f"the saved state counts {len(steps)} optimizers, this run has {len(self._attachments)}")
         for name, weight in self._weights.items():
             weight.check_state(saved[name])
-        selections = [Selection.from_state(each, self._weights) for each in state.get("selections", [])]
+        selections = [Selection.from_state(each, self._weights) for each in pending]
         # A strength worked out from the learning rate's peak is kept: the peak may not be known any more.
-        keep_strength = self.settings.penalty_shrinkage is not None
-        keep_strength &= state.get("penalty_shrinkage") == self.settings.penalty_shrinkage
+        keep_strength = shrinkage is not None and shrinkage == self.settings.penalty_shrinkage
         for name, weight in self._weights.items():
             asked = weight.strength
             weight.load_state_dict(saved[name])

@@ -36,6 +36,8 @@ def problem_with(
         tensor = state[key]
         if tensor.shape != shape or tensor.dtype not in dtypes:
             return f"'{key}' is {tensor.dtype} {tuple(tensor.shape)}, expected {dtypes[0]} {tuple(shape)}"
+        if not holds_values(tensor):
+            return f"'{key}' is a tensor on {tensor.device} in layout {tensor.layout}, expected a dense one with values"
     if (state["active_count"], state["updated_count"]) != (active_count, updated_count):
         return (
             f"it was saved with |A| = {state['active_count']} and |B| = {state['updated_count']}, this run asks "
@@ -43,21 +45,32 @@ def problem_with(
         )
     if not (math.isfinite(state["strength"]) and state["strength"] >= 0):
         return f"'strength' is {state['strength']}, expected a number of at least 0; the file is damaged"
-    tiers, reserve = (sharding.part_of(state[key]).cpu() for key in ("tiers", "reserve"))
+    for key in ("first_reservoir", "promoted"):
+        if not 0 <= state[key] <= shape.numel():
+            return f"'{key}' is {state[key]}, expected a count of its {shape.numel()} entries; the file is damaged"
+    tiers, reserve = (sharding.part_of(state[key].detach()).cpu() for key in ("tiers", "reserve"))
     is_active, alpha = tiers == ACTIVE, parameter.detach().cpu()
+    reserve = reserve.to(alpha.dtype)  # where a number may be too large
     found = [
         is_active, tiers != 0, tiers > ACTIVE, ~torch.isfinite(reserve) | (is_active & (reserve != 0)),
-        alpha.masked_fill(is_active, 0) != 0,
+        alpha.masked_fill(is_active, 0) != 0, ~torch.isfinite(alpha),
     ]  # fmt: skip
     counts = torch.stack([torch.count_nonzero(entries) for entries in found]).to(parameter.device)
-    active, updated, unknown, misplaced, not_zero = sharding.sum(counts).tolist()
+    active, updated, unknown, misplaced, not_zero, not_finite = sharding.sum(counts).tolist()
     if unknown or active != active_count or updated not in (active, updated_count):
         return f"its tiers hold |A| = {active} and |B| = {updated}; the file is damaged"
     if misplaced:
         return "its reserve holds NaN, infinity or active entries; the file is damaged"
+    if not_finite:
+        return "the model's weight holds NaN or infinity; take another checkpoint"
     if not_zero:
         return (
             "the model's weight is not zero outside the saved active set; "
             "load the model's own state dict of the same checkpoint first"
         )
     return None
+
+
+def holds_values(tensor: Tensor) -> bool:
+    """Whether a tensor read from a file is an ordinary one, neither sparse nor without memory."""
+    return tensor.layout is torch.strided and not tensor.is_meta

@@ -159,6 +159,14 @@ def check_refusals(mesh, rank: int) -> dict:
         topkast.load_state_dict(damaged)
     except TopKastError as error:
         found["damaged on the last rank"] = str(error)
+    unlike = topkast.state_dict()
+    if rank == 0:
+        unlike["weights"]["layer1.weight"]["strength"] = float("nan")
+    for name, state in (("unlike on rank 0", unlike), ("whole on rank 0 only", topkast.state_dict(gathered=True))):
+        try:
+            topkast.load_state_dict(state)
+        except TopKastError as error:
+            found[name] = str(error)
     return found
 
 
@@ -243,6 +251,22 @@ def fit_mlp(model, mesh=None, steps: int = 9):
     return topkast
 
 
+def check_no_stale_copy(model, topkast: TopKast) -> list[float]:
+    """How far outputs are from those of the shards after a refresh and a release that follow a forward pass."""
+    x, differences = torch.ones(8, 6), []
+    for change in (topkast.refresh, topkast.release):
+        with torch.no_grad():
+            for parameter in model.parameters():  # so that the refresh has something to change
+                parameter.detach().mul_(torch.full((), -1.5))
+            model.reshard()
+            model(x)
+            change()
+            at_once = model(x)
+            model.reshard()
+            differences.append(float((at_once - model(x)).abs().max()))
+    return differences
+
+
 def check_fsdp(world: int) -> dict:
     """FSDP2 alone, per layer and as a whole; over tensor parallelism; two copies of shards."""
     line = init_device_mesh("cpu", (world,), mesh_dim_names=("data",))
@@ -271,6 +295,8 @@ def check_fsdp(world: int) -> dict:
         alike = all(same(one[key][1], other[key][1]) for key in one)
         dtensors = sum(isinstance(weight.parameter, DTensor) for weight in sharded.weights.values())
         found[name] = {"θ": close, "sets": alike, "sharded": dtensors, "promoted": any(v[8] for v in other.values())}
+        if name == "root":
+            found["stale"] = check_no_stale_copy(model, sharded)
     return found
 
 

@@ -85,6 +85,18 @@ def test_every_rank_hears_of_what_is_wrong_on_one(folder, world):
         assert "'layer1.weight' holds NaN or infinity" in each["nan on rank 0"]
         assert each["sets kept"]
         assert "does not fit weight 'layer1.weight': its tiers hold" in each["damaged on the last rank"]
+    first, *others = found(folder, world, "refusals")
+    assert "'strength' is nan" in first["unlike on rank 0"]
+    assert "another process could not use" in first["whole on rank 0 only"]
+    for each in others:
+        assert "'layer1.weight': another process could not use" in each["unlike on rank 0"]
+        assert "expected torch.uint8 (7, 5)" in each["whole on rank 0 only"]
+
+
+@WORLDS
+def test_forward_pass_after_a_refresh_sees_the_new_sets_under_fsdp2(folder, world):
+    for each in found(folder, world, "fsdp"):
+        assert each["stale"] == [0.0, 0.0]
 
 
 def test_copies_of_shards_that_drift_apart_are_stopped(folder):

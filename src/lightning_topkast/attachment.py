@@ -119,6 +119,13 @@ class Attachment:
                     )
         return found
 
+    @torch.no_grad()
+    def align_state(self) -> None:
+        """Give the optimizer's state the order of the sets where other weights were loaded since the last step."""
+        for weight in self.weights:
+            if isinstance(weight, PackedWeight) and weight.was_reordered:
+                weight.realign(self.state_of(weight))
+
     def adopt_state(self, packed_only: bool = False) -> None:
         """Give state that was loaded from a run of another execution the parameters' shapes."""
         for weight in self.weights:
@@ -163,9 +170,7 @@ class Attachment:
 
     @torch.no_grad()
     def _open(self) -> None:
-        for weight in self.weights:
-            if isinstance(weight, PackedWeight) and weight.was_reordered:
-                weight.realign(self.state_of(weight))
+        self.align_state()
         if not self._gradients_masked:
             self.mask_gradients()
         for weight in self.weights:

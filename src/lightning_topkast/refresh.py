@@ -16,6 +16,7 @@ from lightning_topkast.selection import ACTIVE, EXPLORING, NonFiniteScoresError,
 from lightning_topkast.settings import Settings
 from lightning_topkast.sharded_selection import nested_top_k_of_shards
 from lightning_topkast.weights import Sharding, SparseWeight
+from lightning_topkast.weights.state import holds_values
 
 # One thread for all: selection is bound by memory, and the training goes on beside it.
 _background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="topkast-refresh")
@@ -117,16 +118,18 @@ class Selection:
             TopKastError: it does not fit the weights.
         """
         step, tiers = (state.get("step"), state.get("tiers")) if isinstance(state, dict) else (None, None)
-        if not isinstance(step, int) or not isinstance(tiers, dict) or not tiers or tiers.keys() - weights.keys():
+        known = isinstance(tiers, dict) and bool(tiers) and not tiers.keys() - weights.keys()
+        if not isinstance(step, int) or step < 0 or not isinstance(tiers, dict) or not known:
             raise TopKastError("the saved Top-KAST state is damaged: its sets to come name other weights, or no step")
         for name, chosen in tiers.items():
             weight = weights[name]
             counts = (weight.updated_count - weight.active_count, weight.active_count)
             fits = isinstance(chosen, Tensor) and (chosen.dtype, chosen.shape) == (torch.uint8, weight.shape)
+            fits = fits and holds_values(chosen) and not bool((chosen > ACTIVE).any())
             if not fits or tuple(int((chosen == tier).sum()) for tier in (EXPLORING, ACTIVE)) != counts:
                 raise TopKastError(f"the saved Top-KAST state is damaged: the sets to come of '{name}' don't fit it")
         selection = cls.__new__(cls)
-        selection.step, selection._chosen = step, dict(tiers)
+        selection.step, selection._chosen = step, {name: chosen.contiguous() for name, chosen in tiers.items()}
         selection._loads = {weights[name]: weights[name].loads for name in tiers}
         return selection
 

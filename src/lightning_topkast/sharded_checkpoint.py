@@ -8,7 +8,7 @@ states, as one more of them, and is read back into the shards of whatever number
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from lightning.pytorch import Trainer
@@ -46,9 +46,12 @@ def move_shards_out(checkpoint: dict[str, Any], state_key: str) -> None:
 def move_shards_back(checkpoint: dict[str, Any], state_key: str) -> None:
     """Undo `move_shards_out` in a checkpoint that is read as a whole."""
     state = checkpoint.get("callbacks", {}).get(state_key)
-    if not state or _MARK not in state:
+    if not isinstance(state, dict) or _MARK not in state:
         return
-    tensors = checkpoint.pop(state[_MARK], None)
+    place = state[_MARK]
+    if not isinstance(place, str) or not place.startswith("optimizer_"):
+        raise TopKastError(f"the saved Top-KAST state is damaged: it is said to be in {place!r}")
+    tensors = checkpoint.pop(place, None)
     if tensors is not None:
         del state[_MARK]
         _merge(state, tensors)
@@ -60,10 +63,10 @@ def with_shards(state: dict[str, Any], topkast: TopKast, folder: Any) -> dict[st
     Raises:
         TopKastError: it was saved for other weights.
     """
-    if _MARK not in state:
+    if not isinstance(state, dict) or _MARK not in state:
         return state
-    own = topkast.state_dict()["weights"]
-    if own.keys() != state["weights"].keys():
+    own, saved = topkast.state_dict()["weights"], state.get("weights")
+    if not isinstance(saved, dict) or own.keys() != saved.keys():
         return state  # which is refused, with the names
     tensors = {name: _tensors(weight) for name, weight in own.items()}
     try:
@@ -87,9 +90,11 @@ def consolidate(folder: str | Path, file: str | Path) -> None:
         file: to write; it appears once it is complete.
 
     Raises:
-        TopKastError: the folder is no complete distributed checkpoint.
+        TopKastError: the folder is no complete distributed checkpoint, or is damaged; there is no folder for the file.
     """
     folder, file = Path(folder), Path(file)
+    if not file.absolute().parent.is_dir():
+        raise TopKastError(f"there is no folder {file.absolute().parent} to write {file.name} into")
     lacking = [name for name in (".metadata", "meta.pt") if not (folder / name).is_file()]
     if lacking:
         raise TopKastError(f"{folder} is no complete distributed checkpoint: it has no {' and no '.join(lacking)}")
@@ -104,6 +109,10 @@ def consolidate(folder: str | Path, file: str | Path) -> None:
         checkpoint["optimizer_states"] = [checkpoint.pop(key) for key in states]
         torch.save(checkpoint, partial)
         os.replace(partial, file)
+    except (TopKastError, OSError):
+        raise
+    except Exception as error:  # whatever damaged files lead to
+        raise TopKastError(f"{folder} can't be read: {type(error).__name__}: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -112,5 +121,12 @@ def _tensors(weight: Mapping[str, Any]) -> dict[str, Tensor]:
     return {key: value for key, value in weight.items() if isinstance(value, Tensor)}
 
 
-def _merge(state: dict[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-    state["weights"] = {name: weight | dict(tensors[name]) for name, weight in state["weights"].items()}
+def _merge(state: dict[str, Any], tensors: Any) -> None:
+    weights = state.get("weights")
+    if not (_nested(weights) and _nested(tensors) and weights.keys() == tensors.keys()):
+        raise TopKastError("the saved Top-KAST state is damaged: its shards belong to other weights")
+    state["weights"] = {name: weight | dict(tensors[name]) for name, weight in weights.items()}
+
+
+def _nested(value: Any) -> TypeGuard[dict[str, dict[str, Any]]]:
+    return isinstance(value, dict) and all(isinstance(each, dict) for each in value.values())

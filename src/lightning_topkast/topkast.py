@@ -155,7 +155,7 @@ class TopKast:
 
     @property
     def is_intact(self) -> bool:
-        """Whether the model still holds these parameters and they are zero outside A; with sharded ones a collective."""
+        """Whether the model still holds these parameters, zero outside A; with sharded ones a collective."""
         _reshard(self.model)
         held = {id(parameter) for parameter in self.model.parameters()}
         return all(id(w.parameter) in held and w.is_sparse for w in self._weights.values())
@@ -171,6 +171,7 @@ class TopKast:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy accompanies no optimizer: those it may be copied with lose their hooks, as torch has it."""
+        self._align_states()
         return self.__dict__ | {"_attachments": [], "_steps_before": self._steps}
 
     # --- the method -----------------------------------------------------------------------------------------------
@@ -216,6 +217,7 @@ class TopKast:
     def detach(self) -> None:
         """Stop accompanying the optimizers; the model stays sparse as it is, and the step count is kept."""
         self.close()
+        self._align_states()
         self._steps_before = self._steps
         for attachment in self._attachments:
             attachment.end()
@@ -292,6 +294,11 @@ class TopKast:
         """Steps taken with each optimizer."""
         return [attachment.steps for attachment in self._attachments] or self._steps_before
 
+    def _align_states(self) -> None:
+        """Let optimizers' state, which is about to be kept without us, belong to the present sets."""
+        for attachment in self._attachments:
+            attachment.align_state()
+
     def _follow_schedule(self) -> None:
         """Refresh if the schedule has changed under the sets: they explore where they should not, or the reverse."""
         if self._refresher.is_planned and any(
@@ -326,6 +333,7 @@ class TopKast:
                 `torch.distributed.checkpoint` saves; every rank must ask then. Every rank can load the DTensors, and
                 the whole ones once it has read or been sent them.
         """
+        self._align_states()
         return {
             "version": STATE_VERSION,
             "steps": self._steps,
@@ -335,6 +343,7 @@ class TopKast:
             "weights": {name: weight.state_dict(gathered) for name, weight in self._weights.items()},
         }
 
+    @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state, after the model and its optimizers have loaded theirs.
 
@@ -342,18 +351,26 @@ class TopKast:
             TopKastError: another format version, other weights, other densities, damaged tensors, or a model that
                 does not hold the saved α. Nothing was overwritten then.
         """
-        version = state.get("version")
-        if version != STATE_VERSION:
+        if not isinstance(state, Mapping):
+            raise TopKastError(f"the saved Top-KAST state is damaged: expected a dict, found {type(state).__name__}")
+        version, pending, shrinkage = (state.get(key) for key in ("version", "selections", "penalty_shrinkage"))
+        pending = [] if pending is None else pending
+        if not isinstance(version, int) or version != STATE_VERSION:
             raise TopKastError(f"the saved Top-KAST state has format version {version!r}, expected {STATE_VERSION}")
         saved, steps, refreshes = state.get("weights"), state.get("steps"), state.get("refresh_count")
         if (
             not isinstance(saved, dict)
             or not isinstance(steps, list)
+            or not isinstance(pending, list)
             or not isinstance(refreshes, int)
+            or not isinstance(shrinkage, float | int | None)
             or not all(isinstance(count, int) and count >= 0 for count in (*steps, refreshes))
         ):
             raise TopKastError("the saved Top-KAST state is damaged: it has no weights or no step counts")
-        missing, extra = sorted(self._weights.keys() - saved.keys()), sorted(saved.keys() - self._weights.keys())
+        missing, extra = (
+            sorted(self._weights.keys() - saved.keys()),
+            sorted(map(str, saved.keys() - self._weights.keys())),
+        )
         if missing or extra:
             raise TopKastError(
                 f"the saved Top-KAST state belongs to other sparse weights: it lacks {missing or 'none'} and has "
@@ -364,10 +381,9 @@ class TopKast:
         _reshard(self.model)
         for name, weight in self._weights.items():
             weight.check_state(saved[name])
-        selections = [Selection.from_state(each, self._weights) for each in state.get("selections", [])]
+        selections = [Selection.from_state(each, self._weights) for each in pending]
         # A strength worked out from the learning rate's peak is kept: the peak may not be known any more.
-        keep_strength = self.settings.penalty_shrinkage is not None
-        keep_strength &= state.get("penalty_shrinkage") == self.settings.penalty_shrinkage
+        keep_strength = shrinkage is not None and shrinkage == self.settings.penalty_shrinkage
         for name, weight in self._weights.items():
             asked = weight.strength
             weight.load_state_dict(saved[name])

@@ -10,17 +10,20 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.connectors.signal_connector import _HandlersCompose
+from lightning.pytorch.trainer.states import TrainerFn
 
 
 class WholeStepCheckpoint(ModelCheckpoint):
     """`ModelCheckpoint` that saves where nothing is under way; it has the same arguments.
 
-    On three occasions Lightning saves where a run that is resumed will differ from an uninterrupted one:
+    On these occasions Lightning saves where a run that is resumed will differ from an uninterrupted one:
 
     - `ModelCheckpoint` saves by steps or time also where gradients are still accumulated, which no checkpoint holds:
-      with `every_n_train_steps`, right after having been resumed. Here it waits for the end of the step.
+      with `every_n_train_steps`, right after having been resumed, and after a validation. Here it waits for the end of
+      the step.
     - It saves by steps or time at an epoch's last batch, from where a resumed run counts its epochs wrongly, so that
-      the next resume trains other batches. Here it waits for the end of the epoch, unless it follows a metric.
+      the next resume trains other batches. Here it waits for the end of the epoch, unless it follows a metric. And it
+      takes an epoch that `max_steps` cuts short for a whole one; here it saves at the last step.
     - The signal by which SLURM announces the end of a job, and SIGTERM where there are several ranks, are answered
       wherever they hit, perhaps in the middle of the optimizer's step, and by every rank where that is just then, so
       that they may wait for each other for ever. Here they wait for one of the two, at which the ranks agree by a tiny
@@ -29,11 +32,12 @@ class WholeStepCheckpoint(ModelCheckpoint):
     """
 
     _signals: "_Signals | None" = None
+    _validated = False  # what is due after a validation has not been saved yet
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Come before Lightning's answers to signals, which have just been registered."""
         super().on_train_start(trainer, pl_module)
-        self._signals = _Signals(trainer)
+        self._signals, self._validated = _Signals(trainer), False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -44,15 +48,31 @@ class WholeStepCheckpoint(ModelCheckpoint):
             if self.monitor is not None:  # Lightning waits for the metric
                 super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         elif not epoch._should_accumulate():
+            self._save_after_validation(trainer, pl_module)
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            if epoch._is_training_done or trainer.should_stop:
+                super().on_train_epoch_end(trainer, pl_module)
             self._answer_signals()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save what is due by validations, in the middle of a step at its end."""
+        if trainer.state.fn == TrainerFn.FITTING and trainer.fit_loop.epoch_loop._should_accumulate():
+            self._validated = True
+        else:
+            super().on_validation_end(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save what is due by epochs, and what was due at the last batch."""
+        self._save_after_validation(trainer, pl_module)
         super().on_train_epoch_end(trainer, pl_module)
         if self.monitor is None:
             super().on_train_batch_end(trainer, pl_module, None, None, -1)
         self._answer_signals()
+
+    def _save_after_validation(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._validated:
+            self._validated = False
+            super().on_validation_end(trainer, pl_module)
 
     def _answer_signals(self) -> None:
         if self._signals is not None:

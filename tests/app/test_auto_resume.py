@@ -28,9 +28,10 @@ def lines(err):
     return [line.removeprefix("topkast-train: ") for line in err.splitlines() if line.startswith("topkast-train: ")]
 
 
-def write_checkpoint(path, step):
+def write_checkpoint(path, step, weights_only=False):
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"pytorch-lightning_version": "2", "state_dict": {}, "global_step": step}, path)
+    content = {"pytorch-lightning_version": "2", "state_dict": {}, "global_step": step}
+    torch.save(content | ({} if weights_only else {"optimizer_states": [], "loops": {}}), path)
 
 
 def write_sharded(folder, step):
@@ -101,6 +102,16 @@ def test_sharded_checkpoint_counts_if_it_is_complete(tmp_path, capsys, missing):
     expected = "last.ckpt" if missing else "sharded.ckpt"
     assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoints" / expected)
     assert ("passed over: the checkpoint" in capsys.readouterr().err) == bool(missing)
+
+
+def test_checkpoint_of_weights_only_is_passed_over(tmp_path, capsys):
+    write_checkpoint(tmp_path / "checkpoints" / "last.ckpt", step=4)
+    write_checkpoint(tmp_path / "checkpoints" / "weights.ckpt", step=8, weights_only=True)
+    torch.save({"pytorch-lightning_version": "2", "state_dict": {}}, tmp_path / "checkpoints" / "other.ckpt")
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoints" / "last.ckpt")
+    said = capsys.readouterr().err
+    assert "holds weights only" in said
+    assert "other.ckpt is no checkpoint" in said
 
 
 def test_torchrun_without_a_name_for_the_run_is_refused(cli):

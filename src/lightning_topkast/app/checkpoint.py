@@ -48,7 +48,8 @@ class Checkpoint:
             content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:
             raise AppError(f"{path} is no checkpoint that can be read safely ({_first_line(error)})") from error
-        if not isinstance(content, dict) or not {"pytorch-lightning_version", "state_dict"} <= content.keys():
+        needed = {"pytorch-lightning_version", "state_dict", "global_step"}
+        if not isinstance(content, dict) or not needed <= content.keys():
             raise AppError(f"{path} is no checkpoint of a run: it lacks the training state; take a last.ckpt")
         self.content: dict[str, Any] = content
 
@@ -56,6 +57,15 @@ class Checkpoint:
     def step(self) -> int:
         """Optimizer steps taken when it was written."""
         return int(self.content["global_step"])
+
+    def check_complete(self) -> None:
+        """Refuse what holds weights, but not the state that training goes on from."""
+        lacking = sorted({"optimizer_states", "loops"} - self.content.keys())
+        if lacking:
+            raise AppError(
+                f"the checkpoint {self.path} holds weights only (no {' and no '.join(lacking)}), from which no run "
+                "goes on; take another one"
+            )
 
     def check_model(self, model: LightningModule) -> None:
         """Refuse a model with other weights."""

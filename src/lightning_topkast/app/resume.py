@@ -37,7 +37,7 @@ def newest_checkpoint(folder: Path) -> str | None:
     complete: list[tuple[int, int, str]] = []
     for path in sorted([*folder.glob("checkpoints/*.ckpt"), *folder.glob("hpc_ckpt_*.ckpt")]):
         try:
-            step = _sharded_step(path) if path.is_dir() else Checkpoint(str(path)).step
+            step = _sharded_step(path) if path.is_dir() else _step(path)
             complete.append((step, path.stat().st_mtime_ns, str(path)))
         except (AppError, OSError) as error:
             _say(f"passed over: {error}")
@@ -66,6 +66,12 @@ class SameCheckpoint(Callback):
                 f"ckpt_path=auto: rank 0 goes on from {first}, rank {trainer.global_rank} from {mine}: all nodes must "
                 "see the same run folder, by hydra.run.dir=... on a shared file system"
             )
+
+
+def _step(file: Path) -> int:
+    checkpoint = Checkpoint(str(file))
+    checkpoint.check_complete()
+    return checkpoint.step
 
 
 def _sharded_step(folder: Path) -> int:

@@ -318,7 +318,8 @@ class MaskedWeight(SparseWeight):
         order = self._order()
         dense = value.new_zeros(self.size)
         dense[order] = value[: order.numel()]
-        return dense.view(self.shape)
+        # in the parameter's memory format, by which fused optimizers go
+        return torch.empty_like(self._alpha, dtype=value.dtype, device=value.device).copy_(dense.view(self.shape))
 
     def _in_model(self) -> Tensor:
         return self._alpha

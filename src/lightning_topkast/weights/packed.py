@@ -270,8 +270,8 @@ class PackedWeight(SparseWeight):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state that `check_state` has accepted; the model already holds the saved α."""
-        self._take_over(self.alpha() + state["reserve"].cpu(), state["tiers"].cpu().clone())
-        self._dormant = state["dormant"].cpu().clone()
+        self._take_over(self.alpha() + state["reserve"].cpu(), state["tiers"].cpu().contiguous().clone())
+        self._dormant = state["dormant"].cpu().contiguous().clone()
         self._load_counts(state)
         self.forget_order()
         self.is_open = False

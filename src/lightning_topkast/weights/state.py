@@ -1,6 +1,7 @@
 """The saved state of a sparse weight, which every way of keeping one shares."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,15 +16,24 @@ _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 def problem_with(
     state: Any, parameter: Tensor, active_count: int, updated_count: int, sharding: Sharding
 ) -> str | None:
-    """What is wrong with a weight's saved state, or None.
+    """What is wrong with a weight's saved state, or None; on every process that holds a part, if it is on one.
 
     Args:
         state: as it was saved; tensors in the weight's shape, whole or DTensors.
         parameter: this process' part of the weight that holds the saved α.
         active_count: |A|.
         updated_count: |B| while exploring.
-        sharding: of the weight; what is counted is summed over all parts, so that every process finds the same.
+        sharding: of the weight; what is counted is summed over all parts.
     """
+    problem = _misfit(state, active_count, updated_count, sharding.shape)
+    elsewhere = sharding.sum(torch.tensor(int(problem is not None), device=parameter.device))
+    if problem is not None or int(elsewhere):
+        return problem or "another process could not use what it was given"
+    return _damage(state, parameter, active_count, updated_count, sharding)
+
+
+def _misfit(state: Any, active_count: int, updated_count: int, shape: torch.Size) -> str | None:
+    """What is seen without looking at the values."""
     kinds = {"tiers": Tensor, "reserve": Tensor, "dormant": Tensor, "first_reservoir": int, "promoted": int,
              "active_count": int, "updated_count": int, "strength": float}  # fmt: skip
     if not isinstance(state, dict):
@@ -31,11 +41,12 @@ def problem_with(
     for key, kind in kinds.items():
         if not isinstance(state.get(key), kind):
             return f"'{key}' should be a {kind.__name__}, found {type(state.get(key)).__name__}"
-    shape = sharding.shape
     for key, dtypes in {"tiers": (torch.uint8,), "dormant": (torch.bool,), "reserve": _FLOATING}.items():
         tensor = state[key]
         if tensor.shape != shape or tensor.dtype not in dtypes:
             return f"'{key}' is {tensor.dtype} {tuple(tensor.shape)}, expected {dtypes[0]} {tuple(shape)}"
+        if not holds_values(tensor):
+            return f"'{key}' is a tensor on {tensor.device} in layout {tensor.layout}, expected a dense one with values"
     if (state["active_count"], state["updated_count"]) != (active_count, updated_count):
         return (
             f"it was saved with |A| = {state['active_count']} and |B| = {state['updated_count']}, this run asks "
@@ -43,21 +54,42 @@ def problem_with(
         )
     if not (math.isfinite(state["strength"]) and state["strength"] >= 0):
         return f"'strength' is {state['strength']}, expected a number of at least 0; the file is damaged"
-    tiers, reserve = (sharding.part_of(state[key]).cpu() for key in ("tiers", "reserve"))
+    for key in ("first_reservoir", "promoted"):
+        if not 0 <= state[key] <= shape.numel():
+            return f"'{key}' is {state[key]}, expected a count of its {shape.numel()} entries; the file is damaged"
+    execution = state.get("execution", "masked")
+    if execution not in ("masked", "packed", "compact"):
+        return f"its execution {execution!r} is unknown; the file is damaged"
+    return None
+
+
+def _damage(
+    state: Mapping[str, Any], parameter: Tensor, active_count: int, updated_count: int, sharding: Sharding
+) -> str | None:
+    """What is wrong with the values."""
+    tiers, reserve = (sharding.part_of(state[key].detach()).cpu() for key in ("tiers", "reserve"))
     is_active, alpha = tiers == ACTIVE, parameter.detach().cpu()
+    reserve = reserve.to(alpha.dtype)  # where a number may be too large
     found = [
         is_active, tiers != 0, tiers > ACTIVE, ~torch.isfinite(reserve) | (is_active & (reserve != 0)),
-        alpha.masked_fill(is_active, 0) != 0,
+        alpha.masked_fill(is_active, 0) != 0, ~torch.isfinite(alpha),
     ]  # fmt: skip
     counts = torch.stack([torch.count_nonzero(entries) for entries in found]).to(parameter.device)
-    active, updated, unknown, misplaced, not_zero = sharding.sum(counts).tolist()
+    active, updated, unknown, misplaced, not_zero, not_finite = sharding.sum(counts).tolist()
     if unknown or active != active_count or updated not in (active, updated_count):
         return f"its tiers hold |A| = {active} and |B| = {updated}; the file is damaged"
     if misplaced:
         return "its reserve holds NaN, infinity or active entries; the file is damaged"
+    if not_finite:
+        return "the model's weight holds NaN or infinity; take another checkpoint"
     if not_zero:
         return (
             "the model's weight is not zero outside the saved active set; "
             "load the model's own state dict of the same checkpoint first"
         )
     return None
+
+
+def holds_values(tensor: Tensor) -> bool:
+    """Whether a tensor read from a file is an ordinary one, neither sparse nor without memory."""
+    return tensor.layout is torch.strided and not tensor.is_meta

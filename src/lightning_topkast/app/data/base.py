@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
@@ -22,7 +23,8 @@ class SplitData(LightningDataModule):
     """Base of the data modules: a subclass fills `train_set`, `val_set` and `test_set` in `load`.
 
     The order of the training examples depends on `seed` and the epoch only: runs that differ in sparsity see the same
-    batches, and a run that is resumed continues with the batches it would have seen, also in the middle of an epoch.
+    batches, and a run that is resumed continues with the batches it would have seen, also in the middle of an epoch
+    (but for `overfit_batches`).
 
     Args:
         batch_size: Examples a step and process.
@@ -124,8 +126,12 @@ class ResumableLoader(DataLoader[Example]):
     _batches = 0
 
     def state_dict(self) -> dict[str, int]:
-        """The present epoch, and how many of its batches were handed out."""
-        return {"epoch": self.sampler.epoch, "batches": self._batches}
+        """The present epoch, and how many of its batches were handed out, of how many examples on all processes."""
+        return {"epoch": self.sampler.epoch, "batches": self._batches, "examples": self._examples}
+
+    @property
+    def _examples(self) -> int:
+        return (self.batch_size or 1) * self.sampler.num_replicas
 
     def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
         """Begin there the next time."""
@@ -137,6 +143,12 @@ class ResumableLoader(DataLoader[Example]):
         # saved at an epoch's end, it is the next epoch that comes now
         goes_on = position is not None and position["epoch"] == self.sampler.epoch
         self._batches = position["batches"] % len(self) if position is not None and goes_on else 0
+        if self._batches and position is not None and position["examples"] != self._examples:
+            rank_zero_warn(
+                f"the checkpoint was saved in the middle of an epoch, of batches of {position['examples']} examples "
+                f"over all processes; they have {self._examples} now, so that in what is left of it some examples are "
+                "seen twice or not at all"
+            )
         self.sampler.skip = self._batches * (self.batch_size or 1)
         for batch in super().__iter__():
             self._batches += 1

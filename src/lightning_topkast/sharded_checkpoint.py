@@ -81,9 +81,11 @@ def _tensors(weight: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _merge(state: dict[str, Any], tensors: Any) -> None:
-    parts = (state.get("weights"), tensors)
-    if not all(isinstance(part, Mapping) and all(isinstance(w, Mapping) for w in part.values()) for part in parts) or (
-        parts[0].keys() != parts[1].keys()
-    ):
+    saved: Any = state.get("weights")
+    if not (_is_nested(saved) and _is_nested(tensors) and saved.keys() == tensors.keys()):
         raise TopKastError("the saved Top-KAST state is damaged: its shards belong to other weights")
-    state["weights"] = {name: weight | dict(tensors[name]) for name, weight in state["weights"].items()}
+    state["weights"] = {name: weight | dict(tensors[name]) for name, weight in saved.items()}
+
+
+def _is_nested(found: Any) -> bool:
+    return isinstance(found, Mapping) and all(isinstance(weight, Mapping) for weight in found.values())

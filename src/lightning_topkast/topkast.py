@@ -362,7 +362,10 @@ class TopKast:
             or not all(isinstance(count, int) and count >= 0 for count in (*steps, refreshes))
         ):
             raise TopKastError("the saved Top-KAST state is damaged: it has no weights or no step counts")
-        missing, extra = sorted(self._weights.keys() - saved.keys()), sorted(map(str, saved.keys() - self._weights.keys()))
+        missing, extra = (
+            sorted(self._weights.keys() - saved.keys()),
+            sorted(map(str, saved.keys() - self._weights.keys())),
+        )
         if missing or extra:
             raise TopKastError(
                 f"the saved Top-KAST state belongs to other sparse weights: it lacks {missing or 'none'} and has "

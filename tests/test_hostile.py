@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_topkast import TopKast, TopKastError
+from lightning_topkast import NonFiniteWeightError, TopKast, TopKastError
 from tests.helpers import (
     SaveAfter,
     batches,
@@ -97,11 +97,14 @@ def check_outcome(execution, state) -> str:
     """Load `state`, which may be anything: it is refused, and all is as it was, or it trains on as it should."""
     model, topkast, optimizer = loaded_run(execution)
     before = everything(model, topkast, optimizer)
+    refusal = None
     try:
         topkast.load_state_dict(state)
     except TopKastError as error:
-        assert same(everything(model, topkast, optimizer), before), f"changed by a state that was refused: {error}"
-        assert len(str(error)) < 800
+        refusal = str(error)
+    if refusal is not None:
+        assert same(everything(model, topkast, optimizer), before), f"changed by a state that was refused: {refusal}"
+        assert len(refusal) < 800
         return "refused"
     check_sparse(topkast)
     for weight in topkast.weights.values():
@@ -110,7 +113,10 @@ def check_outcome(execution, state) -> str:
         assert math.isfinite(weight.strength)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a strength that is out of reach is told, and capped
-        train(model, optimizer, 7, first=4)
+        try:
+            train(model, optimizer, 7, first=4)
+        except NonFiniteWeightError:  # of numbers so large that the activations overflow
+            return "taken"
     check_sparse(topkast)
     assert all(torch.isfinite(weight.theta()).all() for weight in topkast.weights.values())
     return "taken"
@@ -130,11 +136,13 @@ def places(state, path=()):
 def variants(value, rng):
     """What a place may hold instead."""
     things = [
-        None, True, -1, 0, 3, 2**40, 10**30, -0.5, math.nan, math.inf, 1e300, "", "masked", b"x", [], {}, [None], {0: 1},
-        {"weights": {}}, [[[]]], torch.zeros(()), torch.zeros(3), torch.empty(0), torch.zeros(2, dtype=torch.complex64),
+        None, True, -1, 0, 3, 2**40, 10**30, -0.5, math.nan, math.inf, 1e300, "", "masked", b"x", [], {}, [None],
+        {0: 1}, {"weights": {}}, [[[]]], torch.zeros(()), torch.zeros(3), torch.empty(0), torch.zeros(2).cfloat(),
     ]  # fmt: skip
-    if isinstance(value, torch.Tensor) and value.numel() and value.is_contiguous() and not value.is_meta:
-        value, shape, number = value.detach(), value.shape, value.numel()
+    plain = isinstance(value, torch.Tensor) and value.dim() and value.numel() and not value.is_meta
+    if plain and value.is_contiguous():
+        value, shape = value.detach(), value.shape
+        shuffled = torch.randperm(value.numel(), generator=torch.Generator().manual_seed(rng.randrange(99)))
         bits = value.clone().view(-1).view(torch.uint8)
         bits[rng.randrange(bits.numel())] ^= 1 << rng.randrange(8)
         things = [
@@ -143,8 +151,7 @@ def variants(value, rng):
             torch.full(shape, 7).to(value.dtype), torch.empty(shape, dtype=value.dtype, device="meta"),
             torch.zeros(shape, dtype=value.dtype).to_sparse(), value.flatten()[:1].view([1] * len(shape)).expand(shape),
             torch.empty_permuted(shape, tuple(range(len(shape)))[::-1], dtype=value.dtype).copy_(value),
-            value.flatten()[torch.randperm(number, generator=torch.Generator().manual_seed(rng.randrange(99)))].view(shape),
-            *things[::4],
+            value.flatten()[shuffled].view(shape), *things[::4],
         ]  # fmt: skip
         if value.dtype == torch.uint8:
             things += [value * 2, value + 1, 2 - value]
@@ -202,7 +209,8 @@ def test_every_single_thing_in_a_state_can_be_missing_or_of_another_kind():
     # what the first version of the format may lack, and what is None or empty in most runs
     assert taken == {
         ("penalty_shrinkage", "missing"), ("penalty_shrinkage", None), ("selections", "missing"), ("selections", None),
-        ("selections", 0, "missing"), *(("selections", 0, "tiers", name, "missing") for name in ("0.weight", "2.weight")),
+        ("selections", 0, "missing"), ("selections", 0, "valid", "missing"),
+        *(("selections", 0, "tiers", name, "missing") for name in ("0.weight", "2.weight")),
         *(("weights", name, "execution", "missing") for name in ("0.weight", "2.weight")),
     }  # fmt: skip
 
@@ -248,7 +256,7 @@ def test_code_in_a_state_is_never_run(tmp_path, zipped, place):
     else:
         state["steps"] = [evil]
     torch.save(state, tmp_path / "state.pt", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(Exception, match="[Ww]eights.only"):
+    with pytest.raises(Exception, match=r"[Ww]eights.only"):
         torch.load(tmp_path / "state.pt", weights_only=True)
     assert not (tmp_path / "executed").exists()
     torch.load(tmp_path / "state.pt", weights_only=False)  # or the test shows nothing
@@ -277,7 +285,7 @@ def test_lightning_runs_no_code_of_a_local_checkpoint(tmp_path, checkpoint, plac
     content = torch.load(checkpoint, weights_only=True)
     content.setdefault(place, {})["more"] = Touch(tmp_path / "executed")
     torch.save(content, checkpoint)
-    with pytest.raises(Exception, match="[Ww]eights.only"):
+    with pytest.raises(Exception, match=r"[Ww]eights.only"):
         resume(tmp_path, checkpoint, weights_only=weights_only)
     assert not (tmp_path / "executed").exists()
 

@@ -48,7 +48,7 @@ def move_shards_back(checkpoint: Mapping[str, Any], state_key: str) -> None:
     number = str(state[_MARK]).removeprefix("optimizer_")
     others = checkpoint.get("optimizer_states", [])
     if not number.isdecimal():
-        raise TopKastError(f"the saved Top-KAST state is damaged: it is said to be in {state[_MARK]!r}")
+        raise TopKastError(f"the saved Top-KAST state is damaged: it is said to be in {state[_MARK]!r:.60}")
     tensors = checkpoint.get(state[_MARK]) or (others[int(number)] if int(number) < len(others) else None)
     if tensors is not None:
         del state[_MARK]

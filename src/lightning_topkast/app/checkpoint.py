@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
-from zipfile import is_zipfile
+from zipfile import ZipFile, is_zipfile
 
 import torch
-from lightning import Callback, LightningModule
+from lightning import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
 from lightning_topkast import TopKastCallback
 from lightning_topkast.app.errors import AppError
+
+# Before 2.6 Lightning unpickles whatever it loads; since then by default only what it downloads.
+SAFELY = {"weights_only": True} if "weights_only" in signature(Trainer.fit).parameters else {}
 
 _OF_OTHERS = ("hpc", "registry")  # Lightning finds these by itself: after a SLURM requeue, and in its model registry
 
@@ -24,7 +28,7 @@ class Checkpoint:
         path: the file.
 
     Raises:
-        AppError: it is missing, cut off, or no checkpoint of Lightning.
+        AppError: it is missing, cut off, damaged, or no checkpoint of Lightning.
     """
 
     def __init__(self, path: str) -> None:
@@ -43,23 +47,32 @@ class Checkpoint:
                 f"the checkpoint {path} is not complete: it was cut off, or is no checkpoint; take another one"
             )
         try:
+            # a cheap look at every byte, which torch does not take: a flipped bit would train on
+            with ZipFile(self.path) as archive:
+                if damaged := archive.testzip():
+                    raise ValueError(f"'{damaged}' in it is not what was written")
             content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:
             raise AppError(f"{path} is no checkpoint that can be read safely ({_first_line(error)})") from error
         if not isinstance(content, dict) or not {"pytorch-lightning_version", "state_dict"} <= content.keys():
             raise AppError(f"{path} is no checkpoint of a run: it lacks the training state; take a last.ckpt")
+        for key, kind in {"state_dict": dict, "callbacks": dict, "optimizer_states": list, "global_step": int}.items():
+            if not isinstance(content.get(key, kind()), kind):
+                raise AppError(f"the checkpoint {path} is damaged: its '{key}' is a {type(content[key]).__name__}")
         self.content: dict[str, Any] = content
 
     @property
     def step(self) -> int:
         """Optimizer steps taken when it was written."""
-        return int(self.content["global_step"])
+        return int(self.content.get("global_step", 0))
 
     def check_model(self, model: LightningModule) -> None:
         """Refuse a model with other weights."""
         saved: Mapping[str, torch.Tensor] = self.content["state_dict"]
         own = model.state_dict()
         for name in [*own, *(name for name in saved if name not in own)]:
+            if not isinstance(saved.get(name, own.get(name)), torch.Tensor):
+                raise AppError(f"the checkpoint {self.path} is damaged: its '{name}' is no tensor")
             found, expected = (tuple(s[name].shape) if name in s else None for s in (saved, own))
             if found != expected:
                 raise AppError(
@@ -69,7 +82,7 @@ class Checkpoint:
 
     def check_callbacks(self, callbacks: list[Callback]) -> None:
         """Refuse to go on dense with the zeros of a sparse network."""
-        sparse = any(key.startswith(TopKastCallback.__qualname__) for key in self.content.get("callbacks", {}))
+        sparse = any(str(key).startswith(TopKastCallback.__qualname__) for key in self.content.get("callbacks", {}))
         if sparse and not any(isinstance(callback, TopKastCallback) for callback in callbacks):
             raise AppError(
                 f"the checkpoint {self.path} is of a sparse run, which would lose its sparsity here: resume with the "
@@ -82,6 +95,8 @@ class Checkpoint:
         if not isinstance(optimizer, Optimizer):
             return
         for state in self.content.get("optimizer_states", [])[:1]:
+            if not _has_groups(state):
+                raise AppError(f"the checkpoint {self.path} is damaged: its optimizer has no groups of parameters")
             missing = sorted(optimizer.defaults.keys() - state["param_groups"][0].keys())
             if missing:
                 raise AppError(
@@ -92,7 +107,14 @@ class Checkpoint:
 
 def open_checkpoint(path: str | None) -> Checkpoint | None:
     """Return the checkpoint that a run goes on from, None where there is none or only Lightning can read it."""
-    if path is None or "://" in path or path in _OF_OTHERS:
+    if path is None:
+        return None
+    if not SAFELY and ("://" in path or path in _OF_OTHERS):
+        raise AppError(
+            f"ckpt_path={path}: this Lightning runs the code in a checkpoint that it finds by itself; name a local file, "
+            "or install lightning>=2.6"
+        )
+    if "://" in path or path in _OF_OTHERS:
         return None
     folder = Path(path)
     if folder.is_dir():
@@ -101,6 +123,11 @@ def open_checkpoint(path: str | None) -> Checkpoint | None:
         inside = ", ".join(sorted(str(file) for file in folder.rglob("*.ckpt"))[:4])
         raise AppError(f"ckpt_path={path} is a folder: name the file{f', {inside}' if inside else ' in it'}")
     return Checkpoint(path)
+
+
+def _has_groups(state: Any) -> bool:
+    groups = state.get("param_groups") if isinstance(state, dict) else None
+    return isinstance(groups, list) and bool(groups) and all(isinstance(group, dict) for group in groups)
 
 
 def _newest() -> Path | None:

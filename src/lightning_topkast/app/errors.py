@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pickle import UnpicklingError
 
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
@@ -80,6 +81,8 @@ def explain(error: BaseException) -> str | None:
         return "there is no GPU that this torch can use: trainer=cpu or trainer=ddp_cpu"
     if isinstance(error, AppError | TopKastError | MisconfigurationException):
         return str(error)
+    if isinstance(error, UnpicklingError):
+        return f"the checkpoint can't be read safely ({str(error).partition(chr(10))[0]}); take another one"
     if isinstance(error, InstantiationException):
         return _explain_instantiation(error)
     if isinstance(error, HydraException | OmegaConfBaseException):

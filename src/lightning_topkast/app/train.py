@@ -24,7 +24,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from lightning_topkast.app.checkpoint import Checkpoint, open_checkpoint
+from lightning_topkast.app.checkpoint import SAFELY, Checkpoint, open_checkpoint
 from lightning_topkast.app.errors import (
     CONFIG_MODULE,
     CONFIG_NAME,
@@ -77,7 +77,7 @@ def _train(cfg: DictConfig) -> float:
     log_config(trainer.loggers, cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)))
 
     try:
-        trainer.fit(model, datamodule=data, ckpt_path=cfg.ckpt_path)
+        trainer.fit(model, datamodule=data, ckpt_path=cfg.ckpt_path, **SAFELY)
     except SystemExit as stop:  # Lightning has handled Ctrl-C or SIGTERM, and has saved what it saves
         _say_how_to_go_on(stop, trainer)
     _refuse_no_training(trainer, checkpoint)

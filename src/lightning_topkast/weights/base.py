@@ -210,7 +210,9 @@ class SparseWeight(ABC):
             raise TopKastError(f"the saved Top-KAST state does not fit weight '{self.name}': {problem}")
         saved = state.get("execution", self.execution)
         if saved not in ("masked", "packed", "compact"):
-            raise TopKastError(f"the saved Top-KAST state of '{self.name}' is damaged: execution {saved!r} is unknown")
+            raise TopKastError(
+                f"the saved Top-KAST state of '{self.name}' is damaged: execution {saved!r:.60} is unknown"
+            )
         alike = (saved == "masked") == (self.execution == "masked")
         if not alike and self.shape == (self.updated_count,):  # both orders of the optimizer's state have one shape
             raise TopKastError(

@@ -92,3 +92,25 @@ def test_state_spread_out_for_masked_mode_has_the_weights_memory_format():
     train(*saved, 2, (2, 3, 5, 5))
     train(*resumed, 2, (2, 3, 5, 5))
     torch.testing.assert_close(weight.theta().contiguous(), saved[1].weights["0.weight"].theta())
+
+
+def test_sets_to_come_that_other_weights_have_outdated_are_outdated_after_a_save_too():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16))
+    options = OPTIONS | {"execution": "packed", "update_every": 4, "refresh_delay": 2}
+    topkast = TopKast(model, **options)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    topkast.attach(optimizer)
+    train(model, topkast, optimizer, 5, (4, 6))  # chosen after 4, for after 6
+    model.load_state_dict({"0.weight": torch.randn(16, 6), "0.bias": torch.zeros(16)})
+    states = copy.deepcopy([part.state_dict() for part in (model, optimizer, topkast)])
+    other = nn.Sequential(nn.Linear(6, 16))
+    resumed = TopKast(other, **options)
+    second = torch.optim.SGD(other.parameters(), 0.1)
+    resumed.attach(second)
+    for part, state in zip((other, second, resumed), states, strict=True):
+        part.load_state_dict(state)
+    for engine, net, trained in ((topkast, model, optimizer), (resumed, other, second)):
+        train(net, engine, trained, 1, (4, 6))
+        assert engine.refresh_count == 1  # at once
+    assert torch.equal(topkast.weights["0.weight"].tiers, resumed.weights["0.weight"].tiers)

@@ -108,7 +108,8 @@ class Selection:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and primitives only."""
-        return {"step": self.step, "tiers": {name: tiers.cpu() for name, tiers in self.result().items()}}
+        tiers = {name: tiers.cpu() for name, tiers in self.result().items()}
+        return {"step": self.step, "tiers": tiers, "valid": self.is_valid}
 
     @classmethod
     def from_state(cls, state: Any, weights: Mapping[str, SparseWeight]) -> "Selection":
@@ -117,9 +118,11 @@ class Selection:
         Raises:
             TopKastError: it does not fit the weights.
         """
-        step, tiers = (state.get("step"), state.get("tiers")) if isinstance(state, dict) else (None, None)
-        known = isinstance(tiers, dict) and bool(tiers) and not tiers.keys() - weights.keys()
-        if not isinstance(step, int) or step < 0 or not isinstance(tiers, dict) or not known:
+        state = state if isinstance(state, dict) else {}
+        step, tiers, valid = state.get("step"), state.get("tiers"), state.get("valid", True)
+        named = isinstance(tiers, dict) and bool(tiers) and not tiers.keys() - weights.keys()
+        timed = isinstance(step, int) and step >= 0 and isinstance(valid, bool)
+        if not isinstance(tiers, dict) or not named or not timed:
             raise TopKastError("the saved Top-KAST state is damaged: its sets to come name other weights, or no step")
         for name, chosen in tiers.items():
             weight = weights[name]
@@ -130,7 +133,7 @@ class Selection:
                 raise TopKastError(f"the saved Top-KAST state is damaged: the sets to come of '{name}' don't fit it")
         selection = cls.__new__(cls)
         selection.step, selection._chosen = step, {name: chosen.contiguous() for name, chosen in tiers.items()}
-        selection._loads = {weights[name]: weights[name].loads for name in tiers}
+        selection._loads = {weights[name]: weights[name].loads if valid else -1 for name in tiers}
         return selection
 
 

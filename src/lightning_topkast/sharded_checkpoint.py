@@ -50,7 +50,7 @@ def move_shards_back(checkpoint: dict[str, Any], state_key: str) -> None:
         return
     place = state[_MARK]
     if not isinstance(place, str) or not place.startswith("optimizer_"):
-        raise TopKastError(f"the saved Top-KAST state is damaged: it is said to be in {place!r}")
+        raise TopKastError(f"the saved Top-KAST state is damaged: it is said to be in {place!r:.60}")
     tensors = checkpoint.pop(place, None)
     if tensors is not None:
         del state[_MARK]

@@ -356,7 +356,7 @@ class TopKast:
         version, pending, shrinkage = (state.get(key) for key in ("version", "selections", "penalty_shrinkage"))
         pending = [] if pending is None else pending
         if not isinstance(version, int) or version != STATE_VERSION:
-            raise TopKastError(f"the saved Top-KAST state has format version {version!r}, expected {STATE_VERSION}")
+            raise TopKastError(f"the saved Top-KAST state has format version {version!r:.60}, expected {STATE_VERSION}")
         saved, steps, refreshes = state.get("weights"), state.get("steps"), state.get("refresh_count")
         if (
             not isinstance(saved, dict)

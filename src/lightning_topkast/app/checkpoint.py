@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile, is_zipfile
 
 import torch
-from lightning import Callback, LightningModule
+from lightning import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
 from lightning_topkast import TopKastCallback
 from lightning_topkast.app.errors import AppError
+
+# Before 2.6 Lightning unpickles whatever it loads; since then by default only what it downloads.
+SAFELY = {"weights_only": True} if "weights_only" in signature(Trainer.fit).parameters else {}
 
 _OF_OTHERS = ("hpc", "registry")  # Lightning finds these by itself: after a SLURM requeue, and in its model registry
 
@@ -51,6 +55,9 @@ class Checkpoint:
         needed = {"pytorch-lightning_version", "state_dict", "global_step"}
         if not isinstance(content, dict) or not needed <= content.keys():
             raise AppError(f"{path} is no checkpoint of a run: it lacks the training state; take a last.ckpt")
+        for key, kind in {"state_dict": dict, "callbacks": dict, "optimizer_states": list, "global_step": int}.items():
+            if not isinstance(content.get(key, kind()), kind):
+                raise AppError(f"the checkpoint {path} is damaged: its '{key}' is a {type(content[key]).__name__}")
         self.content: dict[str, Any] = content
 
     @property
@@ -72,6 +79,8 @@ class Checkpoint:
         saved: Mapping[str, torch.Tensor] = self.content["state_dict"]
         own = model.state_dict()
         for name in [*own, *(name for name in saved if name not in own)]:
+            if not isinstance(saved.get(name, own.get(name)), torch.Tensor):
+                raise AppError(f"the checkpoint {self.path} is damaged: its '{name}' is no tensor")
             found, expected = (tuple(s[name].shape) if name in s else None for s in (saved, own))
             if found != expected:
                 raise AppError(
@@ -81,7 +90,7 @@ class Checkpoint:
 
     def check_callbacks(self, callbacks: list[Callback]) -> None:
         """Refuse to go on dense with the zeros of a sparse network."""
-        sparse = any(key.startswith(TopKastCallback.__qualname__) for key in self.content.get("callbacks", {}))
+        sparse = any(str(key).startswith(TopKastCallback.__qualname__) for key in self.content.get("callbacks", {}))
         if sparse and not any(isinstance(callback, TopKastCallback) for callback in callbacks):
             raise AppError(
                 f"the checkpoint {self.path} is of a sparse run, which would lose its sparsity here: resume with the "
@@ -94,6 +103,8 @@ class Checkpoint:
         if not isinstance(optimizer, Optimizer):
             return
         for state in self.content.get("optimizer_states", [])[:1]:
+            if not _has_groups(state):
+                raise AppError(f"the checkpoint {self.path} is damaged: its optimizer has no groups of parameters")
             missing = sorted(optimizer.defaults.keys() - state["param_groups"][0].keys())
             if missing:
                 raise AppError(
@@ -104,7 +115,14 @@ class Checkpoint:
 
 def open_checkpoint(path: str | None) -> Checkpoint | None:
     """Return the checkpoint that a run goes on from, None where there is none or only Lightning can read it."""
-    if path is None or "://" in path or path in _OF_OTHERS:
+    if path is None:
+        return None
+    if not SAFELY and ("://" in path or path in _OF_OTHERS):
+        raise AppError(
+            f"ckpt_path={path}: this Lightning runs the code in a checkpoint that it finds by itself; name a local "
+            "file, or install lightning>=2.6"
+        )
+    if "://" in path or path in _OF_OTHERS:
         return None
     folder = Path(path)
     if folder.is_dir():
@@ -125,6 +143,11 @@ def _damage(path: Path) -> str | None:
     except Exception as error:  # whatever garbage in its directory leads to
         return _first_line(error)
     return f"its part {part} fails its checksum" if part else None
+
+
+def _has_groups(state: Any) -> bool:
+    groups = state.get("param_groups") if isinstance(state, dict) else None
+    return isinstance(groups, list) and bool(groups) and all(isinstance(group, dict) for group in groups)
 
 
 def _newest() -> Path | None:

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pickle import UnpicklingError
 
 import torch
 from hydra import compose, initialize_config_module
@@ -102,6 +103,8 @@ def explain(error: BaseException, config_name: str = CONFIG_NAME) -> str | None:
         return str(error)
     if _is_lost_connection(error):
         return _explain_lost_connection(error)
+    if isinstance(error, UnpicklingError):
+        return f"the checkpoint can't be read safely ({str(error).partition(chr(10))[0]}); take another one"
     if isinstance(error, InstantiationException):
         return _explain_instantiation(error)
     if isinstance(error, HydraException | OmegaConfBaseException):

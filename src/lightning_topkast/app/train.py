@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from lightning_topkast.app.checkpoint import Checkpoint, open_checkpoint
+from lightning_topkast.app.checkpoint import SAFELY, Checkpoint, open_checkpoint
 from lightning_topkast.app.errors import (
     CONFIG_MODULE,
     CONFIG_NAME,
@@ -81,7 +81,7 @@ def _train(cfg: DictConfig) -> float:
         log_config(trainer.loggers, cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)))
 
         try:
-            trainer.fit(model, datamodule=data, ckpt_path=ckpt_path)
+            trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, **SAFELY)
         except SystemExit as stop:  # Lightning has handled Ctrl-C or SIGTERM, and has saved what it saves
             _say_how_to_go_on(stop, trainer)
         if not (auto and ckpt_path):  # started again after its end, a run only says once more what came out

@@ -59,7 +59,7 @@ def _misfit(state: Any, active_count: int, updated_count: int, shape: torch.Size
             return f"'{key}' is {state[key]}, expected a count of its {shape.numel()} entries; the file is damaged"
     execution = state.get("execution", "masked")
     if execution not in ("masked", "packed", "compact"):
-        return f"its execution {execution!r} is unknown; the file is damaged"
+        return f"its execution {execution!r:.60} is unknown; the file is damaged"
     return None
 
 

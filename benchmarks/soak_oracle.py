@@ -1,0 +1,294 @@
+"""Top-KAST once more, written as plainly as can be, to check the library by; it calls nothing of it.
+
+Dense θ, sets as bool tensors, sorted Python lists, and the same torch optimizer over copies of the parameters.
+"""
+
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+# what an entry's optimizer state begins at zero with
+STATE = ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "square_avg", "grad_avg")
+# relative errors that other orders of the same sums may make: in a gradient, and in a step with the same gradient
+GRADIENT = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 0.2}
+STEP = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.1}
+FLOOR = {torch.float64: 1e-18, torch.float32: 1e-10, torch.bfloat16: 1e-7}  # below it all is rounding
+
+Sets = tuple[Tensor, Tensor]  # A and B
+
+
+class Violation(AssertionError):
+    """The library did not do what the method says."""
+
+
+def expect(condition: bool, what: str) -> None:
+    if not condition:
+        raise Violation(what)
+
+
+@dataclass
+class Rules:
+    """What decides a run; the names are those of the library's settings."""
+
+    update_every: int
+    refresh_delay: int
+    exploration: str
+    stop: int | None  # step
+    penalty: str
+    reset_optimizer_state: bool
+    seed: int
+    strength: dict[str, float] = field(default_factory=dict)  # λ of each weight
+    counts: dict[str, tuple[int, int]] = field(default_factory=dict)  # |A|, |B| of each weight
+
+    def explores_at(self, step: int) -> bool:
+        return self.stop is None or step < self.stop
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def spread(packed: Tensor, active: Tensor, updated: Tensor) -> Tensor:
+    r"""Dense entries of packed ones: first those of A, then of B\A, in flat order each."""
+    order = [i for i, member in enumerate(active.flatten().tolist()) if member]
+    order += [i for i, member in enumerate((updated & ~active).flatten().tolist()) if member]
+    dense = packed.new_zeros(active.numel())
+    dense[torch.tensor(order)] = packed[: len(order)]
+    return dense.view(active.shape)
+
+
+def naive_counts(shapes: Mapping[str, tuple[int, ...]], density: float, distribution: str) -> dict[str, float]:
+    """|set| of every weight, not yet rounded."""
+    if distribution == "uniform":
+        return {name: density * prod(shape) for name, shape in shapes.items()}
+    low, high, total = 0.0, float(max(map(prod, shapes.values()))), density * sum(map(prod, shapes.values()))
+    for _ in range(200):  # the scale at which the total is met
+        scale = (low + high) / 2
+        kept = {name: min(scale * sum(shape), prod(shape)) for name, shape in shapes.items()}
+        low, high = (scale, high) if sum(kept.values()) < total else (low, scale)
+    return {name: min(high * sum(shape), prod(shape)) for name, shape in shapes.items()}
+
+
+class Oracle:
+    """One run of the method.
+
+    Args:
+        values: name → θ of every parameter, the dense ones too; copied.
+        rules: of the run; its counts name the sparse weights.
+        make_optimizer: name → parameter gives the optimizer.
+    """
+
+    def __init__(
+        self, values: Mapping[str, Tensor], rules: Rules, make_optimizer: Callable[[dict[str, nn.Parameter]], Optimizer]
+    ) -> None:
+        self.rules = rules
+        self.parameters = {name: nn.Parameter(value.detach().clone()) for name, value in values.items()}
+        self.optimizer = make_optimizer(self.parameters)
+        self.step = self.refreshes = 0
+        self.pending: list[tuple[int, dict[str, Sets]]] = []
+        self.stale = False  # other weights were loaded, which makes the pending sets void
+        self.sets: dict[str, Sets] = self.choose()
+        self._touched = False
+        self._outside = {name: ~updated for name, (_, updated) in self.sets.items()}
+
+    # --- the method -----------------------------------------------------------------------------------------------
+
+    def alpha(self, name: str) -> Tensor:
+        return self.parameters[name].detach() * self.sets[name][0]
+
+    def choose(self) -> dict[str, Sets]:
+        return {name: self._chosen(name) for name in self.rules.counts}
+
+    def _chosen(self, name: str) -> Sets:
+        theta, (count, larger) = self.parameters[name].detach(), self.rules.counts[name]
+        values = theta.abs().double().flatten().tolist()
+        by_size = sorted(range(len(values)), key=lambda i: (-values[i], i))
+        chosen, rest = by_size[:count], by_size[count:]
+        if self.rules.exploration == "random":
+            seed = zlib.crc32(f"{self.rules.seed}/{self.step}/{name}".encode())
+            ticket = torch.rand(theta.shape, generator=torch.Generator().manual_seed(seed)).flatten().tolist()
+            rest = sorted(rest, key=lambda i: (-max(ticket[i], torch.finfo(torch.float32).tiny), i))
+        more = rest[: larger - count] if self.rules.explores_at(self.step) else []
+        active, updated = (torch.zeros(len(values), dtype=torch.bool) for _ in range(2))
+        active[chosen] = True
+        updated[chosen + more] = True
+        return active.view(theta.shape), updated.view(theta.shape)
+
+    def apply(self, sets: Mapping[str, Sets]) -> None:
+        self.sets = dict(sets)
+        self.refreshes += 1
+        for name, (_, updated) in self.sets.items():
+            for key, value in self.optimizer.state.get(self.parameters[name], {}).items():
+                if self.rules.reset_optimizer_state and key in STATE and isinstance(value, Tensor):
+                    value.mul_(updated)
+
+    def refresh(self) -> None:
+        self.pending.clear()
+        self.apply(self.choose())
+
+    def update(self, gradients: Mapping[str, Tensor | None], lrs: list[float], skipped: bool = False) -> bool:
+        """One optimizer step with these gradients, which must be zero outside B; the sets stay.
+
+        Returns:
+            whether any sparse weight was updated.
+        """
+        self._outside = {name: ~updated for name, (_, updated) in self.sets.items()}
+        self._touched = False
+        if skipped:
+            return False
+        for name, gradient in gradients.items():
+            if gradient is not None and name in self.sets:
+                expect(not gradient[self._outside[name]].any(), f"{name}: a gradient outside B")
+        before = {name: self.parameters[name].detach().clone() for name in self.sets}
+        for name, outside in self._outside.items():
+            self.parameters[name].detach()[outside] = 0  # decay is of B alone
+        for name, parameter in self.parameters.items():
+            given = gradients.get(name)
+            # in the parameter's memory format, by which a fused optimizer goes
+            parameter.grad = None if given is None else torch.empty_like(parameter).copy_(given)
+        for group, lr in zip(self.optimizer.param_groups, lrs, strict=True):
+            group["lr"] = lr
+        self.optimizer.step()
+        rate = {id(p): group["lr"] for group in self.optimizer.param_groups for p in group["params"]}
+        for name, (active, updated) in self.sets.items():
+            parameter = self.parameters[name]
+            theta = parameter.detach()
+            theta[~updated] = before[name][~updated]
+            if parameter.grad is None:
+                continue
+            self._touched = True
+            density = self.rules.counts[name][0] / theta.numel()
+            self._shrink(theta, active, rate[id(parameter)] * self.rules.strength[name])
+            self._shrink(theta, updated & ~active, rate[id(parameter)] * (self.rules.strength[name] / density))
+        self.step += self._touched
+        return self._touched
+
+    def _shrink(self, theta: Tensor, members: Tensor, amount: float) -> None:
+        values = theta[members]
+        if not amount or not values.numel():
+            return
+        if self.rules.penalty == "l2":
+            values = values * max(1 - amount, 0.0)
+        elif self.rules.penalty == "l1":
+            values = values.sign() * (values.abs() - amount).clamp(min=0)
+        else:
+            length = values.double().square().sum().sqrt().clamp(min=torch.finfo(theta.dtype).tiny)
+            values = (values.double() * (1 - amount / length).clamp(min=0)).to(theta.dtype)
+        theta[members] = values
+
+    def refresh_if_due(self) -> None:
+        """What follows a step, once θ is known."""
+        if not self._touched:
+            return
+        self._touched = False
+        if self.pending and self.stale:
+            self.pending.clear()
+            self.apply(self.choose())
+        self.stale = False
+        if self.pending and self.step - self.pending[0][0] >= self.rules.refresh_delay:
+            self.apply(self.pending.pop(0)[1])
+        if self.step % self.rules.update_every == 0 or self.step == self.rules.stop:
+            if self.rules.refresh_delay and self.rules.explores_at(self.step):
+                self.pending.append((self.step, self.choose()))
+            else:
+                self.refresh()
+
+    def load(self, values: Mapping[str, Tensor]) -> None:
+        """Other dense weights: all sets by their size; state of what leaves B is lost."""
+        sets, fits = dict(self.sets), True
+        for name, value in values.items():
+            self.parameters[name].detach().copy_(value)
+            if not value[~self.sets[name][0]].any():
+                continue  # all of it lies in A
+            fits = False
+            exploring, rules = bool((self.sets[name][1] & ~self.sets[name][0]).any()), self.rules
+            self.rules = Rules(**(vars(rules) | {"exploration": "magnitude", "stop": None if exploring else 0}))
+            sets[name] = self._chosen(name)
+            self.rules = rules
+        reset, self.rules.reset_optimizer_state = self.rules.reset_optimizer_state, True
+        self.apply(sets)
+        self.rules.reset_optimizer_state = reset
+        self.refreshes -= 1
+        self.stale |= bool(self.pending) and not fits
+
+    # --- the library, compared ------------------------------------------------------------------------------------
+
+    def compare(self, topkast: Any, optimizer: Optimizer | None, exact: bool, values: Mapping[str, Tensor]) -> None:
+        """Check every invariant after a step and the refresh that may have followed.
+
+        Args:
+            topkast: the library's engine.
+            optimizer: the library's run's.
+            exact: whether every bit must agree, or sums may have been made in another order; then the library's
+                numbers are taken over, so that errors don't add up.
+            values: the model's parameters by name; of sparse weights the α that its state dict holds, whole.
+        """
+        expect(topkast.weights.keys() == self.rules.counts.keys(), f"sparse weights {list(topkast.weights)}")
+        thetas = {name: whole(weight.theta()).detach() for name, weight in topkast.weights.items()}
+        for name, parameter in self.parameters.items():
+            mine, theirs = parameter.detach(), thetas.get(name, values[name].detach())
+            self._same(f"{name}: θ", mine, theirs, exact)
+            if name in self.sets:
+                outside = self._outside[name]
+                expect(torch.equal(mine[outside], theirs[outside]), f"{name}: θ on C has changed")
+            mine.copy_(theirs)
+        self.refresh_if_due()
+        counts, expected = (topkast.step_count, topkast.refresh_count), (self.step, self.refreshes)
+        expect(counts == expected, f"steps and refreshes {counts}, expected {expected}")
+        for name, (active, updated) in self.sets.items():
+            weight, (count, larger) = topkast.weights[name], self.rules.counts[name]
+            larger = larger if self.rules.explores_at(self.step) else count
+            one, other = whole(weight.active), whole(weight.updated)
+            expect(int(one.sum()) == count, f"{name}: |A| = {int(one.sum())}, expected {count}")
+            expect(int(other.sum()) == larger, f"{name}: |B| = {int(other.sum())}, expected {larger}")
+            expect(not (one & ~other).any(), f"{name}: A is not in B")
+            expect(torch.equal(one, active), f"{name}: A is not the largest entries, ties to the lowest index")
+            expect(torch.equal(other, updated), f"{name}: B is not what was to be chosen")
+            expect(int(weight.active_entries) == count, f"{name}: active_entries")
+            expect(int(weight.updated_entries) == int(other.sum()), f"{name}: updated_entries")
+            expect(torch.equal(values[name].detach(), self.alpha(name)), f"{name}: the model does not compute with α")
+        if optimizer is not None:
+            self._compare_state(topkast, optimizer, exact)
+
+    def _compare_state(self, topkast: Any, optimizer: Optimizer, exact: bool) -> None:
+        names = {id(w.parameter): name for name, w in topkast.weights.items()}
+        names |= {id(p): name for name, p in topkast.model.named_parameters() if id(p) not in names}
+        for parameter, state in optimizer.state.items():
+            name = names[id(parameter)]
+            mine = self.optimizer.state[self.parameters[name]]
+            expect(state.keys() == mine.keys(), f"{name}: optimizer state {list(state)}, expected {list(mine)}")
+            for key, value in state.items():
+                if not isinstance(value, Tensor):
+                    continue
+                dense = whole(value)
+                if name in self.sets and dense.shape != mine[key].shape:
+                    dense = spread(dense, *self.sets[name])
+                if name in self.sets and key in STATE and self.rules.reset_optimizer_state:
+                    expect(not dense[~self.sets[name][1]].any(), f"{name}: {key} outside B")
+                self._same(f"{name}: {key}", mine[key], dense, exact)
+                mine[key].copy_(dense)
+
+    @staticmethod
+    def _same(what: str, mine: Tensor, theirs: Tensor, exact: bool) -> None:
+        expect((mine.dtype, mine.shape) == (theirs.dtype, theirs.shape), f"{what}: {theirs.dtype} {theirs.shape}")
+        if exact:
+            differ = int((mine != theirs).sum())
+            expect(torch.equal(mine, theirs), f"{what}: {differ} of {mine.numel()} entries differ from the oracle's")
+        else:
+            check_close(what, mine, theirs, STEP[mine.dtype])
+
+
+def check_close(what: str, mine: Tensor, theirs: Tensor, tolerance: float) -> None:
+    """Equal but for rounding."""
+    if not mine.numel():
+        return
+    off = (mine.double() - theirs.double()).abs()
+    allowed = tolerance * (mine.double().abs() + mine.double().abs().max())
+    expect(bool((off <= allowed + FLOOR[mine.dtype]).all()), f"{what}: off by {float(off.max()):.3g} from the oracle's")

@@ -1,4 +1,4 @@
-# make train | test | lint | types | format | clean, from a fresh clone. Needs Python >= 3.10 with pip, and make.
+# make train | test | soak | lint | types | format | clean, from a fresh clone. Needs Python >= 3.10 with pip, and make.
 PYTHON ?= python3
 # More overrides for the run: make train ARGS="model=cnn sparsity.forward_sparsity=0.95"
 ARGS ?=
@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --progress-bar off -c constraints.txt
 SOURCES := src tests $(wildcard examples benchmarks)
 
-.PHONY: train test lint types format clean
+.PHONY: train test soak lint types format clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.installed
@@ -19,6 +19,10 @@ train: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) $(ARGS)
+
+# Half an hour of randomised runs, or so long: make soak ARGS="--minutes 1"
+soak: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak.py $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check $(SOURCES)

@@ -6,6 +6,7 @@ Every case is drawn from the seed and its number alone, so that a failure can be
 
 import argparse
 import logging
+import math
 import os
 import resource
 import signal
@@ -30,11 +31,11 @@ def draw_case(seed: int, number: int, kind: str | None = None) -> Case:
     return draw(kind, Random(f"{seed}/{number}"))
 
 
-def soak(numbers: range, seed: int, until: float, kind: str | None = None) -> Counter[str]:
-    """Run cases until the time is up; say what failed, and go on."""
+def soak(numbers: range, seed: int, until: float, kind: str | None = None, failures: float = math.inf) -> Counter[str]:
+    """Run cases until the time is up; say what failed, and go on, up to so many failures."""
     counts: Counter[str] = Counter()
     for number in numbers:
-        if time.monotonic() >= until:
+        if time.monotonic() >= until or counts["failures"] >= failures:
             break
         case = draw_case(seed, number, kind)
         with tempfile.TemporaryDirectory(prefix="soak-") as folder:

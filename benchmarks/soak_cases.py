@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from random import Random
 from typing import Any
 
@@ -61,15 +62,20 @@ def _mlp(rng: Random) -> dict[str, Any]:
 
 
 def _make_mlp(widths: list[int]) -> nn.Module:
-    layers = [layer for a, b in zip(widths, widths[1:], strict=False) for layer in (nn.Linear(a, b), nn.Tanh())]
+    layers = [layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), nn.Tanh())]
     return nn.Sequential(*layers[:-1])
 
 
 def _make_conv2d(width: int, kernel: int, groups: int, last: bool) -> nn.Module:
     net = nn.Sequential(
-        nn.Conv2d(2, width * groups, 3, padding=1), nn.ReLU(), nn.Conv2d(width * groups, 2 * groups, 1), nn.ReLU(),
-        nn.Conv2d(2 * groups, 2 * groups, kernel, groups=groups, padding=kernel // 2), nn.ReLU(), nn.Conv2d(2 * groups, 3, 1),
-    )  # fmt: skip
+        nn.Conv2d(2, width * groups, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(width * groups, 2 * groups, 1),
+        nn.ReLU(),
+        nn.Conv2d(2 * groups, 2 * groups, kernel, groups=groups, padding=kernel // 2),
+        nn.ReLU(),
+        nn.Conv2d(2 * groups, 3, 1),
+    )
     return net.to(memory_format=torch.channels_last) if last else net
 
 

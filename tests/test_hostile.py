@@ -139,7 +139,13 @@ def variants(value, rng):
         None, True, -1, 0, 3, 2**40, 10**30, -0.5, math.nan, math.inf, 1e300, "", "masked", b"x", [], {}, [None],
         {0: 1}, {"weights": {}}, [[[]]], torch.zeros(()), torch.zeros(3), torch.empty(0), torch.zeros(2).cfloat(),
     ]  # fmt: skip
-    plain = isinstance(value, torch.Tensor) and value.dim() and value.numel() and not value.is_meta
+    plain = (
+        isinstance(value, torch.Tensor)
+        and value.dim()
+        and value.numel()
+        and not value.is_meta
+        and not value.is_complex()
+    )
     if plain and value.is_contiguous():
         value, shape = value.detach(), value.shape
         shuffled = torch.randperm(value.numel(), generator=torch.Generator().manual_seed(rng.randrange(99)))
@@ -186,7 +192,7 @@ def test_state_itself_is_taken(execution):
 
 @pytest.mark.parametrize("execution", ["masked", "packed"])
 @given(seed=st.integers(0, 2**32))
-@settings(max_examples=250, deadline=None, derandomize=True, database=None)
+@settings(max_examples=120, deadline=None, derandomize=True, database=None)
 def test_state_that_was_tampered_with_is_refused_or_harmless(execution, seed):
     state, rng = load(saved(execution)[2]), random.Random(seed)
     for _ in range(rng.choice([1, 1, 1, 2, 4])):
@@ -225,7 +231,7 @@ def test_what_is_no_state_is_refused(state):
 
 @pytest.mark.parametrize("execution", ["masked", "packed"])
 @given(seed=st.integers(0, 2**32))
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
 def test_file_with_damaged_bytes_is_refused_or_harmless(execution, seed):
     rng, data = random.Random(seed), bytearray(saved(execution)[2])
     if rng.random() < 0.3:

@@ -1,13 +1,25 @@
 """The soak: a slice of it, proof that its oracle sees broken code, and what it has found."""
 
 import copy
+import os
 import pickle
+import subprocess
+import sys
+import time
+import warnings
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from lightning_topkast import TopKast
+from lightning_topkast.refresh import Refresher
+from lightning_topkast.weights import MaskedWeight, PackedWeight
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 OPTIONS = {
     "forward_sparsity": 0.75, "backward_sparsity": 0.5, "keep_first_dense": False, "keep_last_dense": False,
@@ -20,6 +32,143 @@ def train(model, topkast, optimizer, steps, shape) -> None:
         optimizer.zero_grad()
         model(torch.randn(shape, generator=torch.Generator().manual_seed(step))).square().mean().backward()
         optimizer.step()
+
+
+# --- a slice of it ------------------------------------------------------------------------------------------------
+
+
+def test_a_few_cases_of_every_kind_break_no_rule():
+    arguments = ["--seed", "80", "--cases", "14", "--minutes", "2"]
+    command = [sys.executable, BENCHMARKS / "soak.py", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "soak: 14 cases" in done.stdout
+    assert " 0 failures" in done.stdout
+    for kind in ("loop", "trainer", "killed", "sharded"):
+        assert f" 0 {kind}" not in done.stdout
+        assert f"(0 {kind}" not in done.stdout
+
+
+@contextmanager
+def _quiet():
+    """Without the warnings that drawn settings earn."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@pytest.fixture
+def soak(monkeypatch):
+    """Run so many cases in this process; what failed is counted and printed."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from soak import soak
+
+    def run(cases: int = 30, kind: str = "loop") -> Counter[str]:
+        return soak(range(cases), 3, time.monotonic() + 60, kind, failures=1)
+
+    return run
+
+
+def break_masking(monkeypatch):
+    monkeypatch.setattr(MaskedWeight, "mask_gradient", lambda self: None)
+
+
+def break_ties(monkeypatch):
+    from lightning_topkast import refresh
+
+    def to_the_highest_index(scores, counts, select=refresh.nested_top_k):
+        return select(scores.flatten().flip(0), counts).flip(0).view(scores.shape)
+
+    monkeypatch.setattr(refresh, "nested_top_k", to_the_highest_index)
+
+
+def break_closing(monkeypatch):
+    """θ on what is exploring is not stored back."""
+    close = MaskedWeight.close
+
+    def forgetful(self, penalty, lr):
+        reserve = self._reserve.clone()
+        close(self, penalty, lr)
+        self._reserve.copy_(reserve)
+
+    monkeypatch.setattr(MaskedWeight, "close", forgetful)
+
+
+def break_penalty(monkeypatch):
+    """1/D is left out."""
+    monkeypatch.setattr(MaskedWeight, "forward_density_target", 1.0)
+
+
+def break_promotion(monkeypatch):
+    """Promoted entries start at zero."""
+    apply = MaskedWeight.apply
+
+    def from_zero(self, tiers, state=()):
+        before = self.active
+        apply(self, tiers, state)
+        self._alpha[self.active & ~before] = 0
+
+    monkeypatch.setattr(MaskedWeight, "apply", from_zero)
+
+
+def break_state(monkeypatch):
+    """Optimizer state stays where it was."""
+    for kind in (MaskedWeight, PackedWeight):
+        monkeypatch.setattr(kind, "apply", lambda self, tiers, state=(), apply=kind.apply: apply(self, tiers))
+
+
+def break_decay(monkeypatch):
+    """The reservoir drifts."""
+    opened = MaskedWeight.open
+
+    def drifting(self):
+        opened(self)
+        self._reserve[~self._mask.bool()] *= 0.999
+
+    monkeypatch.setattr(MaskedWeight, "open", drifting)
+
+
+def break_saving(monkeypatch):
+    """What was demoted is not saved."""
+    saved = MaskedWeight.state_dict
+
+    def lossy(self, gathered=False):
+        state = saved(self, gathered)
+        return state | {"reserve": state["reserve"].masked_fill(state["tiers"] == 0, 0)}
+
+    monkeypatch.setattr(MaskedWeight, "state_dict", lossy)
+
+
+def break_schedule(monkeypatch):
+    after_step = Refresher.after_step
+    monkeypatch.setattr(Refresher, "after_step", lambda self, weights, step: after_step(self, weights, step + 1))
+
+
+BREAKS = [value for name, value in list(globals().items()) if name.startswith("break_")]
+
+
+@pytest.mark.parametrize("breaks", BREAKS, ids=lambda breaks: breaks.__name__)
+def test_the_oracle_sees_broken_code(soak, monkeypatch, capsys, breaks):
+    with _quiet():
+        breaks(monkeypatch)
+        counts = soak()
+    assert counts["failures"] > 0
+    assert "Violation" in capsys.readouterr().out
+
+
+def test_a_failure_can_be_seen_again_by_its_seed_and_number(soak, monkeypatch, capsys):
+    break_masking(monkeypatch)
+    with _quiet():
+        soak()
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("FAILED"))
+    from soak import main
+
+    with _quiet():
+        assert main([*line.split()[1:], "--minutes", "1"]) == 1
+        monkeypatch.undo()
+        monkeypatch.syspath_prepend(str(BENCHMARKS))
+        assert main([*line.split()[1:], "--minutes", "1"]) == 0
 
 
 # --- what it has found --------------------------------------------------------------------------------------------

@@ -119,8 +119,8 @@ def open_checkpoint(path: str | None) -> Checkpoint | None:
         return None
     if not SAFELY and ("://" in path or path in _OF_OTHERS):
         raise AppError(
-            f"ckpt_path={path}: this Lightning runs the code in a checkpoint that it finds by itself; name a local "
-            "file, or install lightning>=2.6"
+            f"ckpt_path={path}: this Lightning runs the code in a checkpoint that it finds by itself; "
+            "name a local file, or install lightning>=2.6"
         )
     if "://" in path or path in _OF_OTHERS:
         return None

@@ -221,6 +221,65 @@ def test_every_single_thing_in_a_state_can_be_missing_or_of_another_kind():
     }  # fmt: skip
 
 
+def outside(state, name="0.weight"):
+    return state["weights"][name]["tiers"] == 0
+
+
+# what drawing has found, each in a place of a saved state
+FOUND = {
+    "too large for float32": (("weights", "0.weight", "reserve"), lambda v, out: torch.where(out, 1e300, v.double())),
+    "a tier that does not exist": (("selections", 0, "tiers", "0.weight"), lambda v, out: v.masked_fill(v == 0, 7)),
+    "sparse": (("weights", "0.weight", "reserve"), lambda v, out: v.to_sparse()),
+    "without memory": (("weights", "0.weight", "tiers"), lambda v, out: v.to("meta")),
+    "sparse sets to come": (("selections", 0, "tiers", "0.weight"), lambda v, out: v.to_sparse()),
+    "a negative count": (("weights", "0.weight", "first_reservoir"), lambda v, out: -1),
+    "more than there are": (("weights", "0.weight", "promoted"), lambda v, out: 10**9),
+    "before the start": (("selections", 0, "step"), lambda v, out: -4),
+    "no list of sets": (("selections",), lambda v, out: 3),
+    "a shrinkage of two": (("penalty_shrinkage",), lambda v, out: torch.zeros(2)),
+    "a key of another kind": (("weights",), lambda v, out: v | {3: {}, "x": {}}),
+    "endless": (("weights", "0.weight", "execution"), lambda v, out: ["x" * 5000]),
+    "a version of two": (("version",), lambda v, out: torch.ones(2)),
+}
+
+
+@pytest.mark.parametrize("execution", ["masked", "packed"])
+@pytest.mark.parametrize("damage", FOUND)
+def test_what_drawing_has_found_is_refused(execution, damage):
+    state = load(saved(execution)[2])
+    path, change = FOUND[damage]
+    parent = functools.reduce(lambda node, key: node[key], path[:-1], state)
+    parent[path[-1]] = change(parent[path[-1]], outside(state))
+    assert check_outcome(execution, state) == "refused"
+
+
+@pytest.mark.parametrize("execution", ["masked", "packed"])
+@pytest.mark.parametrize("place", ["sets", "sets to come", "reserve"])
+def test_tensors_in_another_memory_order_or_with_a_gradient_are_taken(execution, place):
+    state = load(saved(execution)[2])
+    weight = state["weights"]["0.weight"]
+    if place == "reserve":
+        weight["reserve"] = nn.Parameter(weight["reserve"])
+    parent, key = (weight, "tiers") if place == "sets" else (state["selections"][0]["tiers"], "0.weight")
+    parent[key] = parent[key].t().contiguous().t()
+    assert not parent[key].is_contiguous()
+    assert check_outcome(execution, state) == "taken"
+
+
+@pytest.mark.parametrize("execution", ["masked", "packed"])
+def test_a_model_with_nan_is_refused_before_the_state_is_taken_over(execution):
+    _, topkast, _ = loaded_run(execution)
+    topkast.load_state_dict(load(saved(execution)[2]))
+    weight = topkast.weights["0.weight"]
+    entry = torch.nonzero(weight.active.flatten())[0] if execution == "masked" else 0
+    weight.parameter.detach().view(-1)[entry] = math.nan
+    state = load(saved(execution)[2])
+    state["steps"] = [100]
+    with pytest.raises(TopKastError, match="holds NaN or infinity; take another checkpoint"):
+        topkast.load_state_dict(state)
+    assert topkast.step_count == 4
+
+
 @pytest.mark.parametrize("state", [None, [], 3, "x", torch.zeros(2), {}, {1: 2}, {"version": torch.ones(3)}], ids=repr)
 def test_what_is_no_state_is_refused(state):
     assert check_outcome("masked", state) == "refused"

@@ -116,7 +116,7 @@ def test_174_billion_parameters_are_planned_in_little_memory(tmp_path):
     )  # fmt: skip
     totals = json.loads(result.stdout)["totals"]
     assert totals["size"] == pytest.approx(174e9, rel=0.01)
-    assert totals["weights_bytes"] == pytest.approx(2 * 174e9 / 512, rel=0.01)
+    assert totals["weights_bytes"] == pytest.approx(4 * 174e9 / 512, rel=0.01)  # float32
     assert int(result.stderr.splitlines()[-1]) < 1_500_000  # KiB; the imports are a third of it
 
 

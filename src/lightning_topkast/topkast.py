@@ -68,7 +68,7 @@ class TopKast:
         self.model = model
         self.settings = Settings(forward_sparsity, backward_sparsity, **options)
         self._refresher = Refresher(self.settings, self._state_of)
-        if total_steps is not None or not isinstance(self.settings.stop_exploration_at, float):
+        if total_steps is not None or not self.settings.needs_length:
             self.plan(total_steps)
         self._attachments: list[Attachment] = []
         # Steps taken with optimizers that were detached, or of a state loaded before any was attached.
@@ -99,21 +99,26 @@ class TopKast:
                     f"'{target.name}' is packed already by an earlier TopKast; give the model its ordinary layers back "
                     "first, with that one's release() or, zero outside A, with to_dense(model)"
                 )
+            if isinstance(target.parameter, DTensor) and chosen.distribution == "global":
+                raise TopKastError(
+                    f"'{target.name}' is sharded over devices (FSDP2 or tensor parallel), where weights can't compete "
+                    "for their places: choose distribution='uniform' or 'erk'"
+                )
             if isinstance(target.parameter, DTensor) and (chosen.execution != "masked" or chosen.refresh_delay):
                 raise TopKastError(
                     f"'{target.name}' is sharded over devices (FSDP2 or tensor parallel), which needs "
                     f"execution='masked' and refresh_delay=0, got '{chosen.execution}' and {chosen.refresh_delay}; "
                     "packed weights train with DDP"
                 )
-        self._weights = make_weights(sparse, allocate(sparse, chosen), chosen)
+        shapes = {target.name: target.shape for target in sparse}
+        self._weights = make_weights(sparse, allocate(shapes, chosen), chosen)
         self._by_parameter: dict[Tensor, SparseWeight] = {weight.parameter: weight for weight in self._weights.values()}
         self._set_strength()
-        self.refresh()
+        self._refresher.begin(list(self._weights.values()))
         for target in sparse:
             weight = self._weights[target.name]
             weight.note_first_reservoir()
             install(target, weight)
-        self._refresher.count = 0  # the first selection is no refresh
 
     # --- what users read ------------------------------------------------------------------------------------------
 
@@ -152,6 +157,11 @@ class TopKast:
     def is_attached(self) -> bool:
         """Whether optimizers' steps are accompanied at present."""
         return bool(self._attachments)
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the next step's gradients decide the next sets, also outside B (RigL)."""
+        return any(attachment.needs_gradients for attachment in self._attachments)
 
     @property
     def is_intact(self) -> bool:
@@ -193,7 +203,10 @@ class TopKast:
             for optimizer, steps in zip(optimizers, chain(self._steps_before, repeat(0)), strict=False):
                 if any(attachment.optimizer is optimizer for attachment in self._attachments):
                     raise TopKastError(f"this {type(optimizer).__name__} is attached already")
-                attachment = Attachment(optimizer, self._by_parameter, self.settings.penalty, self._after_step, steps)
+                attachment = Attachment(
+                    optimizer, self._by_parameter, self.settings.penalty, self._after_step,
+                    self._refresher.looks_at_gradients, steps,
+                )  # fmt: skip
                 self._attachments = [*self._attachments, attachment]
             self._set_strength()
         except TopKastError:
@@ -246,6 +259,8 @@ class TopKast:
             attachment.steps = 0
         self._steps_before = []
         self._refresher.selections.clear()
+        if self.settings.chosen_ramp is not None and self.refresh_count:
+            self.refresh()  # to where the ramp begins
         self._follow_schedule()
 
     def follow(self, follower: Callable[[], None] | None) -> None:
@@ -301,9 +316,11 @@ class TopKast:
 
     def _follow_schedule(self) -> None:
         """Refresh if the schedule has changed under the sets: they explore where they should not, or the reverse."""
-        if self._refresher.is_planned and any(
-            weight.is_exploring != (self.exploring and weight.can_explore) for weight in self._weights.values()
-        ):
+        if not self._refresher.is_planned:
+            return
+        counts = self._refresher.counts_at(self.step_count)
+        explore = any(updated > active for name, (active, updated) in counts.items() if name in self._weights)
+        if explore != any(weight.is_exploring for weight in self._weights.values()):
             self.refresh()
 
     def _after_step(self, attachment: Attachment) -> None:

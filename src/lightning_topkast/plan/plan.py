@@ -191,7 +191,7 @@ def _sets(model: nn.Module, settings: Settings | None) -> tuple[list[Target], di
         model, settings.include, settings.exclude, settings.include_types, settings.exclude_types,
         settings.keep_first_dense, settings.keep_last_dense,
     )  # fmt: skip
-    return targets, allocate([target for target in targets if target.sparse], settings)
+    return targets, allocate({target.name: target.shape for target in targets if target.sparse}, settings)
 
 
 def _held(

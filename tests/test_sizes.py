@@ -74,7 +74,7 @@ def test_a_ramp_ends_at_its_own_step_between_two_refreshes():
 def test_fractions_of_a_ramp_belong_to_the_run():
     ramp = SparsityRamp(0.5, 0.0, begin=0.25, end=0.75, power=1)
     assert Run(ramp=ramp, total_steps=40).step(20).sizes() == Run(ramp=RAMP).step(20).sizes()
-    with pytest.raises(TopKastError, match=r"ramp_begin=0.25 is a fraction of the run, whose length is not known"):
+    with pytest.raises(TopKastError, match=r"ramp: begin=0.25 is a fraction of the run, whose length is not known"):
         Run(ramp=ramp)
 
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_topkast.allocation import allocate, overridden_densities
+from lightning_topkast.allocation import overridden_densities
+from lightning_topkast.course import Course
 from lightning_topkast.distributed import check_ranks_agree
 from lightning_topkast.errors import NonFiniteWeightError, TopKastError
 from lightning_topkast.rule import Candidates
-from lightning_topkast.schedule import RefreshSchedule, is_known, step_of
 from lightning_topkast.selection import ACTIVE, EXPLORING, NonFiniteScoresError, TopK, nested_top_k
 from lightning_topkast.settings import Settings
 from lightning_topkast.sharded_selection import nested_top_k_of_shards
@@ -194,15 +194,13 @@ class Refresher:
     """Chooses the sets of weights again when the schedule says so, at once or in the background.
 
     Args:
-        settings: of the run.
+        course: of the run.
         state_of: gives the optimizer's state of a weight, which follows the sets.
     """
 
-    def __init__(self, settings: Settings, state_of: Callable[[SparseWeight], list[Tensor]]) -> None:
-        self.settings = settings
-        self.shapes: dict[str, torch.Size] = {}  # of the weights that share the run's density
-        self.schedule = RefreshSchedule(settings.update_every)
-        self.is_planned = False  # whether the schedule is the one that the settings ask for
+    def __init__(self, course: Course, state_of: Callable[[SparseWeight], list[Tensor]]) -> None:
+        self.settings = course.settings
+        self.course = course
         self.count = 0
         self.follower: Callable[[], None] | None = None  # called after every refresh
         self.selections: list[Selection] = []  # chosen, to take effect `refresh_delay` steps later
@@ -211,47 +209,6 @@ class Refresher:
     def __getstate__(self) -> dict[str, Any]:
         """A copy is followed by nobody."""
         return self.__dict__ | {"follower": None}
-
-    def plan(self, total_steps: int | float | None) -> None:
-        """Set the run's length in optimizer steps, of which moments may be fractions.
-
-        Raises:
-            TopKastError: they are, and the length is unknown; or a ramp would end before it begins.
-        """
-        settings, rule, ramp = self.settings, self.settings.chosen_rule, self.settings.chosen_ramp
-        stop = rule.stop_refreshing_at if settings.stop_refreshing_at is None else settings.stop_refreshing_at
-        moments = {"stop_exploration_at": settings.stop_exploration_at, "stop_refreshing_at": stop}
-        moments |= {"ramp_begin": ramp.begin, "ramp_end": ramp.end} if ramp else {}
-        try:
-            steps = {name: step_of(moment, total_steps, name) for name, moment in moments.items()}
-        except ValueError as error:
-            raise TopKastError(str(error)) from None
-        known = round(total_steps) if total_steps is not None and is_known(total_steps) else None
-        if rule.needs_length and stop is None and known is None:
-            raise TopKastError(
-                f"{type(rule).__name__} drops ever fewer entries until the end of the run, whose length is not known: "
-                "give stop_refreshing_at, or bound the run (max_steps or max_epochs; TopKast: total_steps=...)"
-            )
-        if ramp and steps["ramp_begin"] >= steps["ramp_end"]:  # type: ignore[operator]
-            raise TopKastError(f"ramp: it begins at step {steps['ramp_begin']} and ends at {steps['ramp_end']}")
-        power = {"ramp_power": float(ramp.power)} if ramp else {}
-        self.schedule = RefreshSchedule(settings.update_every, total_steps=known, **steps, **power)  # type: ignore[arg-type]
-        self.is_planned = True
-
-    def looks_at_gradients(self, steps: int) -> bool:
-        """Whether the gradients of the step that follows `steps` done ones decide the next sets, also outside B."""
-        return self.settings.chosen_rule.needs_gradient and self.schedule.refreshes_after(steps + 1)
-
-    def counts_at(self, step: int) -> dict[str, tuple[int, int]]:
-        """Weight name → sizes of A and B for the optimizer step that follows `step` done ones."""
-        # as long as the run's length is unknown, it has not begun
-        ramp = self.schedule.remaining_ramp(step) if self.is_planned else 1.0
-        counts = allocate(self.shapes, self.settings, ramp)
-        return (
-            counts
-            if self.schedule.explores_at(step)
-            else {name: (active, active) for name, (active, _) in counts.items()}
-        )
 
     def after_step(self, weights: Sequence[SparseWeight], step: int) -> None:
         """Do what is due once `step` optimizer steps are done with these weights."""
@@ -262,8 +219,8 @@ class Refresher:
             elif step - begun.step >= self.settings.refresh_delay:
                 self.selections.remove(begun)
                 self._apply(weights, begun.result())
-        if self.schedule.refreshes_after(step):
-            if self.settings.refresh_delay and self.schedule.explores_at(step):
+        if self.course.schedule.refreshes_after(step):
+            if self.settings.refresh_delay and self.course.schedule.explores_at(step):
                 self.selections.append(Selection(weights, self._choice(step)))
             else:  # exploration stops now, not later
                 self.selections = [selection for selection in self.selections if not selection.concerns(weights)]
@@ -280,19 +237,16 @@ class Refresher:
 
     def begin(self, weights: Sequence[SparseWeight]) -> None:
         """Choose the first sets; as `refresh`, but that it counts as none."""
-        self.shapes = {weight.name: weight.shape for weight in weights}
         self._apply(weights, self._choose(weights, replace(self._choice(0), is_first=True)))
         self.count = 0
 
     def _choice(self, step: int) -> Choice:
-        horizon = self.schedule.horizon
-        passed = None if horizon is None else min(1.0, step / max(horizon, 1))
-        return Choice(self.settings, step, self.counts_at(step), passed)
+        return Choice(self.settings, step, self.course.counts_at(step), self.course.passed(step))
 
     def _choose(self, weights: Sequence[SparseWeight], choice: Choice) -> dict[str, Tensor]:
         alone, together = list(weights), []
         if self.settings.distribution == "global":
-            overridden = overridden_densities(self.shapes, self.settings)
+            overridden = overridden_densities(self.course.shapes, self.settings)
             alone = [weight for weight in weights if weight.name in overridden]
             together = [weight for weight in weights if weight.name not in overridden]
         chosen = choose(together, choice) if together else {}

@@ -200,12 +200,18 @@ class Settings:
         return self.chosen_ramp is not None or self.distribution == "global"
 
     @property
-    def needs_length(self) -> bool:
-        """Whether the length of the run has to be known."""
+    def moments(self) -> list[Moment]:
+        """The steps, or fractions of the run, at which something changes besides the sets."""
         ramp, stop = self.chosen_ramp, self.stop_refreshing_at
         stop = self.chosen_rule.stop_refreshing_at if stop is None else stop
         moments = [self.stop_exploration_at, stop, *([ramp.begin, ramp.end] if ramp else [])]
-        return any(isinstance(each, float) for each in moments) or (self.chosen_rule.needs_length and stop is None)
+        return [moment for moment in moments if moment is not None]
+
+    @property
+    def needs_length(self) -> bool:
+        """Whether the length of the run has to be known."""
+        ends = self.stop_refreshing_at is not None or self.chosen_rule.stop_refreshing_at is not None
+        return any(isinstance(each, float) for each in self.moments) or (self.chosen_rule.needs_length and not ends)
 
     def sparsities_on_ramp(self, remaining: float) -> tuple[float, float]:
         """Forward and backward sparsity where this much is left of the ramp: 1 at its beginning, 0 at its end."""

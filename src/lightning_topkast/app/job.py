@@ -1,0 +1,126 @@
+"""One run of a sweep, in a process of its own: what it breaks or leaves behind, down to being killed, stays with it.
+
+The process is forked from a server that has imported everything already, where the system can fork: a fresh start
+would cost as much as a small run.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import setup_globals
+from omegaconf import DictConfig, OmegaConf
+
+from lightning_topkast.app.errors import AppError, one_line_errors
+from lightning_topkast.app.result import DONE, FAILED, RUNNING, describe_start, read_result, write_result
+from lightning_topkast.app.train import set_up_process, train
+
+LOG_FILE = "run.log"
+_END = 20.0  # seconds that a run may take to end once it is told to
+
+
+def run_job(cfg: DictConfig) -> str:
+    """Run what `cfg` describes in its folder, which Hydra's launcher has made, and return the status it ends with.
+
+    All that happens to the run is in its `result.json`, and what it prints in its `run.log`. This function raises
+    nothing but an interruption, so that no launcher gives up the other runs.
+    """
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    rank = next((int(os.environ[name]) for name in ("RANK", "SLURM_PROCID") if name in os.environ), 0)
+    if _status(folder) in DONE:  # a requeued job
+        return str(_status(folder))
+    start = describe_start(cfg)
+    if rank == 0:
+        write_result(folder, start)
+    log = folder / (f"rank{rank}-{LOG_FILE}" if rank else LOG_FILE)
+    try:
+        error = _what_failed(_run_in_process(cfg, log), log)
+    except Exception as reason:  # no process could be started
+        error = f"{type(reason).__name__}: {reason}"
+    if rank == 0 and _status(folder) not in DONE:
+        write_result(folder, {**start, "status": FAILED, "error": error})
+    return str(_status(folder))
+
+
+def _run_in_process(cfg: DictConfig, log: Path) -> int:
+    context = _context()
+    environment = dict(os.environ)  # that of the server is older
+    # As plain data: the classes behind parts of Hydra's own configuration can't be found by pickle.
+    configs = (OmegaConf.to_container(config, resolve=False) for config in (cfg, HydraConfig.instance().cfg))
+    process = context.Process(target=_work, args=(*configs, log, environment), name=log.parent.name)
+    process.start()
+    try:
+        process.join()
+    finally:
+        if process.is_alive():
+            process.terminate()
+            process.join(_END)
+            process.kill()
+            process.join()
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def _context() -> Any:
+    methods = multiprocessing.get_all_start_methods()
+    method = "forkserver" if "forkserver" in methods else "spawn"
+    # A process tells those it starts its own method, and joblib's, "loky", is known nowhere else.
+    if multiprocessing.get_start_method(allow_none=True) not in (None, *methods):
+        multiprocessing.set_start_method(method, force=True)
+    context = multiprocessing.get_context(method)
+    if method == "forkserver":
+        context.set_forkserver_preload([__name__])
+    return context
+
+
+def _work(cfg: dict[str, Any], hydra: dict[str, Any], log: Path, environment: Mapping[str, str]) -> None:
+    """What the process does; its exit code is that of `topkast-train`."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ.clear()
+    os.environ.update(environment)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        os.dup2(file, stream.fileno())
+        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    setup_globals()
+    HydraConfig.instance().cfg = OmegaConf.create(hydra)  # type: ignore[assignment]
+    set_up_process()
+    with one_line_errors():
+        train(OmegaConf.create(cfg))
+
+
+def _end_with_parent() -> None:
+    """End as on Ctrl-C when the sweep's process is gone without having been able to say so."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(_END)
+    os._exit(1)
+
+
+def _status(folder: Path) -> str:
+    try:
+        return str((read_result(folder) or {}).get("status", RUNNING))
+    except AppError:
+        return RUNNING
+
+
+def _what_failed(code: int, log: Path) -> str:
+    """The error's last line, or how the process was ended."""
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}"
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+    own = [line.partition(": ")[2] for line in lines if line.startswith("topkast-train: ")]
+    rest = [line.strip() for line in lines if line.strip()]
+    return (own[-1:] or rest[-1:] or [f"ended with code {code}"])[0]

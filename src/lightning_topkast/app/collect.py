@@ -62,6 +62,7 @@ class Comparison:
         lower_is_better: of both.
         dense_row: whether FLOPs are ratios to a dense run's of this table, in all of training; else they are ratios
             to a dense run of the same network and length.
+        versions: of what, if anything, the runs were made with different ones.
     """
 
     data: str
@@ -70,6 +71,7 @@ class Comparison:
     validation: str
     lower_is_better: bool
     dense_row: bool
+    versions: dict[str, tuple[str, ...]]
     rows: tuple[Row, ...]
 
     @property
@@ -110,7 +112,7 @@ def collect(folder: Path) -> Collected:
                 collected.unfinished.append(name)
         except AppError as error:
             collected.broken.append(str(error))
-    collected.comparisons = compare(done)
+    collected.comparisons = compare(_newest(done))
     return collected
 
 
@@ -121,6 +123,14 @@ def compare(results: Iterable[Result]) -> list[Comparison]:
         choices = result["choices"]
         tables.setdefault((choices.get("data", ""), choices.get("model", "")), []).append(result)
     return [_comparison(*key, tables[key]) for key in sorted(tables)]
+
+
+def _newest(results: Iterable[Result]) -> list[Result]:
+    """Leave out what was run again with the same seed, which would count as another sample."""
+    newest: dict[str, Result] = {}
+    for result in sorted(results, key=lambda result: str(result.get("date"))):
+        newest[json.dumps([result["choices"].get("sparsity"), result["config"]], sort_keys=True)] = result
+    return list(newest.values())
 
 
 def _check(result: Result, path: Path) -> None:
@@ -136,7 +146,7 @@ def _comparison(data: str, model: str, results: Sequence[Result]) -> Comparison:
     test = f"test/{validation.partition('/')[2]}"
     has_test = any(test in result["metrics"] for result in results)
     groups = _groups(results)
-    dense = [result for result in results if _method(result) == "dense" and result["status"] == FINISHED]
+    dense = _reference(groups)
     columns: dict[str, Callable[[Result], float | None]] = {}
     columns |= {"test": lambda r: r["metrics"].get(test)} if has_test else {}
     columns |= {
@@ -167,8 +177,17 @@ def _comparison(data: str, model: str, results: Sequence[Result]) -> Comparison:
         return row.forward_sparsity, row.method != "dense", figure is None, sign * figure.mean if figure else 0.0
 
     return Comparison(
-        data, model, test if has_test else None, validation, lower, bool(dense), tuple(sorted(rows, key=order))
-    )
+        data, model, test if has_test else None, validation, lower, bool(dense), _versions(results),
+        tuple(sorted(rows, key=order)),
+    )  # fmt: skip
+
+
+def _versions(results: Sequence[Result]) -> dict[str, tuple[str, ...]]:
+    found: dict[str, set[str]] = {}
+    for result in results:
+        for name, version in result.get("versions", {}).items():
+            found.setdefault(name, set()).add(str(version))
+    return {name: tuple(sorted(versions)) for name, versions in found.items() if len(versions) > 1}
 
 
 def _groups(results: Sequence[Result]) -> list[list[Result]]:
@@ -215,17 +234,26 @@ def _levels(result: Result) -> tuple[float, float | None]:
     return float(forward), float(backward) if isinstance(backward, int | float) else None
 
 
+def _reference(groups: Iterable[Sequence[Result]]) -> list[Result]:
+    """The runs that FLOPs are ratios to: those of the dense row that took most; none where there is no such row."""
+    rows = [
+        [result for result in group if result["status"] == FINISHED and result.get("flops")]
+        for group in groups
+        if _method(group[0]) == "dense"
+    ]
+    return max(filter(None, rows), key=lambda row: fmean(_flops(result, "training") for result in row), default=[])
+
+
+def _flops(result: Result, part: str) -> float:
+    """FLOPs of inference on an example, or of the whole training."""
+    return float(result["flops"][f"{part}_flops"]) * (result["examples"] if part == "training" else 1)
+
+
 def _flops_ratio(result: Result, dense: Sequence[Result], part: str) -> float | None:
-    """FLOPs as a ratio to dense: in training those of all examples that were seen."""
-    flops = result.get("flops")
-    if not flops:
+    if not result.get("flops"):
         return None
-    references = [other for other in dense if other.get("flops")]
-    if not references:
-        return float(flops[f"{part}_flops_ratio"])
-    seen = [(each["examples"] if part == "training" else 1) for each in (result, *references)]
-    reference = fmean(n * other["flops"][f"{part}_flops"] for n, other in zip(seen[1:], references, strict=True))
-    return float(flops[f"{part}_flops"]) * seen[0] / reference if reference else None
+    reference = fmean(_flops(other, part) for other in dense) if dense else 0.0
+    return _flops(result, part) / reference if reference else float(result["flops"][f"{part}_flops_ratio"])
 
 
 def _figure(values: Sequence[float | None]) -> Figure | None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from lightning_topkast.app.collect import Collected, collect
+from lightning_topkast.app.compare_plot import plot
 from lightning_topkast.app.compare_tables import to_csv, to_json, to_markdown
+from lightning_topkast.app.compare_wandb import log_to_wandb
 from lightning_topkast.app.errors import AppError, let_errors_through, one_line_errors, quiet_broken_pipe
 from lightning_topkast.app.grids import Sweep, expand, read_sweep
 from lightning_topkast.app.launch import Launcher, hydra_configs, missing, only_one
@@ -36,12 +41,24 @@ def main() -> None:
     """Run on the command line's arguments."""
     let_errors_through()
     with quiet_broken_pipe(), one_line_errors(program="topkast-compare"):
-        sys.exit(compare(*_arguments()))
+        given = _arguments()
+        folder = given.folder.absolute()
+        project = given.wandb
+        if given.overrides or given.sweep:
+            project = project or run(folder, given.overrides, given.sweep, given.jobs)
+        elif given.jobs:
+            raise AppError(f"--jobs {given.jobs} needs something to run: overrides, or --sweep NAME")
+        elif not folder.is_dir():
+            raise AppError(f"there is no folder {folder}: name one with runs in it, or say what to run")
+        collected = collect(folder)
+        report(collected, folder, project)
+        sys.exit(1 if collected.failed else 0)
 
 
-def _arguments() -> tuple[Path, list[str], str | None, int | None]:
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="topkast-compare",
+        usage="topkast-compare FOLDER [KEY=VALUE ...] [--sweep NAME] [--jobs N] [--wandb PROJECT]",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -51,39 +68,18 @@ def _arguments() -> tuple[Path, list[str], str | None, int | None]:
     parser.add_argument("--sweep", metavar="NAME", help="what to run: the grids of a YAML file, the name of one of the "
                         "package's or a path; overrides hold for all of them")  # fmt: skip
     parser.add_argument("--jobs", type=_count, metavar="N", help="runs at a time, on this machine (joblib)")
-    given = parser.parse_intermixed_args()
-    return given.folder, given.overrides, given.sweep, given.jobs
+    parser.add_argument("--wandb", metavar="PROJECT", help="log the tables to W&B, too (offline unless logged in); the "
+                        "default where the runs that are made log to it")  # fmt: skip
+    return parser.parse_intermixed_args()
 
 
-def compare(folder: Path, overrides: Sequence[str], sweep: str | None, jobs: int | None) -> int:
-    """Run what is missing, collect, write and print; return the exit code.
-
-    Raises:
-        AppError: for what the user can mend, with the way to do so.
-    """
-    folder = folder.absolute()
-    if overrides or sweep:
-        run(folder, overrides, sweep, jobs)
-    elif not folder.is_dir():
-        raise AppError(f"there is no folder {folder}: name one with runs in it, or say what to run")
-    collected = collect(folder)
-    report(collected, folder)
-    if collected.failed:
-        print(
-            f"topkast-compare: {len(collected.failed)} runs failed, see run.log in their folders; the same command "
-            "tries them again",
-            file=sys.stderr,
-        )
-    return 1 if collected.failed else 0
-
-
-def run(folder: Path, overrides: Sequence[str], sweep: str | None, jobs: int | None) -> None:
-    """Make the runs of a sweep that are missing in `folder`.
+def run(folder: Path, overrides: Sequence[str], sweep: str | None, jobs: int | None) -> str | None:
+    """Make the runs of a sweep that are missing in `folder`; return the W&B project that they log to, if any.
 
     Raises:
         AppError: for what the user can mend, with the way to do so.
     """
-    own = [override for override in overrides if override.startswith(("hydra.", "hydra/", "+hydra"))]
+    own = [override for override in overrides if override.lstrip("+~").startswith(("hydra.", "hydra/"))]
     rest = [override for override in overrides if override not in own]
     grids = read_sweep(sweep) if sweep else Sweep([[]])
     with hydra_configs(), only_one(folder):
@@ -92,43 +88,71 @@ def run(folder: Path, overrides: Sequence[str], sweep: str | None, jobs: int | N
         left = missing(runs, launcher, folder)
         done = len(runs) - len(left)
         print(f"{len(runs)} runs in {folder}" + (f", {done} of them done before" if done else ""), flush=True)
-        if not left:
-            return
-        try:
-            with watched(folder, left, done):
+        if left:
+            with _interruptible(), watched(folder, left, done):
                 launcher.launch(left)
-        except KeyboardInterrupt:
-            print(
-                "\ntopkast-compare: interrupted; the same command goes on, from the last checkpoint of each begun run",
-                file=sys.stderr,
-            )
-            sys.exit(130)
+        return launcher.wandb_project(runs[0])
 
 
-def report(collected: Collected, folder: Path) -> None:
-    """Print the tables and write them into `folder`.
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Answer Ctrl-C, and SIGTERM like it: the runs are ended, and the user is told how to go on."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt(number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        print(
+            "\ntopkast-compare: interrupted; the same command goes on, from the last checkpoint of each begun run",
+            file=sys.stderr,
+        )
+        sys.exit(128 + (interrupt.args[0] if interrupt.args else signal.SIGINT))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def report(collected: Collected, folder: Path, project: str | None = None) -> None:
+    """Print the tables and write them into `folder`, and to W&B if a project is given.
 
     Raises:
         AppError: there is nothing to compare.
     """
     for broken in collected.broken:
-        print(f"topkast-compare: passed over: {broken}", file=sys.stderr)
+        _say(f"passed over: {broken}")
     if not collected.comparisons:
-        waiting = [*collected.failed, *collected.unfinished]
+        begun = len(collected.failed) + len(collected.unfinished)
+        first = [f"{name} failed: {error}" for name, error in collected.failed.items()]
+        first += [f"{name} is not finished" for name in collected.unfinished]
         raise AppError(
-            f"there is no finished run beneath {folder}"
-            + (f", of {len(waiting)} begun ones: {_first(collected)}" if waiting else "")
+            f"there is no finished run beneath {folder}" + (f", of {begun} begun ones: {first[0]}" if begun else "")
         )
     markdown = to_markdown(collected)
-    for suffix, text in {"md": markdown, "csv": to_csv(collected), "json": to_json(collected)}.items():
+    texts = {"md": markdown, "csv": to_csv(collected), "json": to_json(collected)}
+    for suffix, text in texts.items():
         (folder / f"{NAME}.{suffix}").write_text(text, encoding="utf-8")
-    print(f"\n{markdown}\nwrote {folder / NAME}.md, .csv, .json")
+    print(f"\n{markdown}")
+    picture: Path | None = folder / f"{NAME}.png"
+    try:
+        picture = picture if plot(collected.comparisons, folder / f"{NAME}.png") else None
+    except AppError as error:  # no reason to be without the tables
+        picture = None
+        _say(str(error))
+    print(f"wrote {folder / NAME}." + ", .".join([*texts, *(["png"] if picture else [])]))
+    if project is not None:
+        waiting = log_to_wandb(collected.comparisons, folder, project, picture)
+        print(f"W&B offline: wandb sync {waiting}" if waiting else f"logged to the W&B project {project}")
+    if collected.failed:
+        _say(
+            f"{len(collected.failed)} of the runs failed, see run.log in their folders; the same command tries them "
+            f"again. The first: {next(iter(collected.failed.values()))}"
+        )
 
 
-def _first(collected: Collected) -> str:
-    for name, error in collected.failed.items():
-        return f"{name} failed ({error})"
-    return f"{collected.unfinished[0]} is not finished"
+def _say(text: str) -> None:
+    print(f"topkast-compare: {text}", file=sys.stderr, flush=True)
 
 
 def _count(text: str) -> int:

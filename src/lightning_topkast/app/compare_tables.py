@@ -135,6 +135,12 @@ def _notes(collected: Collected) -> list[str]:
         )
     if any(not c.dense_row for c in collected.comparisons):
         notes.append("without a dense run in a table, FLOPs are ratios to a dense run of the same network and length")
+    for comparison in collected.comparisons:
+        notes += [
+            f"the runs of {comparison.data}, {comparison.model} were made with different versions of {name}: "
+            + ", ".join(versions)
+            for name, versions in comparison.versions.items()
+        ]
     if collected.unfinished:
         notes.append(f"not finished: {', '.join(collected.unfinished)}")
     notes += [f"failed: {name}: {error}" for name, error in collected.failed.items()]

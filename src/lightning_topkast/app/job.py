@@ -20,11 +20,13 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import setup_globals
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_topkast.app.errors import AppError, one_line_errors
-from lightning_topkast.app.result import DONE, FAILED, RUNNING, describe_start, read_result, write_result
+from lightning_topkast.app.errors import one_line_errors
+from lightning_topkast.app.result import DONE, FAILED, describe_start, status, write_result
 from lightning_topkast.app.train import set_up_process, train
 
 LOG_FILE = "run.log"
+SWEEP_PID = "TOPKAST_SWEEP_PID"  # the variable that names the process of the whole sweep
+_LOOK = 1.0  # seconds between two looks at whether that one is there
 _END = 20.0  # seconds that a run may take to end once it is told to
 
 
@@ -36,8 +38,8 @@ def run_job(cfg: DictConfig) -> str:
     """
     folder = Path(HydraConfig.get().runtime.output_dir)
     rank = next((int(os.environ[name]) for name in ("RANK", "SLURM_PROCID") if name in os.environ), 0)
-    if _status(folder) in DONE:  # a requeued job
-        return str(_status(folder))
+    if status(folder) in DONE:  # a requeued job
+        return status(folder)
     start = describe_start(cfg)
     if rank == 0:
         write_result(folder, start)
@@ -46,9 +48,9 @@ def run_job(cfg: DictConfig) -> str:
         error = _what_failed(_run_in_process(cfg, log), log)
     except Exception as reason:  # no process could be started
         error = f"{type(reason).__name__}: {reason}"
-    if rank == 0 and _status(folder) not in DONE:
+    if rank == 0 and status(folder) not in DONE:
         write_result(folder, {**start, "status": FAILED, "error": error})
-    return str(_status(folder))
+    return status(folder)
 
 
 def _run_in_process(cfg: DictConfig, log: Path) -> int:
@@ -58,14 +60,19 @@ def _run_in_process(cfg: DictConfig, log: Path) -> int:
     configs = (OmegaConf.to_container(config, resolve=False) for config in (cfg, HydraConfig.instance().cfg))
     process = context.Process(target=_work, args=(*configs, log, environment), name=log.parent.name)
     process.start()
+    # Joblib's processes outlive the one that has started them. (A cluster's jobs shall.)
+    sweep = os.environ.get(SWEEP_PID) == str(os.getppid()) and os.getppid()
     try:
-        process.join()
+        while process.is_alive() and (not sweep or sweep == os.getppid()):
+            process.join(_LOOK)
     finally:
         if process.is_alive():
             process.terminate()
             process.join(_END)
             process.kill()
             process.join()
+    if sweep and sweep != os.getppid():
+        os._exit(1)  # with the runs that wait in this process
     assert process.exitcode is not None
     return process.exitcode
 
@@ -107,13 +114,6 @@ def _end_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(_END)
     os._exit(1)
-
-
-def _status(folder: Path) -> str:
-    try:
-        return str((read_result(folder) or {}).get("status", RUNNING))
-    except AppError:
-        return RUNNING
 
 
 def _what_failed(code: int, log: Path) -> str:

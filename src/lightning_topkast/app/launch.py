@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import logging
+import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,14 +17,15 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from lightning_topkast.app.errors import CONFIG_MODULE, CONFIG_NAME, AppError
 from lightning_topkast.app.grids import Run
-from lightning_topkast.app.job import run_job
-from lightning_topkast.app.result import DONE, read_result, settings_of
+from lightning_topkast.app.job import SWEEP_PID, run_job
+from lightning_topkast.app.result import DONE, ENDED, read_result, settings_of, status
 
 _LOCK = ".topkast-compare.lock"
+_ATTEMPTS = 3
 
 
 class Launcher:
@@ -65,7 +67,7 @@ class Launcher:
         Raises:
             HydraException: it can't be composed.
         """
-        config = self.loader.load_sweep_config(self.config, self._overrides(run))
+        config = self._compose(run)
         before = HydraConfig.instance().cfg
         HydraConfig.instance().set_config(config)  # which the configuration may read
         try:
@@ -73,14 +75,35 @@ class Launcher:
         finally:
             HydraConfig.instance().cfg = before
 
+    def wandb_project(self, run: Run) -> str | None:
+        """Return the W&B project that a run logs to, None where it does not."""
+        config = self._compose(run)
+        project = OmegaConf.select(config, "logger.wandb.project")
+        return None if project is None else str(project)
+
     def launch(self, runs: Sequence[Run]) -> None:
-        """Make the runs; what becomes of each is in its folder."""
+        """Make the runs; what becomes of each is in its folder.
+
+        Raises:
+            AppError: a launcher's own processes were lost again and again, each time with all that they had to do.
+        """
         context = HydraContext(config_loader=self.loader, callbacks=Callbacks(self.config))
         launcher = Plugins.instance().instantiate_launcher(
             hydra_context=context, task_function=run_job, config=self.config
         )
-        logging.getLogger("submitit").setLevel(logging.WARNING)
-        launcher.launch([self._overrides(run) for run in runs], initial_job_idx=0)
+        os.environ[SWEEP_PID] = str(os.getpid())
+        for attempt in range(_ATTEMPTS):
+            runs = runs if attempt == 0 else [run for run in runs if status(self._folder / run.name) not in ENDED]
+            try:
+                launcher.launch([self._overrides(run) for run in runs], initial_job_idx=0)
+                return
+            except Exception as error:
+                reason = f"{type(error).__name__}: {str(error).strip() or 'no message'}"
+                print(f"topkast-compare: the launcher failed ({reason})", file=sys.stderr, flush=True)
+        raise AppError(f"the launcher failed {_ATTEMPTS} times; the same command goes on with the runs that are left")
+
+    def _compose(self, run: Run) -> DictConfig:
+        return self.loader.load_sweep_config(self.config, self._overrides(run))
 
     def _overrides(self, run: Run) -> list[str]:
         given = [override for override in run.overrides if override.startswith("ckpt_path=")]
@@ -123,7 +146,10 @@ def missing(runs: Sequence[Run], launcher: Launcher, folder: Path) -> list[Run]:
     left = []
     for run in runs:
         settings = launcher.settings(run)
-        result = read_result(folder / run.name)
+        try:
+            result = read_result(folder / run.name)
+        except AppError:  # said when the results are collected, too
+            result = None
         if result is not None and (changed := differences(result["config"], settings)):
             key, before, now = changed[0]
             raise AppError(

@@ -33,6 +33,7 @@ FORMAT = 1
 
 RUNNING, FINISHED, DIVERGED, FAILED = "running", "finished", "diverged", "failed"
 DONE = (FINISHED, DIVERGED)  # not run again
+ENDED = (*DONE, FAILED)
 
 _ONE_DEVICE = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": "32-true"}
 # Where a run lies, what it goes on from and who is told of it are no part of what it computes.
@@ -201,6 +202,14 @@ def read_result(folder: Path) -> dict[str, Any] | None:
         if not isinstance(result.get(key), kind):
             raise AppError(f"{path} lacks its {key}; remove it to have the run repeated")
     return result
+
+
+def status(folder: Path) -> str:
+    """Return what is known of the run in `folder`: "running" also where nothing is."""
+    try:
+        return str((read_result(folder) or {}).get("status", RUNNING))
+    except AppError:
+        return RUNNING
 
 
 def _flops(cfg: DictConfig, steps: int) -> dict[str, float] | None:

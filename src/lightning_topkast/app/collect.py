@@ -129,7 +129,8 @@ def _newest(results: Iterable[Result]) -> list[Result]:
     """Leave out what was run again with the same seed, which would count as another sample."""
     newest: dict[str, Result] = {}
     for result in sorted(results, key=lambda result: str(result.get("date"))):
-        newest[json.dumps([result["choices"].get("sparsity"), result["config"]], sort_keys=True)] = result
+        named = [result["choices"].get(group) for group in ("data", "model", "sparsity")]
+        newest[json.dumps([named, result["config"]], sort_keys=True)] = result
     return list(newest.values())
 
 
@@ -214,7 +215,7 @@ def _settings(groups: Sequence[Sequence[Result]]) -> list[tuple[str, ...]]:
         for members in alike.values() if sparsity else [list(range(len(groups)))]:
             seen = set()
             for key in keys:
-                if key.startswith("sparsity.") != sparsity or key.partition(".")[0] in ("logger", "callbacks"):
+                if (key.partition(".")[0] == "sparsity") != sparsity:
                     continue
                 values = tuple(json.dumps(flat[index].get(key)) for index in members)
                 partition = tuple(values.index(value) for value in values)  # `a=1,2,1` tells no more than `b=5,6,5`

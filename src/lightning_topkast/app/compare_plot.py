@@ -12,7 +12,7 @@ from lightning_topkast.app.errors import AppError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_MARKERS = "osD^vP*X<>hp"
+_MARKERS = "osD^v*PX<>hp"
 
 
 def plot(comparisons: Sequence[Comparison], file: Path) -> bool:
@@ -63,8 +63,9 @@ def _panel(axes: Axes, comparison: Comparison, points: Sequence[Row], styles: di
         score, flops, name = row.figures[comparison.score], row.figures["training_flops_ratio"], _method(row)
         color, marker = styles[name]
         axes.errorbar(
-            flops.mean, score.mean, xerr=flops.std, yerr=score.std, color=color, marker=marker, markersize=7,
-            markeredgecolor="white", linestyle="", capsize=3, elinewidth=1, label=None if name in drawn else name,
+            flops.mean, score.mean, xerr=flops.std, yerr=score.std, color=color, linestyle="", capsize=3, elinewidth=1,
+            marker=marker, markersize=11 if marker == "*" else 7.5, markeredgecolor="white", markeredgewidth=0.5,
+            label=None if name in drawn else name,
         )  # fmt: skip
         drawn.add(name)
     axes.set_xscale("log")

@@ -47,6 +47,7 @@ def to_json(collected: Collected) -> str:
     return json.dumps(collected.to_dict(), indent=1) + "\n"
 
 
+_SLACK = 0.005  # by which sparsity may fall short of its setting: counts are whole, densities differ by layer
 _COLUMNS = [
     "test", "validation", "sparsity", "model_sparsity", "nonzero_parameters", "inference_flops_ratio",
     "training_flops_ratio", "seconds",
@@ -136,6 +137,13 @@ def _notes(collected: Collected) -> list[str]:
     if any(not c.dense_row for c in collected.comparisons):
         notes.append("without a dense run in a table, FLOPs are ratios to a dense run of the same network and length")
     for comparison in collected.comparisons:
+        notes += [
+            f"{row.name} at {_percent(row.forward_sparsity)} %: only {realised.mean:.1%} of the tested weights are "
+            "zero, so that inference takes more FLOPs than the table says; callbacks.checkpoint.monitor=null tests the "
+            "last weights, and not the best epoch's"
+            for row in comparison.rows
+            if (realised := row.figures.get("sparsity")) and realised.mean < row.forward_sparsity - _SLACK
+        ]
         notes += [
             f"the runs of {comparison.data}, {comparison.model} were made with different versions of {name}: "
             + ", ".join(versions)

@@ -14,6 +14,7 @@ import pytest
 
 from lightning_topkast.app.compare import main
 from lightning_topkast.app.grids import Sweep, expand, read_sweep, run_name
+from lightning_topkast.app.job import what_failed
 from lightning_topkast.app.launch import Launcher, hydra_configs
 
 SHIPPED = sorted(path.stem for root in lightning_topkast.conf.__path__ for path in Path(root).glob("comparison/*.yaml"))
@@ -187,6 +188,20 @@ def test_failing_and_killed_runs_do_not_lose_the_others_and_are_tried_again(comp
     assert epochs == ["1", "2", "3"], "it went on from its checkpoint"
     (found,) = (result for name, result in results(tmp_path).items() if "marker" in name)
     assert (found["steps"], found["examples"]) == (6, 6 * 64)
+
+
+@pytest.mark.parametrize(
+    ("code", "printed", "said"),
+    [
+        (-9, "epoch 1/2", "killed by SIGKILL"),
+        (2, "topkast-train: goes on\ntopkast-train: optimizer: bad\nwandb: bye\n", "optimizer: bad"),
+        (1, "topkast-train: goes on\nTraceback\n  File\nMemoryError: all of it\n\n", "MemoryError: all of it"),
+        (0, "all is well", "ended with code 0 and without a result"),
+        (1, "", "ended with code 1 and without a result"),
+    ],
+)
+def test_last_line_of_the_error_says_what_failed(code, printed, said):
+    assert what_failed(code, printed) == said
 
 
 def test_diverged_run_is_counted_and_not_repeated(compare, tmp_path):

@@ -20,7 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import setup_globals
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_topkast.app.errors import one_line_errors
+from lightning_topkast.app.errors import EXIT_CODE, one_line_errors
 from lightning_topkast.app.result import DONE, FAILED, describe_start, status, write_result
 from lightning_topkast.app.train import set_up_process, train
 
@@ -44,8 +44,10 @@ def run_job(cfg: DictConfig) -> str:
     if rank == 0:
         write_result(folder, start)
     log = folder / (f"rank{rank}-{LOG_FILE}" if rank else LOG_FILE)
+    before = log.stat().st_size if log.exists() else 0  # what earlier attempts have printed
     try:
-        error = _what_failed(_run_in_process(cfg, log), log)
+        code = _run_in_process(cfg, log)
+        error = what_failed(code, log.read_bytes()[before:].decode(errors="replace") if log.exists() else "")
     except Exception as reason:  # no process could be started
         error = f"{type(reason).__name__}: {reason}"
     if rank == 0 and status(folder) not in DONE:
@@ -116,11 +118,16 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _what_failed(code: int, log: Path) -> str:
-    """The error's last line, or how the process was ended."""
+def what_failed(code: int, printed: str) -> str:
+    """Return the last line of a run's error, or how its process was ended.
+
+    Args:
+        code: its exit code, negative for a signal.
+        printed: all that it has printed.
+    """
     if code < 0:
         return f"killed by {signal.Signals(-code).name}"
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
-    own = [line.partition(": ")[2] for line in lines if line.startswith("topkast-train: ")]
-    rest = [line.strip() for line in lines if line.strip()]
-    return (own[-1:] or rest[-1:] or [f"ended with code {code}"])[0]
+    lines = [line.strip() for line in printed.splitlines() if line.strip()]
+    if code == EXIT_CODE:  # others may print after it, W&B for one
+        lines = [line.partition(": ")[2] for line in lines if line.startswith("topkast-train: ")] or lines
+    return lines[-1] if code and lines else f"ended with code {code} and without a result"

@@ -98,7 +98,7 @@ class Launcher:
                 launcher.launch([self._overrides(run) for run in runs], initial_job_idx=0)
                 return
             except Exception as error:
-                reason = f"{type(error).__name__}: {str(error).strip() or 'no message'}"
+                reason = f"{type(error).__name__}: {str(error).strip()}".partition("\n")[0]
                 print(f"topkast-compare: the launcher failed ({reason})", file=sys.stderr, flush=True)
         raise AppError(f"the launcher failed {_ATTEMPTS} times; the same command goes on with the runs that are left")
 

@@ -21,7 +21,6 @@ from lightning_topkast.distributed import check_ranks_agree
 from tests import reductions
 from tests.helpers import MIDDLE, Batches, batches, make_callback, make_net, make_trainer, parameters_of
 
-
 # looks at the whole gradient every third step, of which the ranks send the active entries only in between
 RIGL = {"rule": RigL(0.5), "backward_sparsity": 0.75, "stop_refreshing_at": 100}
 VARYING = {"ramp": SparsityRamp(0.25, 0.0, begin=0, end=4), "powerpropagation": 2.0}

@@ -41,13 +41,14 @@ class AppError(Exception):
 
 
 @contextmanager
-def one_line_errors(config_name: str = CONFIG_NAME) -> Iterator[None]:
+def one_line_errors(config_name: str = CONFIG_NAME, program: str | None = None) -> Iterator[None]:
     """Print a mistake of the user as one line and exit with code 2; anything unknown keeps its traceback.
 
     Whoever sets `HYDRA_FULL_ERROR=1` gets every traceback.
 
     Args:
-        config_name: the application's main configuration, which names it too.
+        config_name: the application's main configuration.
+        program: the application's name, by default that of its configuration.
     """
     if not _may_shorten():
         yield
@@ -60,7 +61,7 @@ def one_line_errors(config_name: str = CONFIG_NAME) -> Iterator[None]:
         if message is None:
             raise
         # The process may end inside a progress bar's line.
-        print(f"\ntopkast-{config_name}: {_one_line(message)}", file=sys.stderr, flush=True)
+        print(f"\n{program or f'topkast-{config_name}'}: {_one_line(message)}", file=sys.stderr, flush=True)
         sys.exit(1 if _is_lost_connection(error) else EXIT_CODE)
 
 

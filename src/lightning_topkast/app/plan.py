@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_topkast import TopKastCallback
+from lightning_topkast.app.build import build_model
 from lightning_topkast.app.errors import (
     CONFIG_MODULE,
     AppError,
@@ -27,7 +28,6 @@ from lightning_topkast.app.errors import (
 )
 from lightning_topkast.app.plan_tables import print_tables
 from lightning_topkast.app.task import ClassificationTask
-from lightning_topkast.app.train import build_model
 from lightning_topkast.plan import OptimizerState, Parallel, Plan, make_plan
 from lightning_topkast.plan.memory import Strategy
 from lightning_topkast.settings import Settings

@@ -14,13 +14,13 @@ import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning import LightningDataModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
 
+from lightning_topkast.app.build import build_all, build_callbacks, build_model
 from lightning_topkast.app.checkpoint import SAFELY, Checkpoint, open_checkpoint
 from lightning_topkast.app.errors import (
     CONFIG_MODULE,
@@ -33,9 +33,10 @@ from lightning_topkast.app.errors import (
 )
 from lightning_topkast.app.loggers import check_all_writable, check_writable, close_wandb, log_config, wandb_folder
 from lightning_topkast.app.report import count_weights, print_report
+from lightning_topkast.app.result import End, RunMeter, all_finite, leave_result, sparse_names
 from lightning_topkast.app.resume import AUTO, SameCheckpoint, newest_checkpoint
 from lightning_topkast.app.sweep import one_job
-from lightning_topkast.app.task import ClassificationTask
+from lightning_topkast.errors import NonFiniteWeightError
 
 
 def train(cfg: DictConfig) -> float:
@@ -67,9 +68,10 @@ def _train(cfg: DictConfig) -> float:
     checkpoint = open_checkpoint(ckpt_path)
     data: LightningDataModule = instantiate(cfg.data, _convert_="all")
     model = build_model(cfg)
-    loggers: list[Logger] = _instantiate_all(cfg.logger)
+    loggers: list[Logger] = build_all(cfg.logger)
     check_all_writable(loggers)
-    callbacks = build_callbacks(cfg, has_loggers=bool(loggers))
+    meter = RunMeter()
+    callbacks = [*build_callbacks(cfg, has_loggers=bool(loggers)), meter]
     if auto:
         callbacks.append(SameCheckpoint(ckpt_path))
     if checkpoint is not None:
@@ -84,39 +86,29 @@ def _train(cfg: DictConfig) -> float:
             trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, **SAFELY)
         except SystemExit as stop:  # Lightning has handled Ctrl-C or SIGTERM, and has saved what it saves
             _say_how_to_go_on(stop, trainer)
+        except NonFiniteWeightError:
+            if trainer.is_global_zero:
+                leave_result(cfg, End(True, meter.counts()))
+            raise
         if not (auto and ckpt_path):  # started again after its end, a run only says once more what came out
             _refuse_no_training(trainer, checkpoint)
         score = monitored(trainer, cfg.recipe.monitor)
+        took = meter.counts()  # before the test, which loads a checkpoint's
+        own = {name: value for name, value in trainer.callback_metrics.items() if not name.startswith("topkast/")}
         best: str = getattr(trainer.checkpoint_callback, "best_model_path", "")
         figures: Mapping[str, float] = {cfg.recipe.monitor: score}
+        tested: Mapping[str, float] = {}
         if cfg.test:
             tested = trainer.test(model, datamodule=data, ckpt_path=best or None, verbose=False)[0]
             figures = {name: value for name, value in tested.items() if name.startswith("test/")} or tested
         counts = count_weights(model)
         if trainer.is_global_zero:
+            diverged = not all_finite({**own, **figures})
+            leave_result(cfg, End(diverged, took, score, tested, counts, sparse_names(callbacks)))
             wandb_dir = wandb_folder(trainer.loggers)
             close_wandb(failed=False)  # before the last lines, which name its folder
             print_report(counts, figures, Path(cfg.paths.output_dir), wandb_dir, Path(best) if best else None)
         return score
-
-
-def build_model(cfg: DictConfig) -> LightningModule:
-    """Return the configured model; a plain `nn.Module` becomes a `ClassificationTask`."""
-    net: nn.Module = instantiate(cfg.model, _convert_="all")
-    if isinstance(net, LightningModule):
-        return net
-    parts = {name: instantiate(cfg[name], _convert_="all") for name in ("optimizer", "scheduler")}
-    task: ClassificationTask = instantiate(cfg.task, net=net, **parts, _convert_="all")
-    return task
-
-
-def build_callbacks(cfg: DictConfig, has_loggers: bool) -> list[Callback]:
-    """Return the sparsity callback and then those of the group `callbacks`."""
-    callbacks: list[Callback] = [instantiate(cfg.sparsity, _convert_="all"), *_instantiate_all(cfg.callbacks)]
-    if not has_loggers:
-        # The one callback of the default set that refuses to run without a logger.
-        callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
-    return callbacks
 
 
 def check_numbers(cfg: DictConfig) -> None:
@@ -183,23 +175,23 @@ def monitored(trainer: Trainer, name: str) -> float:
     return float(metrics[name])
 
 
-def _instantiate_all(group: DictConfig | None) -> list[Any]:
-    """Instantiate each entry of a group of named entries; those set to null are left out."""
-    return [instantiate(entry, _convert_="all") for entry in (group or {}).values() if entry]
-
-
 @hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME)
 def _run(cfg: DictConfig) -> float:
     with one_line_errors():
         return train(cfg)
 
 
-def main() -> None:
-    """Run the application on the command line's overrides."""
+def set_up_process() -> None:
+    """Set what holds for a whole process that trains."""
     torch.set_float32_matmul_precision("high")  # tensor cores, where there are some
     # Lightning's advice to install its own cloud service's logger.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "Tip: For" not in r.getMessage())
     let_errors_through()
+
+
+def main() -> None:
+    """Run the application on the command line's overrides."""
+    set_up_process()
     with quiet_broken_pipe(), one_line_errors():
         _run()
 

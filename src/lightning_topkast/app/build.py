@@ -1,0 +1,37 @@
+"""The parts of a run, made of their configurations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hydra.utils import instantiate
+from lightning import Callback, LightningModule
+from lightning.pytorch.callbacks import LearningRateMonitor
+from omegaconf import DictConfig
+from torch import nn
+
+from lightning_topkast.app.task import ClassificationTask
+
+
+def build_model(cfg: DictConfig) -> LightningModule:
+    """Return the configured model; a plain `nn.Module` becomes a `ClassificationTask`."""
+    net: nn.Module = instantiate(cfg.model, _convert_="all")
+    if isinstance(net, LightningModule):
+        return net
+    parts = {name: instantiate(cfg[name], _convert_="all") for name in ("optimizer", "scheduler")}
+    task: ClassificationTask = instantiate(cfg.task, net=net, **parts, _convert_="all")
+    return task
+
+
+def build_callbacks(cfg: DictConfig, has_loggers: bool) -> list[Callback]:
+    """Return the sparsity callback and then those of the group `callbacks`."""
+    callbacks: list[Callback] = [instantiate(cfg.sparsity, _convert_="all"), *build_all(cfg.callbacks)]
+    if not has_loggers:
+        # The one callback of the default set that refuses to run without a logger.
+        callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
+    return callbacks
+
+
+def build_all(group: DictConfig | None) -> list[Any]:
+    """Instantiate each entry of a group of named entries; those set to null are left out."""
+    return [instantiate(entry, _convert_="all") for entry in (group or {}).values() if entry]

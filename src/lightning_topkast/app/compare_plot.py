@@ -1,0 +1,133 @@
+"""A picture of comparisons: the score against the FLOPs of training, with the rows that no other one beats in both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_topkast.app.collect import Comparison, Row
+from lightning_topkast.app.errors import AppError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_MARKERS = "osD^v*PX<>hp"
+
+
+def plot(comparisons: Sequence[Comparison], file: Path) -> bool:
+    """Draw a panel a comparison.
+
+    Returns:
+        whether there was anything to draw: rows with a score and FLOPs.
+
+    Raises:
+        AppError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise AppError("the picture needs matplotlib: pip install 'lightning-topkast[sweep]'") from error
+    shown = [(each, points) for each in comparisons if (points := _points(each))]
+    if not shown:
+        return False
+    figure = Figure(figsize=(6.4 * len(shown), 4.4), layout="constrained")
+    FigureCanvasAgg(figure)  # without a display, and without the state that pyplot keeps
+    methods = sorted({_method(row) for _, points in shown for row in points})
+    styles = {name: (f"C{n % 10}", _MARKERS[n % len(_MARKERS)]) for n, name in enumerate(methods)}
+    for number, (comparison, points) in enumerate(shown, start=1):
+        _panel(figure.add_subplot(1, len(shown), number), comparison, points, styles)
+    figure.savefig(file, dpi=150)
+    return True
+
+
+def pareto_front(comparison: Comparison) -> list[Row]:
+    """Return the rows that no other row beats in score and FLOPs at once, by rising FLOPs."""
+    sign = 1 if comparison.lower_is_better else -1
+    front: list[Row] = []
+    for row in sorted(_points(comparison), key=lambda row: (_flops(row), sign * _score(row, comparison))):
+        if not front or sign * _score(row, comparison) < sign * _score(front[-1], comparison):
+            front.append(row)
+    return front
+
+
+def _panel(axes: Axes, comparison: Comparison, points: Sequence[Row], styles: dict[str, tuple[str, str]]) -> None:
+    front = pareto_front(comparison)
+    axes.plot(
+        [_flops(row) for row in front], [_score(row, comparison) for row in front],
+        color="0.75", linewidth=1.2, zorder=1, label="Pareto front",
+    )  # fmt: skip
+    drawn: set[str] = set()
+    for row in points:
+        score, flops, name = row.figures[comparison.score], row.figures["training_flops_ratio"], _method(row)
+        color, marker = styles[name]
+        axes.errorbar(
+            flops.mean, score.mean, xerr=flops.std, yerr=score.std, color=color, linestyle="", capsize=3, elinewidth=1,
+            marker=marker, markersize=11 if marker == "*" else 7.5, markeredgecolor="white", markeredgewidth=0.5,
+            label=None if name in drawn else name,
+        )  # fmt: skip
+        drawn.add(name)
+    axes.set_xscale("log")
+    axes.margins(x=0.12, y=0.12)
+    if comparison.lower_is_better:
+        axes.invert_yaxis()  # better is up in every panel
+    _ticks(axes)
+    axes.set_xlabel("training FLOPs, as a ratio to dense")
+    axes.set_ylabel(f"{getattr(comparison, comparison.score)} (better upwards)")
+    axes.set_title(f"{comparison.data}, {comparison.model}")
+    axes.grid(alpha=0.25, which="both", linewidth=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    _label(axes, comparison, points)
+    axes.legend(fontsize=8, frameon=False, loc="best")
+
+
+def _ticks(axes: Axes) -> None:
+    """Ratios as plain numbers, also between the powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = axes.get_xlim()
+    steps = (1.0, 2.0, 5.0) if high / low < 300 else (1.0,)
+    axes.xaxis.set_major_locator(LogLocator(subs=steps))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _label(axes: Axes, comparison: Comparison, points: Sequence[Row]) -> None:
+    """Name each point by its levels and settings, above or below so that neighbours stay apart."""
+    taken: list[tuple[float, float]] = []
+    transform: Any = axes.transData
+    for row in sorted(points, key=_flops):
+        text = " ".join([*([] if row.method == "dense" else [_levels(row)]), *row.settings])
+        at = (_flops(row), _score(row, comparison))
+        x, y = transform.transform(at)
+        places = [(7, 6), (7, -12), (7, 16), (7, -22), (7, 26)]
+        free = [p for p in places if all(abs(x + p[0] - a) > 70 or abs(y + p[1] - b) > 11 for a, b in taken)]
+        dx, dy = (free or places)[0]
+        taken.append((x + dx, y + dy))
+        axes.annotate(text, at, xytext=(dx, dy), textcoords="offset points", fontsize=7, color="0.25")
+
+
+def _levels(row: Row) -> str:
+    levels = [row.forward_sparsity] if row.backward_sparsity is None else [row.forward_sparsity, row.backward_sparsity]
+    return "/".join(f"{100 * level:.3g}" for level in levels)
+
+
+def _method(row: Row) -> str:
+    """The method's family: the levels of `topkast_90_80` are the point's label."""
+    words = row.method.split("_")
+    while len(words) > 1 and words[-1].isdigit():
+        words.pop()
+    return "_".join(words)
+
+
+def _points(comparison: Comparison) -> list[Row]:
+    return [row for row in comparison.rows if {comparison.score, "training_flops_ratio"} <= row.figures.keys()]
+
+
+def _flops(row: Row) -> float:
+    return row.figures["training_flops_ratio"].mean
+
+
+def _score(row: Row, comparison: Comparison) -> float:
+    return row.figures[comparison.score].mean

@@ -1,0 +1,126 @@
+"""What a sweep consists of: grids of overrides, and a run of a name of its own for each of their points."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from lightning_topkast.app.errors import CONFIG_MODULE, AppError, did_you_mean
+from lightning_topkast.app.result import without_places
+
+_FIRST, _LAST = ("data", "model", "sparsity"), ("seed",)  # in a run's name
+_LONGEST = 80
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Grids of runs.
+
+    Attributes:
+        grids: overrides in Hydra's grammar; each grid is every combination of the values in its comma lists.
+        common: overrides that all grids have besides, unless a grid has the key itself.
+    """
+
+    grids: list[list[str]]
+    common: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One point of a grid: its folder's name and its overrides."""
+
+    name: str
+    overrides: tuple[str, ...]
+
+
+def read_sweep(name: str) -> Sweep:
+    """Return the sweep that a YAML file describes.
+
+    Args:
+        name: a path, or the name of a file in the folder `comparison` of the package's configuration.
+
+    Raises:
+        AppError: there is no such file, or it does not describe a sweep.
+    """
+    path = Path(name)
+    if not path.is_file():
+        known = {file.stem: file for file in _shipped()}
+        if name not in known:
+            raise AppError(f"there is no sweep '{name}': {did_you_mean(name, known)}; or give the path of a YAML file")
+        path = known[name]
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise AppError(f"the sweep {path} can't be read: {error}") from error
+    form = "expected the keys `grids`, a list of lists of overrides, and optionally `common`, a list of overrides"
+    if not isinstance(content, dict) or "grids" not in content or content.keys() - {"grids", "common"}:
+        raise AppError(f"the sweep {path} is not valid: {form}")
+    grids, common = content["grids"], content.get("common") or []
+    if not isinstance(grids, list) or not grids or not all(_are_overrides(each) for each in [common, *grids]):
+        raise AppError(f"the sweep {path} is not valid: {form}")
+    return Sweep(grids, common)
+
+
+def expand(sweep: Sweep, more: Sequence[str], loader: ConfigLoader) -> list[Run]:
+    """Return the runs of a sweep, each once, in the order of its grids.
+
+    Args:
+        sweep: the grids.
+        more: overrides of the command line, which win.
+        loader: knows the groups, for values such as `glob(*)`.
+
+    Raises:
+        OverrideParseException: an override that is none.
+    """
+    parser = OverridesParser.create(config_loader=loader)
+    runs: dict[str, Run] = {}
+    for grid in sweep.grids:
+        # Hydra's own grammar and product; of one key the last override counts.
+        for point in BasicSweeper.split_arguments(parser.parse_overrides([*sweep.common, *grid, *more]), None)[0]:
+            name = run_name(point)
+            runs.setdefault(name, Run(name, tuple(point)))
+    return list(runs.values())
+
+
+def run_name(overrides: Iterable[str]) -> str:
+    """Return a folder's name for a run: readable, safe, of at most 80 characters and, by its last seven, unique."""
+    canonical = sorted(set(without_places(overrides)))
+    digest = hashlib.sha256("\n".join(canonical).encode()).hexdigest()[:7]
+    words = [re.sub(r"[^A-Za-z0-9._]+", "_", _word(override)) for override in sorted(canonical, key=_place)]
+    seed = [words.pop()] if canonical and words and words[-1].startswith(_LAST) else []
+    room = _LONGEST - len("-".join(["", *seed, digest]))
+    return "-".join(part for part in ["-".join(words)[:room].strip("-_."), *seed, digest] if part)
+
+
+def _word(override: str) -> str:
+    key, _, value = override.partition("=")
+    if key in _FIRST:
+        return value
+    return f"{key.rpartition('.')[2]}{value}" if key in _LAST else f"{key.rpartition('.')[2]}_{value}"
+
+
+def _place(override: str) -> tuple[int, str]:
+    key = override.partition("=")[0]
+    if key in _FIRST:
+        return _FIRST.index(key), ""
+    return len(_FIRST) + (key in _LAST), override
+
+
+def _are_overrides(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(override, str) for override in value)
+
+
+def _shipped() -> list[Path]:
+    return sorted(
+        file for root in import_module(CONFIG_MODULE).__path__ for file in Path(root, "comparison").glob("*.yaml")
+    )

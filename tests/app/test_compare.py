@@ -1,0 +1,288 @@
+"""`topkast-compare` makes runs: which ones, once each, whatever happens to some of them."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import lightning_topkast.conf
+import pytest
+
+from lightning_topkast.app.compare import main
+from lightning_topkast.app.grids import Sweep, expand, read_sweep, run_name
+from lightning_topkast.app.job import what_failed
+from lightning_topkast.app.launch import Launcher, hydra_configs
+
+SHIPPED = sorted(path.stem for root in lightning_topkast.conf.__path__ for path in Path(root).glob("comparison/*.yaml"))
+TINY = ["trainer.limit_train_batches=2", "trainer.limit_val_batches=1", "trainer.limit_test_batches=1", "logger=csv",
+        "model.hidden=[8]", "trainer.max_epochs=1"]  # fmt: skip
+
+
+@pytest.fixture
+def compare(monkeypatch, capfd, tmp_path):
+    """Run the command in this process on the folder `runs`; return exit code, output and errors."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["topkast-compare", str(tmp_path / "runs"), *arguments])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main()
+        out, err = capfd.readouterr()
+        return stop.value.code, out, err
+
+    return run
+
+
+def results(folder):
+    """The results by run."""
+    return {path.parent.name: json.loads(path.read_text()) for path in (folder / "runs").glob("*/result.json")}
+
+
+def written(folder):
+    return {path: path.stat().st_mtime_ns for path in (folder / "runs").glob("*/result.json")}
+
+
+def rows(out):
+    """First and last cell of the table's rows."""
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines() if line[:1] == "|"]
+    return {row[0]: row[-1] for row in cells[2:]}
+
+
+# --- which runs ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def loader(tmp_path):
+    with hydra_configs():
+        yield Launcher(tmp_path, [], None).loader
+
+
+def test_grids_are_products_with_what_is_common_and_each_run_is_made_once(loader):
+    sweep = Sweep([["sparsity=dense"], ["sparsity=topkast,dense", "seed=5"]], common=["data=digits", "seed=0,1"])
+    runs = [run.overrides for run in expand(sweep, ["trainer.max_epochs=2"], loader)]
+    more = ("trainer.max_epochs=2",)
+    assert runs == [
+        ("data=digits", "seed=0", "sparsity=dense", *more),
+        ("data=digits", "seed=1", "sparsity=dense", *more),
+        ("data=digits", "seed=5", "sparsity=topkast", *more),
+        ("data=digits", "seed=5", "sparsity=dense", *more),
+    ]
+
+
+def test_overrides_of_the_command_line_win(loader):
+    (run,) = expand(Sweep([["seed=0,1"]], ["data=digits"]), ["seed=7"], loader)
+    assert run.overrides == ("data=digits", "seed=7")
+
+
+def test_run_is_named_readably_safely_and_uniquely():
+    name = run_name(["seed=3", "sparsity=set", "optimizer.lr=1e-3", "data=digits", "paths.data_dir=/x", "logger=csv"])
+    assert re.fullmatch(r"digits-set-lr_1e_3-seed3-[0-9a-f]{7}", name)
+    assert name == run_name(["data=digits", "optimizer.lr=1e-3", "sparsity=set", "seed=3"]), "whatever the order"
+    long = [run_name([f"data.path=/a b/{'x' * 200}{n}'$(rm)", "seed=1"]) for n in range(2)]
+    assert len(set(long)) == 2
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]{10,80}", each) and "seed1" in each for each in long)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_each_run_of_a_shipped_sweep_can_be_composed(name, tmp_path):
+    with hydra_configs():
+        launcher = Launcher(tmp_path, [], None)
+        runs = expand(read_sweep(name), ["seed=0"], launcher.loader)
+        settings = [json.dumps(launcher.settings(run), sort_keys=True) for run in runs]
+    assert len(runs) > 1
+    assert len(set(settings)) == len(runs), "no two runs compute the same"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("grids: 3", "the keys `grids`"), ("grids: [[a=1]]\nmore: 1", "expected the keys"), ("[", "can't be read")],
+)
+def test_sweep_file_that_is_none_is_refused(compare, tmp_path, text, said):
+    (tmp_path / "mine.yaml").write_text(text)
+    code, _, err = compare("--sweep", str(tmp_path / "mine.yaml"))
+    assert code == 2
+    assert said in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["sparsity=topkas"], "did you mean 'topkast'"),
+        (["optimizr.lr=1"], "did you mean 'optimizer.lr'"),
+        (["--sweep", "digit"], "did you mean 'digits'"),
+        ([], "there is no folder"),
+        (["--jobs", "2"], "needs something to run"),
+    ],
+)
+def test_mistake_is_answered_in_one_line_before_any_run(compare, tmp_path, arguments, said):
+    code, _, err = compare(*arguments)
+    assert code == 2
+    (line,) = err.strip().splitlines()
+    assert line.startswith("topkast-compare: ")
+    assert said in line
+    assert not results(tmp_path)
+
+
+# --- runs ----------------------------------------------------------------------------------------------------------
+
+
+def test_finished_runs_are_not_repeated_and_changed_ones_are_refused(compare, tmp_path):
+    grid = ["sparsity=dense,topkast", "seed=0,1", *TINY]
+    code, out, _ = compare(*grid)
+    assert code == 0
+    assert rows(out) == {"dense": "2", "topkast": "2"}
+    assert [line[:5] for line in out.splitlines() if line.startswith("[")] == ["[1/4]", "[2/4]", "[3/4]", "[4/4]"]
+    assert {path.name for path in (tmp_path / "runs").glob("comparison.*")} >= {"comparison.md", "comparison.csv"}
+    before = written(tmp_path)
+    assert len(before) == 4
+
+    code, out, _ = compare(*grid, "logger=none")  # told to others or not, it is the same run
+    assert code == 0
+    assert "4 runs in" in out
+    assert "4 of them done before" in out
+    assert written(tmp_path) == before
+
+    path = next(iter(before))
+    changed = json.loads(path.read_text())
+    changed["config"]["optimizer"]["lr"] = 0.5
+    path.write_text(json.dumps(changed))
+    code, _, err = compare(*grid)
+    assert code == 2
+    assert f"{path.parent} was made with optimizer.lr=0.5, which is 0.003 now" in err
+
+    path.write_text("{")
+    code, _, _ = compare(*grid)
+    assert code == 0
+    now = written(tmp_path)
+    assert {each for each in now if now[each] != before[each]} == {path}, "the broken one was made again, and no other"
+
+
+def test_failing_and_killed_runs_do_not_lose_the_others_and_are_tried_again(compare, tmp_path):
+    sweep = {
+        "common": [*TINY[:-1], "trainer.max_epochs=3"],
+        "grids": [
+            ["+callbacks.bomb._target_=tests.app.bombs.KillOnce", f"+callbacks.bomb.marker={tmp_path}/killed"],
+            ["optimizer.lr=-1.0"],
+            ["sparsity=dense"],
+        ],
+    }
+    (tmp_path / "mine.yaml").write_text(json.dumps(sweep))
+    code, out, err = compare("--sweep", str(tmp_path / "mine.yaml"))
+    assert code == 1
+    assert rows(out) == {"dense": "1"}
+    assert "failed: killed by SIGKILL" in out
+    assert "failed: optimizer: Invalid learning rate: -1.0" in out
+    assert "2 of the runs failed" in err
+
+    code, out, err = compare("--sweep", str(tmp_path / "mine.yaml"))
+    assert code == 1
+    assert sorted(name.partition(" ")[0] for name in rows(out)) == ["dense", "topkast"]
+    assert "1 of the runs failed" in err
+    (log,) = (tmp_path / "runs").glob("*marker*/run.log")
+    epochs = re.findall(r"^epoch (\d)/3:", log.read_text(), re.MULTILINE)
+    assert epochs == ["1", "2", "3"], "it went on from its checkpoint"
+    (found,) = (result for name, result in results(tmp_path).items() if "marker" in name)
+    assert (found["steps"], found["examples"]) == (6, 6 * 64)
+
+
+@pytest.mark.parametrize(
+    ("code", "printed", "said"),
+    [
+        (-9, "epoch 1/2", "killed by SIGKILL"),
+        (2, "topkast-train: goes on\ntopkast-train: optimizer: bad\nwandb: bye\n", "optimizer: bad"),
+        (1, "topkast-train: goes on\nTraceback\n  File\nMemoryError: all of it\n\n", "MemoryError: all of it"),
+        (0, "all is well", "ended with code 0 and without a result"),
+        (1, "", "ended with code 1 and without a result"),
+    ],
+)
+def test_last_line_of_the_error_says_what_failed(code, printed, said):
+    assert what_failed(code, printed) == said
+
+
+def test_diverged_run_is_counted_and_not_repeated(compare, tmp_path):
+    grid = ["sparsity=dense", "optimizer=sgd", "optimizer.lr=1e30", "scheduler=none", "seed=0,1", *TINY]
+    code, _, _ = compare(*grid)
+    assert code == 0
+    assert {result["status"] for result in results(tmp_path).values()} == {"diverged"}
+    before = written(tmp_path)
+    code, out, _ = compare(*grid)
+    assert code == 0
+    assert rows(out) == {"dense": "0 + 2 diverged"}
+    assert written(tmp_path) == before
+
+
+def test_second_sweep_in_the_same_folder_is_refused_while_one_runs(compare, tmp_path):
+    from filelock import FileLock
+
+    (tmp_path / "runs").mkdir()
+    with FileLock(tmp_path / "runs" / ".topkast-compare.lock"):
+        code, _, err = compare("seed=0", *TINY)
+    assert code == 2
+    assert "another topkast-compare is running" in err
+
+
+def test_jobs_without_joblib_say_how_to_install_it(compare, monkeypatch):
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+
+    monkeypatch.setattr(ConfigLoaderImpl, "get_group_options", lambda *_, **__: ["basic"])
+    code, _, err = compare("seed=0", "--jobs", "2")
+    assert code == 2
+    assert "lightning-topkast[sweep]" in err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_interrupted_parallel_sweep_ends_all_processes_and_goes_on_without_repeating(compare, tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    grid = ["seed=0,1,2,3,4,5", *TINY[:-1], "trainer.max_epochs=40"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lightning_topkast.app.compare", str(tmp_path / "runs"), *grid, "--jobs", "2"],
+        start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+    def done():
+        return {
+            path.parent.name for path in (tmp_path / "runs").glob("*/result.json") if "finished" in path.read_text()
+        }
+
+    deadline = time.monotonic() + 100
+    while not done() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    try:
+        _, err = process.communicate(timeout=40)
+        assert process.returncode == 130
+        assert "interrupted; the same command goes on" in err
+        deadline = time.monotonic() + 20
+        while (left := _session(process.pid)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not left
+    finally:
+        if _session(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
+    finished = done()
+    assert 0 < len(finished) < 6
+    before = {path: at for path, at in written(tmp_path).items() if path.parent.name in finished}
+
+    code, out, _ = compare(*grid)
+    assert code == 0
+    assert f"{len(finished)} of them done before" in out
+    assert rows(out) == {"topkast": "6"}
+    assert before.items() <= written(tmp_path).items()
+
+
+def _session(number):
+    """Processes of a session that have not ended."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[3]) == number and fields[0] != "Z":
+            found.append(path.parent.name)
+    return found

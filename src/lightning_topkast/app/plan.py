@@ -26,6 +26,7 @@ from lightning_topkast.app.errors import (
     quiet_broken_pipe,
 )
 from lightning_topkast.app.plan_tables import print_tables
+from lightning_topkast.app.small_dense import SmallDense
 from lightning_topkast.app.task import ClassificationTask
 from lightning_topkast.app.train import build_model
 from lightning_topkast.plan import OptimizerState, Parallel, Plan, make_plan
@@ -115,7 +116,7 @@ def read_settings(cfg: DictConfig) -> Settings | None:
     callback = instantiate(cfg.sparsity, _convert_="all")
     if isinstance(callback, TopKastCallback):
         return callback.settings
-    if type(callback) is Callback:
+    if type(callback) in (Callback, SmallDense):
         return None
     raise AppError(f"sparsity: {type(callback).__name__} is not planned: Top-KAST, or sparsity=dense")
 

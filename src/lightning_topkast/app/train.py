@@ -34,6 +34,7 @@ from lightning_topkast.app.errors import (
 from lightning_topkast.app.loggers import check_all_writable, check_writable, close_wandb, log_config, wandb_folder
 from lightning_topkast.app.report import count_weights, print_report
 from lightning_topkast.app.resume import AUTO, SameCheckpoint, newest_checkpoint
+from lightning_topkast.app.small_dense import narrowed_model
 from lightning_topkast.app.sweep import one_job
 from lightning_topkast.app.task import ClassificationTask
 
@@ -102,7 +103,7 @@ def _train(cfg: DictConfig) -> float:
 
 def build_model(cfg: DictConfig) -> LightningModule:
     """Return the configured model; a plain `nn.Module` becomes a `ClassificationTask`."""
-    net: nn.Module = instantiate(cfg.model, _convert_="all")
+    net: nn.Module = instantiate(narrowed_model(cfg), _convert_="all")
     if isinstance(net, LightningModule):
         return net
     parts = {name: instantiate(cfg[name], _convert_="all") for name in ("optimizer", "scheduler")}

@@ -25,6 +25,7 @@ from lightning_topkast.app.errors import (
     one_line_errors,
     quiet_broken_pipe,
 )
+from lightning_topkast.app.global_batch import accumulation
 from lightning_topkast.app.plan_tables import print_tables
 from lightning_topkast.app.small_dense import SmallDense
 from lightning_topkast.app.task import ClassificationTask
@@ -84,6 +85,8 @@ def read_parallel(cfg: DictConfig) -> Parallel:
     own_buckets = not (isinstance(configured, DictConfig) and configured.get("gradient_as_bucket_view", False))
     all_reduce = OmegaConf.select(cfg, "sparsity.all_reduce", default="dense")
     accumulate = _count(cfg, "trainer.accumulate_grad_batches")
+    if size := OmegaConf.select(cfg, "recipe.global_batch"):
+        accumulate = accumulation(size, cfg.data.batch_size, devices)
     return Parallel(devices, strategy, all_reduce, own_buckets, accumulate)
 
 

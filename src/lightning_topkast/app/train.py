@@ -31,6 +31,7 @@ from lightning_topkast.app.errors import (
     one_line_errors,
     quiet_broken_pipe,
 )
+from lightning_topkast.app.global_batch import GlobalBatch
 from lightning_topkast.app.loggers import check_all_writable, check_writable, close_wandb, log_config, wandb_folder
 from lightning_topkast.app.report import count_weights, print_report
 from lightning_topkast.app.resume import AUTO, SameCheckpoint, newest_checkpoint
@@ -114,6 +115,8 @@ def build_model(cfg: DictConfig) -> LightningModule:
 def build_callbacks(cfg: DictConfig, has_loggers: bool) -> list[Callback]:
     """Return the sparsity callback and then those of the group `callbacks`."""
     callbacks: list[Callback] = [instantiate(cfg.sparsity, _convert_="all"), *_instantiate_all(cfg.callbacks)]
+    if size := OmegaConf.select(cfg, "recipe.global_batch"):
+        callbacks.append(GlobalBatch(size))
     if not has_loggers:
         # The one callback of the default set that refuses to run without a logger.
         callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]

@@ -6,10 +6,10 @@ from torch import Tensor, nn
 
 
 def scaled(width: int, factor: float) -> int:
-    """Return `factor` times `width`, rounded, at least 1."""
+    """Return `factor` times `width`, rounded, at least 1; a width that is none, for torch to refuse, stays so."""
     if not factor > 0.0:
         raise ValueError(f"width_factor={factor} is not valid: expected a number above 0")
-    return max(1, round(factor * width))
+    return max(1, round(factor * width)) if width > 0 else width
 
 
 def narrow_(net: nn.Module, factor: float) -> nn.Module:

@@ -53,6 +53,7 @@ NEEDS: dict[tuple[str, str], list[str]] = {
     ("experiment", "enwik8_transformer"): ENWIK8,
     ("experiment", "fashion_mnist_mlp"): FASHION,
     ("experiment", "fashion_mnist_cnn"): FASHION,
+    **{("experiment", option): FASHION for group, option in ALL if option.startswith("ablation_")},
 }
 
 

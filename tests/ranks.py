@@ -15,10 +15,16 @@ from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from lightning_topkast import MaskChange, ReservoirActivation, Sparsity, TopKastError
+from lightning_topkast import MaskChange, ReservoirActivation, Sparsity, SparsityRamp, TopKastError
+from lightning_topkast.baselines import RigL
 from lightning_topkast.distributed import check_ranks_agree
 from tests import reductions
 from tests.helpers import MIDDLE, Batches, batches, make_callback, make_net, make_trainer, parameters_of
+
+
+# looks at the whole gradient every third step, of which the ranks send the active entries only in between
+RIGL = {"rule": RigL(0.5), "backward_sparsity": 0.75, "stop_refreshing_at": 100}
+VARYING = {"ramp": SparsityRamp(0.25, 0.0, begin=0, end=4), "powerpropagation": 2.0}
 
 
 class Shares(Batches):
@@ -170,6 +176,8 @@ def main(folder: Path, world: int) -> None:
         return
     train(folder / "unalike", world, first=(Unalike(),), execution="packed")
     train(folder / "compact", world, accumulate=2, update_every=2, execution="compact")
+    train(folder / "rigl", world, all_reduce="sparse", **RIGL)
+    train(folder / "varying", world, all_reduce="sparse", **VARYING)
     train(folder / "composed", world, strategy_of=lambda callback: Hooked(callback.all_reduce_hook(noting)))
     refusals = {
         "drifted": refusal(folder / "drifted", world, Drift, update_every=4),

@@ -24,7 +24,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from lightning_topkast import NonFiniteWeightError, TopKast, TopKastError
+from lightning_topkast import NonFiniteWeightError, SparsityRamp, TopKast, TopKastError
+from lightning_topkast.baselines import SET, RigL, Static
 from lightning_topkast.plan import OptimizerState, Parallel, make_plan
 from lightning_topkast.settings import Settings
 from lightning_topkast.weights import own_part
@@ -118,6 +119,9 @@ def meshes(world: int):
 def check_placements(world: int) -> dict:
     found = {}
     cases = [{}, {"exploration": "random"}, {"stop_exploration_at": 5, "optimizer": "momentum"}, {"penalty": "l1"}]
+    alone = {"backward_sparsity": 0.75, "stop_refreshing_at": 100}
+    cases += [alone | {"rule": rule} for rule in (Static(), SET(0.4), RigL(0.6))]
+    cases += [{"powerpropagation": 2.0}, {"ramp": SparsityRamp(0.25, 0.0, begin=1, end=7)}]
     plain = [gathered(run(Bag(ties=i == 0), 8, **case)[0]) for i, case in enumerate(cases)]
     for j, (name, (mesh, placements_of)) in enumerate(meshes(world).items()):
         for i, case in enumerate(cases):

@@ -97,8 +97,12 @@ def test_sets_have_the_sizes_that_the_distribution_gives(shapes, forward, backwa
     topkast = TopKast(bag(shapes), forward, backward, **options)
     for name, weight in topkast.weights.items():
         active, updated = int(weight.active.sum()), int(weight.updated.sum())
+        if distribution == "global":  # weights compete: only their sums are given
+            continue
         assert (active, updated) == (wanted[0][name], max(wanted[1][name], active))
         assert 1 <= active <= updated <= prod(named[name])
+    together = [sum(int(weight.tiers.ge(tier).sum()) for weight in topkast.weights.values()) for tier in (2, 1)]
+    assert together == [sum(wanted[0].values()), sum(max(wanted[1][name], wanted[0][name]) for name in named)]
     total = sum(map(prod, shapes))
     for sparsity, counts in ((forward, wanted[0]), (backward, wanted[1])):
         assert abs(sum(counts.values()) - (1 - sparsity) * total) <= 0.5 * len(shapes) + 1e-6 * total

@@ -13,7 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_topkast import TopKast, TopKastError
+from lightning_topkast import SparsityRamp, TopKast, TopKastError
+from lightning_topkast.baselines import RigL
+from lightning_topkast.course import Course
 from lightning_topkast.plan import OptimizerState, Parallel, Plan, make_plan
 from lightning_topkast.settings import Settings
 
@@ -390,3 +392,63 @@ def test_strict_refuses_weights_left_masked():
     assert any("leaves 1 weights masked" in note for note in plan_of(build, (2, 8), **options).notes)
     with pytest.raises(TopKastError, match=r"it is parametrized.* masked, which strict=True refuses"):
         plan_of(build, (2, 8), **options, strict=True)
+
+
+# --- sets that change -------------------------------------------------------------------------------------------------
+
+
+def training_share(total_steps=None, **options):
+    """FLOPs of training with the one sparse weight, which needs no gradient of its input, as a share of dense ones."""
+    settings = Settings(**({"forward_sparsity": 0.9, "backward_sparsity": 0.9, "include": ["0.weight"]} | options))
+    plan = make_plan(
+        nn.Sequential(nn.Linear(20, 50)), [torch.zeros(2, 20)], settings, OptimizerState(torch.optim.SGD), Parallel(),
+        total_steps,
+    )  # fmt: skip
+    layer = plan.layers[0]
+    assert layer.forward_flops == pytest.approx(0.1 * layer.dense_forward_flops)
+    return layer.training_flops / layer.dense_training_flops, plan.notes
+
+
+def test_training_flops_are_averages_over_a_ramp():
+    ramp = SparsityRamp(0.5, 0.5, begin=0, end=200, power=1)
+    # refreshes after 50, 100, 150 and 200 of 400 steps; before the first the network is as it began
+    shares = [0.5, 0.4, 0.3, 0.2] + [0.1] * 4
+    share, notes = training_share(400, ramp=ramp, update_every=50)
+    assert share == pytest.approx(sum(shares) / 8)
+    assert "averages over the run" in notes[0]
+
+
+def test_of_a_run_of_unknown_length_fractions_are_averaged_and_steps_are_not():
+    half = SparsityRamp(0.0, 0.0, begin=0.0, end=0.5, power=1)
+    assert training_share(ramp=half)[0] == pytest.approx(0.5 * 0.55 + 0.5 * 0.1, abs=2e-3)
+    share, notes = training_share(ramp=SparsityRamp(0.0, 0.0, begin=0, end=500))
+    assert share == 1.0
+    assert "those of the run's first step" in notes[0]
+
+
+def test_the_whole_gradient_that_rigl_looks_at_is_counted():
+    # one of 100 steps until the middle of the run; half the arithmetic is the gradient's
+    share, _ = training_share(rule=RigL(), stop_refreshing_at=0.5)
+    assert share == pytest.approx(0.5 * 0.1 + 0.5 * (0.1 + 0.005 * 0.9), rel=1e-3)
+
+
+def test_exploration_that_stops_is_averaged():
+    share, _ = training_share(1000, backward_sparsity=0.5, stop_exploration_at=0.25)
+    assert share == pytest.approx(0.5 * 0.1 + 0.5 * (0.25 * 0.5 + 0.75 * 0.1))
+
+
+def test_planned_sizes_are_those_of_training_at_every_step():
+    model = nn.Sequential(nn.Linear(20, 50))
+    options = {"ramp": SparsityRamp(0.5, 0.2, begin=3, end=17), "stop_exploration_at": 21, "update_every": 4}
+    topkast = TopKast(model, 0.9, 0.8, include=["0.weight"], **options)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    topkast.attach(optimizer)
+    sums = [0, 0]
+    for _ in range(30):
+        optimizer.zero_grad()
+        weight = topkast.weights["0.weight"]
+        sums = [sums[0] + int(weight.active.sum()), sums[1] + int(weight.updated.sum())]
+        model(torch.randn(4, 20)).square().mean().backward()
+        optimizer.step()
+    course = Course(Settings(0.9, 0.8, include=["0.weight"], **options), {"0.weight": torch.Size([50, 20])})
+    assert course.mean_densities(30)["0.weight"] == pytest.approx((sums[0] / 30000, sums[1] / 30000))

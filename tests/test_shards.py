@@ -41,9 +41,9 @@ WORLDS = pytest.mark.parametrize("world", [2, 4])
 
 @WORLDS
 def test_sharded_weights_train_as_whole_ones_bit_for_bit(folder, world):
-    """θ, A, B and every count, after steps and refreshes, for ties, random exploration, momentum and l1."""
+    """θ, A, B and every count, after steps and refreshes, for ties and every rule, ramp and penalty."""
     for each in found(folder, world, "placements"):
-        assert len(each) == {2: 20, 4: 28}[world]
+        assert len(each) == {2: 45, 4: 51}[world]
         assert [name for name, alike in each.items() if not alike] == []
 
 

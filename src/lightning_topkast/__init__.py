@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from lightning_topkast.errors import NonFiniteWeightError, TopKastError
     from lightning_topkast.layers import to_csr, to_dense
     from lightning_topkast.metrics import MaskChange, ReservoirActivation, Sparsity
+    from lightning_topkast.rule import Rule
+    from lightning_topkast.schedule import SparsityRamp
     from lightning_topkast.topkast import TopKast
     from lightning_topkast.weights import SparseWeight
     from lightning_topkast.whole_steps import WholeStepCheckpoint
@@ -19,8 +21,10 @@ __all__ = [
     "MaskChange",
     "NonFiniteWeightError",
     "ReservoirActivation",
+    "Rule",
     "SparseWeight",
     "Sparsity",
+    "SparsityRamp",
     "TopKast",
     "TopKastCallback",
     "TopKastError",
@@ -37,6 +41,8 @@ _HOMES = {
     "errors": ("NonFiniteWeightError", "TopKastError"),
     "layers": ("to_csr", "to_dense"),
     "metrics": ("MaskChange", "ReservoirActivation", "Sparsity"),
+    "rule": ("Rule",),
+    "schedule": ("SparsityRamp",),
     "topkast": ("TopKast",),
     "weights": ("SparseWeight",),
     "whole_steps": ("WholeStepCheckpoint",),

@@ -68,7 +68,7 @@ def sparse_all_reduce_of(engines: Callable[[], Iterable[TopKast]], hook: Hook) -
         masked: dict[Tensor, SparseWeight] = {
             weight.parameter: weight
             for engine in engines()
-            if engine.is_attached
+            if engine.is_attached and not engine.needs_gradients
             for weight in engine.weights.values()
             if weight.execution == "masked"
         }

@@ -24,6 +24,7 @@ class Attachment:
         weights: sparse weights by their parameter; those in the optimizer's groups are accompanied.
         penalty: form of the exploration penalty, applied after every update.
         after_step: called with this attachment after every step that was not skipped.
+        looks_at_gradients: whether gradients count, also outside B, of the step that follows so many done ones.
         steps: how many steps were taken before.
 
     Raises:
@@ -37,6 +38,7 @@ class Attachment:
         weights: Mapping[Tensor, SparseWeight],
         penalty: Penalty,
         after_step: Callable[["Attachment"], None],
+        looks_at_gradients: Callable[[int], bool],
         steps: int = 0,
     ) -> None:
         name = type(optimizer).__name__
@@ -50,6 +52,7 @@ class Attachment:
         self.optimizer = optimizer
         self.penalty = penalty
         self.after_step = after_step
+        self._looks_at_gradients = looks_at_gradients
         self.steps = steps
         self._weights_by_parameter = weights
         self._gradients_masked = False
@@ -90,9 +93,16 @@ class Attachment:
         self._handles.clear()
 
     def mask_gradients(self) -> None:
-        """Zero the gradients outside B."""
+        """Zero the gradients outside B, once they were looked at where they decide the next sets."""
         for weight in self.weights:
+            if self.needs_gradients:
+                weight.note_gradient()
             weight.mask_gradient()
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the next step's gradients decide the next sets, also outside B."""
+        return self._looks_at_gradients(self.steps)
 
     def prepare_step(self) -> None:
         """Mask the gradients of the next step, which then need not do it again."""

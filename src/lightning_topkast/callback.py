@@ -16,7 +16,9 @@ from lightning_topkast.averaging import SparseAverages, callbacks_of, copy_again
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.ops import Operators
 from lightning_topkast.penalty import Penalty
-from lightning_topkast.settings import AllReduce, Distribution, Execution, Exploration, Settings, check_all_reduce
+from lightning_topkast.rule import Exploration, Rule
+from lightning_topkast.schedule import Moment, SparsityRamp
+from lightning_topkast.settings import AllReduce, Distribution, Execution, Settings, check_all_reduce
 from lightning_topkast.sharded_checkpoint import move_shards_out, saves_shards, with_shards
 from lightning_topkast.telemetry import Telemetry
 from lightning_topkast.topkast import TopKast
@@ -38,11 +40,17 @@ class TopKastCallback(Callback):
         refresh_delay: steps between choosing the sets, in a background thread, and their taking effect; 0 waits for
             them. A run is the same whatever the timing. Below `update_every`.
         distribution: "uniform" gives every weight the same density, "erk" in proportion to the sum over the product of
-            its sizes (Erdős-Rényi-Kernel).
+            its sizes (Erdős-Rényi-Kernel). With "global" the weights compete for as many places as "uniform" has.
         overrides: glob pattern of parameter names → {"forward_sparsity": ..., "backward_sparsity": ...}; later patterns
             win.
         exploration: how the exploring entries are chosen: the next largest ("magnitude") or at "random" (an ablation).
         stop_exploration_at: from there on B = A; a step (int), a fraction of the run (float in [0, 1]), or None.
+        stop_refreshing_at: from there on the sets stand still; likewise.
+        rule: how the sets are chosen, if not Top-KAST's way: a baseline from `lightning_topkast.baselines`
+            (`Static()`, `SET()`, `RigL()`, `GradualPruning()`), which takes no penalty, or a `Rule` of your own.
+        ramp: a `SparsityRamp`, along which the run gets from denser sets to its own sparsities.
+        powerpropagation: exponent a of θ = φ|φ|^(a-1), with which the optimizer updates φ (Schwarz et al. 2021); 1 is
+            off. Gradients are clipped as those of θ, the penalty shrinks θ, weight decay acts on φ.
         penalty: form of the exploration penalty: "l2", "l1" or "norm" (un-squared L2 norm).
         penalty_strength: λ, applied decoupled from the optimizer with its current learning rate: λ on active entries,
             λ / forward density on exploring ones. 0 turns the penalty off. The paper's 1e-4 belongs to SGD's learning
@@ -88,7 +96,11 @@ class TopKastCallback(Callback):
         distribution: Distribution = "uniform",
         overrides: dict[str, dict[str, float]] | None = None,
         exploration: Exploration = "magnitude",
-        stop_exploration_at: int | float | None = None,
+        stop_exploration_at: Moment | None = None,
+        stop_refreshing_at: Moment | None = None,
+        rule: Rule | None = None,
+        ramp: SparsityRamp | None = None,
+        powerpropagation: float = 1.0,
         penalty: Penalty = "l2",
         penalty_strength: float = 1e-4,
         penalty_shrinkage: float | None = None,
@@ -115,6 +127,10 @@ class TopKastCallback(Callback):
             "overrides": _plain(overrides),
             "exploration": exploration,
             "stop_exploration_at": stop_exploration_at,
+            "stop_refreshing_at": stop_refreshing_at,
+            "rule": rule,
+            "ramp": ramp,
+            "powerpropagation": powerpropagation,
             "penalty": penalty,
             "penalty_strength": penalty_strength,
             "penalty_shrinkage": penalty_shrinkage,
@@ -181,7 +197,7 @@ class TopKastCallback(Callback):
         topkast = self._kept_engine(pl_module)
         if topkast is None:
             topkast = self._new = self._new or self._build(trainer, pl_module)
-        if isinstance(self._options["stop_exploration_at"], float):
+        if self.settings.needs_length:
             topkast.plan(self._steps_of_run(trainer, topkast))
         self._attach(topkast, trainer)
         self.topkast, self._new = topkast, None

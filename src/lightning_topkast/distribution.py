@@ -35,4 +35,5 @@ def erdos_renyi_kernel(shapes: Mapping[str, tuple[int, ...]], density: float) ->
         dense.update(full)
 
 
-DISTRIBUTIONS = {"uniform": uniform, "erk": erdos_renyi_kernel}
+# global: the weights compete for their places, of which they have as many together as under uniform
+DISTRIBUTIONS = {"uniform": uniform, "erk": erdos_renyi_kernel, "global": uniform}

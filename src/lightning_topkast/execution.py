@@ -44,6 +44,9 @@ def make_weights(
         if kept == "packed":
             operators = operators or choose_operators(settings.operators, target.parameter.device)
         weights[target.name] = PackedWeight(target.name, target.parameter, active, updated, kept == "packed", operators)
+    for weight in weights.values():
+        weight.forgets, weight.sizes_vary = settings.chosen_rule.forgets, settings.sizes_vary
+        weight.exponent = float(settings.powerpropagation)
     if left_masked:
         what = f"execution='{settings.execution}' leaves {', '.join(left_masked)} masked"
         if settings.strict:

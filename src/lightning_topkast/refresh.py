@@ -3,54 +3,106 @@
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_topkast.allocation import overridden_densities
+from lightning_topkast.course import Course
 from lightning_topkast.distributed import check_ranks_agree
 from lightning_topkast.errors import NonFiniteWeightError, TopKastError
-from lightning_topkast.schedule import RefreshSchedule, step_of
-from lightning_topkast.selection import ACTIVE, EXPLORING, NonFiniteScoresError, TopK, nested_top_k, top_k_then_random
+from lightning_topkast.rule import Candidates
+from lightning_topkast.selection import ACTIVE, EXPLORING, NonFiniteScoresError, TopK, nested_top_k
 from lightning_topkast.settings import Settings
 from lightning_topkast.sharded_selection import nested_top_k_of_shards
-from lightning_topkast.weights import Sharding, SparseWeight
+from lightning_topkast.weights import Sharding, SparseWeight, own_part
 from lightning_topkast.weights.state import holds_values
 
 # One thread for all: selection is bound by memory, and the training goes on beside it.
 _background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="topkast-refresh")
 
 
-def choose(weight: SparseWeight, settings: Settings, step: int, explores: bool, scores: Tensor | None = None) -> Tensor:
-    """The next sets of one weight, as tiers; of a sharded weight this process' part of them, by a collective.
+@dataclass(frozen=True)
+class Choice:
+    """What sets are chosen by, besides the weights.
 
     Args:
-        weight: whose sets are chosen.
         settings: of the run.
-        step: optimizer steps done; with the seed it decides random exploration.
-        explores: whether B is to be larger than A.
-        scores: |θ|; None for the present one.
+        step: optimizer steps done; with the seed it decides what is drawn at random.
+        counts: weight name → sizes of A and B.
+        passed: share of the time in which sets change that has passed, or None if no end is known.
+        is_first: whether there are no sets yet.
+    """
+
+    settings: Settings
+    step: int
+    counts: Mapping[str, tuple[int, int]]
+    passed: float | None = None
+    is_first: bool = False
+
+
+def choose(
+    weights: Sequence[SparseWeight], choice: Choice, scores: Sequence[Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The next sets of weights that compete for their places, mostly of a single one.
+
+    Args:
+        weights: whose sets are chosen.
+        choice: what by.
+        scores: |θ| of each; None for the present ones.
+
+    Returns:
+        weight name → tiers; of a sharded weight this process' part of them, by a collective.
 
     Raises:
-        NonFiniteWeightError: the weight holds NaN or infinity.
+        NonFiniteWeightError: a weight or the gradient looked at holds NaN or infinity.
     """
-    scores = weight.magnitudes() if scores is None else scores
-    active = weight.active_count
-    updated = weight.updated_count if explores else active
-    select = _selection_of(weight.sharding)
+    rule, settings, join = choice.settings.chosen_rule, choice.settings, _joined
+    scores = [weight.magnitudes() for weight in weights] if scores is None else scores
+    gradients = [weight.gradient_magnitudes for weight in weights if weight.gradient_magnitudes is not None]
+    counts = [choice.counts[weight.name] for weight in weights]
+    candidates = Candidates(
+        scores=join(scores),
+        active_count=sum(active for active, _ in counts),
+        updated_count=sum(updated for _, updated in counts),
+        active=lambda: join([weight.sharding.part_of(weight.active) for weight in weights]),
+        draw=lambda: join([_drawn(weight, choice) for weight in weights]),
+        gradient=join(gradients) if len(gradients) == len(weights) else None,
+        passed=choice.passed,
+        select=_selection_of(weights[0].sharding),
+    )
     try:
-        if settings.exploration == "magnitude":
-            return select(scores, (updated, active))
-        # seeded by what every rank and a resumed run know, so that no generator state has to be kept
-        seed = zlib.crc32(f"{settings.seed}/{step}/{weight.name}".encode())
-        lottery = torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed))
-        return top_k_then_random(scores, active, updated, weight.sharding.part_of(lottery), select)
+        tiers = (rule.first if choice.is_first else rule.choose)(candidates, settings.exploration)
     except NonFiniteScoresError:
+        broken = [w.name for w, values in zip(weights, scores, strict=True) if not bool(torch.isfinite(values).all())]
+        # of a sharded weight another process may hold it
+        named = broken or [weight.name for weight in weights]
+        what = f"weight '{named[0]}'" + (" or its gradient" if gradients and not broken else "")
         raise NonFiniteWeightError(
-            f"weight '{weight.name}' holds NaN or infinity at step {step}; its sets were left as they were. "
+            f"{what} holds NaN or infinity at step {choice.step}; its sets were left as they were. "
             "Lower the learning rate, clip gradients, or resume from the last checkpoint"
         ) from None
+    if len(weights) == 1:
+        return {weights[0].name: tiers}
+    parts = tiers.split([weight.size for weight in weights])
+    return {weight.name: part.view(weight.shape) for weight, part in zip(weights, parts, strict=True)}
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    """The entries of all, of a single one in its own shape."""
+    if len(tensors) == 1:
+        return tensors[0]
+    return torch.cat([tensor.reshape(-1).to(tensors[0].device) for tensor in tensors])
+
+
+def _drawn(weight: SparseWeight, choice: Choice) -> Tensor:
+    """Numbers in [0, 1), seeded by what all ranks and a resumed run know, so that no generator state need be kept."""
+    seed = zlib.crc32(f"{choice.settings.seed}/{choice.step}/{weight.name}".encode())
+    drawn = torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed))
+    return weight.sharding.part_of(drawn).to(own_part(weight.parameter).device)
 
 
 def _selection_of(sharding: Sharding) -> TopK:
@@ -67,17 +119,18 @@ class Selection:
 
     Args:
         weights: whose sets are chosen.
-        settings: of the run.
-        step: optimizer steps done.
+        choice: what by.
     """
 
-    def __init__(self, weights: Sequence[SparseWeight], settings: Settings, step: int) -> None:
-        self.step = step
+    def __init__(self, weights: Sequence[SparseWeight], choice: Choice) -> None:
+        self.step = choice.step
         self._loads = {weight: weight.loads for weight in weights}
         snapshots = [(weight, weight.snapshot()) for weight in weights]
 
         def work() -> dict[str, Tensor]:
-            chosen = {weight.name: choose(weight, settings, step, True, scores()) for weight, scores in snapshots}
+            chosen: dict[str, Tensor] = {}
+            for weight, scores in snapshots:
+                chosen |= choose([weight], choice, [scores()])
             for weight in weights:
                 weight.prepare(chosen[weight.name])
             return chosen
@@ -141,13 +194,13 @@ class Refresher:
     """Chooses the sets of weights again when the schedule says so, at once or in the background.
 
     Args:
-        settings: of the run.
+        course: of the run.
         state_of: gives the optimizer's state of a weight, which follows the sets.
     """
 
-    def __init__(self, settings: Settings, state_of: Callable[[SparseWeight], list[Tensor]]) -> None:
-        self.settings = settings
-        self.schedule = RefreshSchedule(settings.update_every)
+    def __init__(self, course: Course, state_of: Callable[[SparseWeight], list[Tensor]]) -> None:
+        self.settings = course.settings
+        self.course = course
         self.count = 0
         self.follower: Callable[[], None] | None = None  # called after every refresh
         self.selections: list[Selection] = []  # chosen, to take effect `refresh_delay` steps later
@@ -156,23 +209,6 @@ class Refresher:
     def __getstate__(self) -> dict[str, Any]:
         """A copy is followed by nobody."""
         return self.__dict__ | {"follower": None}
-
-    def plan(self, total_steps: int | float | None) -> None:
-        """Set the run's length in optimizer steps, of which `stop_exploration_at` may be a fraction.
-
-        Raises:
-            TopKastError: it is, and the length is unknown.
-        """
-        try:
-            stop = step_of(self.settings.stop_exploration_at, total_steps)
-        except ValueError as error:
-            raise TopKastError(str(error)) from None
-        self.schedule = RefreshSchedule(self.settings.update_every, stop)
-
-    @property
-    def is_planned(self) -> bool:
-        """Whether it is known when exploration stops, which may be a fraction of a run of unknown length."""
-        return self.settings.stop_exploration_at is None or self.schedule.stop_exploration_at is not None
 
     def after_step(self, weights: Sequence[SparseWeight], step: int) -> None:
         """Do what is due once `step` optimizer steps are done with these weights."""
@@ -183,9 +219,9 @@ class Refresher:
             elif step - begun.step >= self.settings.refresh_delay:
                 self.selections.remove(begun)
                 self._apply(weights, begun.result())
-        if self.schedule.refreshes_after(step):
-            if self.settings.refresh_delay and self.schedule.explores_at(step):
-                self.selections.append(Selection(weights, self.settings, step))
+        if self.course.schedule.refreshes_after(step):
+            if self.settings.refresh_delay and self.course.schedule.explores_at(step):
+                self.selections.append(Selection(weights, self._choice(step)))
             else:  # exploration stops now, not later
                 self.selections = [selection for selection in self.selections if not selection.concerns(weights)]
                 self.refresh(weights, step)
@@ -197,8 +233,26 @@ class Refresher:
             NonFiniteWeightError: a weight holds NaN or infinity; no weight's sets were changed.
             TopKastError: the ranks disagree.
         """
-        explores = self.schedule.explores_at(step)
-        self._apply(weights, {weight.name: choose(weight, self.settings, step, explores) for weight in weights})
+        self._apply(weights, self._choose(weights, self._choice(step)))
+
+    def begin(self, weights: Sequence[SparseWeight]) -> None:
+        """Choose the first sets; as `refresh`, but that it counts as none."""
+        self._apply(weights, self._choose(weights, replace(self._choice(0), is_first=True)))
+        self.count = 0
+
+    def _choice(self, step: int) -> Choice:
+        return Choice(self.settings, step, self.course.counts_at(step), self.course.passed(step))
+
+    def _choose(self, weights: Sequence[SparseWeight], choice: Choice) -> dict[str, Tensor]:
+        alone, together = list(weights), []
+        if self.settings.distribution == "global":
+            overridden = overridden_densities(self.course.shapes, self.settings)
+            alone = [weight for weight in weights if weight.name in overridden]
+            together = [weight for weight in weights if weight.name not in overridden]
+        chosen = choose(together, choice) if together else {}
+        for weight in alone:
+            chosen |= choose([weight], choice)
+        return chosen
 
     @torch.no_grad()
     def _apply(self, weights: Sequence[SparseWeight], chosen: Mapping[str, Tensor]) -> None:

@@ -76,9 +76,32 @@ def top_k_then_random(
         uint8 tiers in the shape of `scores`.
     """
     is_active = select(scores, (active,)).bool()
-    # what is active is out of the draw, below every other; not by a negative number, whose bits don't order
-    lottery = lottery.to(scores.device).clamp_min(torch.finfo(lottery.dtype).tiny).masked_fill_(is_active, 0)
-    return select(lottery, (updated - active,)).masked_fill_(is_active, ACTIVE)
+    return select(_among(lottery.to(scores.device), ~is_active), (updated - active,)).masked_fill_(is_active, ACTIVE)
+
+
+def drop_and_grow(
+    scores: Tensor, active: Tensor, growth: Tensor, kept: int, grown: int, select: TopK = nested_top_k
+) -> Tensor:
+    """The next active set of SET and RigL: the largest of the present one, and the best of all others.
+
+    Args:
+        scores: finite, at least 0, of any shape; of the active entries the `kept` largest stay.
+        active: the present active set, bool.
+        growth: finite, at least 0; of all entries that were not kept, also those just dropped, the `grown` best enter.
+        kept: how many stay, at most the number of active entries.
+        grown: how many enter.
+        select: finds the largest entries.
+
+    Returns:
+        uint8 in the shape of `scores`: 1 for an active entry.
+    """
+    stays = select(_among(scores, active), (kept,)).bool()
+    return select(_among(growth, ~stays), (grown,)).masked_fill_(stays, 1)
+
+
+def _among(scores: Tensor, members: Tensor) -> Tensor:
+    """Scores that rank all members above all others; not by a negative number, whose bits don't order."""
+    return scores.clamp_min(torch.finfo(scores.dtype).tiny).masked_fill_(~members, 0)
 
 
 def _tiers_numpy(scores: np.ndarray, counts: Sequence[int]) -> Tensor:

@@ -10,9 +10,10 @@ from lightning_topkast.distribution import DISTRIBUTIONS
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.ops import Operators
 from lightning_topkast.penalty import Penalty
+from lightning_topkast.rule import Exploration, Rule
+from lightning_topkast.schedule import Moment, SparsityRamp
 
-Distribution = Literal["uniform", "erk"]
-Exploration = Literal["magnitude", "random"]
+Distribution = Literal["uniform", "erk", "global"]
 Execution = Literal["masked", "packed", "compact", "auto"]
 AllReduce = Literal["dense", "sparse", "sparse_bf16", "sparse_fp16"]
 
@@ -32,7 +33,11 @@ class Settings:
     distribution: Distribution = "uniform"
     overrides: Mapping[str, Mapping[str, float]] | None = None
     exploration: Exploration = "magnitude"
-    stop_exploration_at: int | float | None = None
+    stop_exploration_at: Moment | None = None
+    stop_refreshing_at: Moment | None = None
+    rule: Rule | None = None
+    ramp: SparsityRamp | None = None
+    powerpropagation: float = 1.0
     penalty: Penalty = "l2"
     penalty_strength: float = 1e-4
     penalty_shrinkage: float | None = None
@@ -101,11 +106,15 @@ class Settings:
                 f"execution='{self.execution}' keeps no optimizer state outside the updated set, so "
                 "reset_optimizer_state=False can't be honoured; leave it on, or train with execution='masked'"
             )
-        stop = self.stop_exploration_at
+        for name in ("stop_exploration_at", "stop_refreshing_at"):
+            moment = getattr(self, name)
+            _check(moment is None or _is_moment(moment), name, moment, f"{_A_MOMENT} or None")
         _check(
-            stop is None or (_is_number(stop) and stop >= 0 and (isinstance(stop, int) or stop <= 1)),
-            "stop_exploration_at", stop, "a step (int, at least 0), a fraction of the run (float in [0, 1]) or None",
+            _is_number(self.powerpropagation) and self.powerpropagation >= 1,
+            "powerpropagation", self.powerpropagation, "a number of at least 1, which turns it off",
         )  # fmt: skip
+        self._check_rule()
+        self._check_ramp()
         _check(
             _is_number(self.penalty_strength) and self.penalty_strength >= 0,
             "penalty_strength",
@@ -124,6 +133,95 @@ class Settings:
                 f"penalty_shrinkage is the share an entry loses per step, which only penalty='l2' keeps constant; with "
                 f"penalty='{self.penalty}' give penalty_strength instead"
             )
+
+    def _check_rule(self) -> None:
+        _check(self.rule is None or isinstance(self.rule, Rule), "rule", self.rule, "a rule such as RigL(), or None")
+        name = type(self.chosen_rule).__name__
+        if not self.chosen_rule.explores:
+            for where, (forward, backward) in {
+                "": (self.forward_sparsity, self.backward_sparsity),
+                **{f" in overrides['{p}']": self.sparsities_in(v) for p, v in (self.overrides or {}).items()},
+            }.items():
+                if forward != backward:
+                    raise TopKastError(
+                        f"{name} updates what is active and nothing else, so expected "
+                        f"backward_sparsity=forward_sparsity{where}, got {backward} and {forward}"
+                    )
+            if self.penalty_shrinkage or self.exploration != "magnitude" or self.stop_exploration_at is not None:
+                raise TopKastError(
+                    f"{name} does not explore: leave out exploration, stop_exploration_at and penalty_shrinkage"
+                )
+        if self.chosen_rule.needs_gradient and self.execution != "masked":
+            raise TopKastError(
+                f"{name} needs the gradient of every entry, of which execution='{self.execution}' has only those of "
+                "the updated set: train with execution='masked'"
+            )
+        if self.refresh_delay and type(self.chosen_rule) is not Rule:
+            raise TopKastError(f"refresh_delay={self.refresh_delay} is for Top-KAST's own rule: {name} needs 0")
+
+    def _check_ramp(self) -> None:
+        _check(self.ramp is None or isinstance(self.ramp, SparsityRamp), "ramp", self.ramp, "a SparsityRamp or None")
+        ramp = self.chosen_ramp
+        if ramp is not None:
+            check_sparsities(ramp.forward_sparsity, ramp.backward_sparsity, where="ramp: ")
+            for name in ("forward_sparsity", "backward_sparsity"):
+                if getattr(ramp, name) > getattr(self, name):
+                    raise TopKastError(
+                        f"ramp: it starts denser, so expected {name} of at most {getattr(self, name)}, the run's own, "
+                        f"got {getattr(ramp, name)}"
+                    )
+            for name in ("begin", "end"):
+                _check(_is_moment(getattr(ramp, name)), f"ramp: {name}", getattr(ramp, name), _A_MOMENT)
+            if type(ramp.begin) is type(ramp.end) and ramp.begin >= ramp.end:
+                raise TopKastError(f"ramp: it ends after its begin, got begin={ramp.begin} and end={ramp.end}")
+            _check(_is_number(ramp.power) and ramp.power > 0, "ramp: power", ramp.power, "a number above 0")
+            if self.rule is not None and self.ramp is not None and self.rule.ramp is not None:
+                raise TopKastError(f"{type(self.rule).__name__} brings its own ramp: leave out ramp={self.ramp}")
+        for what, given in (("a ramp", ramp is not None), ("distribution='global'", self.distribution == "global")):
+            if given and (self.execution != "masked" or self.refresh_delay):
+                raise TopKastError(
+                    f"{what} changes the size of every weight's sets, which needs execution='masked' and "
+                    f"refresh_delay=0, got '{self.execution}' and {self.refresh_delay}"
+                )
+
+    @property
+    def chosen_rule(self) -> Rule:
+        """How the sets are chosen: Top-KAST's rule unless another was given."""
+        return self.rule or Rule()
+
+    @property
+    def chosen_ramp(self) -> SparsityRamp | None:
+        """The ramp of the sparsities: the rule's own or the run's."""
+        return self.chosen_rule.ramp or self.ramp
+
+    @property
+    def sizes_vary(self) -> bool:
+        """Whether a weight's sets have other sizes in the course of the run than `allocate` gives them."""
+        return self.chosen_ramp is not None or self.distribution == "global"
+
+    @property
+    def moments(self) -> list[Moment]:
+        """The steps, or fractions of the run, at which something changes besides the sets."""
+        ramp, stop = self.chosen_ramp, self.stop_refreshing_at
+        stop = self.chosen_rule.stop_refreshing_at if stop is None else stop
+        moments = [self.stop_exploration_at, stop, *([ramp.begin, ramp.end] if ramp else [])]
+        return [moment for moment in moments if moment is not None]
+
+    @property
+    def needs_length(self) -> bool:
+        """Whether the length of the run has to be known."""
+        ends = self.stop_refreshing_at is not None or self.chosen_rule.stop_refreshing_at is not None
+        return any(isinstance(each, float) for each in self.moments) or (self.chosen_rule.needs_length and not ends)
+
+    def sparsities_on_ramp(self, remaining: float) -> tuple[float, float]:
+        """Forward and backward sparsity where this much is left of the ramp: 1 at its beginning, 0 at its end."""
+        ramp = self.chosen_ramp
+        if ramp is None or remaining == 0:
+            return self.forward_sparsity, self.backward_sparsity
+        return (
+            self.forward_sparsity + (ramp.forward_sparsity - self.forward_sparsity) * remaining,
+            self.backward_sparsity + (ramp.backward_sparsity - self.backward_sparsity) * remaining,
+        )
 
     def sparsities_in(self, override: Mapping[str, float]) -> tuple[float, float]:
         """Forward and backward sparsity of an override, the run's own where it names none."""
@@ -147,6 +245,13 @@ def check_all_reduce(all_reduce: str) -> None:
     """Refuse an unknown way to reduce gradients; it is the callback's, since in a plain loop DDP is the user's own."""
     known = get_args(AllReduce)
     _check(all_reduce in known, "all_reduce", all_reduce, f"one of {', '.join(known)}")
+
+
+_A_MOMENT = "a step (int, at least 0), a fraction of the run (float in [0, 1])"
+
+
+def _is_moment(value: Any) -> bool:
+    return _is_number(value) and value >= 0 and (isinstance(value, int) or value <= 1)
 
 
 def _is_number(value: Any) -> bool:

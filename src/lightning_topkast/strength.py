@@ -46,6 +46,8 @@ def strength_of(settings: Settings, name: str, density: float, peak: float | Non
     Raises:
         TopKastError: the penalty would carry exploring entries past zero at the peak, or needs a peak that is 0.
     """
+    if not settings.chosen_rule.explores:
+        return 0.0
     strength = float(settings.penalty_strength)
     if settings.penalty_shrinkage is not None:
         if peak is None:

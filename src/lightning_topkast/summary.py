@@ -87,6 +87,16 @@ class Summary:
         return "\n".join([text[0], rule, *text[1:-2], rule, *text[-2:], *self.notes])
 
 
+def _how_chosen(schedule: RefreshSchedule, settings: Settings) -> str:
+    until = "" if schedule.stop_refreshing_at is None else f" until step {schedule.stop_refreshing_at}"
+    if settings.rule is not None:
+        how = f"by {settings.rule}"
+    else:
+        stop = schedule.stop_exploration_at
+        how = f"{settings.exploration} exploration" + ("" if stop is None else f" until step {stop}")
+    return f"refresh every {settings.update_every} steps{until}, {how}, {settings.distribution} distribution"
+
+
 def summarize(
     targets: Iterable[Target],
     weights: Mapping[str, SparseWeight],
@@ -102,13 +112,15 @@ def summarize(
         active, updated = (weight.active_count, weight.updated_count) if weight else (size, size)
         execution = weight.execution if weight else ""
         rows.append(WeightSummary(target.name, tuple(target.shape), size, active, updated, target.reason, execution))
-    stop = schedule.stop_exploration_at
-    notes = [
-        f"refresh every {settings.update_every} steps, {settings.exploration} exploration"
-        + ("" if stop is None else f" until step {stop}")
-        + f", {settings.distribution} distribution"
-    ]
-    if not any(weight.can_explore for weight in weights.values()):
+    rule = settings.chosen_rule
+    notes = [_how_chosen(schedule, settings)]
+    if settings.chosen_ramp is not None:
+        forward, backward = settings.sparsities_on_ramp(1.0)
+        end = "" if schedule.ramp_end is None else f", between step {schedule.ramp_begin} and {schedule.ramp_end}"
+        notes.append(f"the sizes are those of the run's end: it starts at sparsities {forward:g} and {backward:g}{end}")
+    if settings.distribution == "global":
+        notes.append("the sizes count together only: the weights compete for them")
+    if rule.explores and settings.chosen_ramp is None and not any(weight.can_explore for weight in weights.values()):
         notes.append("backward sparsity = forward sparsity: B = A, so that nothing outside A is ever tried")
     if settings.penalty == "l2":
         peaks = peak_learning_rates(weights, optimizers)

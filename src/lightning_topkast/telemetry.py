@@ -86,7 +86,7 @@ def set_metrics(engines: Sequence[TopKast]) -> dict[str, Tensor]:
         change.count(weight.promoted, active)
         activation.count(weight.first_reservoir - weight.dormant_entries, weight.first_reservoir)
         metrics[f"{PREFIX}/forward_sparsity/{weight.name}"] = 1 - active / size
-        metrics[f"{PREFIX}/mask_change/{weight.name}"] = weight.promoted / active
+        metrics[f"{PREFIX}/mask_change/{weight.name}"] = weight.promoted / active.clamp_min(1)
     everything = sum(parameter.numel() for parameter in engines[0].model.parameters())
     everything += sum(weight.size - weight.parameter.numel() for weight in weights)
     model.count(forward.counted, everything)

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from lightning_topkast import strength
 from lightning_topkast.allocation import allocate
 from lightning_topkast.attachment import Attachment
+from lightning_topkast.course import Course
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.execution import install, make_weights, release
 from lightning_topkast.layers import packed_weights
@@ -67,9 +68,6 @@ class TopKast:
     ) -> None:
         self.model = model
         self.settings = Settings(forward_sparsity, backward_sparsity, **options)
-        self._refresher = Refresher(self.settings, self._state_of)
-        if total_steps is not None or not isinstance(self.settings.stop_exploration_at, float):
-            self.plan(total_steps)
         self._attachments: list[Attachment] = []
         # Steps taken with optimizers that were detached, or of a state loaded before any was attached.
         self._steps_before: list[int] = []
@@ -99,21 +97,29 @@ class TopKast:
                     f"'{target.name}' is packed already by an earlier TopKast; give the model its ordinary layers back "
                     "first, with that one's release() or, zero outside A, with to_dense(model)"
                 )
+            if isinstance(target.parameter, DTensor) and chosen.distribution == "global":
+                raise TopKastError(
+                    f"'{target.name}' is sharded over devices (FSDP2 or tensor parallel), where weights can't compete "
+                    "for their places: choose distribution='uniform' or 'erk'"
+                )
             if isinstance(target.parameter, DTensor) and (chosen.execution != "masked" or chosen.refresh_delay):
                 raise TopKastError(
                     f"'{target.name}' is sharded over devices (FSDP2 or tensor parallel), which needs "
                     f"execution='masked' and refresh_delay=0, got '{chosen.execution}' and {chosen.refresh_delay}; "
                     "packed weights train with DDP"
                 )
-        self._weights = make_weights(sparse, allocate(sparse, chosen), chosen)
+        shapes = {target.name: target.shape for target in sparse}
+        self._refresher = Refresher(Course(chosen, shapes), self._state_of)
+        if total_steps is not None or not chosen.needs_length:
+            self.plan(total_steps)
+        self._weights = make_weights(sparse, allocate(shapes, chosen), chosen)
         self._by_parameter: dict[Tensor, SparseWeight] = {weight.parameter: weight for weight in self._weights.values()}
         self._set_strength()
-        self.refresh()
+        self._refresher.begin(list(self._weights.values()))
         for target in sparse:
             weight = self._weights[target.name]
             weight.note_first_reservoir()
             install(target, weight)
-        self._refresher.count = 0  # the first selection is no refresh
 
     # --- what users read ------------------------------------------------------------------------------------------
 
@@ -135,7 +141,7 @@ class TopKast:
     @property
     def schedule(self) -> RefreshSchedule:
         """When the sets are chosen again, and when exploration stops."""
-        return self._refresher.schedule
+        return self._refresher.course.schedule
 
     @property
     def exploring(self) -> bool:
@@ -152,6 +158,11 @@ class TopKast:
     def is_attached(self) -> bool:
         """Whether optimizers' steps are accompanied at present."""
         return bool(self._attachments)
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the next step's gradients decide the next sets, also outside B (RigL)."""
+        return any(attachment.needs_gradients for attachment in self._attachments)
 
     @property
     def is_intact(self) -> bool:
@@ -186,14 +197,17 @@ class TopKast:
         """
         if not optimizers:
             raise TopKastError("attach() needs the optimizers that train the model")
-        if not self._refresher.is_planned:
+        if not self._refresher.course.is_planned:
             self.plan(None)  # refuses a fraction of an unknown length
         before = self._attachments
         try:
             for optimizer, steps in zip(optimizers, chain(self._steps_before, repeat(0)), strict=False):
                 if any(attachment.optimizer is optimizer for attachment in self._attachments):
                     raise TopKastError(f"this {type(optimizer).__name__} is attached already")
-                attachment = Attachment(optimizer, self._by_parameter, self.settings.penalty, self._after_step, steps)
+                attachment = Attachment(
+                    optimizer, self._by_parameter, self.settings.penalty, self._after_step, self._looks_at_gradients,
+                    steps,
+                )  # fmt: skip
                 self._attachments = [*self._attachments, attachment]
             self._set_strength()
         except TopKastError:
@@ -212,7 +226,7 @@ class TopKast:
 
     def plan(self, total_steps: int | float | None) -> None:
         """Set the run's length in optimizer steps, of which `stop_exploration_at` may be a fraction."""
-        self._refresher.plan(total_steps)
+        self._refresher.course = self._refresher.course.planned(total_steps)
 
     def detach(self) -> None:
         """Stop accompanying the optimizers; the model stays sparse as it is, and the step count is kept."""
@@ -246,6 +260,8 @@ class TopKast:
             attachment.steps = 0
         self._steps_before = []
         self._refresher.selections.clear()
+        if self.settings.chosen_ramp is not None and self.refresh_count:
+            self.refresh()  # to where the ramp begins
         self._follow_schedule()
 
     def follow(self, follower: Callable[[], None] | None) -> None:
@@ -301,9 +317,11 @@ class TopKast:
 
     def _follow_schedule(self) -> None:
         """Refresh if the schedule has changed under the sets: they explore where they should not, or the reverse."""
-        if self._refresher.is_planned and any(
-            weight.is_exploring != (self.exploring and weight.can_explore) for weight in self._weights.values()
-        ):
+        if not self._refresher.course.is_planned:
+            return
+        counts = self._refresher.course.counts_at(self.step_count)
+        explore = any(updated > active for name, (active, updated) in counts.items() if name in self._weights)
+        if explore != any(weight.is_exploring for weight in self._weights.values()):
             self.refresh()
 
     def _after_step(self, attachment: Attachment) -> None:
@@ -314,6 +332,9 @@ class TopKast:
                 stacklevel=2,
             )
         self._refresher.after_step(attachment.weights, attachment.steps)
+
+    def _looks_at_gradients(self, steps: int) -> bool:
+        return self._refresher.course.looks_at_gradients(steps)
 
     def _state_of(self, weight: SparseWeight) -> list[Tensor]:
         return [tensor for attachment in self._attachments for tensor in attachment.state_of(weight)]

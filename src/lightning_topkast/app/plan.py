@@ -58,7 +58,9 @@ def plan(cfg: DictConfig) -> Plan:
         model.configure_model()
         model.to(precision)
         inputs = _inputs(cfg, model, precision)
-        return make_plan(model, inputs, settings, OptimizerState(_optimizer_of(model)), parallel)
+        steps = cfg.trainer.get("max_steps")
+        total_steps = steps if isinstance(steps, int) and steps > 0 else None
+        return make_plan(model, inputs, settings, OptimizerState(_optimizer_of(model)), parallel, total_steps)
 
 
 def read_parallel(cfg: DictConfig) -> Parallel:

@@ -7,6 +7,7 @@ from typing import Any, cast
 from torch import nn
 
 from lightning_topkast.allocation import allocate
+from lightning_topkast.course import Course
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.execution import kept_as
 from lightning_topkast.plan.flops import Products, count_products
@@ -138,6 +139,7 @@ def make_plan(
     settings: Settings | None,
     optimizer: OptimizerState,
     parallel: Parallel,
+    total_steps: int | None = None,
 ) -> Plan:
     """Plan the training of `model`.
 
@@ -147,11 +149,13 @@ def make_plan(
         settings: of Top-KAST; None for a dense run.
         optimizer: what it keeps.
         parallel: over which devices, and how.
+        total_steps: of the run, over which densities that change are averaged for the FLOPs of its training; None if
+            unknown.
 
     Raises:
         TopKastError: what `TopKast` would refuse, a model that fails on the inputs, or an optimizer on a small tensor.
     """
-    targets, counts = _sets(model, settings)
+    targets, counts, means = _sets(model, settings, total_steps)
     execution = "dense" if settings is None else settings.execution
     if parallel.strategy == "fsdp2" and execution not in ("dense", "masked"):
         raise TopKastError(
@@ -164,7 +168,8 @@ def make_plan(
     for target in targets:
         held, obstacle = _held(target, counts, settings, execution)
         flops = products.get(target.name, Products())
-        layers.append(_layer(target, held, obstacle, flops, examples, bytes_of(held, optimizer, parallel)))
+        mean = means.get(target.name, (1.0, 1.0))
+        layers.append(_layer(target, held, obstacle, flops, mean, examples, bytes_of(held, optimizer, parallel)))
         obstacles += [f"'{target.name}' ({obstacle})"] if obstacle else []
     if settings is not None and settings.strict and obstacles:
         raise TopKastError(
@@ -178,20 +183,22 @@ def make_plan(
         kept = (_held(target, counts, settings, other)[0] for target in targets)
         strategies[f"{other}_{spread.strategy}"] = sum((bytes_of(each, optimizer, spread) for each in kept), buffers)
     unused = [target.name for target in targets if target.sparse and target.name not in products]
-    return Plan(
-        tuple(layers), examples, parallel, strategies, tuple(_notes(layers, parallel, execution, obstacles, unused))
-    )
+    notes = (*_notes_on_course(settings, total_steps), *_notes(layers, parallel, execution, obstacles, unused))
+    return Plan(tuple(layers), examples, parallel, strategies, notes)
 
 
-def _sets(model: nn.Module, settings: Settings | None) -> tuple[list[Target], dict[str, tuple[int, int]]]:
-    """Every parameter, and the sizes of A and B of the sparse ones."""
+def _sets(
+    model: nn.Module, settings: Settings | None, total_steps: int | None
+) -> tuple[list[Target], dict[str, tuple[int, int]], dict[str, tuple[float, float]]]:
+    """Every parameter; of the sparse ones the sizes of A and B, and their mean densities in training."""
     if settings is None:
-        return [Target(name, p, p.shape, "the run is dense") for name, p in model.named_parameters()], {}
+        return [Target(name, p, p.shape, "the run is dense") for name, p in model.named_parameters()], {}, {}
     targets = find_targets(
         model, settings.include, settings.exclude, settings.include_types, settings.exclude_types,
         settings.keep_first_dense, settings.keep_last_dense,
     )  # fmt: skip
-    return targets, allocate([target for target in targets if target.sparse], settings)
+    shapes = {target.name: target.shape for target in targets if target.sparse}
+    return targets, allocate(shapes, settings), Course(settings, shapes).mean_densities(total_steps)
 
 
 def _held(
@@ -208,12 +215,15 @@ def _held(
     return Held(shape, dtype, kept, active, updated, present, trains), obstacle
 
 
-def _layer(target: Target, held: Held, obstacle: str, dense: Products, examples: int, taken: Bytes) -> Layer:
+def _layer(
+    target: Target, held: Held, obstacle: str, dense: Products, mean: tuple[float, float], examples: int, taken: Bytes
+) -> Layer:
     size = target.shape.numel()
-    sparse = dense if held.execution == "dense" else dense.scaled(held.active / size, held.present / size)
+    final = dense if held.execution == "dense" else dense.scaled(held.active / size, held.present / size)
+    training = dense if held.execution == "dense" else dense.scaled(*mean)
     return Layer(
         target.name, held.shape, held.execution, target.reason or obstacle, size, held.active, held.present,
-        sparse.forward / examples, dense.forward / examples, sparse.training / examples, dense.training / examples,
+        final.forward / examples, dense.forward / examples, training.training / examples, dense.training / examples,
         taken,
     )  # fmt: skip
 
@@ -234,6 +244,21 @@ def _alternatives(settings: Settings | None, parallel: Parallel) -> Iterator[tup
     if not alone:
         for execution in ("dense",) if settings is None else ("dense", "masked"):
             yield execution, replace(parallel, strategy="fsdp2")
+
+
+def _notes_on_course(settings: Settings | None, total_steps: int | None) -> Iterator[str]:
+    if settings is None:
+        return
+    if settings.distribution == "global":
+        yield "planned as if uniform: with distribution='global' training decides which weights are denser"
+    if settings.chosen_ramp or settings.stop_exploration_at or settings.chosen_rule.needs_gradient:
+        if total_steps is None and not Course(settings, {}).is_mean_known:
+            yield (
+                "training FLOPs are those of the run's first step: its sets change at certain steps, and its length is "
+                "not known (trainer.max_steps)"
+            )
+        else:
+            yield "training FLOPs are averages over the run, in which the sets' sizes change"
 
 
 def _notes(

@@ -11,6 +11,7 @@ from lightning_topkast.errors import TopKastError
 from lightning_topkast.penalty import Penalty
 from lightning_topkast.selection import ACTIVE, EXPLORING
 from lightning_topkast.weights.entries import indices
+from lightning_topkast.weights.reparametrised import Reparametrised
 from lightning_topkast.weights.sharding import Sharding
 from lightning_topkast.weights.state import problem_with
 
@@ -25,8 +26,8 @@ class SparseWeight(ABC):
         name: the parameter's name in the model.
         parameter: what the model and the optimizer share.
         sharding: the weight's own shape, and how it is cut over devices.
-        active_count: |A|.
-        updated_count: |B| while exploring, at least `active_count`.
+        active_count: |A|, at the end of the run where sizes vary.
+        updated_count: |B| while exploring, at least `active_count`; likewise.
     """
 
     execution: str
@@ -42,6 +43,13 @@ class SparseWeight(ABC):
         self.updated_count = updated_count
         self.strength = 0.0  # λ of this weight's penalty; the engine sets it when it knows the learning rate
         self.is_open = False
+        # The engine sets these three before the first sets are chosen.
+        self.forgets = False  # whether entries that leave B are forgotten: they come back as zeros
+        self.sizes_vary = False  # whether |A| and |B| differ from the counts above in the course of the run
+        self.exponent = 1.0  # of powerpropagation, 1 without it
+        self._reparametrised: Reparametrised | None = None  # while the optimizer steps
+        # of the loss everywhere, as it was before the last step, where a rule wants to know
+        self.gradient_magnitudes: Tensor | None = None
         # entries that the last refresh promoted into A
         self.promoted = 0
         self.first_reservoir = 0
@@ -104,7 +112,7 @@ class SparseWeight(ABC):
 
     @property
     def forward_density_target(self) -> float:
-        """D: |A| / n as it was allocated."""
+        """D: |A| / n as it was allocated, for the end of the run where sizes vary."""
         return self.active_count / self.size
 
     @property
@@ -161,6 +169,10 @@ class SparseWeight(ABC):
     def mask_gradient(self) -> None:
         """Zero the gradient outside B; also what is infinite or NaN there."""
 
+    def note_gradient(self) -> None:
+        """Remember the gradient's magnitudes everywhere, for the next choice of the sets."""
+        raise NotImplementedError(f"{self.execution} weights have no gradient outside the updated set")
+
     @abstractmethod
     def open(self) -> None:
         """Make θ on B what the optimizer updates."""
@@ -196,6 +208,24 @@ class SparseWeight(ABC):
     def restore_sparsity(self) -> None:
         """Make the weight α again where somebody else (an average copied into the model) wrote to it."""
 
+    def _put_phi(self, values: Tensor, gradient: Tensor | None) -> None:
+        """Under powerpropagation, let the optimizer find φ and its gradient in the place of θ and its own."""
+        if self.exponent != 1:
+            self._reparametrised = Reparametrised(values, self.exponent)
+            values.copy_(self._reparametrised.phi)
+            if gradient is not None:
+                self._reparametrised.gradient_(gradient)
+
+    def _put_theta(self, values: Tensor) -> None:
+        """Put θ back."""
+        if self._reparametrised is not None:
+            self._reparametrised.leave_(values)
+            self._reparametrised = None
+
+    def _as_theta(self, values: Tensor) -> Tensor:
+        """θ for `values`, which are φ while the optimizer steps."""
+        return values if self._reparametrised is None else self._reparametrised.theta_of(values)
+
     # --- state ----------------------------------------------------------------------------------------------------
 
     @abstractmethod
@@ -212,7 +242,9 @@ class SparseWeight(ABC):
         Raises:
             TopKastError: with what differs.
         """
-        problem = problem_with(state, self._in_model(), self.active_count, self.updated_count, self.sharding)
+        problem = problem_with(
+            state, self._in_model(), self.active_count, self.updated_count, self.sharding, self.sizes_vary
+        )
         if problem:
             raise TopKastError(f"the saved Top-KAST state does not fit weight '{self.name}': {problem}")
         saved = state.get("execution", self.execution)

@@ -101,7 +101,7 @@ class MaskedWeight(SparseWeight):
     @property
     def _theta(self) -> Tensor:
         if self.is_open:
-            return torch.where(self._mask.bool(), self._alpha, self._reserve)
+            return torch.where(self._mask.bool(), self._as_theta(self._alpha), self._reserve)
         return self._alpha + self._reserve  # no entry is in both
 
     def alpha(self) -> Tensor:
@@ -144,12 +144,18 @@ class MaskedWeight(SparseWeight):
         self._switch()
         reserve.index_fill_(0, promoted, 0)
         alpha.index_fill_(0, demoted, 0)
+        self._forget()
         self._settled = True
 
         flat(self._dormant).index_fill_(0, promoted, False)
         self.promoted = self._count(promoted.numel())
+        self.gradient_magnitudes = None
         for tensor in state:  # it would pull at entries that come back, and decay into denormals
             mask_outside_(own_part(tensor), self._mask)
+
+    def _forget(self) -> None:
+        if self.forgets:
+            mask_outside_(self._reserve, self._mask)
 
     def _switch(self) -> None:
         """Make the pending sets those of the weight; harmless when done twice."""
@@ -195,13 +201,27 @@ class MaskedWeight(SparseWeight):
 
     def mask_gradient(self) -> None:
         """Zero the gradient outside B; also what is infinite or NaN there."""
-        gradient = self.parameter.grad
+        gradient = self._gradient()
+        if gradient is not None:
+            mask_outside_(gradient, self._mask)
+
+    def note_gradient(self) -> None:
+        """Remember the gradient's magnitudes, contiguous; not those of one that was masked since they were noted."""
+        gradient = self._gradient()
         if gradient is None:
             return
+        outside = gradient.clone()
+        mask_outside_(outside, ~self._mask)
+        if self.gradient_magnitudes is None or int(self.sharding.sum(torch.count_nonzero(outside))):
+            self.gradient_magnitudes = gradient.abs().contiguous()
+
+    def _gradient(self) -> Tensor | None:
+        """This process' part of the gradient, sharded as the parameter is."""
+        gradient = self.parameter.grad
         if isinstance(gradient, DTensor) and gradient.placements != self.parameter.placements:  # type: ignore[attr-defined]
             gradient = gradient.redistribute(placements=self.parameter.placements)  # type: ignore[attr-defined]
             self.parameter.grad = gradient
-        mask_outside_(own_part(gradient), self._mask)
+        return None if gradient is None else own_part(gradient)
 
     def open(self) -> None:
         r"""Put θ on B\A into the parameter, for the optimizer to update."""
@@ -210,6 +230,7 @@ class MaskedWeight(SparseWeight):
         entries = flat(self._alpha)
         entries.index_copy_(0, self._exploring, flat(self._reserve).index_select(0, self._exploring))
         self.is_open = True
+        self._put_phi(self._alpha, self._gradient())
 
     def recover(self) -> None:
         """Make the parameter α after an interruption in the middle of a step or a refresh, with every θ kept."""
@@ -217,9 +238,11 @@ class MaskedWeight(SparseWeight):
             return
         self._switch()
         if self.is_open:
+            self._put_theta(self._alpha)
             flat(self._reserve).index_copy_(0, self._exploring, flat(self._alpha).index_select(0, self._exploring))
             self.is_open = False
         self.restore_sparsity()
+        self._forget()
         self._settled = True
 
     @property
@@ -249,6 +272,7 @@ class MaskedWeight(SparseWeight):
             penalty: form of the penalty.
             lr: the current learning rate; 0 leaves the values as they are.
         """
+        self._put_theta(self._alpha)
         alpha = self._alpha
         entries = flat(alpha)
         penalised = self.strength != 0 and not (isinstance(lr, float | int) and lr == 0)

@@ -125,6 +125,9 @@ class PackedWeight(SparseWeight):
     def _repack(self, tiers: Tensor, state: Sequence[Tensor]) -> None:
         places = self._places()
         self._theta.index_copy_(0, places, self._values())
+        if self.forgets:
+            forgotten = (tiers.flatten() == 0).logical_and_(self._tiers.flatten() != 0)
+            self._theta.masked_fill_(forgotten, 0)
         prepared, self._prepared = self._prepared, None
         if prepared is not None and prepared[0] is tiers:
             packing = prepared[1]
@@ -189,7 +192,7 @@ class PackedWeight(SparseWeight):
 
     def _values(self) -> Tensor:
         self.match_layout()
-        return self.parameter.detach()[: self._packing.updated_count].to(self._theta)
+        return self._as_theta(self.parameter.detach())[: self._packing.updated_count].to(self._theta)
 
     # --- around the optimizer's step ------------------------------------------------------------------------------
 
@@ -197,12 +200,14 @@ class PackedWeight(SparseWeight):
         """Nothing to do: there is no gradient outside B."""
 
     def open(self) -> None:
-        """Nothing to do: the parameter is θ on B."""
+        """The parameter is θ on B already."""
         self.is_open = True
+        self._put_phi(self.parameter.detach(), self.parameter.grad)
 
     def close(self, penalty: Penalty, lr: float | Tensor) -> None:
         """Apply the penalty on B."""
         values, packing = self.parameter.detach(), self._packing
+        self._put_theta(values)
         if self.strength != 0 and not (isinstance(lr, float | int) and lr == 0):
             shrink_(values[: packing.active_count], penalty, lr * self.strength)
             exploring = values[packing.active_count : packing.updated_count]
@@ -214,6 +219,7 @@ class PackedWeight(SparseWeight):
     def recover(self) -> None:
         """End an interrupted step or refresh; a penalty that was not applied is left out."""
         self._settle()
+        self._put_theta(self.parameter.detach())
         self.is_open = False
 
     def penalty(self, penalty: Penalty) -> Tensor:

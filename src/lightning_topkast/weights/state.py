@@ -14,7 +14,12 @@ _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def problem_with(
-    state: Any, parameter: Tensor, active_count: int, updated_count: int, sharding: Sharding
+    state: Any,
+    parameter: Tensor,
+    active_count: int,
+    updated_count: int,
+    sharding: Sharding,
+    sizes_vary: bool = False,
 ) -> str | None:
     """What is wrong with a weight's saved state, or None; on every process that holds a part, if it is on one.
 
@@ -24,12 +29,13 @@ def problem_with(
         active_count: |A|.
         updated_count: |B| while exploring.
         sharding: of the weight; what is counted is summed over all parts.
+        sizes_vary: whether the sets may have other sizes than these.
     """
     problem = _misfit(state, active_count, updated_count, sharding.shape)
     elsewhere = sharding.sum(torch.tensor(int(problem is not None), device=parameter.device))
     if problem is not None or int(elsewhere):
         return problem or "another process could not use what it was given"
-    return _damage(state, parameter, active_count, updated_count, sharding)
+    return _damage(state, parameter, None if sizes_vary else (active_count, updated_count), sharding)
 
 
 def _misfit(state: Any, active_count: int, updated_count: int, shape: torch.Size) -> str | None:
@@ -64,9 +70,9 @@ def _misfit(state: Any, active_count: int, updated_count: int, shape: torch.Size
 
 
 def _damage(
-    state: Mapping[str, Any], parameter: Tensor, active_count: int, updated_count: int, sharding: Sharding
+    state: Mapping[str, Any], parameter: Tensor, sizes: tuple[int, int] | None, sharding: Sharding
 ) -> str | None:
-    """What is wrong with the values."""
+    """What is wrong with the values, and with the sizes of the sets unless those vary."""
     tiers, reserve = (sharding.part_of(state[key].detach()).cpu() for key in ("tiers", "reserve"))
     is_active, alpha = tiers == ACTIVE, parameter.detach().cpu()
     reserve = reserve.to(alpha.dtype)  # where a number may be too large
@@ -76,7 +82,7 @@ def _damage(
     ]  # fmt: skip
     counts = torch.stack([torch.count_nonzero(entries) for entries in found]).to(parameter.device)
     active, updated, unknown, misplaced, not_zero, not_finite = sharding.sum(counts).tolist()
-    if unknown or active != active_count or updated not in (active, updated_count):
+    if unknown or (sizes is not None and (active != sizes[0] or updated not in sizes)):
         return f"its tiers hold |A| = {active} and |B| = {updated}; the file is damaged"
     if misplaced:
         return "its reserve holds NaN, infinity or active entries; the file is damaged"

@@ -1,0 +1,165 @@
+"""Sets whose sizes vary: ramps of the sparsities, and weights that compete for their places."""
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_topkast import SparsityRamp, TopKast, TopKastError
+from lightning_topkast.settings import Settings
+from tests.helpers import OPTIMIZERS, fit, make_callback, make_net, make_trainer, same
+
+
+class Run:
+    """Two sparse weights in training; every step's batch follows from the step number."""
+
+    def __init__(self, forward=0.9, backward=0.8, optimizer="adamw", **options):
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 4))
+        self.optimizer = OPTIMIZERS[optimizer](self.model.parameters(), 0.02)
+        options = {"update_every": 5, "keep_last_dense": False, "penalty_strength": 1e-2} | options
+        self.topkast = TopKast(self.model, forward, backward, **options).attach(self.optimizer)
+        self.weights = list(self.topkast.weights.values())
+        self.done = 0
+
+    def step(self, count=1):
+        for _ in range(count):
+            generator = torch.Generator().manual_seed(self.done)
+            x, y = torch.randn(16, 12, generator=generator), torch.randint(0, 4, (16,), generator=generator)
+            self.optimizer.zero_grad()
+            nn.functional.cross_entropy(self.model(x), y).backward()
+            self.optimizer.step()
+            self.done += 1
+        return self
+
+    def sizes(self):
+        return [(int(weight.active.sum()), int(weight.updated.sum())) for weight in self.weights]
+
+    def check(self):
+        for weight in self.weights:
+            assert not (weight.active & ~weight.updated).any()
+            assert torch.equal(weight.parameter.detach(), weight.theta() * weight.active)
+            assert (int(weight.active_entries), int(weight.updated_entries)) == (
+                int(weight.active.sum()), int(weight.updated.sum()),
+            )  # fmt: skip
+
+
+RAMP = SparsityRamp(0.5, 0.0, begin=10, end=30, power=1)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_ramp_leads_from_the_first_sparsities_to_the_runs_own(optimizer):
+    run = Run(ramp=RAMP, optimizer=optimizer)
+    assert run.sizes()[0] == (300, 600)
+    expected = {
+        9: (300, 600),
+        10: (300, 600),
+        15: (240, 480),
+        20: (180, 360),
+        25: (120, 240),
+        30: (60, 120),
+        40: (60, 120),
+    }
+    for step in range(1, 41):
+        run.step().check()
+        if step in expected:
+            assert run.sizes()[0] == expected[step], step
+
+
+def test_a_ramp_ends_at_its_own_step_between_two_refreshes():
+    run = Run(ramp=SparsityRamp(0.0, 0.0, begin=0, end=7)).step(6)
+    assert run.sizes()[0][0] > 60
+    assert run.step().sizes()[0] == (60, 120)
+
+
+def test_fractions_of_a_ramp_belong_to_the_run():
+    ramp = SparsityRamp(0.5, 0.0, begin=0.25, end=0.75, power=1)
+    assert Run(ramp=ramp, total_steps=40).step(20).sizes() == Run(ramp=RAMP).step(20).sizes()
+    with pytest.raises(TopKastError, match=r"ramp: begin=0.25 is a fraction of the run, whose length is not known"):
+        Run(ramp=ramp)
+
+
+def test_exploration_stops_on_a_ramp_too():
+    run = Run(ramp=RAMP, stop_exploration_at=20).step(20)
+    assert run.sizes()[0] == (180, 180)
+    assert run.step(20).sizes()[0] == (60, 60)
+
+
+@pytest.mark.parametrize("options", [{"ramp": RAMP}, {"distribution": "global"}], ids=["ramp", "global"])
+@pytest.mark.parametrize("middle", [3, 17, 35])
+def test_a_resumed_run_equals_the_whole_one_bit_for_bit(options, middle):
+    whole, first, resumed = Run(**options).step(40), Run(**options).step(middle), Run(**options)
+    resumed.model.load_state_dict(first.model.state_dict())
+    resumed.optimizer.load_state_dict(first.optimizer.state_dict())
+    resumed.topkast.load_state_dict(first.topkast.state_dict())
+    resumed.done = middle
+    resumed.step(40 - middle).check()
+    assert same(whole.topkast.state_dict(), resumed.topkast.state_dict())
+
+
+def test_a_second_fit_begins_at_the_start_of_the_ramp(tmp_path):
+    callback, model = make_callback(ramp=SparsityRamp(0.25, 0.0, 0, 1.0)), make_net()
+    sizes = []
+    for _ in range(2):
+        fit(make_trainer(tmp_path, callback), model)
+        weight = next(iter(callback.topkast.weights.values()))
+        sizes.append(int(weight.active_entries))
+        callback.topkast.restart()
+        assert int(weight.active_entries) == 192
+    assert sizes == [64, 64]
+
+
+# --- global ----------------------------------------------------------------------------------------------------------
+
+
+def test_weights_compete_for_as_many_places_as_uniform_has():
+    run, uniform = Run(distribution="global"), Run()
+    for _ in range(20):
+        run.step().check()
+        theta = torch.cat([weight.theta().flatten() for weight in run.weights]).abs()
+        assert [sum(each) for each in zip(*run.sizes(), strict=True)] == [72, 144]
+    run.topkast.refresh()
+    theta = torch.cat([weight.theta().flatten() for weight in run.weights]).abs()
+    active = torch.cat([weight.active.flatten() for weight in run.weights])
+    updated = torch.cat([weight.updated.flatten() for weight in run.weights])
+    assert torch.equal(active.nonzero().flatten(), theta.topk(72).indices.sort().values)
+    assert torch.equal(updated.nonzero().flatten(), theta.topk(144).indices.sort().values)
+    assert run.sizes() != uniform.sizes()
+
+
+def test_a_weight_with_an_override_does_not_compete():
+    run = Run(distribution="global", overrides={"4.*": {"forward_sparsity": 0.5, "backward_sparsity": 0.5}}).step(10)
+    assert run.sizes() == [(60, 120), (60, 60)]
+
+
+def test_a_weight_may_lose_all_its_places_without_harm():
+    run = Run(distribution="global")
+    with torch.no_grad():
+        run.weights[1].parameter.mul_(1e-6)
+    run.topkast.refresh()
+    run.weights[1]._reserve.mul_(1e-6)
+    run.topkast.refresh()
+    assert run.sizes()[1] == (0, 0)
+    run.step(10).check()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"distribution": "global", "execution": "packed"}, "distribution='global' changes the size of every weight"),
+        ({"distribution": "global", "refresh_delay": 2}, "and refresh_delay=0, got 'masked' and 2"),
+        ({"ramp": RAMP, "execution": "compact"}, "a ramp changes the size of every weight's sets"),
+        ({"ramp": SparsityRamp(0.95, 0.0, 0, 5)}, "expected forward_sparsity of at most 0.9, the run's own, got 0.95"),
+        ({"ramp": SparsityRamp(0.2, 0.3, 0, 5)}, "ramp: backward_sparsity=0.3 exceeds"),
+        ({"ramp": SparsityRamp(0.2, 0.1, 0, 5, power=0)}, "ramp: power=0"),
+        ({"ramp": SparsityRamp(0.2, 0.1, 5, 5)}, "got begin=5 and end=5"),
+        ({"ramp": 0.5}, "expected a SparsityRamp or None"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_the_way_out(options, message):
+    with pytest.raises(TopKastError, match=message):
+        Settings(**({"forward_sparsity": 0.9, "backward_sparsity": 0.8} | options))
+
+
+def test_a_ramp_of_a_fraction_and_a_step_that_end_before_they_begin_is_refused():
+    with pytest.raises(TopKastError, match="it begins at step 30 and ends at 20"):
+        Run(ramp=SparsityRamp(0.5, 0.0, begin=30, end=0.5), total_steps=40)

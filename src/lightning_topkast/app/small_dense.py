@@ -63,7 +63,7 @@ def parameters_left(model: nn.Module, settings: Settings) -> int:
         model, settings.include, settings.exclude, settings.include_types, settings.exclude_types,
         settings.keep_first_dense, settings.keep_last_dense,
     )  # fmt: skip
-    active = allocate([target for target in targets if target.sparse], settings)
+    active = allocate({target.name: target.shape for target in targets if target.sparse}, settings)
     return sum(active[target.name][0] if target.sparse else target.shape.numel() for target in targets)
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
+from lightning_topkast.app.mask_dynamics import MaskDynamics
 from tests.helpers import fit, make_callback, make_net, make_trainer, plain_path
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -26,7 +27,7 @@ def run(monkeypatch, tmp_path, capsys, name, *arguments):
 def test_every_example_is_run_here():
     names = {str(path.relative_to(EXAMPLES)) for path in EXAMPLES.rglob("*.py")}
     run_here = {"callback.py", "plain_loop.py", "cli/main.py", "transformer.py", "read_checkpoint.py"}
-    run_here |= {"plot_curves.py", "packed.py", "fsdp2.py"}
+    run_here |= {"plot_curves.py", "plot_masks.py", "packed.py", "fsdp2.py"}
     assert names == run_here
 
 
@@ -73,6 +74,15 @@ def test_curves_of_a_csv_log_are_plotted(monkeypatch, tmp_path, capsys):
     fit(make_trainer(tmp_path, make_callback(), logger=logger), make_net())
     run(monkeypatch, tmp_path, capsys, "plot_curves.py", tmp_path / "run", tmp_path / "curves.png")
     picture = (tmp_path / "curves.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert len(picture) > 20_000  # an empty figure has less
+
+
+def test_mask_dynamics_of_a_csv_log_are_plotted(monkeypatch, tmp_path, capsys):
+    logger = CSVLogger(tmp_path / "run")
+    fit(make_trainer(tmp_path, make_callback(), MaskDynamics(every=2), logger=logger), make_net())
+    run(monkeypatch, tmp_path, capsys, "plot_masks.py", tmp_path / "run", tmp_path / "masks.png")
+    picture = (tmp_path / "masks.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
     assert len(picture) > 20_000  # an empty figure has less
 

@@ -7,15 +7,17 @@ from typing import Any
 from hydra.utils import instantiate
 from lightning import Callback, LightningModule
 from lightning.pytorch.callbacks import LearningRateMonitor
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from lightning_topkast.app.global_batch import GlobalBatch
+from lightning_topkast.app.small_dense import narrowed_model
 from lightning_topkast.app.task import ClassificationTask
 
 
 def build_model(cfg: DictConfig) -> LightningModule:
     """Return the configured model; a plain `nn.Module` becomes a `ClassificationTask`."""
-    net: nn.Module = instantiate(cfg.model, _convert_="all")
+    net: nn.Module = instantiate(narrowed_model(cfg), _convert_="all")
     if isinstance(net, LightningModule):
         return net
     parts = {name: instantiate(cfg[name], _convert_="all") for name in ("optimizer", "scheduler")}
@@ -26,6 +28,8 @@ def build_model(cfg: DictConfig) -> LightningModule:
 def build_callbacks(cfg: DictConfig, has_loggers: bool) -> list[Callback]:
     """Return the sparsity callback and then those of the group `callbacks`."""
     callbacks: list[Callback] = [instantiate(cfg.sparsity, _convert_="all"), *build_all(cfg.callbacks)]
+    if size := OmegaConf.select(cfg, "recipe.global_batch"):
+        callbacks.append(GlobalBatch(size))
     if not has_loggers:
         # The one callback of the default set that refuses to run without a logger.
         callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]

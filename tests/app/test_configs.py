@@ -33,6 +33,7 @@ NEEDS: dict[tuple[str, str], list[str]] = {
     ("data", "fashion_mnist"): FASHION,
     ("model", "resnet18"): ["data.batch_size=4"],
     ("model", "resnet50"): ["data.batch_size=4"],
+    ("model", "wide_resnet"): ["model.depth=10"],
     ("model", "transformer"): ["data=text", "data.path=${paths.data_dir}/texts", *TEXT],
     ("model", "custom"): [
         "model._target_=torch.nn.Sequential",
@@ -47,7 +48,8 @@ NEEDS: dict[tuple[str, str], list[str]] = {
     ("trainer", "fsdp2"): ON_CPU,  # really sharded in test_sharding.py
     ("trainer", "fsdp2_sharded"): ON_CPU,
     ("experiment", "cifar10_resnet18"): CIFAR10,
-    ("experiment", "imagenet_resnet50"): ["data.input_shape=[3,64,64]", *IMAGENET],
+    ("experiment", "cifar10_wrn22_2"): [*CIFAR10, "recipe.global_batch=4"],
+    ("experiment", "imagenet_resnet50"): ["data.input_shape=[3,64,64]", "recipe.global_batch=4", *IMAGENET],
     ("experiment", "enwik8_transformer"): ENWIK8,
     ("experiment", "fashion_mnist_mlp"): FASHION,
     ("experiment", "fashion_mnist_cnn"): FASHION,

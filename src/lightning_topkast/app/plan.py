@@ -25,7 +25,9 @@ from lightning_topkast.app.errors import (
     one_line_errors,
     quiet_broken_pipe,
 )
+from lightning_topkast.app.global_batch import accumulation
 from lightning_topkast.app.plan_tables import print_tables
+from lightning_topkast.app.small_dense import SmallDense
 from lightning_topkast.app.task import ClassificationTask
 from lightning_topkast.app.train import build_model
 from lightning_topkast.plan import OptimizerState, Parallel, Plan, make_plan
@@ -85,6 +87,8 @@ def read_parallel(cfg: DictConfig) -> Parallel:
     own_buckets = not (isinstance(configured, DictConfig) and configured.get("gradient_as_bucket_view", False))
     all_reduce = OmegaConf.select(cfg, "sparsity.all_reduce", default="dense")
     accumulate = _count(cfg, "trainer.accumulate_grad_batches")
+    if size := OmegaConf.select(cfg, "recipe.global_batch"):
+        accumulate = accumulation(size, cfg.data.batch_size, devices)
     return Parallel(devices, strategy, all_reduce, own_buckets, accumulate)
 
 
@@ -117,7 +121,7 @@ def read_settings(cfg: DictConfig) -> Settings | None:
     callback = instantiate(cfg.sparsity, _convert_="all")
     if isinstance(callback, TopKastCallback):
         return callback.settings
-    if type(callback) is Callback:
+    if type(callback) in (Callback, SmallDense):
         return None
     raise AppError(f"sparsity: {type(callback).__name__} is not planned: Top-KAST, or sparsity=dense")
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, cast
 
+import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -33,6 +34,7 @@ class ClassificationTask(LightningModule):
         num_classes: Number of classes.
         label_smoothing: Of the training loss.
         bits_per_byte: Also log the loss in bits, the usual figure for text as bytes.
+        channels_last: Keep the weights and images of a network with 2-D convolutions in this memory format.
     """
 
     def __init__(
@@ -44,9 +46,13 @@ class ClassificationTask(LightningModule):
         num_classes: int,
         label_smoothing: float = 0.0,
         bits_per_byte: bool = False,
+        channels_last: bool = False,
     ) -> None:
         super().__init__()
         self.net = net
+        self.channels_last = channels_last and any(isinstance(module, nn.Conv2d) for module in net.modules())
+        if self.channels_last:
+            net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in its stubs
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.label_smoothing = label_smoothing
@@ -55,6 +61,8 @@ class ClassificationTask(LightningModule):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the network's logits."""
+        if self.channels_last and inputs.dim() == 4:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
         logits: Tensor = self.net(inputs)
         return logits
 
@@ -66,6 +74,8 @@ class ClassificationTask(LightningModule):
 
         if isinstance(self.net, FSDPModule):  # Lightning calls this hook again for test()
             return
+        if self.channels_last:  # it shards contiguous parameters only; the images stay as they are
+            self.net.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         mesh = self.device_mesh["data_parallel"]
         # Each block is gathered, used and freed by itself; the root takes what is left.
         for block in _outermost_blocks(self.net):

@@ -31,9 +31,11 @@ from lightning_topkast.app.errors import (
     one_line_errors,
     quiet_broken_pipe,
 )
+from lightning_topkast.app.global_batch import GlobalBatch
 from lightning_topkast.app.loggers import check_all_writable, check_writable, close_wandb, log_config, wandb_folder
 from lightning_topkast.app.report import count_weights, print_report
 from lightning_topkast.app.resume import AUTO, SameCheckpoint, newest_checkpoint
+from lightning_topkast.app.small_dense import narrowed_model
 from lightning_topkast.app.sweep import one_job
 from lightning_topkast.app.task import ClassificationTask
 
@@ -102,7 +104,7 @@ def _train(cfg: DictConfig) -> float:
 
 def build_model(cfg: DictConfig) -> LightningModule:
     """Return the configured model; a plain `nn.Module` becomes a `ClassificationTask`."""
-    net: nn.Module = instantiate(cfg.model, _convert_="all")
+    net: nn.Module = instantiate(narrowed_model(cfg), _convert_="all")
     if isinstance(net, LightningModule):
         return net
     parts = {name: instantiate(cfg[name], _convert_="all") for name in ("optimizer", "scheduler")}
@@ -113,6 +115,8 @@ def build_model(cfg: DictConfig) -> LightningModule:
 def build_callbacks(cfg: DictConfig, has_loggers: bool) -> list[Callback]:
     """Return the sparsity callback and then those of the group `callbacks`."""
     callbacks: list[Callback] = [instantiate(cfg.sparsity, _convert_="all"), *_instantiate_all(cfg.callbacks)]
+    if size := OmegaConf.select(cfg, "recipe.global_batch"):
+        callbacks.append(GlobalBatch(size))
     if not has_loggers:
         # The one callback of the default set that refuses to run without a logger.
         callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]

@@ -2,5 +2,6 @@
 
 from lightning_topkast.app.models.image import CNN, MLP, resnet
 from lightning_topkast.app.models.transformer import TransformerLM
+from lightning_topkast.app.models.wide_resnet import WideResNet
 
-__all__ = ["CNN", "MLP", "TransformerLM", "resnet"]
+__all__ = ["CNN", "MLP", "TransformerLM", "WideResNet", "resnet"]

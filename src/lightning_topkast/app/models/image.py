@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from lightning_topkast.app.models.narrow import narrow_, scaled
 from lightning_topkast.app.vision import load_torchvision
 
 _SMALL_IMAGE = 64
@@ -21,14 +22,20 @@ class MLP(nn.Sequential):
         num_classes: Number of logits.
         hidden: Widths of the hidden layers.
         dropout: Probability after each hidden layer.
+        width_factor: Of the hidden widths.
     """
 
     def __init__(
-        self, input_shape: Sequence[int], num_classes: int, hidden: Sequence[int] = (256, 256), dropout: float = 0.0
+        self,
+        input_shape: Sequence[int],
+        num_classes: int,
+        hidden: Sequence[int] = (256, 256),
+        dropout: float = 0.0,
+        width_factor: float = 1.0,
     ) -> None:
         layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
         width = math.prod(input_shape)
-        for i, out in enumerate(hidden, start=1):
+        for i, out in enumerate([scaled(width, width_factor) for width in hidden], start=1):
             layers[f"hidden{i}"] = nn.Linear(width, out)
             layers[f"relu{i}"] = nn.ReLU()
             if dropout:
@@ -46,13 +53,20 @@ class CNN(nn.Sequential):
         num_classes: Number of logits.
         channels: Output channels of each block; every block but the last halves the image.
         hidden: Width of the hidden layer.
+        width_factor: Of the channels and of the hidden width.
     """
 
     def __init__(
-        self, input_shape: Sequence[int], num_classes: int, channels: Sequence[int] = (32, 64, 64), hidden: int = 128
+        self,
+        input_shape: Sequence[int],
+        num_classes: int,
+        channels: Sequence[int] = (32, 64, 64),
+        hidden: int = 128,
+        width_factor: float = 1.0,
     ) -> None:
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         width, height, breadth = input_shape
+        channels, hidden = [scaled(out, width_factor) for out in channels], scaled(hidden, width_factor)
         for i, out in enumerate(channels, start=1):
             layers[f"conv{i}"] = nn.Conv2d(width, out, kernel_size=3, padding=1, bias=False)
             layers[f"norm{i}"] = nn.BatchNorm2d(out)
@@ -72,7 +86,12 @@ class CNN(nn.Sequential):
 
 
 def resnet(
-    depth: int, input_shape: Sequence[int], num_classes: int, small_images: bool | None = None, **options: object
+    depth: int,
+    input_shape: Sequence[int],
+    num_classes: int,
+    small_images: bool | None = None,
+    width_factor: float = 1.0,
+    **options: object,
 ) -> nn.Module:
     """Return torchvision's ResNet, with the stem that suits the images.
 
@@ -81,6 +100,7 @@ def resnet(
         input_shape: Channels, height and width.
         num_classes: Number of logits.
         small_images: Use a 3×3 stem without max-pooling (as for CIFAR); None does so up to 64 pixels.
+        width_factor: Of all channels but the images' own, at most 1.
         options: Passed on to `torchvision.models.resnet<depth>`.
     """
     models = load_torchvision("models")
@@ -95,7 +115,7 @@ def resnet(
         net.maxpool = nn.Identity()
     elif channels != 3:
         net.conv1 = _stem(channels, kernel=7, stride=2)
-    return net
+    return net if width_factor == 1.0 else narrow_(net, width_factor)
 
 
 def _stem(channels: int, kernel: int, stride: int) -> nn.Conv2d:

@@ -2,7 +2,8 @@
 
 from lightning_topkast.app.data.digits import Digits
 from lightning_topkast.app.data.fashion_mnist import FashionMNIST
+from lightning_topkast.app.data.sotu import Sotu
 from lightning_topkast.app.data.text import Text
 from lightning_topkast.app.data.torchvision_data import CIFAR10, ImageNet
 
-__all__ = ["CIFAR10", "Digits", "FashionMNIST", "ImageNet", "Text"]
+__all__ = ["CIFAR10", "Digits", "FashionMNIST", "ImageNet", "Sotu", "Text"]

@@ -1,4 +1,4 @@
-"""A small decoder-only transformer over bytes."""
+"""A decoder-only transformer over bytes or words."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from torch.nn import functional as F
 
 
 class TransformerLM(nn.Module):
-    """Predict the next byte: tokens of shape (batch, time) to logits of shape (batch, time, vocabulary).
+    """Predict the next token: tokens of shape (batch, time) to logits of shape (batch, time, vocabulary).
 
-    Pre-norm blocks with causal attention; every projection is an `nn.Linear`, so that all of them can be sparse.
+    Pre-norm blocks with causal attention and rotary positions (Su et al., 2021); every projection is an `nn.Linear`, so
+    that all of them can be sparse.
 
     Args:
         num_classes: Size of the vocabulary; 256 for bytes.
-        sequence_length: Longest sequence, the size of the table of positions.
+        sequence_length: Longest sequence.
         width: Size of the embedding.
         depth: Number of blocks.
         heads: Attention heads; must divide `width`.
+        feedforward: Size inside a feed-forward part; None for four times `width`.
         dropout: Probability after each attention and feed-forward part.
     """
 
@@ -28,14 +30,16 @@ class TransformerLM(nn.Module):
         width: int = 256,
         depth: int = 4,
         heads: int = 4,
+        feedforward: int | None = None,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if width % heads:
-            raise ValueError(f"heads={heads} must divide width={width}")
+        if width % heads or width < 2 * heads:
+            raise ValueError(f"heads={heads} must divide width={width} into parts of at least 2")
         self.tokens = nn.Embedding(num_classes, width)
-        self.positions = nn.Embedding(sequence_length, width)
-        self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            Block(width, heads, feedforward or 4 * width, dropout, sequence_length) for _ in range(depth)
+        )
         self.norm = nn.LayerNorm(width)
         self.output = nn.Linear(width, num_classes, bias=False)
         self.apply(_initialise)
@@ -45,8 +49,8 @@ class TransformerLM(nn.Module):
                 nn.init.normal_(weight, std=0.02 / (2 * depth) ** 0.5)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Return logits for the byte after each given one."""
-        x = self.tokens(tokens) + self.positions(torch.arange(tokens.shape[-1], device=tokens.device))
+        """Return logits for the token after each given one."""
+        x = self.tokens(tokens)
         for block in self.blocks:
             x = block(x)
         logits: Tensor = self.output(self.norm(x))
@@ -56,12 +60,12 @@ class TransformerLM(nn.Module):
 class Block(nn.Module):
     """Causal self-attention, then a feed-forward layer, each added to its input."""
 
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
+    def __init__(self, width: int, heads: int, feedforward: int, dropout: float, sequence_length: int) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
-        self.attention = Attention(width, heads, dropout)
+        self.attention = Attention(width, heads, dropout, sequence_length)
         self.norm2 = nn.LayerNorm(width)
-        self.feedforward = FeedForward(width, dropout)
+        self.feedforward = FeedForward(width, feedforward, dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (batch, time, width) for (batch, time, width)."""
@@ -70,32 +74,57 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head causal self-attention through `scaled_dot_product_attention`."""
+    """Multi-head causal self-attention through `scaled_dot_product_attention`, with rotary positions."""
 
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
+    cosine: Tensor
+    sine: Tensor
+
+    def __init__(self, width: int, heads: int, dropout: float, sequence_length: int) -> None:
         super().__init__()
         self.heads = heads
         self.query_key_value = nn.Linear(width, 3 * width, bias=False)
         self.project = nn.Linear(width, width, bias=False)
         self.dropout = nn.Dropout(dropout)
+        for name, table in zip(("cosine", "sine"), rotary_tables(sequence_length, width // heads), strict=True):
+            self.register_buffer(name, table, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Let each position look at itself and at earlier ones."""
         batch, time, width = x.shape
         q, k, v = self.query_key_value(x).view(batch, time, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        cosine, sine = self.cosine[:time], self.sine[:time]
+        mixed = F.scaled_dot_product_attention(rotate(q, cosine, sine), rotate(k, cosine, sine), v, is_causal=True)
         out: Tensor = self.dropout(self.project(mixed.transpose(1, 2).reshape(batch, time, width)))
         return out
 
 
-class FeedForward(nn.Sequential):
-    """Two linear layers around a GELU, four times as wide inside."""
+def rotary_tables(length: int, size: int) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines, (length, size // 2): the angle by which each pair of a head's entries turns at a position."""
+    pairs = size // 2
+    speeds = 10_000.0 ** (-torch.arange(pairs) / pairs)
+    angles = torch.arange(length)[:, None] * speeds
+    return angles.cos(), angles.sin()
 
-    def __init__(self, width: int, dropout: float) -> None:
+
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Turn pairs of entries of x, (..., time, size), so that products of queries and keys depend on their distance only.
+
+    The last entry of an odd size stays as it is.
+    """
+    pairs = cosine.shape[-1]
+    first, second, rest = x.split((pairs, pairs, x.shape[-1] - 2 * pairs), dim=-1)
+    cosine, sine = cosine.to(x.dtype), sine.to(x.dtype)
+    return torch.cat((first * cosine - second * sine, second * cosine + first * sine, rest), dim=-1)
+
+
+class FeedForward(nn.Sequential):
+    """Two linear layers around a GELU."""
+
+    def __init__(self, width: int, inside: int, dropout: float) -> None:
         super().__init__()
-        self.add_module("expand", nn.Linear(width, 4 * width))
+        self.add_module("expand", nn.Linear(width, inside))
         self.add_module("gelu", nn.GELU())
-        self.add_module("project", nn.Linear(4 * width, width))
+        self.add_module("project", nn.Linear(inside, width))
         self.add_module("dropout", nn.Dropout(dropout))
 
 

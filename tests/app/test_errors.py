@@ -26,7 +26,7 @@ def last_line(err: str) -> str:
         ("max_epochs=3", "did you mean 'recipe.max_epochs' or 'trainer.max_epochs'?"),
         ("hydra.run.dri=x", "did you mean 'hydra.run.dir'?"),
         ("optimizer.momentum=0.9", "valid there: betas, lr, weight_decay; a new one is added by +optimizer.momentum="),
-        ("experiment=zzz", "valid: cifar10_resnet18, "),
+        ("experiment=zzz", "valid: ablation_exploration, "),
         ("~sparsity.foo", "no config key 'sparsity.foo'"),
         ("+sparsity.foo=1", "sparsity: TopKastCallback.__init__() got an unexpected keyword argument 'foo'"),
         ("sparsity", "the override 'sparsity' can't be read"),

@@ -85,8 +85,17 @@ class Attention(nn.Module):
         self.query_key_value = nn.Linear(width, 3 * width, bias=False)
         self.project = nn.Linear(width, width, bias=False)
         self.dropout = nn.Dropout(dropout)
-        for name, table in zip(("cosine", "sine"), rotary_tables(sequence_length, width // heads), strict=True):
-            self.register_buffer(name, table, persistent=False)
+        for name in ("cosine", "sine"):
+            self.register_buffer(name, torch.empty(sequence_length, width // heads // 2), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Compute the tables of rotary positions."""
+        pairs = self.cosine.shape[1]
+        speeds = 10_000.0 ** (-torch.arange(pairs) / pairs)
+        angles = torch.arange(len(self.cosine))[:, None] * speeds
+        self.cosine.copy_(angles.cos())
+        self.sine.copy_(angles.sin())
 
     def forward(self, x: Tensor) -> Tensor:
         """Let each position look at itself and at earlier ones."""
@@ -98,18 +107,11 @@ class Attention(nn.Module):
         return out
 
 
-def rotary_tables(length: int, size: int) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines, (length, size // 2): the angle by which each pair of a head's entries turns at a position."""
-    pairs = size // 2
-    speeds = 10_000.0 ** (-torch.arange(pairs) / pairs)
-    angles = torch.arange(length)[:, None] * speeds
-    return angles.cos(), angles.sin()
-
-
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Turn pairs of entries of x, (..., time, size), so that products of queries and keys depend on their distance only.
+    """Turn pairs of entries of x, (..., time, size), so that products of queries and keys depend on distance only.
 
-    The last entry of an odd size stays as it is.
+    `cosine` and `sine`, (time, size // 2), are of the angle by which a pair turns at a position. The last entry of an
+    odd size stays as it is.
     """
     pairs = cosine.shape[-1]
     first, second, rest = x.split((pairs, pairs, x.shape[-1] - 2 * pairs), dim=-1)

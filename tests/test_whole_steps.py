@@ -42,3 +42,11 @@ def test_run_that_max_steps_cut_short_goes_on_in_the_middle_of_its_epoch(tmp_pat
     resumed, _, trainer = run(tmp_path / "resumed", ckpt_path=saved[10])
     assert trainer.global_step == 14
     assert same(whole, resumed)
+
+
+def test_two_that_differ_in_their_files_only_keep_a_state_each(tmp_path):
+    first, second = (WholeStepCheckpoint(tmp_path, name) for name in ("first", "second"))
+    run_trainer = make_trainer(tmp_path, first, second, enable_checkpointing=True, max_epochs=1)
+    run_trainer.fit(make_net(), batches(2), batches(2, seed=2))
+    states = torch.load(tmp_path / "first.ckpt", weights_only=True)["callbacks"]
+    assert {first.state_key, second.state_key} <= set(states)

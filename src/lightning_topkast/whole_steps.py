@@ -34,6 +34,11 @@ class WholeStepCheckpoint(ModelCheckpoint):
     _signals: "_Signals | None" = None
     _validated = False  # what is due after a validation has not been saved yet
 
+    @property
+    def state_key(self) -> str:
+        """Also by file name, so that a run may have two that save on the same occasions."""
+        return f"{super().state_key}[{self.filename!r}]"
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Come before Lightning's answers to signals, which have just been registered."""
         super().on_train_start(trainer, pl_module)

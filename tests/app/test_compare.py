@@ -132,19 +132,19 @@ def test_mistake_is_answered_in_one_line_before_any_run(compare, tmp_path, argum
 
 
 def test_finished_runs_are_not_repeated_and_changed_ones_are_refused(compare, tmp_path):
-    grid = ["sparsity=dense,topkast", "seed=0,1", *TINY]
+    grid = ["sparsity=dense,small_dense,topkast", "seed=0,1", *TINY]
     code, out, _ = compare(*grid)
     assert code == 0
-    assert rows(out) == {"dense": "2", "topkast": "2"}
-    assert [line[:5] for line in out.splitlines() if line.startswith("[")] == ["[1/4]", "[2/4]", "[3/4]", "[4/4]"]
+    assert rows(out) == {"dense": "2", "small_dense": "2", "topkast": "2"}
+    assert [line[:5] for line in out.splitlines() if line.startswith("[")] == [f"[{n}/6]" for n in range(1, 7)]
     assert {path.name for path in (tmp_path / "runs").glob("comparison.*")} >= {"comparison.md", "comparison.csv"}
     before = written(tmp_path)
-    assert len(before) == 4
+    assert len(before) == 6
 
     code, out, _ = compare(*grid, "logger=none")  # told to others or not, it is the same run
     assert code == 0
-    assert "4 runs in" in out
-    assert "4 of them done before" in out
+    assert "6 runs in" in out
+    assert "6 of them done before" in out
     assert written(tmp_path) == before
 
     path = next(iter(before))

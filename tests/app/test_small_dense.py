@@ -13,6 +13,7 @@ from lightning_topkast.app.errors import AppError
 from lightning_topkast.app.models import MLP, resnet
 from lightning_topkast.app.models.narrow import narrow_
 from lightning_topkast.app.report import count_weights
+from lightning_topkast.app.small_dense import with_width
 from lightning_topkast.app.train import build_callbacks, build_model, train
 
 SHORT = ["trainer.max_epochs=1", "trainer.limit_train_batches=4", "callbacks=none", "logger=none"]
@@ -73,9 +74,11 @@ def test_choice_of_the_width_is_recorded_and_leaves_the_seed_alone(composed):
     config = composed("sparsity=small_dense")
     torch.manual_seed(0)
     chosen = build_model(config)
-    assert 0.25 < config.sparsity.width_factor < 0.35
+    factor = with_width(config).sparsity.width_factor
+    assert 0.25 < factor < 0.35
+    assert config.sparsity.width_factor is None, "the run's own configuration, by which a sweep knows it again"
     torch.manual_seed(0)
-    given = build_model(composed("sparsity=dense", f"model.width_factor={config.sparsity.width_factor}"))
+    given = build_model(composed("sparsity=dense", f"model.width_factor={factor}"))
     torch.manual_seed(0)
     again = build_model(config)
     for one, two, three in zip(chosen.parameters(), given.parameters(), again.parameters(), strict=True):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from hydra.utils import get_class, instantiate
 from lightning import Callback, LightningModule
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from lightning_topkast.allocation import allocate
@@ -33,28 +33,31 @@ class SmallDense(Callback):
         self.width_factor = width_factor
 
 
-def narrowed_model(cfg: DictConfig) -> DictConfig:
-    """Return `cfg.model`, under `sparsity=small_dense` with the width that fits.
-
-    The chosen factor is written to `cfg.sparsity.width_factor`, so that loggers record it.
+def with_width(cfg: DictConfig) -> DictConfig:
+    """Return `cfg`, under `sparsity=small_dense` a copy whose `sparsity.width_factor` is chosen, for loggers to record.
 
     Raises:
         AppError: the model has no width to scale, or is too large even where each layer is one channel wide.
     """
     if not _is_small_dense(cfg.sparsity):
-        return cfg.model
+        return cfg
     if OmegaConf.select(cfg, "model.width_factor") is None:
         raise AppError(
             f"sparsity=small_dense narrows a network by model.width_factor, which {cfg.model.get('_target_')} does not "
             "have: take another model, or give yours such an argument and add +model.width_factor=1.0"
         )
     callback: SmallDense = instantiate(cfg.sparsity, _convert_="all")
-    factor = callback.width_factor
-    if factor is None:
-        factor = widest_factor(cfg, parameters_left(_on_meta(cfg.model), callback.settings))
-        with open_dict(cfg.sparsity):
-            cfg.sparsity.width_factor = factor
-    return _scaled(cfg, factor)
+    if callback.width_factor is not None:
+        return cfg
+    chosen = cfg.copy()
+    chosen.sparsity.width_factor = widest_factor(cfg, parameters_left(_on_meta(cfg.model), callback.settings))
+    return chosen
+
+
+def narrowed_model(cfg: DictConfig) -> DictConfig:
+    """Return `cfg.model`, under `sparsity=small_dense` with the width that fits; raises as `with_width`."""
+    cfg = with_width(cfg)
+    return _scaled(cfg, cfg.sparsity.width_factor) if _is_small_dense(cfg.sparsity) else cfg.model
 
 
 def parameters_left(model: nn.Module, settings: Settings) -> int:

@@ -35,6 +35,7 @@ from lightning_topkast.app.loggers import check_all_writable, check_writable, cl
 from lightning_topkast.app.report import count_weights, print_report
 from lightning_topkast.app.result import End, RunMeter, all_finite, leave_result, sparse_names
 from lightning_topkast.app.resume import AUTO, SameCheckpoint, newest_checkpoint
+from lightning_topkast.app.small_dense import with_width
 from lightning_topkast.app.sweep import one_job
 from lightning_topkast.errors import NonFiniteWeightError
 
@@ -80,7 +81,7 @@ def _train(cfg: DictConfig) -> float:
         checkpoint.check_optimizer(getattr(model, "optimizer", None))
     trainer: Trainer = instantiate(cfg.trainer, logger=loggers or False, callbacks=callbacks, _convert_="all")
     with one_job(trainer):
-        log_config(trainer.loggers, cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)))
+        log_config(trainer.loggers, cast(dict[str, Any], OmegaConf.to_container(with_width(cfg), resolve=True)))
 
         try:
             trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, **SAFELY)

@@ -1,6 +1,7 @@
 """`train(cfg)` trains for real: accuracy, checkpoints, curves, resuming, and what it prints."""
 
 import csv
+import json
 import os
 import sys
 
@@ -93,6 +94,14 @@ def test_train_returns_the_best_value_of_the_monitored_metric(composed):
     best = train(composed(*SHORT, "recipe.monitor=val/loss", "recipe.mode=min"))
     last = train(composed("callbacks=none", "recipe.monitor=val/loss", *(o for o in SHORT if "progress" not in o)))
     assert 0 < best <= last
+
+
+@pytest.mark.filterwarnings("ignore:.ModelCheckpoint.* could not find the monitored key")
+def test_run_that_ends_before_its_first_validation_is_validated_and_tested(composed, tmp_path):
+    score = train(composed("trainer.max_steps=3", "logger=none"))
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["monitor"]["value"] == pytest.approx(score)
+    assert result["metrics"]["test/acc"] > 0.0
 
 
 def test_lightning_module_is_used_as_it_is(composed):

@@ -93,9 +93,14 @@ def _train(cfg: DictConfig) -> float:
             raise
         if not (auto and ckpt_path):  # started again after its end, a run only says once more what came out
             _refuse_no_training(trainer, checkpoint)
-        score = monitored(trainer, cfg.recipe.monitor)
         took = meter.counts()  # before the test, which loads a checkpoint's
         own = {name: value for name, value in trainer.callback_metrics.items() if not name.startswith("topkast/")}
+        if (
+            cfg.recipe.monitor.startswith("val/") and cfg.recipe.monitor not in own
+        ):  # max_steps came before the first one
+            trainer.validate(model, datamodule=data, verbose=False)
+            own.update(trainer.callback_metrics)
+        score = monitored(trainer, cfg.recipe.monitor)
         best: str = getattr(trainer.checkpoint_callback, "best_model_path", "")
         figures: Mapping[str, float] = {cfg.recipe.monitor: score}
         tested: Mapping[str, float] = {}

@@ -63,3 +63,14 @@ def write_speeches(folder: Path) -> None:
         write_text(folder / f"{year}-Someone.txt", 400)
     write_text(folder / "1990-Another_One.txt", 400)
     (folder / "README.md").write_text("not a speech")
+
+
+def write_wikitext(folder: Path, lines: int = 60) -> None:
+    """The three files of tokens: words between spaces, titles between equal signs, and empty lines."""
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    words = ["the", "of", "<unk>", "@-@", ",", "sparse", "Jürgen", "network"]
+    for part, count in (("train", lines), ("valid", lines // 4), ("test", lines // 4)):
+        text = [" \n = A title = \n \n"]
+        text += [f" {' '.join(random.choice(words, 12))} \n" for _ in range(count)]
+        (folder / f"wiki.{part}.tokens").write_text("".join(text), encoding="utf-8")

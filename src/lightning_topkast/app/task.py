@@ -20,11 +20,30 @@ from lightning_topkast.app.errors import AppError
 Part = Literal["train", "val", "test"]
 
 
+class BitsPerByte(MeanMetric):
+    """A mean loss, in bits."""
+
+    def compute(self) -> Tensor:
+        """Return it in bits."""
+        return super().compute() / math.log(2.0)
+
+
+class Perplexity(MeanMetric):
+    """The exponential of a mean loss; torchmetrics' own needs the probabilities of the whole vocabulary again."""
+
+    def compute(self) -> Tensor:
+        """Return the exponential."""
+        return super().compute().exp()
+
+
+TEXT_METRICS: dict[str, type[MeanMetric]] = {"bits_per_byte": BitsPerByte, "perplexity": Perplexity}
+
+
 class ClassificationTask(LightningModule):
     """Train `net` to classify: images, or the next byte at every position of a text.
 
-    Logs `<part>/loss` and `<part>/acc` for train, val and test, and `<part>/bits_per_byte` for text. Checkpoints hold
-    tensors and primitives only, so that they load with `weights_only=True`.
+    Logs `<part>/loss` and `<part>/acc` for train, val and test, and `<part>/bits_per_byte` or `<part>/perplexity` for
+    text. Checkpoints hold tensors and primitives only, so that they load with `weights_only=True`.
 
     Args:
         net: Returns logits, the classes in the last dimension.
@@ -33,7 +52,7 @@ class ClassificationTask(LightningModule):
             whole run. Its learning rate changes at every step. None keeps the learning rate.
         num_classes: Number of classes.
         label_smoothing: Of the training loss.
-        bits_per_byte: Also log the loss in bits, the usual figure for text as bytes.
+        text_metric: Also log the loss as is usual for text: `bits_per_byte`, or the `perplexity` of words.
         channels_last: Keep the weights and images of a network with 2-D convolutions in this memory format.
     """
 
@@ -45,7 +64,7 @@ class ClassificationTask(LightningModule):
         *,
         num_classes: int,
         label_smoothing: float = 0.0,
-        bits_per_byte: bool = False,
+        text_metric: Literal["bits_per_byte", "perplexity"] | None = None,
         channels_last: bool = False,
     ) -> None:
         super().__init__()
@@ -57,7 +76,10 @@ class ClassificationTask(LightningModule):
         self.scheduler = scheduler
         self.label_smoothing = label_smoothing
         self.accuracy = nn.ModuleDict({p: MulticlassAccuracy(num_classes, average="micro") for p in _metric_names()})
-        self.bits = nn.ModuleDict({p: MeanMetric() for p in _metric_names()} if bits_per_byte else {})
+        if text_metric is not None and text_metric not in TEXT_METRICS:
+            raise ValueError(f"text_metric={text_metric!r} is not valid: expected {', '.join(TEXT_METRICS)} or null")
+        self.text_metric = text_metric
+        self.of_text = nn.ModuleDict({p: TEXT_METRICS[text_metric]() for p in _metric_names()} if text_metric else {})
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the network's logits."""
@@ -128,11 +150,11 @@ class ClassificationTask(LightningModule):
         # Training curves show single steps, the other parts the mean of an epoch.
         self.log(f"{part}/loss", loss, prog_bar=part == "train", batch_size=len(targets), sync_dist=part != "train")
         self.log(f"{part}/acc", accuracy, prog_bar=part == "val", batch_size=len(targets))
-        if self.bits:
-            bits = cast(Metric, self.bits[_metric_name(part)])
+        if self.text_metric:
+            metric = cast(Metric, self.of_text[_metric_name(part)])
             plain = F.cross_entropy(logits.detach(), targets) if label_smoothing else loss.detach()
-            bits(plain / math.log(2.0), weight=len(targets))
-            self.log(f"{part}/bits_per_byte", bits, prog_bar=part == "val", batch_size=len(targets))
+            metric(plain, weight=len(targets))
+            self.log(f"{part}/{self.text_metric}", metric, prog_bar=part == "val", batch_size=len(targets))
         return loss
 
 

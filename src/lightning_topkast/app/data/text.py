@@ -91,12 +91,13 @@ class Text(ArrayData):
 
 
 class Windows(Dataset[Any]):
-    """Consecutive windows of `length` bytes and, as targets, the byte after each; a batch at a time.
+    """Consecutive windows of `length` tokens and, as targets, the token after each; a batch at a time.
 
-    Every byte but the part's first is predicted once; a remainder shorter than a window is left out.
+    Every token but the part's first is predicted once, from those before it in its window; a remainder shorter than a
+    window is left out.
     """
 
-    def __init__(self, content: Bytes, length: int) -> None:
+    def __init__(self, content: np.ndarray[Any, np.dtype[Any]], length: int) -> None:
         self.content = content
         self.length = length
 

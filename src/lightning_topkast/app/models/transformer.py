@@ -21,6 +21,7 @@ class TransformerLM(nn.Module):
         heads: Attention heads; must divide `width`.
         feedforward: Size inside a feed-forward part; None for four times `width`.
         dropout: Probability after each attention and feed-forward part.
+        tied: One weight for the embedding and the output.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class TransformerLM(nn.Module):
         heads: int = 4,
         feedforward: int | None = None,
         dropout: float = 0.0,
+        tied: bool = False,
     ) -> None:
         super().__init__()
         if width % heads or width < 2 * heads:
@@ -42,6 +44,8 @@ class TransformerLM(nn.Module):
         )
         self.norm = nn.LayerNorm(width)
         self.output = nn.Linear(width, num_classes, bias=False)
+        if tied:
+            self.output.weight = self.tokens.weight
         self.apply(_initialise)
         for name, weight in self.named_parameters():
             if name.endswith("project.weight"):

@@ -145,9 +145,7 @@ def test_run_reports_the_metric_that_its_text_has(composed, data_dir, tmp_path):
     metrics = json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]
     assert metrics["test/perplexity"] == pytest.approx(math.exp(metrics["test/loss"]), rel=1e-5)
     assert 5 < score < 20, "about 12 for guessing"
-    with pytest.raises(
-        InstantiationException, match="text_metric='bpc' is not valid: expected bits_per_byte"
-    ):
+    with pytest.raises(InstantiationException, match="text_metric='bpc' is not valid: expected bits_per_byte"):
         build_model(composed("recipe.text_metric=bpc"))
 
 

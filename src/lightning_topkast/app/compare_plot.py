@@ -1,9 +1,11 @@
-"""A picture of comparisons: the score against the FLOPs of training, with the rows that no other one beats in both."""
+"""A picture of comparisons: the score against the FLOPs of training, and which rows no other one beats in both."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import quantiles
 from typing import TYPE_CHECKING, Any
 
 from lightning_topkast.app.collect import Comparison, Row
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _MARKERS = "osD^v*PX<>hp"
+_MOST_LABELS = 14  # of points; where there are more, those on the front are labelled
 
 
 def plot(comparisons: Sequence[Comparison], file: Path) -> bool:
@@ -32,7 +35,7 @@ def plot(comparisons: Sequence[Comparison], file: Path) -> bool:
     shown = [(each, points) for each in comparisons if (points := _points(each))]
     if not shown:
         return False
-    figure = Figure(figsize=(6.4 * len(shown), 4.4), layout="constrained")
+    figure = Figure(figsize=(7.6 * len(shown), 4.8), layout="constrained")
     FigureCanvasAgg(figure)  # without a display, and without the state that pyplot keeps
     methods = sorted({_method(row) for _, points in shown for row in points})
     styles = {name: (f"C{n % 10}", _MARKERS[n % len(_MARKERS)]) for n, name in enumerate(methods)}
@@ -53,23 +56,30 @@ def pareto_front(comparison: Comparison) -> list[Row]:
 
 
 def _panel(axes: Axes, comparison: Comparison, points: Sequence[Row], styles: dict[str, tuple[str, str]]) -> None:
-    front = pareto_front(comparison)
-    axes.plot(
-        [_flops(row) for row in front], [_score(row, comparison) for row in front],
-        color="0.75", linewidth=1.2, zorder=1, label="Pareto front",
-    )  # fmt: skip
-    drawn: set[str] = set()
-    for row in points:
-        score, flops, name = row.figures[comparison.score], row.figures["training_flops_ratio"], _method(row)
-        color, marker = styles[name]
-        axes.errorbar(
-            flops.mean, score.mean, xerr=flops.std, yerr=score.std, color=color, linestyle="", capsize=3, elinewidth=1,
-            marker=marker, markersize=11 if marker == "*" else 7.5, markeredgecolor="white", markeredgewidth=0.5,
-            label=None if name in drawn else name,
-        )  # fmt: skip
-        drawn.add(name)
     axes.set_xscale("log")
     axes.margins(x=0.12, y=0.12)
+    low, high = _range([_score(row, comparison) for row in points])
+    front, inside = pareto_front(comparison), [row for row in points if low <= _score(row, comparison) <= high]
+    axes.plot(
+        [_flops(row) for row in front], [_score(row, comparison) for row in front],
+        color="0.85", linewidth=5, solid_capstyle="round", zorder=1, label="none is better and cheaper",
+    )  # fmt: skip
+    for name in sorted({_method(row) for row in inside}):
+        rows = sorted(
+            (row for row in inside if _method(row) == name), key=lambda row: (row.forward_sparsity, _flops(row))
+        )
+        color, marker = styles[name]
+        alike = Counter((row.forward_sparsity, row.backward_sparsity) for row in rows)
+        scores, flops = ([row.figures[part] for row in rows] for part in (comparison.score, "training_flops_ratio"))
+        axes.errorbar(
+            [f.mean for f in flops], [f.mean for f in scores],
+            xerr=[f.std or 0.0 for f in flops], yerr=[f.std or 0.0 for f in scores],
+            color=color, elinewidth=1, label=name,
+            linestyle=":" if max(alike.values()) == 1 else "", linewidth=1,  # over the sparsities
+            marker=marker, markersize=9 if marker == "*" else 6.5, markeredgecolor="white", markeredgewidth=0.5,
+        )  # fmt: skip
+    if left_out := len(points) - len(inside):
+        axes.text(0.01, 0.01, f"not shown: {left_out} far worse", transform=axes.transAxes, fontsize=7, color="0.4")
     if comparison.lower_is_better:
         axes.invert_yaxis()  # better is up in every panel
     _ticks(axes)
@@ -78,8 +88,17 @@ def _panel(axes: Axes, comparison: Comparison, points: Sequence[Row], styles: di
     axes.set_title(f"{comparison.data}, {comparison.model}")
     axes.grid(alpha=0.25, which="both", linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
-    _label(axes, comparison, points)
-    axes.legend(fontsize=8, frameon=False, loc="best")
+    _label(axes, comparison, inside if len(inside) <= _MOST_LABELS else [row for row in front if row in inside])
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
+def _range(scores: Sequence[float]) -> tuple[float, float]:
+    """Bounds of what is drawn: what lies far from most, such as a run at chance, would squash all else."""
+    if len(scores) < 4:
+        return min(scores), max(scores)
+    first, _, third = quantiles(scores, n=4, method="inclusive")
+    reach = 4 * (third - first)
+    return first - reach, third + reach
 
 
 def _ticks(axes: Axes) -> None:
@@ -97,8 +116,10 @@ def _label(axes: Axes, comparison: Comparison, points: Sequence[Row]) -> None:
     """Name each point by its levels and settings, above or below so that neighbours stay apart."""
     taken: list[tuple[float, float]] = []
     transform: Any = axes.transData
+    alike = Counter((row.method, row.forward_sparsity, row.backward_sparsity) for row in points)
     for row in sorted(points, key=_flops):
-        text = " ".join([*([] if row.method == "dense" else [_levels(row)]), *row.settings])
+        several = alike[row.method, row.forward_sparsity, row.backward_sparsity] > 1
+        text = " ".join([*([] if row.method == "dense" else [_levels(row)]), *(row.settings if several else ())])
         at = (_flops(row), _score(row, comparison))
         x, y = transform.transform(at)
         places = [(7, 6), (7, -12), (7, 16), (7, -22), (7, 26)]

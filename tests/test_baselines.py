@@ -349,6 +349,7 @@ def test_choosing_alone_and_together_draws_the_same_for_the_same_seed():
     ("options", "message"),
     [
         ({"rule": RigL(), "backward_sparsity": 0.5}, "expected backward_sparsity=forward_sparsity, got 0.5 and 0.8"),
+        ({"rule": SET(), "powerpropagation": 2.0}, "SET grows entries from zero, where powerpropagation=2.0 leaves no"),
         ({"rule": RigL(), "execution": "packed"}, "needs the gradient of every entry"),
         ({"rule": SET(), "refresh_delay": 3}, "SET needs 0"),
         ({"rule": Static(), "penalty_shrinkage": 1e-3}, "leave out exploration, stop_exploration_at and penalty"),

@@ -22,13 +22,18 @@ PANELS = {
 
 def read(folder: Path) -> dict[str, list[float]]:
     """Name → values, one a window; and the step at which each ended."""
-    path = next(folder.rglob("metrics.csv"), None)
-    if path is None:
+    paths = sorted(folder.rglob("metrics.csv"), key=lambda path: path.stat().st_mtime_ns)
+    if not paths:
         sys.exit(f"there is no metrics.csv in {folder}: name the folder of a run that logged with logger=csv")
-    with path.open() as file:
-        rows = [row for row in csv.DictReader(file) if row.get("masks/change_mean")]
+    if runs := {path.parents[1] for path in paths[1:]} - {paths[0].parents[1]}:
+        sys.exit(f"there are {len(runs) + 1} runs in {folder}: name the folder of one, such as {paths[0].parents[1]}")
+    windows = {}  # by the step at which each ended: a run that was resumed has a log for each part
+    for path in paths:
+        with path.open() as file:
+            windows |= {float(row["step"]): row for row in csv.DictReader(file) if row.get("masks/change_mean")}
+    rows = [windows[step] for step in sorted(windows)]
     if not rows:
-        sys.exit(f"{path} has no masks/change_mean: train with callbacks=mask_dynamics, for longer than a window")
+        sys.exit(f"{folder} has no masks/change_mean: train with callbacks=mask_dynamics, for longer than a window")
     names = ["step", *(f"{panel}_{of_layers}" for panel in PANELS for of_layers in ("min", "mean", "max"))]
     return {name: [float(row[name]) for row in rows] for name in names}
 

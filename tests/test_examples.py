@@ -87,6 +87,23 @@ def test_mask_dynamics_of_a_csv_log_are_plotted(monkeypatch, tmp_path, capsys):
     assert len(picture) > 20_000  # an empty figure has less
 
 
+def test_mask_dynamics_of_a_resumed_run_are_plotted_from_all_its_logs(tmp_path):
+    read = runpy.run_path(str(EXAMPLES / "plot_masks.py"))["read"]
+    columns = [f"masks/{name}_{part}" for name in ("change", "activated") for part in ("min", "mean", "max")]
+    for number, steps in enumerate(([10, 20], [20, 30])):
+        path = tmp_path / "run" / f"csv-{number}" / "metrics.csv"
+        path.parent.mkdir(parents=True)
+        lines = [",".join([str(step), *[f"0.{number}"] * 6]) for step in steps]
+        path.write_text("\n".join([",".join(["step", *columns]), *lines]) + "\n")
+        os.utime(path, (number, number))
+    assert read(tmp_path / "run")["step"] == [10, 20, 30]
+    assert read(tmp_path)["masks/change_mean"] == [0.0, 0.1, 0.1], "what was trained again counts"
+    (tmp_path / "other" / "csv").mkdir(parents=True)
+    (tmp_path / "other" / "csv" / "metrics.csv").write_text(path.read_text())
+    with pytest.raises(SystemExit, match="there are 2 runs in"):
+        read(tmp_path)
+
+
 def test_a_checkpoint_is_read_without_the_package(monkeypatch, tmp_path, capsys):
     weight = torch.zeros(10, 10)
     weight[0] = 1

@@ -164,7 +164,8 @@ def test_broken_failed_and_unfinished_runs_are_told_and_the_others_collected(wri
     [
         {"seed": None}, {"metrics": None}, {"metrics": {"test/acc": "high"}}, {"monitor": {"name": "val/acc"}},
         {"monitor": {"name": "val/acc", "mode": "max", "value": []}}, {"sparsity": {}}, {"parameters": 3},
-        {"flops": {"forward_flops": 3}}, {"flops": "many"}, {"seconds": {}}, {"versions": []}, {"choices": {"model": 3}},
+        {"flops": {"forward_flops": 3}}, {"flops": "many"}, {"seconds": {}}, {"versions": []},
+        {"choices": {"model": 3}},
     ],
     ids=str,
 )  # fmt: skip
@@ -186,6 +187,12 @@ def test_pareto_front_leaves_out_what_is_worse_and_dearer(write):
     cheap, middle, dear = (result("topkast", 0, s, f, f) for f, s in ((0.95, 0.7), (0.9, 0.9), (0.8, 0.85)))
     front = pareto_front(write(result(score=0.95), cheap, middle, dear).comparisons[0])
     assert [row.forward_sparsity for row in front] == [0.95, 0.9, 0.0]
+
+
+def test_picture_is_drawn_of_a_single_row(write, tmp_path):
+    pytest.importorskip("matplotlib")
+    report(write(result("topkast", 0, 0.9, 0.9, 0.8)), tmp_path / "runs")
+    assert (tmp_path / "runs" / "comparison.png").stat().st_size > 10_000
 
 
 def test_picture_is_drawn_a_panel_a_table(write, tmp_path):

@@ -148,9 +148,9 @@ _FORM: dict[tuple[str, ...], tuple[type, ...]] = {
 def _check(result: Result, path: Path) -> None:
     needed = ("forward_flops", "training_flops") if result.get("flops") else ()
     form = _FORM | {("flops", name): _NUMBER for name in needed}
-    for part, kinds in (("choices", (str,)), ("metrics", (*_NUMBER, NoneType)), ("flops", _NUMBER)):
+    for part, each in (("choices", (str,)), ("metrics", (*_NUMBER, NoneType)), ("flops", _NUMBER)):
         if isinstance(result.get(part), dict):
-            form |= {(part, name): kinds for name in result[part]}
+            form |= {(part, name): each for name in result[part]}
     for keys, kinds in form.items():
         value: Any = result
         for key in keys:

@@ -58,6 +58,9 @@ def pareto_front(comparison: Comparison) -> list[Row]:
 def _panel(axes: Axes, comparison: Comparison, points: Sequence[Row], styles: dict[str, tuple[str, str]]) -> None:
     axes.set_xscale("log")
     axes.margins(x=0.12, y=0.12)
+    least, most = (bound(_flops(row) for row in points) for bound in (min, max))
+    if least == most > 0:  # matplotlib warns of an axis without extent
+        axes.set_xlim(least / 2, most * 2)
     low, high = _range([_score(row, comparison) for row in points])
     front, inside = pareto_front(comparison), [row for row in points if low <= _score(row, comparison) <= high]
     axes.plot(

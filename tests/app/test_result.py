@@ -38,6 +38,11 @@ def test_small_dense_takes_flops_of_the_network_that_was_made_narrow(composed, t
     assert flops["training_flops_ratio"] < 0.2
 
 
+def test_flops_are_unknown_where_training_decides_which_weights_are_denser(composed, tmp_path):
+    train(composed(*SHORT, "trainer.max_epochs=1", "sparsity.distribution=global"))
+    assert read_result(tmp_path / "run")["flops"] is None
+
+
 def test_examples_are_those_of_training_and_not_of_the_tested_checkpoint(composed, tmp_path):
     # the first epoch stays the best one
     train(composed(*SHORT, "trainer.max_epochs=3", "recipe.monitor=val/loss", "recipe.mode=max"))

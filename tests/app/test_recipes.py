@@ -54,6 +54,24 @@ def test_cifar10_rate_falls_to_a_fifth_every_30_000_steps(composed):
 
 
 @pytest.mark.parametrize(
+    ("experiment", "examples", "processes"),  # examples that are left to train on
+    [
+        ("cifar10_wrn22_2", 45_000, [(1, 128), (2, 64)]),
+        ("imagenet_resnet50", 1_268_356, [(1, 256), (8, 256), (16, 256), (32, 128)]),
+        ("enwik8_transformer_xl", 175_781, [(1, 22), (2, 11)]),
+        ("wikitext103_transformer_xl", 688_000, [(1, 15), (4, 15)]),
+    ],
+)
+@pytest.mark.parametrize("schedule", [1, 2, 5])
+def test_steps_and_not_epochs_end_a_published_recipe(experiment, examples, processes, schedule, composed):
+    config = composed(f"experiment={experiment}", f"recipe.schedule={schedule}")
+    for count, batch_size in processes:
+        batches = examples // count // batch_size  # of an epoch, whose last step may see fewer of them
+        steps = -(-batches // accumulation(config.recipe.global_batch, batch_size, count))
+        assert config.trainer.max_epochs * steps >= config.trainer.max_steps
+
+
+@pytest.mark.parametrize(
     ("length", "schedule", "expected"),
     [("max_epochs", 5, 100), ("max_epochs", 0.5, 10), ("max_steps", 5, -1)],
     ids=["longer", "shorter", "no limit"],

@@ -10,9 +10,7 @@ from lightning_topkast.app.train import train
 
 CONF = Path(next(iter(lightning_topkast.conf.__path__)))
 ALL = sorted(
-    (file.parent.name, file.stem)
-    for file in CONF.glob("*/*.yaml")
-    if file.parent.name not in ("hydra", "logger", "comparison")  # comparison: in test_compare.py
+    (file.parent.name, file.stem) for file in CONF.glob("*/*.yaml") if file.parent.name not in ("hydra", "logger")
 )
 LOGGERS = sorted(file.stem for file in (CONF / "logger").glob("*.yaml"))
 

@@ -23,7 +23,14 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
 from lightning_topkast.app.train import main
-from tests.app.data_files import write_cifar10, write_fashion_mnist, write_imagenet, write_speeches, write_text
+from tests.app.data_files import (
+    write_cifar10,
+    write_fashion_mnist,
+    write_imagenet,
+    write_speeches,
+    write_text,
+    write_wikitext,
+)
 
 Compose = Callable[..., DictConfig]
 Cli = Callable[..., tuple[int, str, str]]
@@ -96,6 +103,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_fashion_mnist(folder / "fashion")
     write_text(folder / "enwik8")
     write_speeches(folder / "speeches")
+    write_wikitext(folder / "wikitext-103")
     write_text(folder / "texts" / "one.txt")
     write_text(folder / "texts" / "more" / "two.txt")
     return folder

@@ -63,3 +63,17 @@ def write_speeches(folder: Path) -> None:
         write_text(folder / f"{year}-Someone.txt", 400)
     write_text(folder / "1990-Another_One.txt", 400)
     (folder / "README.md").write_text("not a speech")
+
+
+def write_wikitext(folder: Path, train: int = 300) -> None:
+    """WikiText's three files: articles with titles, empty lines, rare words as <unk>, a space at both ends of lines."""
+    random = np.random.default_rng(0)
+    words = ["Always", "always", "sparse", "training", "of", "the", "network", "@-@", ",", "café", "<unk>"]
+    folder.mkdir(parents=True)
+    for part, lines in (("train", train), ("valid", 20), ("test", 25)):
+        articles = [" \n = Title = \n \n"]
+        articles += [f" {' '.join(random.choice(words, random.integers(4, 12)))} . \n" for _ in range(lines)]
+        (folder / f"wiki.{part}.tokens").write_text("".join(articles), encoding="utf-8")
+
+
+WIKITEXT_WORDS = 15  # those above, `=`, `Title` and `.`, and <eos>

@@ -12,7 +12,7 @@ from lightning_topkast.baselines import SET, GradualPruning, RigL, Static
 from lightning_topkast.refresh import Choice, choose
 from lightning_topkast.selection import drop_and_grow
 from lightning_topkast.settings import Settings
-from tests.helpers import OPTIMIZERS, same
+from tests.helpers import OPTIMIZERS, batches, make_callback, make_net, make_trainer, same
 
 RULES = {"static": Static(), "set": SET(), "rigl": RigL(), "gradual": GradualPruning(end=30)}
 rules = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
@@ -71,9 +71,10 @@ def test_rigl_drops_ever_less_as_a_cosine_and_set_always_the_same(passed, share)
 class Run:
     """A small network in training; every step's batch follows from the step number."""
 
-    def __init__(self, rule=None, sparsity=0.8, optimizer="momentum", total_steps=40, **options):
+    def __init__(self, rule=None, sparsity=0.8, optimizer="momentum", total_steps=40, state_dict=None, **options):
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 4))
+        self.model.load_state_dict(state_dict or self.model.state_dict())
         self.optimizer = OPTIMIZERS[optimizer](self.model.parameters(), 0.05)
         options = {"update_every": 5} | options
         self.topkast = TopKast(self.model, sparsity, sparsity, rule=rule, total_steps=total_steps, **options)
@@ -263,6 +264,43 @@ def test_a_resumed_run_equals_the_whole_one_bit_for_bit(rule, middle):
 
 
 @rules
+@pytest.mark.parametrize("middle", [5, 17])
+def test_a_run_resumed_with_a_model_that_was_loaded_before_equals_the_whole_one(rule, middle):
+    """As in Lightning, which loads the model before training starts: the first sets must not cost it anything."""
+    whole, first = Run(rule, optimizer="adamw").step(32), Run(rule, optimizer="adamw").step(middle)
+    resumed = Run(rule, optimizer="adamw", state_dict=first.model.state_dict())
+    resumed.optimizer.load_state_dict(first.optimizer.state_dict())
+    resumed.topkast.load_state_dict(first.topkast.state_dict())
+    resumed.done = middle
+    resumed.step(32 - middle)
+    assert same(whole.topkast.state_dict(), resumed.topkast.state_dict())
+    assert same(dict(whole.model.state_dict()), dict(resumed.model.state_dict()))
+
+
+@rules
+def test_a_resumed_fit_equals_the_whole_one(rule, tmp_path):
+    def fit(epochs, ckpt_path=None):
+        callback = make_callback(backward_sparsity=0.75, rule=rule, update_every=2, stop_refreshing_at=20)
+        model, trainer = make_net(optimizer="adamw", lr=0.02), make_trainer(tmp_path, callback, max_epochs=epochs)
+        trainer.fit(model, batches(), batches(2, seed=2), ckpt_path=ckpt_path)
+        trainer.save_checkpoint(tmp_path / f"{epochs}.ckpt")
+        return dict(model.state_dict())
+
+    whole = fit(6)
+    fit(3)
+    assert same(fit(6, tmp_path / "3.ckpt"), whole)
+
+
+def test_a_sparse_network_keeps_its_connections_and_zeros_are_drawn_at_random():
+    trained = Run(SET()).step(17).model.state_dict()
+    again = Run(SET(), state_dict=trained)
+    assert same(dict(again.model.state_dict()), dict(trained))
+    zeros = Run(Static(), state_dict=trained | {"2.weight": torch.zeros(30, 20)}).weight.active
+    assert int(zeros.sum()) == 120
+    assert zeros.any(dim=1).sum() > 20, "not the first rows"
+
+
+@rules
 def test_no_penalty_is_applied(rule):
     run = Run(rule, penalty_strength=1.0).step(3)
     assert run.weight.strength == 0
@@ -311,6 +349,7 @@ def test_choosing_alone_and_together_draws_the_same_for_the_same_seed():
     ("options", "message"),
     [
         ({"rule": RigL(), "backward_sparsity": 0.5}, "expected backward_sparsity=forward_sparsity, got 0.5 and 0.8"),
+        ({"rule": SET(), "powerpropagation": 2.0}, "SET grows entries from zero, where powerpropagation=2.0 leaves no"),
         ({"rule": RigL(), "execution": "packed"}, "needs the gradient of every entry"),
         ({"rule": SET(), "refresh_delay": 3}, "SET needs 0"),
         ({"rule": Static(), "penalty_shrinkage": 1e-3}, "leave out exploration, stop_exploration_at and penalty"),

@@ -50,6 +50,8 @@ class Rule:
     explores: ClassVar[bool] = True
     # whether entries that leave B are forgotten, so that those which come back start from zero
     forgets: ClassVar[bool] = False
+    # whether entries enter at zero and have to learn from there
+    grows_from_zero: ClassVar[bool] = False
     # whether `choose` wants the gradient everywhere, which exists in masked mode only
     needs_gradient: ClassVar[bool] = False
     # whether `choose` wants to know how much of the time in which sets change has passed
@@ -66,7 +68,11 @@ class Rule:
         return None
 
     def first(self, candidates: Candidates, exploration: Exploration) -> Tensor:
-        """The sets to start with, as uint8 tiers."""
+        """The sets to start with, as uint8 tiers.
+
+        The network may be that of a checkpoint, whose sets are loaded after this: one as sparse already must not lose
+        entries that are not zero, which are then the active ones.
+        """
         return self.choose(candidates, exploration)
 
     def choose(self, candidates: Candidates, exploration: Exploration) -> Tensor:

@@ -156,6 +156,11 @@ class Settings:
                 f"{name} needs the gradient of every entry, of which execution='{self.execution}' has only those of "
                 "the updated set: train with execution='masked'"
             )
+        if self.chosen_rule.grows_from_zero and self.powerpropagation != 1:
+            raise TopKastError(
+                f"{name} grows entries from zero, where powerpropagation={self.powerpropagation} leaves no gradient, so "
+                "that they would never learn: leave it at 1"
+            )
         if self.refresh_delay and type(self.chosen_rule) is not Rule:
             raise TopKastError(f"refresh_delay={self.refresh_delay} is for Top-KAST's own rule: {name} needs 0")
 

@@ -159,6 +159,29 @@ def test_broken_failed_and_unfinished_runs_are_told_and_the_others_collected(wri
     assert "cut/result.json can't be read" in err
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"seed": None}, {"metrics": None}, {"metrics": {"test/acc": "high"}}, {"monitor": {"name": "val/acc"}},
+        {"monitor": {"name": "val/acc", "mode": "max", "value": []}}, {"sparsity": {}}, {"parameters": 3},
+        {"flops": {"forward_flops": 3}}, {"flops": "many"}, {"seconds": {}}, {"versions": []}, {"choices": {"model": 3}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_result_that_was_damaged_is_passed_over_by_name_and_costs_no_other(write, damage):
+    collected = write(result(), result(seed=1) | damage)
+    assert [len(row.seeds) for row in collected.comparisons[0].rows] == [1]
+    (said,) = collected.broken
+    assert "01/result.json" in said
+    assert next(iter(damage)) in said
+
+
+def test_row_without_a_known_ratio_of_flops_has_none(write):
+    flops = {"forward_flops": 0.0, "training_flops": 0.0}  # no product is counted in it
+    (row,) = write(result("topkast", 0, 0.9, 0.9, 0.9, flops=flops)).comparisons[0].rows
+    assert "inference_flops_ratio" not in row.figures
+
+
 def test_pareto_front_leaves_out_what_is_worse_and_dearer(write):
     cheap, middle, dear = (result("topkast", 0, s, f, f) for f, s in ((0.95, 0.7), (0.9, 0.9), (0.8, 0.85)))
     front = pareto_front(write(result(score=0.95), cheap, middle, dear).comparisons[0])

@@ -28,6 +28,16 @@ def test_finished_run_leaves_what_it_has_reached_and_taken(composed, tmp_path, c
     assert 0 < result["seconds"] < 60
 
 
+def test_small_dense_takes_flops_of_the_network_that_was_made_narrow(composed, tmp_path):
+    train(composed(*SHORT, "trainer.max_epochs=1", "sparsity=small_dense", "sparsity.width_factor=0.25"))
+    flops = read_result(tmp_path / "run")["flops"]
+    share = (64 * 64 + 64 * 64 + 64 * 10) / (64 * 256 + 256 * 256 + 256 * 10)
+    assert flops["forward_flops_ratio"] == pytest.approx(share)
+    assert flops["forward_flops"] / flops["dense_forward_flops"] == pytest.approx(share)
+    assert flops["training_flops"] / flops["dense_training_flops"] == pytest.approx(flops["training_flops_ratio"])
+    assert flops["training_flops_ratio"] < 0.2
+
+
 def test_examples_are_those_of_training_and_not_of_the_tested_checkpoint(composed, tmp_path):
     # the first epoch stays the best one
     train(composed(*SHORT, "trainer.max_epochs=3", "recipe.monitor=val/loss", "recipe.mode=max"))

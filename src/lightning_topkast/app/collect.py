@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
+from types import NoneType
 from typing import Any
 
 from lightning_topkast.app.errors import AppError
@@ -134,10 +135,30 @@ def _newest(results: Iterable[Result]) -> list[Result]:
     return list(newest.values())
 
 
+# Of a run that is done: where what is read of it stands, and its type; None stands for what is not known.
+_NUMBER = (int, float)
+_FORM: dict[tuple[str, ...], tuple[type, ...]] = {
+    ("seed",): (int,), ("seconds",): _NUMBER, ("examples",): _NUMBER,
+    ("monitor", "name"): (str,), ("monitor", "mode"): (str,), ("monitor", "value"): (*_NUMBER, NoneType),
+    ("sparsity", "weights"): (*_NUMBER, NoneType), ("sparsity", "model"): (*_NUMBER, NoneType),
+    ("parameters", "nonzero"): _NUMBER, ("flops",): (dict, NoneType), ("metrics",): (dict,), ("versions",): (dict,),
+}  # fmt: skip
+
+
 def _check(result: Result, path: Path) -> None:
-    for key in ("monitor", "metrics", "sparsity", "parameters", "seconds", "examples"):
-        if key not in result:
-            raise AppError(f"{path} lacks its {key}; remove it to have the run repeated")
+    needed = ("forward_flops", "training_flops") if result.get("flops") else ()
+    form = _FORM | {("flops", name): _NUMBER for name in needed}
+    for part, kinds in (("choices", (str,)), ("metrics", (*_NUMBER, NoneType)), ("flops", _NUMBER)):
+        if isinstance(result.get(part), dict):
+            form |= {(part, name): kinds for name in result[part]}
+    for keys, kinds in form.items():
+        value: Any = result
+        for key in keys:
+            if not isinstance(value, dict) or key not in value:
+                raise AppError(f"{path} lacks its {'.'.join(keys)}; remove it to have the run repeated")
+            value = value[key]
+        if not isinstance(value, kinds):
+            raise AppError(f"{path}: {'.'.join(keys)} is {value!r:.60}; remove it to have the run repeated")
 
 
 def _comparison(data: str, model: str, results: Sequence[Result]) -> Comparison:
@@ -254,7 +275,8 @@ def _flops_ratio(result: Result, dense: Sequence[Result], part: str) -> float | 
     if not result.get("flops"):
         return None
     reference = fmean(_flops(other, part) for other in dense) if dense else 0.0
-    return _flops(result, part) / reference if reference else float(result["flops"][f"{part}_flops_ratio"])
+    ratio: float | None = result["flops"].get(f"{part}_flops_ratio")
+    return _flops(result, part) / reference if reference else ratio
 
 
 def _figure(values: Sequence[float | None]) -> Figure | None:

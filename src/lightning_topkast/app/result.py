@@ -26,6 +26,7 @@ from torch import Tensor
 from lightning_topkast.app.errors import AppError
 from lightning_topkast.app.plan import plan
 from lightning_topkast.app.report import WeightCount
+from lightning_topkast.app.small_dense import is_small_dense
 from lightning_topkast.errors import TopKastError
 
 RESULT_FILE = "result.json"
@@ -36,6 +37,7 @@ DONE = (FINISHED, DIVERGED)  # not run again
 ENDED = (*DONE, FAILED)
 
 _ONE_DEVICE = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": "32-true"}
+_DENSE = {"_target_": "lightning.pytorch.callbacks.Callback"}
 # Where a run lies, what it goes on from and who is told of it are no part of what it computes.
 _PLACES = ("paths", "run_name", "project", "ckpt_path", "logger", "hydra")
 
@@ -213,12 +215,21 @@ def status(folder: Path) -> str:
 
 
 def _flops(cfg: DictConfig, steps: int) -> dict[str, float] | None:
-    """FLOPs of an example, as planned for so many steps; None for a model whose input is not known beforehand."""
+    """FLOPs of an example, as planned for so many steps; None for a model whose input is not known beforehand.
+
+    Dense is the configured network, also where small-dense has made it narrow.
+    """
     cfg = copy.deepcopy(cfg)
     with open_dict(cfg):
         cfg.trainer.update({**_ONE_DEVICE, "max_steps": max(steps, 1)})
     try:
         totals = plan(cfg).totals()
+        if is_small_dense(cfg.sparsity):
+            cfg.sparsity = _DENSE
+            whole = plan(cfg).totals()
+            for part in ("forward", "training"):
+                totals[f"dense_{part}_flops"] = dense = whole[f"{part}_flops"]
+                totals[f"{part}_flops_ratio"] = totals[f"{part}_flops"] / dense if dense else None
     except (AppError, TopKastError):
         return None
     names = ("forward_flops", "training_flops", "dense_forward_flops", "dense_training_flops")

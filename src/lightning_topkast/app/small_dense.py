@@ -39,7 +39,7 @@ def with_width(cfg: DictConfig) -> DictConfig:
     Raises:
         AppError: the model has no width to scale, or is too large even where each layer is one channel wide.
     """
-    if not _is_small_dense(cfg.sparsity):
+    if not is_small_dense(cfg.sparsity):
         return cfg
     if OmegaConf.select(cfg, "model.width_factor") is None:
         raise AppError(
@@ -57,7 +57,7 @@ def with_width(cfg: DictConfig) -> DictConfig:
 def narrowed_model(cfg: DictConfig) -> DictConfig:
     """Return `cfg.model`, under `sparsity=small_dense` with the width that fits; raises as `with_width`."""
     cfg = with_width(cfg)
-    return _scaled(cfg, cfg.sparsity.width_factor) if _is_small_dense(cfg.sparsity) else cfg.model
+    return _scaled(cfg, cfg.sparsity.width_factor) if is_small_dense(cfg.sparsity) else cfg.model
 
 
 def parameters_left(model: nn.Module, settings: Settings) -> int:
@@ -104,6 +104,7 @@ def _on_meta(model: DictConfig) -> nn.Module:
     return net if isinstance(net, LightningModule) else nn.ModuleDict({"net": net})
 
 
-def _is_small_dense(sparsity: DictConfig) -> bool:
+def is_small_dense(sparsity: DictConfig) -> bool:
+    """Return whether this makes the model narrow."""
     target = sparsity.get("_target_")
     return isinstance(target, str) and target.endswith(".SmallDense") and issubclass(get_class(target), SmallDense)

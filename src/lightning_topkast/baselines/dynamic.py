@@ -22,6 +22,8 @@ class SET(Static):
         drop_fraction: share of A that is dropped at a refresh, in (0, 1); ζ of the paper.
     """
 
+    grows_from_zero: ClassVar[bool] = True
+
     drop_fraction: float = 0.3
 
     def __post_init__(self) -> None:

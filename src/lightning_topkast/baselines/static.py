@@ -22,9 +22,15 @@ class Static(Rule):
     forgets: ClassVar[bool] = True
 
     def first(self, candidates: Candidates, exploration: Exploration) -> Tensor:
-        """Random ones."""
+        """Random ones; zeros only if there are too few others, so that a sparse network keeps its connections.
+
+        The network of a checkpoint is sparse already, by the sets of the step at which it was saved.
+        """
         # NaN or infinity in the weights is to be found as elsewhere
-        return candidates.select(candidates.draw() + 0 * candidates.scores, (candidates.active_count,)) * ACTIVE
+        drawn = candidates.draw() + 0 * candidates.scores
+        # numbers drawn are multiples of 2^-24 or finer; none below 0, whose bits would not order
+        lottery = torch.where(candidates.scores == 0, drawn * 2**-25, drawn.clamp_min(2**-24))
+        return candidates.select(lottery, (candidates.active_count,)) * ACTIVE
 
     def choose(self, candidates: Candidates, exploration: Exploration) -> Tensor:
         """The present ones."""

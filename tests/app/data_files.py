@@ -65,12 +65,15 @@ def write_speeches(folder: Path) -> None:
     (folder / "README.md").write_text("not a speech")
 
 
-def write_wikitext(folder: Path, lines: int = 60) -> None:
-    """The three files of tokens: words between spaces, titles between equal signs, and empty lines."""
-    folder.mkdir(parents=True)
+def write_wikitext(folder: Path, train: int = 300) -> None:
+    """WikiText's three files: articles with titles, empty lines, rare words as <unk>, a space at both ends of lines."""
     random = np.random.default_rng(0)
-    words = ["the", "of", "<unk>", "@-@", ",", "sparse", "Jürgen", "network"]
-    for part, count in (("train", lines), ("valid", lines // 4), ("test", lines // 4)):
-        text = [" \n = A title = \n \n"]
-        text += [f" {' '.join(random.choice(words, 12))} \n" for _ in range(count)]
-        (folder / f"wiki.{part}.tokens").write_text("".join(text), encoding="utf-8")
+    words = ["Always", "always", "sparse", "training", "of", "the", "network", "@-@", ",", "café", "<unk>"]
+    folder.mkdir(parents=True)
+    for part, lines in (("train", train), ("valid", 20), ("test", 25)):
+        articles = [" \n = Title = \n \n"]
+        articles += [f" {' '.join(random.choice(words, random.integers(4, 12)))} . \n" for _ in range(lines)]
+        (folder / f"wiki.{part}.tokens").write_text("".join(articles), encoding="utf-8")
+
+
+WIKITEXT_WORDS = 15  # those above, `=`, `Title` and `.`, and <eos>

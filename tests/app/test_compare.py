@@ -9,15 +9,15 @@ import sys
 import time
 from pathlib import Path
 
-import lightning_topkast.conf
 import pytest
 
+from lightning_topkast.app import grids
 from lightning_topkast.app.compare import main
 from lightning_topkast.app.grids import Sweep, expand, read_sweep, run_name
 from lightning_topkast.app.job import what_failed
 from lightning_topkast.app.launch import Launcher, hydra_configs
 
-SHIPPED = sorted(path.stem for root in lightning_topkast.conf.__path__ for path in Path(root).glob("comparison/*.yaml"))
+SHIPPED = sorted(path.stem for path in (Path(grids.__file__).parent / "sweeps").glob("*.yaml"))
 TINY = ["trainer.limit_train_batches=2", "trainer.limit_val_batches=1", "trainer.limit_test_batches=1", "logger=csv",
         "model.hidden=[8]", "trainer.max_epochs=1"]  # fmt: skip
 

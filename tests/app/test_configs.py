@@ -7,12 +7,11 @@ import pytest
 import torch
 
 from lightning_topkast.app.train import train
+from tests.app.data_files import WIKITEXT_WORDS
 
 CONF = Path(next(iter(lightning_topkast.conf.__path__)))
 ALL = sorted(
-    (file.parent.name, file.stem)
-    for file in CONF.glob("*/*.yaml")
-    if file.parent.name not in ("hydra", "logger", "comparison")  # comparison: in test_compare.py
+    (file.parent.name, file.stem) for file in CONF.glob("*/*.yaml") if file.parent.name not in ("hydra", "logger")
 )
 LOGGERS = sorted(file.stem for file in (CONF / "logger").glob("*.yaml"))
 
@@ -20,6 +19,7 @@ IMAGENET = ["data.num_classes=2", "data.batch_size=2", "data.num_workers=0", "da
 CIFAR10 = ["data.batch_size=4", "data.num_workers=0", "data.val_size=20"]
 TEXT = ["data.sequence_length=16", "data.batch_size=2", "model.width=32", "model.depth=2", "model.heads=2"]
 ENWIK8 = ["data.split=[18000,1000,1000]", *TEXT]
+WIKITEXT = [f"data.num_classes={WIKITEXT_WORDS}", *TEXT]
 FASHION = ["data.folder=${paths.data_dir}/fashion", "data.val_size=10", "data.batch_size=4"]
 ON_CPU = ["trainer.accelerator=cpu", "trainer.devices=1", "trainer.precision=32-true"]
 
@@ -32,13 +32,14 @@ NEEDS: dict[tuple[str, str], list[str]] = {
     ("data", "imagenet"): ["model=cnn", "data.input_shape=[3,64,64]", *IMAGENET],
     ("data", "text"): ["data.path=${paths.data_dir}/texts", *TEXT],
     ("data", "enwik8"): ENWIK8,
-    ("data", "wikitext103"): ["data.num_classes=12", *TEXT],
     ("data", "sotu"): ["data.folder=${paths.data_dir}/speeches", *TEXT],
+    ("data", "wikitext103"): WIKITEXT,
     ("data", "fashion_mnist"): FASHION,
     ("model", "resnet18"): ["data.batch_size=4"],
     ("model", "resnet50"): ["data.batch_size=4"],
     ("model", "wide_resnet"): ["model.depth=10"],
     ("model", "transformer"): ["data=text", "data.path=${paths.data_dir}/texts", *TEXT],
+    ("model", "transformer_tied"): ["data=text", "data.path=${paths.data_dir}/texts", "model=transformer_tied", *TEXT],
     ("model", "custom"): [
         "model._target_=torch.nn.Sequential",
         f"+model._args_={LAYERS}",
@@ -54,8 +55,8 @@ NEEDS: dict[tuple[str, str], list[str]] = {
     ("experiment", "cifar10_resnet18"): CIFAR10,
     ("experiment", "cifar10_wrn22_2"): [*CIFAR10, "recipe.global_batch=4"],
     ("experiment", "imagenet_resnet50"): ["data.input_shape=[3,64,64]", "recipe.global_batch=4", *IMAGENET],
-    ("experiment", "enwik8_transformer_xl"): ["recipe.global_batch=4", *ENWIK8],
-    ("experiment", "wikitext103_transformer_xl"): ["recipe.global_batch=4", "data.num_classes=12", *TEXT],
+    ("experiment", "enwik8_transformer_xl"): [*ENWIK8, "recipe.global_batch=4"],
+    ("experiment", "wikitext103_transformer_xl"): [*WIKITEXT, "recipe.global_batch=4"],
     ("experiment", "sotu_transformer"): ["data.folder=${paths.data_dir}/speeches", *TEXT],
     ("experiment", "fashion_mnist_mlp"): FASHION,
     ("experiment", "fashion_mnist_cnn"): FASHION,

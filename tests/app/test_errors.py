@@ -70,6 +70,7 @@ def test_mistake_is_answered_in_one_line(arguments, expected, cli):
             "data/enwik8",
             "`curl -L --create-dirs http://mattmahoney.net/dc/enwik8.zip -o data/enwik8.zip",
         ),
+        ("data=wikitext103", "data/wikitext-103/wiki.train.tokens", "-o data/wikitext-103-v1.zip && unzip -d data "),
         ("data=cifar10 model=cnn", "data/cifar-10-batches-py", "data.download=true"),
         ("data=imagenet model=cnn", "data/imagenet/train", "https://image-net.org/download"),
         ("data=fashion_mnist data.folder=nowhere", "nowhere", "`apt-get install dataset-fashion-mnist`"),

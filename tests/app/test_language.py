@@ -1,176 +1,206 @@
-"""Language models: the vocabulary of WikiText, the figures of text, and the published sizes."""
+"""The language models: their sizes, recipes and figures, and the experiments themselves on generated texts."""
 
 import json
 import math
-import multiprocessing
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from lightning import Trainer
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
-from lightning_topkast.app.data import WikiText
-from lightning_topkast.app.errors import AppError
+from lightning_topkast.app.build import build_callbacks, build_model
+from lightning_topkast.app.data.windows import Windows
+from lightning_topkast.app.global_batch import accumulation
 from lightning_topkast.app.models import TransformerLM
 from lightning_topkast.app.models.transformer import rotate
-from lightning_topkast.app.task import Perplexity
-from lightning_topkast.app.train import build_model, train
+from lightning_topkast.app.task import ClassificationTask
+from lightning_topkast.app.train import train
 from lightning_topkast.targets import find_targets
-from tests.app.data_files import write_wikitext
+from tests.app.data_files import WIKITEXT_WORDS, write_wikitext
+from tests.app.test_recipes import rates
+from tests.helpers import plain_path
 
-TRAIN = " \n = Title = \n the cat <unk> the \n"
-SMALL = {"sequence_length": 2, "batch_size": 2, "num_classes": 6}  # <eos> = the Title cat <unk>
-
-
-def write(folder, train=TRAIN, valid=" the dog = \n", test=" cat the \n"):
-    folder.mkdir(exist_ok=True)
-    for part, text in (("train", train), ("valid", valid), ("test", test)):
-        (folder / f"wiki.{part}.tokens").write_text(text, encoding="utf-8")
-
-
-def loaded(folder, **options):
-    data = WikiText(str(folder), **{**SMALL, **options})
-    data.prepare_data()
-    data.setup()
-    return data
+QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+LARGE = {
+    "enwik8": ["model.width=1024", "model.depth=24", "model.feedforward=3072"],
+    "wikitext103": ["model.width=1024", "model.depth=18", "model.heads=16", "model.feedforward=4096"],
+}
 
 
-def numbered(folder):
-    return sorted(folder.glob(".words-*"))
+def built(config):
+    with torch.device("meta"):
+        return instantiate(config.model, _convert_="all")
 
 
-def test_words_are_numbered_by_frequency_and_lines_end(tmp_path):
-    write(tmp_path)
-    data = loaded(tmp_path)
-    words = json.loads((numbered(tmp_path)[0] / "words.json").read_text())
-    assert words[0] == "<eos>"
-    assert set(words[1:3]) == {"=", "the"}, "the two that come twice"
-    text = [[words[number] for number in part.content] for part in (data.train_set, data.val_set, data.test_set)]
-    assert text[0] == ["<eos>", "=", "Title", "=", "<eos>", "the", "cat", "<unk>", "the", "<eos>"]
-    assert text[1] == ["the", "<unk>", "=", "<eos>"], "a word that the training text lacks is unknown"
-    inputs, targets = data.val_set[0]
-    assert targets.tolist() == data.val_set.content[1:3].tolist()
-    assert inputs.dtype == torch.int64
-
-
-def test_numbers_are_written_once_and_again_when_the_text_changes(tmp_path):
-    write(tmp_path)
-    loaded(tmp_path)
-    (first,) = numbered(tmp_path)
-    before = (first / "train.npy").stat().st_mtime_ns
-    loaded(tmp_path)
-    assert (first / "train.npy").stat().st_mtime_ns == before
-    write(tmp_path, train=TRAIN + " a seventh word \n")
-    with pytest.raises(AppError, match=r"has 9 different words, but data\.num_classes=6: set data\.num_classes=9"):
-        loaded(tmp_path)
-    assert len(numbered(tmp_path)) == 2
-
-
-def test_failure_half_way_leaves_nothing(tmp_path, monkeypatch):
-    write(tmp_path)
-    saved = []
-
-    def fail(path, numbers):
-        saved.append(path)
-        if len(saved) == 2:
-            raise KeyboardInterrupt
-        np.array(numbers).tofile(path)
-
-    monkeypatch.setattr(np, "save", fail)
-    with pytest.raises(KeyboardInterrupt):
-        loaded(tmp_path)
-    assert numbered(tmp_path) == []
-    monkeypatch.undo()
-    assert len(loaded(tmp_path).train_set.content) == 10
-
-
-def _prepare(folder):
-    WikiText(folder, **SMALL).prepare_data()
-
-
-def test_processes_that_number_the_same_words_do_not_clash(tmp_path):
-    write_wikitext(tmp_path / "w", lines=2000)
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        pool.map(_prepare, [str(tmp_path / "w")] * 4)
-    assert len(numbered(tmp_path / "w")) == 1
-
-
-def test_numbers_go_elsewhere_where_the_text_lies_cannot_be_written(tmp_path):
-    write(tmp_path / "text")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(AppError, match=r"can't be written .* data\.cache="):
-        loaded(tmp_path / "text", cache=str(tmp_path / "file"))
-    loaded(tmp_path / "text", cache=str(tmp_path / "cache"))
-    assert numbered(tmp_path / "text") == []
-    assert len(numbered(tmp_path / "cache")) == 1
+def millions(net):
+    return sum(parameter.numel() for parameter in net.parameters()) / 1e6
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("name", "large", "ours", "published"),
     [
-        ({"train": " the cat \n"}, r"neither 'dog' nor '<unk>'"),
-        ({"test": ""}, r"wiki\.test\.tokens has 0 words"),
+        ("enwik8", False, 37.9, 41),
+        ("wikitext103", False, 148.1, 151),
+        ("enwik8", True, 252.1, 277),
+        ("wikitext103", True, 500.8, None),  # there rare words have narrower vectors
     ],
 )
-def test_text_that_is_none_of_wikitext_is_refused(change, said, tmp_path):
-    write(tmp_path, **change)
-    with pytest.raises(AppError, match=said):
-        loaded(tmp_path, num_classes=3 if "train" in change else 6)
+def test_models_are_of_the_published_size_but_for_relative_positions(name, large, ours, published, composed):
+    """Transformer-XL has one more square matrix a layer, for its relative positions, and a bias for each word."""
+    config = composed(f"experiment={name}_transformer_xl", *(LARGE[name] if large else []))
+    net = built(config)
+    assert millions(net) == pytest.approx(ours, abs=0.06)
+    if published:
+        relative = config.model.depth * config.model.width**2 + config.data.num_classes
+        assert millions(net) + relative / 1e6 == pytest.approx(published, abs=0.6)
 
 
-def test_missing_and_damaged_files_are_named(tmp_path):
-    with pytest.raises(AppError, match=r"there is no .*wiki\.train\.tokens: fetch it with `curl"):
-        loaded(tmp_path, fetch="curl x")
-    write(tmp_path)
-    (tmp_path / "wiki.valid.tokens").write_bytes(b"\xff\xfe\n")
-    with pytest.raises(AppError, match=r"wiki\.valid\.tokens is no text in UTF-8"):
-        loaded(tmp_path)
+def test_words_vectors_are_dense_and_every_matrix_of_the_blocks_is_sparse(composed):
+    config = composed("experiment=wikitext103_transformer_xl")
+    (callback, *_) = build_callbacks(config, has_loggers=False)
+    settings = callback.settings
+    targets = find_targets(
+        built(config), keep_first_dense=settings.keep_first_dense, keep_last_dense=settings.keep_last_dense
+    )
+    matrices = {target.name: target.sparse for target in targets if len(target.shape) == 2}
+    assert matrices.pop("tokens.weight") is False
+    assert len(matrices) == 16 * 4
+    assert all(matrices.values())
 
 
-def test_perplexity_is_of_the_mean_loss_over_all_tokens():
-    metric = Perplexity()
-    logits, targets = torch.randn(10, 7), torch.randint(0, 7, (10,))
-    for part in (slice(0, 3), slice(3, 10)):
-        metric(F.cross_entropy(logits[part], targets[part]), weight=len(targets[part]))
-    expected = torch.softmax(logits, 1)[range(10), targets].log().mean().neg().exp()
-    torch.testing.assert_close(metric.compute(), expected)
-
-
-def test_run_reports_the_metric_that_its_text_has(composed, data_dir, tmp_path):
-    tiny = ["model.width=16", "model.depth=1", "model.heads=2", "data.sequence_length=8", "trainer.max_steps=2"]
-    score = train(composed("data=wikitext103", f"paths.data_dir={data_dir}", "data.num_classes=12", "data.batch_size=4",
-                           "logger=none", "callbacks=none", *tiny))  # fmt: skip
-    metrics = json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]
-    assert metrics["test/perplexity"] == pytest.approx(math.exp(metrics["test/loss"]), rel=1e-5)
-    assert 5 < score < 20, "about 12 for guessing"
-    with pytest.raises(InstantiationException, match="text_metric='bpc' is not valid: expected bits_per_byte"):
-        build_model(composed("recipe.text_metric=bpc"))
+@pytest.mark.parametrize("schedule", [1, 2, 5])
+@pytest.mark.parametrize(
+    ("name", "steps", "epoch"), [("enwik8", 400_000, 90e6 / 512 / 22), ("wikitext103", 200_000, 103_227_021 / 150 / 60)]
+)
+def test_rate_falls_as_a_cosine_over_the_published_steps_at_every_length(name, steps, epoch, schedule, composed):
+    config = composed(f"experiment={name}_transformer_xl", f"recipe.schedule={schedule}")
+    assert config.trainer.max_steps == steps * schedule
+    assert config.trainer.max_epochs > config.trainer.max_steps / epoch, "the epochs end no run"
+    assert config.trainer.max_steps % config.trainer.val_check_interval == 0, "the last step is validated"
+    rate = rates(config)
+    assert len(rate) == steps * schedule
+    quarter = len(rate) // 4
+    assert rate[0] == 2.5e-4
+    assert rate[quarter] == pytest.approx(2.5e-4 * (1 + math.sqrt(0.5)) / 2)
+    assert rate[2 * quarter] == pytest.approx(1.25e-4)
+    assert rate[-1] < 1e-10
 
 
 @pytest.mark.parametrize(
-    ("experiment", "millions", "steps", "epoch", "tokens"),
-    [("enwik8_transformer_xl", 38.0, 400_000, 90_000_000 // 512, 22 * 512),
-     ("wikitext103_transformer_xl", 148.1, 200_000, 103_227_021 // 150, 60 * 150)],
-)  # fmt: skip
-@pytest.mark.parametrize("schedule", [1, 2, 5])
-def test_large_recipes_have_the_published_sizes(experiment, millions, steps, epoch, tokens, schedule, composed):
-    config = composed(f"experiment={experiment}", f"recipe.schedule={schedule}")
-    with torch.device("meta"):
-        model = build_model(config)
-    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
-    assert config.trainer.max_steps == steps * schedule
-    assert config.trainer.max_epochs * (epoch // config.recipe.global_batch) >= steps * schedule, "epochs are no limit"
-    assert config.recipe.global_batch * config.data.sequence_length == tokens
+    ("size", "batch_size", "devices", "accumulate"),
+    [(22, 22, 1, 1), (22, 11, 2, 1), (24, 6, 4, 1), (60, 15, 1, 4), (60, 15, 4, 1), (64, 8, 8, 1), (64, 8, 1, 8)],
+)
+def test_batches_that_the_experiments_name_come_out_even(size, batch_size, devices, accumulate):
+    assert accumulation(size, batch_size, devices) == accumulate
 
 
-def test_tied_words_stay_dense_and_every_projection_is_sparse():
-    model = TransformerLM(50, 8, width=16, depth=2, heads=2, tied=True)
-    assert model.output.weight is model.tokens.weight
-    targets = find_targets(model, keep_first_dense=False, keep_last_dense=False)
-    projections = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][:-1]
-    assert [target.name for target in targets if target.sparse] == [f"{name}.weight" for name in projections]
+class Bigrams(nn.Module):
+    """The next token depends on the present one alone, so that windows make no difference."""
+
+    def __init__(self, table):
+        super().__init__()
+        self.table = nn.Parameter(table)
+
+    def forward(self, tokens):
+        return F.embedding(tokens, self.table)
+
+
+@pytest.mark.parametrize(("batch_size", "processes"), [(1, 1), (3, 1), (4, 7), (1, 16)])
+def test_perplexity_is_e_to_the_mean_loss_of_every_token(batch_size, processes):
+    torch.manual_seed(0)
+    table, content = torch.randn(7, 7), torch.randint(0, 7, (47,))
+    probabilities = table.softmax(-1)
+    lost = [-math.log(probabilities[a, b]) for a, b in pairwise(content)]
+    right = [table[a].argmax() == b for a, b in pairwise(content)]
+
+    task = ClassificationTask(Bigrams(table), torch.optim.SGD, num_classes=7, perplexity=True, bits_per_byte=True)
+    windows = Windows(content.numpy(), 5, complete=True, multiple=processes)  # 16: the last six are blank
+    loader = DataLoader(windows, batch_size, collate_fn=lambda batch: batch)
+    (figures,) = Trainer(accelerator="cpu", **QUIET).validate(task, loader, verbose=False)
+    assert figures["val/perplexity"] == pytest.approx(math.exp(sum(lost) / 46))
+    assert figures["val/loss"] == pytest.approx(sum(lost) / 46)
+    assert figures["val/bits_per_byte"] == pytest.approx(sum(lost) / 46 / math.log(2))
+    assert figures["val/acc"] == pytest.approx(sum(map(float, right)) / 46)
+
+
+def test_tied_output_is_the_embedding():
+    net = TransformerLM(11, 8, width=8, depth=1, heads=2, tie_output=True)
+    assert net.output.weight is net.tokens.weight
+    assert millions(TransformerLM(11, 8, width=8, depth=1, heads=2)) - millions(net) == pytest.approx(88 / 1e6)
+
+
+def test_attention_dropout_is_for_training_only():
+    torch.manual_seed(0)
+    net = TransformerLM(11, 8, width=8, depth=1, heads=2, attention_dropout=0.5)
+    tokens = torch.arange(8)[None]
+    assert not torch.equal(net(tokens), net(tokens))
+    net.eval()
+    assert torch.equal(net(tokens), net(tokens))
+
+
+SMALL = [
+    "model.width=16", "model.depth=2", "model.heads=2", "model.feedforward=32", "data.sequence_length=8",
+    "data.batch_size=2", "recipe.global_batch=4", "trainer.val_check_interval=4", "recipe.update_every=2",
+]  # fmt: skip
+WORDS = ["experiment=wikitext103_transformer_xl", f"data.num_classes={WIKITEXT_WORDS}", *SMALL]
+BYTES = ["experiment=enwik8_transformer_xl", "data.split=[18000,1000,1000]", *SMALL]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="ranks are forked")
+def test_two_processes_train_both_experiments_and_score_as_one_does(composed, data_dir, tmp_path):
+    write_wikitext(tmp_path / "data" / "wikitext-103")  # not numbered yet
+    words = [*WORDS, "recipe.max_steps=4", "logger=none", "hydra.run.dir=words", f"paths.data_dir={tmp_path}/data"]
+    debug = [*BYTES, "debug=fast_dev_run", "logger=none", "hydra.run.dir=bytes", f"paths.data_dir={data_dir}"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(plain_path()), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(Path(__file__).with_name("two_ranks.py")), *words, "---", *debug]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("GLOBAL_RANK: 1, MEMBER: 2/2") == 2
+    assert len(list((tmp_path / "data" / "wikitext-103" / ".topkast").glob("words-*/"))) == 1
+    result = json.loads((tmp_path / "words" / "result.json").read_text())
+    assert result["monitor"]["name"] == "val/perplexity"
+
+    config = composed(*WORDS, f"paths.data_dir={tmp_path}/data", "trainer=cpu", "logger=none", "callbacks=none")
+    data, model = instantiate(config.data), build_model(config)
+    checkpoint = torch.load(tmp_path / "words" / "checkpoints" / "best.ckpt", weights_only=True)
+    assert checkpoint["global_step"] in (2, 4), "4 batches of 2 on two processes are 4 steps of 4"
+    model.load_state_dict(checkpoint["state_dict"])
+    (figures,) = Trainer(accelerator="cpu", **QUIET).test(model, data, verbose=False)
+    windows = Windows(data.test_set.content, 8, complete=True)
+    assert len(windows) % 2 == 1, "one of them would be scored twice"
+    assert result["metrics"]["test/perplexity"] == pytest.approx(figures["test/perplexity"], rel=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_run_that_is_validated_within_an_epoch_goes_on_exactly(composed, data_dir, tmp_path):
+    def last(steps, *overrides):
+        train(
+            composed(
+                *WORDS, f"paths.data_dir={data_dir}", f"recipe.max_steps={steps}", "trainer=cpu", "logger=none",
+                "scheduler=none", "model.dropout=0", "test=false", "callbacks.progress=null", *overrides,
+            )
+        )  # fmt: skip
+        return torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+
+    whole = last(6)
+    half = last(4)
+    assert (half["global_step"], half["epoch"]) == (4, 0)
+    (tmp_path / "half.ckpt").write_bytes((tmp_path / "run" / "checkpoints" / "last.ckpt").read_bytes())
+    goes_on = last(6, f"ckpt_path={tmp_path}/half.ckpt")
+    assert goes_on["global_step"] == whole["global_step"] == 6
+    for name, weight in whole["state_dict"].items():
+        assert torch.equal(goes_on["state_dict"][name], weight), name
+        assert name.startswith("net.")
+    assert not torch.equal(half["state_dict"]["net.tokens.weight"], whole["state_dict"]["net.tokens.weight"])
 
 
 def test_attention_sees_distances_only():

@@ -6,7 +6,6 @@ import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from lightning_topkast.app.errors import CONFIG_MODULE, AppError, did_you_mean
+from lightning_topkast.app.errors import AppError, did_you_mean
 from lightning_topkast.app.result import without_places
 
 _FIRST, _LAST = ("data", "model", "sparsity"), ("seed",)  # in a run's name
@@ -47,7 +46,7 @@ def read_sweep(name: str) -> Sweep:
     """Return the sweep that a YAML file describes.
 
     Args:
-        name: a path, or the name of a file in the folder `comparison` of the package's configuration.
+        name: a path, or the name of a file in the folder `sweeps` beside this module.
 
     Raises:
         AppError: there is no such file, or it does not describe a sweep.
@@ -121,6 +120,5 @@ def _are_overrides(value: Any) -> bool:
 
 
 def _shipped() -> list[Path]:
-    return sorted(
-        file for root in import_module(CONFIG_MODULE).__path__ for file in Path(root, "comparison").glob("*.yaml")
-    )
+    # not among Hydra's groups, which would offer them to topkast-train
+    return sorted((Path(__file__).parent / "sweeps").glob("*.yaml"))

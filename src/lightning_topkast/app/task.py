@@ -15,35 +15,18 @@ from torch.optim import Optimizer
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_topkast.app.data.windows import IGNORED
 from lightning_topkast.app.errors import AppError
 
 Part = Literal["train", "val", "test"]
 
 
-class BitsPerByte(MeanMetric):
-    """A mean loss, in bits."""
-
-    def compute(self) -> Tensor:
-        """Return it in bits."""
-        return super().compute() / math.log(2.0)
-
-
-class Perplexity(MeanMetric):
-    """The exponential of a mean loss; torchmetrics' own needs the probabilities of the whole vocabulary again."""
-
-    def compute(self) -> Tensor:
-        """Return the exponential."""
-        return super().compute().exp()
-
-
-TEXT_METRICS: dict[str, type[MeanMetric]] = {"bits_per_byte": BitsPerByte, "perplexity": Perplexity}
-
-
 class ClassificationTask(LightningModule):
     """Train `net` to classify: images, or the next byte at every position of a text.
 
-    Logs `<part>/loss` and `<part>/acc` for train, val and test, and `<part>/bits_per_byte` or `<part>/perplexity` for
-    text. Checkpoints hold tensors and primitives only, so that they load with `weights_only=True`.
+    Logs `<part>/loss` and `<part>/acc` for train, val and test, and for text `<part>/bits_per_byte` or
+    `<part>/perplexity`; targets of `IGNORED` count nowhere. Checkpoints hold tensors and primitives only, so that they
+    load with `weights_only=True`.
 
     Args:
         net: Returns logits, the classes in the last dimension.
@@ -52,7 +35,8 @@ class ClassificationTask(LightningModule):
             whole run. Its learning rate changes at every step. None keeps the learning rate.
         num_classes: Number of classes.
         label_smoothing: Of the training loss.
-        text_metric: Also log the loss as is usual for text: `bits_per_byte`, or the `perplexity` of words.
+        bits_per_byte: Also log the loss in bits, the usual figure for text as bytes.
+        perplexity: Also log e to the power of the mean loss, the usual figure for text as words.
         channels_last: Keep the weights and images of a network with 2-D convolutions in this memory format.
     """
 
@@ -64,7 +48,8 @@ class ClassificationTask(LightningModule):
         *,
         num_classes: int,
         label_smoothing: float = 0.0,
-        text_metric: Literal["bits_per_byte", "perplexity"] | None = None,
+        bits_per_byte: bool = False,
+        perplexity: bool = False,
         channels_last: bool = False,
     ) -> None:
         super().__init__()
@@ -75,11 +60,12 @@ class ClassificationTask(LightningModule):
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.label_smoothing = label_smoothing
-        self.accuracy = nn.ModuleDict({p: MulticlassAccuracy(num_classes, average="micro") for p in _metric_names()})
-        if text_metric is not None and text_metric not in TEXT_METRICS:
-            raise ValueError(f"text_metric={text_metric!r} is not valid: expected {', '.join(TEXT_METRICS)} or null")
-        self.text_metric = text_metric
-        self.of_text = nn.ModuleDict({p: TEXT_METRICS[text_metric]() for p in _metric_names()} if text_metric else {})
+        self.accuracy = _one_a_part(lambda: MulticlassAccuracy(num_classes, average="micro", ignore_index=IGNORED))
+        self.text_figures = nn.ModuleDict()
+        if bits_per_byte:
+            self.text_figures["bits_per_byte"] = _one_a_part(BitsPerByte)
+        if perplexity:
+            self.text_figures["perplexity"] = _one_a_part(Perplexity)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the network's logits."""
@@ -144,18 +130,40 @@ class ClassificationTask(LightningModule):
         logits = self(inputs)
         # Text has a target at every position.
         logits, targets = logits.flatten(0, -2), targets.flatten()
-        loss = F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
+        # Training has none to ignore, and needn't wait for the device to count them.
+        count = len(targets) if part == "train" else int((targets != IGNORED).sum())
+        loss = F.cross_entropy(logits, targets, label_smoothing=label_smoothing) if count else logits.new_zeros(())
         accuracy = cast(Metric, self.accuracy[_metric_name(part)])
         accuracy(logits.detach(), targets)
         # Training curves show single steps, the other parts the mean of an epoch.
-        self.log(f"{part}/loss", loss, prog_bar=part == "train", batch_size=len(targets), sync_dist=part != "train")
-        self.log(f"{part}/acc", accuracy, prog_bar=part == "val", batch_size=len(targets))
-        if self.text_metric:
-            metric = cast(Metric, self.of_text[_metric_name(part)])
+        self.log(f"{part}/loss", loss, prog_bar=part == "train", batch_size=count, sync_dist=part != "train")
+        self.log(f"{part}/acc", accuracy, prog_bar=part == "val", batch_size=count)
+        if self.text_figures:
             plain = F.cross_entropy(logits.detach(), targets) if label_smoothing else loss.detach()
-            metric(plain, weight=len(targets))
-            self.log(f"{part}/{self.text_metric}", metric, prog_bar=part == "val", batch_size=len(targets))
+            for name, parts in self.text_figures.items():
+                figure = cast(Metric, cast(nn.ModuleDict, parts)[_metric_name(part)])
+                figure(plain, weight=count)
+                self.log(f"{part}/{name}", figure, prog_bar=part == "val", batch_size=count)
         return loss
+
+
+class BitsPerByte(MeanMetric):
+    """The mean loss a byte, in bits."""
+
+    def compute(self) -> Tensor:
+        """Return the mean over what was seen on all processes."""
+        return super().compute() / math.log(2.0)
+
+
+class Perplexity(MeanMetric):
+    """e to the power of the mean loss a token.
+
+    That of torchmetrics takes the logits and makes probabilities of them, gigabytes with a vocabulary of words.
+    """
+
+    def compute(self) -> Tensor:
+        """Return e to the power of the mean over what was seen on all processes."""
+        return super().compute().exp()
 
 
 def _outermost_blocks(module: nn.Module) -> Iterator[nn.Module]:
@@ -171,5 +179,6 @@ def _metric_name(part: Part) -> str:
     return f"{part}_metric"  # "train" alone would hide the module's own method
 
 
-def _metric_names() -> list[str]:
-    return [_metric_name(part) for part in ("train", "val", "test")]
+def _one_a_part(metric: Callable[[], Metric]) -> nn.ModuleDict:
+    parts: tuple[Part, ...] = ("train", "val", "test")
+    return nn.ModuleDict({_metric_name(part): metric() for part in parts})

@@ -8,14 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from lightning_topkast.app.data.base import ArrayData
-from lightning_topkast.app.data.text import Windows
+from lightning_topkast.app.data.windows import WindowData, Windows
 from lightning_topkast.app.errors import AppError
 
 _YEAR = re.compile(r"(\d{4})-.+\.txt")
 
 
-class Sotu(ArrayData):
+class Sotu(WindowData):
     """249 speeches of 1790 to 2026 in 12.2 MB, cut by years: training, then validation, then test.
 
     The parts are whole years that follow each other, since the speeches of one year repeat each other (in 1973 there
@@ -44,15 +43,11 @@ class Sotu(ArrayData):
         seed: int = 0,
         num_classes: int = 256,
     ) -> None:
-        super().__init__(batch_size, num_workers, seed)
-        if sequence_length < 1:
-            raise ValueError(f"sequence_length must be at least 1; got {sequence_length}")
+        super().__init__(sequence_length, batch_size, num_workers, seed, num_classes)
         if val_from > test_from:
             raise ValueError(f"val_from={val_from} must not be later than test_from={test_from}")
-        self.sequence_length = sequence_length
         self.years = (val_from, test_from)
         self.folder = Path(folder).expanduser() if folder else None
-        self.num_classes = num_classes
 
     def load(self) -> None:
         """Read the speeches, year by year."""

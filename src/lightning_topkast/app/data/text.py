@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch.utils.data import Dataset
 
-from lightning_topkast.app.data.base import ArrayData, Batch, split_sizes
+from lightning_topkast.app.data.base import split_sizes
+from lightning_topkast.app.data.windows import WindowData, Windows
 from lightning_topkast.app.errors import AppError
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
-class Text(ArrayData):
+class Text(WindowData):
     """A text file, or all files under a folder in the order of their names, cut into training, validation and test.
 
     The parts follow each other in the text, as in enwik8's usual split into 90, 5 and 5 million bytes.
@@ -45,16 +44,12 @@ class Text(ArrayData):
         num_classes: int = 256,
         fetch: str | None = None,
     ) -> None:
-        super().__init__(batch_size, num_workers, seed)
-        if sequence_length < 1:
-            raise ValueError(f"sequence_length must be at least 1; got {sequence_length}")
+        super().__init__(sequence_length, batch_size, num_workers, seed, num_classes)
         if len(split) != 3:
             raise ValueError(f"split has three parts: training, validation and test; got {list(split)}")
         self.path = Path(path).expanduser()
         self.pattern = pattern
-        self.sequence_length = sequence_length
         self.split = split
-        self.num_classes = num_classes
         self.fetch = fetch
 
     def load(self) -> None:
@@ -88,28 +83,3 @@ class Text(ArrayData):
         if len(content) == 0:
             raise AppError(f"{self.path} is empty: data.path=... names a text file or a folder of them")
         return content
-
-
-class Windows(Dataset[Any]):
-    """Consecutive windows of `length` tokens and, as targets, the token after each; a batch at a time.
-
-    Every token but the part's first is predicted once, from those before it in its window; a remainder shorter than a
-    window is left out.
-    """
-
-    def __init__(self, content: np.ndarray[Any, np.dtype[Any]], length: int) -> None:
-        self.content = content
-        self.length = length
-
-    def __len__(self) -> int:
-        return max(0, len(self.content) - 1) // self.length
-
-    def __getitem__(self, index: int) -> Batch:
-        inputs, targets = self.__getitems__([index])
-        return inputs[0], targets[0]
-
-    def __getitems__(self, indices: list[int]) -> Batch:
-        """Return a batch; torch's loader calls this in place of one call an example."""
-        starts = np.asarray(indices)[:, None] * self.length
-        rows = torch.from_numpy(self.content[starts + np.arange(self.length + 1)].astype(np.int64))
-        return rows[:, :-1], rows[:, 1:]

@@ -21,7 +21,9 @@ class TransformerLM(nn.Module):
         heads: Attention heads; must divide `width`.
         feedforward: Size inside a feed-forward part; None for four times `width`.
         dropout: Probability after each attention and feed-forward part.
-        tied: One weight for the embedding and the output.
+        attention_dropout: Probability of a weight of the attention itself.
+        tie_output: The output layer's weights are the embedding's, which stays dense. The last candidate for sparsity
+            is then the last block's, hence recipe.keep_last_dense=false in model=transformer_tied.
     """
 
     def __init__(
@@ -33,18 +35,20 @@ class TransformerLM(nn.Module):
         heads: int = 4,
         feedforward: int | None = None,
         dropout: float = 0.0,
-        tied: bool = False,
+        attention_dropout: float = 0.0,
+        tie_output: bool = False,
     ) -> None:
         super().__init__()
         if width % heads or width < 2 * heads:
             raise ValueError(f"heads={heads} must divide width={width} into parts of at least 2")
         self.tokens = nn.Embedding(num_classes, width)
         self.blocks = nn.ModuleList(
-            Block(width, heads, feedforward or 4 * width, dropout, sequence_length) for _ in range(depth)
+            Block(width, heads, feedforward or 4 * width, dropout, attention_dropout, sequence_length)
+            for _ in range(depth)
         )
         self.norm = nn.LayerNorm(width)
         self.output = nn.Linear(width, num_classes, bias=False)
-        if tied:
+        if tie_output:
             self.output.weight = self.tokens.weight
         self.apply(_initialise)
         for name, weight in self.named_parameters():
@@ -64,10 +68,12 @@ class TransformerLM(nn.Module):
 class Block(nn.Module):
     """Causal self-attention, then a feed-forward layer, each added to its input."""
 
-    def __init__(self, width: int, heads: int, feedforward: int, dropout: float, sequence_length: int) -> None:
+    def __init__(
+        self, width: int, heads: int, feedforward: int, dropout: float, attention_dropout: float, sequence_length: int
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
-        self.attention = Attention(width, heads, dropout, sequence_length)
+        self.attention = Attention(width, heads, dropout, attention_dropout, sequence_length)
         self.norm2 = nn.LayerNorm(width)
         self.feedforward = FeedForward(width, feedforward, dropout)
 
@@ -83,9 +89,10 @@ class Attention(nn.Module):
     cosine: Tensor
     sine: Tensor
 
-    def __init__(self, width: int, heads: int, dropout: float, sequence_length: int) -> None:
+    def __init__(self, width: int, heads: int, dropout: float, attention_dropout: float, sequence_length: int) -> None:
         super().__init__()
         self.heads = heads
+        self.attention_dropout = attention_dropout
         self.query_key_value = nn.Linear(width, 3 * width, bias=False)
         self.project = nn.Linear(width, width, bias=False)
         self.dropout = nn.Dropout(dropout)
@@ -106,7 +113,9 @@ class Attention(nn.Module):
         batch, time, width = x.shape
         q, k, v = self.query_key_value(x).view(batch, time, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         cosine, sine = self.cosine[:time], self.sine[:time]
-        mixed = F.scaled_dot_product_attention(rotate(q, cosine, sine), rotate(k, cosine, sine), v, is_causal=True)
+        q, k = rotate(q, cosine, sine), rotate(k, cosine, sine)
+        dropout = self.attention_dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         out: Tensor = self.dropout(self.project(mixed.transpose(1, 2).reshape(batch, time, width)))
         return out
 

@@ -16,7 +16,8 @@ class SET(Static):
     """Sparse evolutionary training: drop a share of A by magnitude, grow as many at random (Mocanu et al. 2018).
 
     Growth is among all entries that were not kept, so that one just dropped may come back, with its value. Grown
-    entries start from zero, as in the comparisons of Evci et al. 2020 (the original draws them anew).
+    entries start from zero, as in the comparisons of Evci et al. 2020 (the original draws them anew). Stop refreshing
+    before the run ends (stop_refreshing_at=0.75), or what its last refresh has grown is still zero.
 
     Args:
         drop_fraction: share of A that is dropped at a refresh, in (0, 1); ζ of the paper.

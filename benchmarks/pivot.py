@@ -32,8 +32,11 @@ def pivot(comparison: dict[str, Any]) -> list[Row]:
     rows: dict[str, Row] = {}
     for row in comparison["rows"]:
         method = re.sub(r"(_\d+)+$", "", row["method"])  # topkast_90_80 is topkast
+        filled = [row["forward_sparsity"]] if row["forward_sparsity"] else levels
+        if f"{filled[0]:.0%}" in rows.get(method, ()):  # the same with another backward sparsity, or other settings
+            method = " ".join([method, f"backward {row['backward_sparsity']:.0%}", *row["settings"]])
         mine = rows.setdefault(method, {"method": method})
-        for level in [row["forward_sparsity"]] if row["forward_sparsity"] else levels:
+        for level in filled:
             mine[f"{level:.0%}"] = score(row, metric, percent)
             flops = row["figures"].get("training_flops_ratio")
             mine[f"{level:.0%}: training FLOPs"] = f"{flops['mean']:.3f}" if flops else None

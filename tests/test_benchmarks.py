@@ -142,15 +142,17 @@ def test_accuracy_is_measured_once_per_run_and_tabulated(tmp_path):
 
 
 def test_pivot_has_a_row_a_method_and_a_column_a_sparsity(tmp_path):
-    def row(method, forward, values, diverged=0):
+    def row(method, forward, values, diverged=0, backward=0.5):
         mean, std = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
         figures = {"test": {"mean": mean, "std": std}, "training_flops_ratio": {"mean": 0.25, "std": None}}
-        return {"method": method, "forward_sparsity": forward, "figures": figures, "diverged": diverged}
+        return {"method": method, "forward_sparsity": forward, "backward_sparsity": backward, "settings": [],
+                "figures": figures, "diverged": diverged}  # fmt: skip
 
     rows = [row("dense", 0.0, [0.9]), row("topkast_80_50", 0.8, [0.80, 0.82], 1), row("topkast_90_80", 0.9, [0.7])]
+    rows.append(row("topkast_80_80", 0.8, [0.5], backward=0.8))
     comparison = {"data": "d", "model": "m", "test": "test/acc", "validation": "val/acc", "rows": rows}
     (tmp_path / "comparison.json").write_text(json.dumps({"comparisons": [comparison]}))
     out = run_benchmark("pivot.py", tmp_path).stdout
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines() if line[:1] == "|"]
     assert lines[:4:2] == [["method", "80%", "90%"], ["dense", "90.00", "90.00"]]
-    assert lines[3] == ["topkast", "81.00 ± 1.41, 1 diverged", "70.00"]
+    assert lines[3:5] == [["topkast", "81.00 ± 1.41, 1 diverged", "70.00"], ["topkast backward 80%", "50.00", ""]]

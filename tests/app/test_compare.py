@@ -190,6 +190,14 @@ def test_failing_and_killed_runs_do_not_lose_the_others_and_are_tried_again(comp
     assert (found["steps"], found["examples"]) == (6, 6 * 64)
 
 
+def test_exit_code_is_the_same_if_all_runs_fail(compare):
+    code, _, err = compare("optimizer.lr=-1.0", *TINY)
+    assert code == 1
+    assert "no finished run" in err
+    assert "of 1 begun ones" in err
+    assert "Invalid learning rate: -1.0" in err
+
+
 @pytest.mark.parametrize(
     ("code", "printed", "said"),
     [

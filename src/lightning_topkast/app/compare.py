@@ -118,7 +118,7 @@ def report(collected: Collected, folder: Path, project: str | None = None) -> No
     """Print the tables and write them into `folder`, and to W&B if a project is given.
 
     Raises:
-        AppError: there is nothing to compare.
+        AppError: there is nothing to compare, and not because all runs failed.
     """
     for broken in collected.broken:
         _say(f"passed over: {broken}")
@@ -126,9 +126,10 @@ def report(collected: Collected, folder: Path, project: str | None = None) -> No
         begun = len(collected.failed) + len(collected.unfinished)
         first = [f"{name} failed: {error}" for name, error in collected.failed.items()]
         first += [f"{name} is not finished" for name in collected.unfinished]
-        raise AppError(
-            f"there is no finished run beneath {folder}" + (f", of {begun} begun ones: {first[0]}" if begun else "")
-        )
+        nothing = f"there is no finished run beneath {folder}"
+        if collected.failed:
+            return _say(f"{nothing}, of {begun} begun ones: {first[0]}")
+        raise AppError(nothing + (f", of {begun} begun ones: {first[0]}" if begun else ""))
     markdown = to_markdown(collected)
     texts = {"md": markdown, "csv": to_csv(collected), "json": to_json(collected)}
     for suffix, text in texts.items():

@@ -62,7 +62,8 @@ def _panel(axes: Axes, comparison: Comparison, points: Sequence[Row], styles: di
     if least == most > 0:  # matplotlib warns of an axis without extent
         axes.set_xlim(least / 2, most * 2)
     low, high = _range([_score(row, comparison) for row in points])
-    front, inside = pareto_front(comparison), [row for row in points if low <= _score(row, comparison) <= high]
+    inside = [row for row in points if low <= _score(row, comparison) <= high]
+    front = [row for row in pareto_front(comparison) if row in inside]
     axes.plot(
         [_flops(row) for row in front], [_score(row, comparison) for row in front],
         color="0.85", linewidth=5, solid_capstyle="round", zorder=1, label="none is better and cheaper",
@@ -91,7 +92,7 @@ def _panel(axes: Axes, comparison: Comparison, points: Sequence[Row], styles: di
     axes.set_title(f"{comparison.data}, {comparison.model}")
     axes.grid(alpha=0.25, which="both", linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
-    _label(axes, comparison, inside if len(inside) <= _MOST_LABELS else [row for row in front if row in inside])
+    _label(axes, comparison, inside if len(inside) <= _MOST_LABELS else front)
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 

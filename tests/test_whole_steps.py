@@ -1,7 +1,11 @@
 """`WholeStepCheckpoint`: whatever it saves, a run goes on from it as if it had never stopped."""
 
+import os
+import signal
+
 import pytest
 import torch
+from lightning.pytorch import Callback
 
 from lightning_topkast import WholeStepCheckpoint
 from tests.helpers import Resumable, batches, make_callback, make_net, make_trainer, same
@@ -50,3 +54,71 @@ def test_two_that_differ_in_their_files_only_keep_a_state_each(tmp_path):
     run_trainer.fit(make_net(), batches(2), batches(2, seed=2))
     states = torch.load(tmp_path / "first.ckpt", weights_only=True)["callbacks"]
     assert {first.state_key, second.state_key} <= set(states)
+
+
+class CtrlC(Callback):
+    """Presses it in the optimizer's step or in a batch of the validation, and notes how far the run went on."""
+
+    def __init__(self, times: int = 1, validation: bool = False) -> None:
+        self.times, self.validation = times, validation
+        self.seen: list[str] = []
+
+    def on_train_start(self, trainer, pl_module):
+        trainer.optimizers[0].register_step_post_hook(lambda *_: self.press(trainer, self.validation))
+
+    def press(self, trainer, other: bool) -> None:
+        if trainer.global_step == 3 and not other:
+            for _ in range(self.times):
+                os.kill(os.getpid(), signal.SIGINT)
+            self.seen.append("pressed")
+
+    def on_train_batch_end(self, *_):
+        self.seen.append("step")
+
+    def on_validation_batch_end(self, trainer, *_):
+        self.seen.append("validated")
+        if trainer.global_step == 7 and self.validation:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize(
+    ("pressed", "seen"),
+    [
+        (CtrlC(), 3 * ["step"] + ["pressed", "step"]),
+        (CtrlC(times=2), 3 * ["step"]),
+        (CtrlC(validation=True), 7 * ["step"] + ["validated"]),
+    ],
+)
+def test_ctrl_c_waits_for_the_end_of_the_step(tmp_path, pressed, seen):
+    before = signal.getsignal(signal.SIGINT)
+    assert before is signal.default_int_handler
+    # WholeStepCheckpoint comes last: callbacks that make checkpoints do
+    trainer = make_trainer(tmp_path, pressed, WholeStepCheckpoint(tmp_path), enable_checkpointing=True)
+    try:
+        with pytest.raises(SystemExit):
+            trainer.fit(make_net(), batches(7), batches(2, seed=2))
+    finally:
+        signal.signal(signal.SIGINT, before)  # Lightning has made the process deaf to it
+    assert pressed.seen == seen
+
+
+def test_ctrl_c_is_given_back_after_the_run(tmp_path):
+    during = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, *_):
+            during.append(signal.getsignal(signal.SIGINT))
+
+    class Fails(Callback):
+        def on_train_batch_end(self, *_):
+            raise ValueError("no")
+
+    for other in (Look(), Fails()):
+        trainer = make_trainer(tmp_path, other, WholeStepCheckpoint(tmp_path), enable_checkpointing=True, max_epochs=1)
+        try:
+            trainer.fit(make_net(), batches(2), batches(2, seed=2))
+        except ValueError:
+            assert isinstance(other, Fails)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.default_int_handler not in during

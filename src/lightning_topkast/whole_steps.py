@@ -29,6 +29,9 @@ class WholeStepCheckpoint(ModelCheckpoint):
       that they may wait for each other for ever. Here they wait for one of the two, at which the ranks agree by a tiny
       all-reduce; so the notice that SLURM gives (`--signal=USR1@90`: 90 seconds) must be long enough for a step, or for
       a validation.
+    - Ctrl-C stops Python wherever it is: where half of the weights have made a step, or in the midst of torch's C++,
+      which may abort the process. Here, where there is one rank, it waits for the end of the step, too, or of a batch
+      of a validation; pressed once more, it stops at once.
     """
 
     _signals: "_Signals | None" = None
@@ -59,6 +62,11 @@ class WholeStepCheckpoint(ModelCheckpoint):
                 super().on_train_epoch_end(trainer, pl_module)
             self._answer_signals()
 
+    def on_validation_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        """Let Ctrl-C end a validation."""
+        if self._signals is not None:
+            self._signals.interrupt()
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save what is due by validations, in the middle of a step at its end."""
         if trainer.state.fn == TrainerFn.FITTING and trainer.fit_loop.epoch_loop._should_accumulate():
@@ -74,6 +82,16 @@ class WholeStepCheckpoint(ModelCheckpoint):
             super().on_train_batch_end(trainer, pl_module, None, None, -1)
         self._answer_signals()
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give Ctrl-C back to Python."""
+        super().on_train_end(trainer, pl_module)
+        self._close_signals()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give Ctrl-C back to Python."""
+        self._close_signals()
+        super().on_exception(trainer, pl_module, exception)
+
     def _save_after_validation(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._validated:
             self._validated = False
@@ -82,6 +100,11 @@ class WholeStepCheckpoint(ModelCheckpoint):
     def _answer_signals(self) -> None:
         if self._signals is not None:
             self._signals.answer()
+
+    def _close_signals(self) -> None:
+        if self._signals is not None:
+            self._signals.close()
+            self._signals = None
 
 
 class _Signals:
@@ -107,6 +130,14 @@ class _Signals:
             handler = self._take(signal.SIGTERM)
             if handler is not None:
                 self._answers[signal.SIGTERM] = partial(self._stop, handler)
+        if trainer.world_size == 1 and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, self._note)
+            self._answers[signal.SIGINT] = partial(signal.default_int_handler, signal.SIGINT, None)
+
+    def close(self) -> None:
+        """Put back Python's answer to Ctrl-C, which Lightning does not know of."""
+        if signal.SIGINT in self._answers and signal.getsignal(signal.SIGINT) == self._note:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _take(self, signum: int) -> _HandlersCompose | None:
         """Note the signal from now on; returns Lightning's handler, None where it is a user's or taken already."""
@@ -117,12 +148,22 @@ class _Signals:
         return handler
 
     def _note(self, signum: int, frame: Any) -> None:
+        if signum == signal.SIGINT and signum in self._noted:
+            signal.default_int_handler(signum, frame)
         self._noted.add(signum)
+
+    def interrupt(self) -> None:
+        """Answer Ctrl-C."""
+        if signal.SIGINT in self._noted & self._answers.keys():
+            self._answers.pop(signal.SIGINT)()
 
     def answer(self) -> None:
         """Give the answers that are due, on all ranks; a collective if there are several and anything was put off."""
+        any_rank = partial(self._trainer.strategy.reduce_boolean_decision, all=False)
+        if not self._answers or not any_rank(bool(self._noted)):
+            return
         for signum in sorted(self._answers):
-            if self._trainer.strategy.reduce_boolean_decision(signum in self._noted, all=False):
+            if any_rank(signum in self._noted):
                 self._answers.pop(signum)()  # once: the signal may reach other ranks later
 
     def _stop(self, handler: _HandlersCompose) -> None:

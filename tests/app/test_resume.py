@@ -135,7 +135,7 @@ def test_stopped_run_says_how_to_go_on_and_exits_as_shells_expect(tmp_path, sent
         _, err = run.communicate(timeout=60)
     finally:
         run.kill()
-    assert run.returncode == code
+    assert run.returncode == code, err
     assert "topkast-train: interrupted in epoch " in last_line(err)
     path = last_line(err).rpartition("ckpt_path=")[2]
     assert torch.load(path, weights_only=True)["callbacks"]

@@ -1,6 +1,5 @@
 """The benchmarks run, and print what they promise."""
 
-import csv
 import json
 import runpy
 import statistics
@@ -118,27 +117,6 @@ def test_time_to_accuracy_ends_at_the_goal_or_says_that_it_was_not_reached(tmp_p
         "time_to_accuracy.py", "--folder", tmp_path / "data", "--accuracy", "1.1", "--seeds", "0", "--epochs", "1"
     )
     assert "0 of 1" in out.stdout
-
-
-def test_accuracy_is_measured_once_per_run_and_tabulated(tmp_path):
-    results = tmp_path / "results" / "accuracy.csv"
-    command = ["accuracy.py", "--data", "digits", "--model", "mlp", "--results", results]
-    command += ["--override", "trainer.max_epochs=1"]
-    command += ["--method", "dense", "90/80"]
-    run_benchmark(*command, "--seeds", "0")
-    first = results.read_text().splitlines()
-    run = run_benchmark(*command, "--seeds", "0", "1")
-    rows = list(csv.DictReader(results.read_text().splitlines()))
-    assert results.read_text().splitlines()[:3] == first, "finished runs are kept"
-    assert [(row["method"], row["seed"]) for row in rows] == [
-        ("dense", "0"),
-        ("90/80", "0"),
-        ("dense", "1"),
-        ("90/80", "1"),
-    ]
-    assert [float(row["model_sparsity"]) > 0.8 for row in rows] == [False, True, False, True]
-    mean = statistics.mean(100 * float(row["accuracy"]) for row in rows if row["method"] == "90/80")
-    assert f"| 90/80 | {mean:.2f} ± " in run.stdout
 
 
 def test_pivot_has_a_row_a_method_and_a_column_a_sparsity(tmp_path):

@@ -31,7 +31,15 @@ from lightning_topkast.app.errors import (
     one_line_errors,
     quiet_broken_pipe,
 )
-from lightning_topkast.app.loggers import check_all_writable, check_writable, close_wandb, log_config, wandb_folder
+from lightning_topkast.app.loggers import (
+    check_all_writable,
+    check_writable,
+    close_wandb,
+    follow,
+    log_config,
+    log_outcome,
+    wandb_folder,
+)
 from lightning_topkast.app.report import count_weights, print_report
 from lightning_topkast.app.result import End, RunMeter, all_finite, leave_result, sparse_names
 from lightning_topkast.app.resume import AUTO, SameCheckpoint, newest_checkpoint
@@ -82,6 +90,7 @@ def _train(cfg: DictConfig) -> float:
     trainer: Trainer = instantiate(cfg.trainer, logger=loggers or False, callbacks=callbacks, _convert_="all")
     with one_job(trainer):
         log_config(trainer.loggers, cast(dict[str, Any], OmegaConf.to_container(with_width(cfg), resolve=True)))
+        follow(trainer.loggers, cfg.recipe.monitor, cfg.recipe.mode)
 
         try:
             trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, **SAFELY)
@@ -110,7 +119,8 @@ def _train(cfg: DictConfig) -> float:
         counts = count_weights(model)
         if trainer.is_global_zero:
             diverged = not all_finite({**own, **figures})
-            leave_result(cfg, End(diverged, took, score, tested, counts, sparse_names(callbacks)))
+            result = leave_result(cfg, End(diverged, took, score, tested, counts, sparse_names(callbacks)))
+            log_outcome(trainer.loggers, result, trainer.global_step)
             wandb_dir = wandb_folder(trainer.loggers)
             close_wandb(failed=False)  # before the last lines, which name its folder
             print_report(counts, figures, Path(cfg.paths.output_dir), wandb_dir, Path(best) if best else None)

@@ -64,6 +64,10 @@ class ByHand(Callback):
         for name in sizes:
             row[f"topkast/forward_sparsity/{name}"] = 1 - active[name] / sizes[name]
             row[f"topkast/mask_change/{name}"] = self.changed[name] / active[name]
+            activated = int((self.ever[name] & self.reservoir[name]).sum())
+            row[f"topkast/reservoir_activated/{name}"] = activated / int(self.reservoir[name].sum())
+        changes = [row[f"topkast/mask_change/{name}"] for name in sizes]
+        row |= {"topkast/mask_change_min": min(changes), "topkast/mask_change_max": max(changes)}
         self.rows.append(row)
 
 
@@ -157,6 +161,12 @@ def test_every_logger_gets_the_values(tmp_path):
     for key in by_hand.rows[7]:
         values = {event.step: event.value for event in events.Scalars(key)}
         assert values[7] == pytest.approx(by_hand.rows[7][key], rel=1e-5), key
+    # and what is no number, where it can show it
+    active = callback.topkast.weights[MIDDLE].active_entries
+    assert events.Histograms(f"topkast/magnitude/{MIDDLE}/active")[-1].histogram_value.num == int(active)
+    assert {f"topkast/masks/{MIDDLE}", "topkast/mask_change_heatmap"} <= set(events.Tags()["images"])
+    (table,) = events.Tensors("topkast/weights/text_summary")
+    assert f"| {MIDDLE} |".encode() in table.tensor_proto.string_val[0]
 
 
 class Operations(TorchDispatchMode):

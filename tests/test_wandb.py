@@ -1,9 +1,6 @@
 """What an offline Weights & Biases run holds, read back from its files."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +9,11 @@ from lightning.pytorch.loggers import WandbLogger
 from PIL import Image
 
 from lightning_topkast import TopKast
-from lightning_topkast.wandb_media import heatmap, split_histogram
+from lightning_topkast.media import pictured, split_histogram
+from lightning_topkast.pictures import SET_COLOURS, heatmap, histogram_picture, mask_picture
 from tests.helpers import MIDDLE, fit, make_callback, make_net, make_trainer
 from tests.test_telemetry import STRENGTH, ByHand
+from tests.wandb_files import history, records_of
 
 wandb = pytest.importorskip("wandb")
 
@@ -30,9 +29,9 @@ def offline_run(tmp_path_factory):
         # mode, not offline=True, which sets WANDB_MODE: that is read once in a process, and stays set
         callback = make_callback(penalty_strength=STRENGTH)
         by_hand = ByHand(callback)
-        logger = WandbLogger(mode="offline", save_dir=folder, project="test")
+        logger = WandbLogger(mode="offline", save_dir=folder, project="test", log_model=True)
         try:
-            trainer = make_trainer(folder, callback, by_hand, logger=logger, max_epochs=3)
+            trainer = make_trainer(folder, callback, by_hand, logger=logger, max_epochs=3, enable_checkpointing=True)
             fit(trainer, make_net(optimizer="adamw", lr=0.05))
         finally:
             wandb.finish()
@@ -42,19 +41,7 @@ def offline_run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def records(offline_run):
-    """Every record of the run's own log file, by wandb's reader."""
-    command = Path(sys.executable).with_name("wandb")
-    done = subprocess.run(
-        [command, "leet", "inspect", "--json", offline_run[0]], capture_output=True, text=True, timeout=60
-    )
-    if done.returncode and "No such command" in done.stderr:
-        pytest.skip("this wandb cannot read its own runs")
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-def history(records) -> list[dict]:
-    return [record["history"]["item"] for record in records if record["type"] == "history"]
+    return records_of(offline_run[0])
 
 
 def test_run_holds_the_values_counted_by_hand(offline_run, records):
@@ -104,6 +91,44 @@ def test_heatmap_image_and_table_of_weights_are_on_disk(offline_run, records):
     assert rows["layers.0.bias"]["kept dense"] == "bias"
 
 
+def test_picture_of_a_mask_is_that_of_its_sets(offline_run, records):
+    shown = [row for row in history(records) if f"topkast/masks/{MIDDLE}.path" in row]
+    assert len(shown) == 4  # as often as the histograms
+    with Image.open(offline_run[0] / "files" / shown[-1][f"topkast/masks/{MIDDLE}.path"]) as image:
+        pixels = np.asarray(image.convert("RGB"))
+    tiers = offline_run[1].topkast.weights[MIDDLE].tiers.numpy()
+    cell = pixels.shape[0] // tiers.shape[0]
+    assert np.array_equal(pixels[cell // 2 :: cell, cell // 2 :: cell], SET_COLOURS[tiers])
+    assert any(f"topkast/thresholds/{MIDDLE}.path" in row for row in history(records))
+
+
+def test_mask_change_of_least_and_most_changed_weights_is_one_chart(offline_run, records):
+    (row,) = (row for row in history(records) if "topkast/mask_change_of_weights_table.path" in row)
+    table = json.loads((offline_run[0] / "files" / row["topkast/mask_change_of_weights_table.path"]).read_text())
+    lines: dict[str, list[float]] = {}
+    for step, name, value in table["data"]:
+        lines.setdefault(name, []).append(value)
+        assert 0 <= step <= 12
+    refreshed = offline_run[2].rows[2::3]
+    for name, values in lines.items():
+        assert values[1:] == pytest.approx(
+            [values_by_hand[f"topkast/{name}"] for values_by_hand in refreshed], rel=1e-5
+        )
+
+
+def test_checkpoint_is_handed_over_with_its_densities(offline_run, records):
+    artifacts = [record["artifact"] for record in records if record["type"] == "artifact"]
+    (artifact,) = (artifact for artifact in artifacts if artifact["name"].startswith("sparse-model-"))
+    assert artifact["type"] == "model"
+    (file,) = artifact["manifest"]["contents"]
+    checkpoint = torch.load(file["local_path"], weights_only=True)
+    metadata = json.loads(artifact["metadata"])
+    assert metadata["densities"] == {MIDDLE: {"forward": 0.25, "backward": 0.5}}
+    alpha = checkpoint["state_dict"][MIDDLE]
+    assert int(alpha.count_nonzero()) == 0.25 * alpha.numel()
+    assert metadata["topkast/forward_sparsity"] == 0.75
+
+
 # --- pictures and histograms without a run ------------------------------------------------------------------------
 
 
@@ -133,3 +158,43 @@ def test_heatmap_of_a_long_run_stays_small():
 
 def test_heatmap_of_masks_that_never_change_can_be_drawn():
     heatmap([{"a": 0.0}] * 3)
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 5), (4, 3, 5), (4, 3, 5, 2), (4, 3, 2, 5, 2), (1, 1)])
+def test_picture_of_a_mask_shows_every_entry_of_any_shape(shape):
+    tiers = np.random.default_rng(0).integers(0, 3, shape).astype(np.uint8)
+    pixels = np.asarray(mask_picture(tiers)).reshape(-1, 3)
+    for tier, colour in enumerate(SET_COLOURS):
+        # lines around kernels hide a part of a cell, never a whole one
+        assert (pixels == colour).all(axis=1).any() == (tiers == tier).any()
+
+
+def test_picture_of_a_large_mask_stays_small():
+    picture = mask_picture(np.full((1300, 5000), 2, dtype=np.uint8))
+    assert max(picture.size) <= 640
+    assert picture.getcolors() == [(picture.width * picture.height, tuple(SET_COLOURS[2]))]
+
+
+def test_histogram_picture_has_a_line_at_each_threshold():
+    groups = {"active": (np.array([0, 4]), np.array([0, 1, 2])), "reservoir": (np.array([9, 0]), np.array([0, 1, 2]))}
+    with_lines, without = (histogram_picture(groups, lines) for lines in ({"active": 1.0}, {}))
+    columns = []
+    for image in (with_lines, without):
+        red = (np.asarray(image) == [200, 0, 0]).all(axis=2)
+        columns.append(np.flatnonzero(red[60:180].any(axis=0)))
+    assert columns[0].tolist() == [8 + 220]
+    assert columns[1].tolist() == []
+
+
+def test_pictured_are_the_first_convolution_and_attention_else_the_first_weight():
+    class Weight:
+        def __init__(self, name, *shape):
+            self.name, self.shape = name, shape
+
+    convolutions = [Weight("conv1.weight", 4, 3, 3, 3), Weight("conv2.weight", 4, 4, 3, 3), Weight("head.weight", 2, 4)]
+    attention = [
+        Weight(f"blocks.{block}.attention.{part}.weight", 4, 4) for block in range(3) for part in ("qkv", "out")
+    ]
+    assert pictured(convolutions) == {"conv1.weight"}
+    assert pictured(attention) == {weight.name for weight in attention[:4]}
+    assert pictured(convolutions[2:]) == {"head.weight"}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from lightning_topkast import WholeStepCheckpoint
+from lightning_topkast import TopKastError, WholeStepCheckpoint
 from tests.helpers import Resumable, batches, make_callback, make_net, make_trainer, same
 
 pytestmark = [
@@ -79,6 +79,35 @@ class CtrlC(Callback):
         self.seen.append("validated")
         if trainer.global_step == 7 and self.validation:
             os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_run_that_ctrl_c_ended_goes_on_bit_for_bit(tmp_path, accumulate):
+    before = signal.getsignal(signal.SIGINT)
+
+    def train(folder, *callbacks, ckpt_path=None):
+        callback, model = make_callback(update_every=2, penalty_strength=1e-2), make_net(optimizer="adamw", lr=0.02)
+        last = WholeStepCheckpoint(folder, "last", enable_version_counter=False, save_on_interrupt=True)
+        trainer = make_trainer(
+            folder, callback, *callbacks, last, enable_checkpointing=True, accumulate_grad_batches=accumulate,
+        )  # fmt: skip
+        trainer.fit(model, Resumable(batches(7 * accumulate)), batches(2, seed=2), ckpt_path=ckpt_path)
+        return model.state_dict(), callback.topkast.state_dict(), trainer.optimizers[0].state_dict()
+
+    try:
+        with pytest.raises(SystemExit):
+            train(tmp_path / "run", CtrlC())
+    finally:
+        signal.signal(signal.SIGINT, before)
+    saved = tmp_path / "run" / "last.ckpt"
+    assert torch.load(saved, weights_only=True)["global_step"] == 4
+    assert same(train(tmp_path / "whole"), train(tmp_path / "run", ckpt_path=saved))
+
+
+def test_interrupt_is_saved_by_no_checkpoint_that_follows_a_metric(tmp_path):
+    with pytest.raises(TopKastError, match="without monitor"):
+        WholeStepCheckpoint(tmp_path, monitor="val_loss", save_on_interrupt=True)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")

@@ -338,6 +338,11 @@ class TopKastCallback(Callback):
         if self._telemetry is not None:
             self._telemetry.finish()
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The last checkpoint is written by now."""
+        if self._telemetry is not None:
+            self._telemetry.hand_over()
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """A step may have been broken off: end it, as other callbacks may save a checkpoint; there is no teardown."""
         if self._new is not None:  # refused: the model shall be what it was

@@ -1,16 +1,21 @@
-"""What is logged, under which name, to every logger of the Trainer; richer media where the logger is W&B's."""
+"""What is logged, under which name, to every logger of the Trainer; richer media where the logger takes them."""
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from lightning_topkast.media import Media
 from lightning_topkast.metrics import MaskChange, ReservoirActivation, Sparsity
+from lightning_topkast.tensorboard_media import TensorBoardMedia
 from lightning_topkast.topkast import TopKast
 from lightning_topkast.wandb_media import WandbMedia
 
 PREFIX = "topkast"
+_BAND = ("mask_change_min", "mask_change", "mask_change_max")  # over the weights, around the share of all entries
 
 
 class Telemetry:
@@ -27,7 +32,10 @@ class Telemetry:
     def __init__(self, trainer: Trainer, engines: Sequence[TopKast]) -> None:
         self._trainer = trainer
         self._engines = engines
-        self._media = [WandbMedia(logger) for logger in trainer.loggers if WandbMedia.serves(logger)]
+        kinds = (WandbMedia, TensorBoardMedia)
+        self._shows = [kind(logger) for logger in trainer.loggers for kind in kinds if kind.serves(logger)]
+        self._media = Media()
+        self._band: dict[str, list[float]] = {name: [] for name in ("step", *_BAND)}
         self._of_sets: dict[str, Tensor] = {}
         self._refreshes = -1
 
@@ -48,16 +56,39 @@ class Telemetry:
         values = dict(zip(metrics, torch.stack([value.float() for value in metrics.values()]).tolist(), strict=True))
         for logger in self._trainer.loggers:
             logger.log_metrics(values, step=self._step)
-        if refreshed and self._trainer.is_global_zero:
-            for media in self._media:
-                media.log_refresh(self._engines, values, self._step)
+        if refreshed and self._shows and self._trainer.is_global_zero:
+            for name, values_of in self._band.items():
+                values_of.append(self._step if name == "step" else values[f"{PREFIX}/{name}"])
+            self._show(self._media.at_refresh(self._engines, values))
 
     def finish(self) -> None:
         """Log the last values and the media of the whole run."""
         self.log(force=True)
-        if self._trainer.is_global_zero:
-            for media in self._media:
-                media.log_end(self._engines, self._step)
+        if self._shows and self._trainer.is_global_zero:
+            self._show(self._media.at_end(self._engines))
+            lines = {name: self._band[name] for name in _BAND}
+            for show in self._shows:
+                show.show_lines("mask_change_of_weights", [int(step) for step in self._band["step"]], lines)
+
+    def hand_over(self) -> None:
+        """Give the best checkpoint, or else the last, to the loggers that keep models; densities are those now."""
+        callback: Any = self._trainer.checkpoint_callback
+        path = Path(getattr(callback, "best_model_path", "") or getattr(callback, "last_model_path", ""))
+        if not (path.is_file() and self._trainer.is_global_zero):
+            return
+        densities = {
+            weight.name: {"forward": float(weight.forward_density), "backward": float(weight.backward_density)}
+            for engine in self._engines
+            for weight in engine.weights.values()
+        }
+        totals = {name: float(value) for name, value in self._of_sets.items() if name.count("/") == 1}
+        for show in self._shows:
+            show.hand_over(path, {**totals, "densities": densities, "step": self._trainer.global_step})
+
+    def _show(self, media: dict[str, Any]) -> None:
+        if media:
+            for show in self._shows:
+                show.show(media, self._step)
 
     @property
     def _due(self) -> bool:
@@ -79,6 +110,7 @@ def set_metrics(engines: Sequence[TopKast]) -> dict[str, Tensor]:
     forward, backward, model = (Sparsity(sync_on_compute=False).to(device) for _ in range(3))
     change, activation = (kind(sync_on_compute=False).to(device) for kind in (MaskChange, ReservoirActivation))
     metrics: dict[str, Tensor] = {}
+    changes = []
     for weight in weights:
         size, active = weight.size, weight.active_entries.to(device)  # those of packed weights are on the host
         forward.count(size - active, size)
@@ -86,7 +118,10 @@ def set_metrics(engines: Sequence[TopKast]) -> dict[str, Tensor]:
         change.count(weight.promoted, active)
         activation.count(weight.first_reservoir - weight.dormant_entries, weight.first_reservoir)
         metrics[f"{PREFIX}/forward_sparsity/{weight.name}"] = 1 - active / size
-        metrics[f"{PREFIX}/mask_change/{weight.name}"] = weight.promoted / active.clamp_min(1)
+        changes.append(weight.promoted / active.clamp_min(1))
+        metrics[f"{PREFIX}/mask_change/{weight.name}"] = changes[-1]
+        activated = weight.first_reservoir - weight.dormant_entries.to(device)
+        metrics[f"{PREFIX}/reservoir_activated/{weight.name}"] = activated / max(weight.first_reservoir, 1)
     everything = sum(parameter.numel() for parameter in engines[0].model.parameters())
     everything += sum(weight.size - weight.parameter.numel() for weight in weights)
     model.count(forward.counted, everything)
@@ -95,6 +130,8 @@ def set_metrics(engines: Sequence[TopKast]) -> dict[str, Tensor]:
         f"{PREFIX}/backward_sparsity": backward.compute(),
         f"{PREFIX}/model_sparsity": model.compute(),
         f"{PREFIX}/mask_change": change.compute(),
+        f"{PREFIX}/mask_change_min": torch.stack(changes).min(),
+        f"{PREFIX}/mask_change_max": torch.stack(changes).max(),
         f"{PREFIX}/reservoir_activated": activation.compute(),
     }
     return totals | metrics

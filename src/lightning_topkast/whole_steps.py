@@ -12,6 +12,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.connectors.signal_connector import _HandlersCompose
 from lightning.pytorch.trainer.states import TrainerFn
 
+from lightning_topkast.errors import TopKastError
+
 
 class WholeStepCheckpoint(ModelCheckpoint):
     """`ModelCheckpoint` that saves where nothing is under way; it has the same arguments.
@@ -32,7 +34,24 @@ class WholeStepCheckpoint(ModelCheckpoint):
     - Ctrl-C stops Python wherever it is: where half of the weights have made a step, or in the midst of torch's C++,
       which may abort the process. Here, where there is one rank, it waits for the end of the step, too, or of a batch
       of a validation; pressed once more, it stops at once.
+
+    Args:
+        args: `ModelCheckpoint`'s.
+        save_on_interrupt: save where Ctrl-C has ended the run between two steps, too; needs a checkpoint that follows
+            no metric, and exact resume a loader with `state_dict` and `load_state_dict`.
+        options: `ModelCheckpoint`'s.
+
+    Raises:
+        TopKastError: `save_on_interrupt` with a metric to follow.
     """
+
+    def __init__(self, *args: Any, save_on_interrupt: bool = False, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if save_on_interrupt and self.monitor is not None:
+            raise TopKastError(
+                f"save_on_interrupt does not look at monitor='{self.monitor}': give it to a checkpoint without monitor"
+            )
+        self.save_on_interrupt = save_on_interrupt
 
     _signals: "_Signals | None" = None
     _validated = False  # what is due after a validation has not been saved yet
@@ -88,9 +107,12 @@ class WholeStepCheckpoint(ModelCheckpoint):
         self._close_signals()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give Ctrl-C back to Python."""
+        """Give Ctrl-C back to Python; save if it came between two steps."""
         self._close_signals()
         super().on_exception(trainer, pl_module, exception)
+        saved = self._last_global_step_saved == trainer.global_step
+        if self.save_on_interrupt and isinstance(exception, _StepInterrupt) and not saved:
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def _save_after_validation(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._validated:
@@ -105,6 +127,10 @@ class WholeStepCheckpoint(ModelCheckpoint):
         if self._signals is not None:
             self._signals.close()
             self._signals = None
+
+
+class _StepInterrupt(KeyboardInterrupt):
+    """Ctrl-C, answered where no step is under way."""
 
 
 class _Signals:
@@ -132,7 +158,7 @@ class _Signals:
                 self._answers[signal.SIGTERM] = partial(self._stop, handler)
         if trainer.world_size == 1 and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, self._note)
-            self._answers[signal.SIGINT] = partial(signal.default_int_handler, signal.SIGINT, None)
+            self._answers[signal.SIGINT] = _interrupt
 
     def close(self) -> None:
         """Put back Python's answer to Ctrl-C, which Lightning does not know of."""
@@ -153,9 +179,9 @@ class _Signals:
         self._noted.add(signum)
 
     def interrupt(self) -> None:
-        """Answer Ctrl-C."""
+        """Answer Ctrl-C where a step is under way, or a validation."""
         if signal.SIGINT in self._noted & self._answers.keys():
-            self._answers.pop(signal.SIGINT)()
+            raise KeyboardInterrupt
 
     def answer(self) -> None:
         """Give the answers that are due, on all ranks; a collective if there are several and anything was put off."""
@@ -174,3 +200,7 @@ class _Signals:
         for each in handler.signal_handlers:
             if getattr(each, "__self__", None) is not connector and callable(each):
                 each(signal.SIGTERM, None)  # type: ignore[arg-type]
+
+
+def _interrupt() -> None:
+    raise _StepInterrupt

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from lightning_topkast.app.compare import report
 from lightning_topkast.app.compare_plot import pareto_front
 from lightning_topkast.app.compare_tables import to_csv, to_json, to_markdown
 from lightning_topkast.app.result import write_result
+from tests.wandb_files import history, records_of
 
 
 def result(method="dense", seed=0, score=0.9, forward=None, backward=None, **changes):
@@ -217,14 +217,8 @@ def test_wandb_run_holds_the_table_and_the_summary(write, tmp_path, capsys):
     folder = tmp_path / "runs"
     report(write(*THREE), folder, project="sweeps")
     run = Path(capsys.readouterr().out.rsplit("wandb sync ", 1)[1].strip())
-    command = Path(sys.executable).with_name("wandb")
-    wandb = [str(command)] if command.exists() else [sys.executable, "-m", "wandb"]
-    done = subprocess.run([*wandb, "leet", "inspect", "--json", run], capture_output=True, text=True, timeout=60)
-    if done.returncode and "No such command" in done.stderr:
-        pytest.skip("this wandb cannot read its own runs")
-    records = [json.loads(line) for line in done.stdout.splitlines()]
-    items = [record["history"]["item"] for record in records if record["type"] == "history"]
-    (path,) = (item[key] for item in items for key in item if key.endswith("digits-mlp.path"))
+    records = records_of(run)
+    (path,) = (item[key] for item in history(records) for key in item if key.endswith("digits-mlp.path"))
     table = json.loads((run / "files" / path).read_text())
     rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
     assert [(row["method"], row["test_mean"]) for row in rows] == [

@@ -1,13 +1,16 @@
 """Every YAML file in conf/ is composed, instantiated and run, found by listing the folder: none can escape."""
 
+import csv
 from pathlib import Path
 
 import lightning_topkast.conf
 import pytest
 import torch
 
+from lightning_topkast.app.result import read_result
 from lightning_topkast.app.train import train
 from tests.app.data_files import WIKITEXT_WORDS
+from tests.wandb_files import history, records_of
 
 CONF = Path(next(iter(lightning_topkast.conf.__path__)))
 ALL = sorted(
@@ -72,6 +75,30 @@ def test_option_trains(group, option, composed, data_dir):
     overrides = [f"paths.data_dir={data_dir}", f"{group}={option}", *NEEDS.get((group, option), [])]
     score = train(composed(*overrides, "trainer.fast_dev_run=true"))
     assert torch.isfinite(torch.tensor(score))
+
+
+def test_every_logger_gets_what_runs_are_compared_by(composed, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(composed("logger=many", "trainer.max_epochs=1", "trainer.limit_train_batches=2"))
+    run = tmp_path / "run"
+    result = read_result(run)
+    expected = {
+        "run/parameters_nonzero": result["parameters"]["nonzero"],
+        "run/training_flops_ratio": result["flops"]["training_flops_ratio"],
+        "run/forward_flops_ratio": result["flops"]["forward_flops_ratio"],
+        "run/examples": 128,
+    }
+    with (run / "csv" / "metrics.csv").open() as file:
+        (row,) = (row for row in csv.DictReader(file) if row["run/examples"])
+    assert {name: float(row[name]) for name in expected} == pytest.approx(expected)
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    assert {name: events.Scalars(name)[-1].value for name in expected} == pytest.approx(expected)
+    (records,) = (records_of(path) for path in run.glob("wandb/offline-run-*"))
+    (row,) = (row for row in history(records) if "run/examples" in row)
+    assert {name: row[name] for name in expected} == pytest.approx(expected)
+    (followed,) = (r["metric"] for r in records if r["type"] == "metric" and r["metric"].get("name") == "val/acc")
+    assert followed["summary"] == {"max": True, "last": True}
 
 
 @pytest.mark.parametrize("option", LOGGERS)

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,8 +138,10 @@ def test_stopped_run_says_how_to_go_on_and_exits_as_shells_expect(tmp_path, sent
         run.kill()
     assert run.returncode == code, err
     assert "topkast-train: interrupted in epoch " in last_line(err)
-    path = last_line(err).rpartition("ckpt_path=")[2]
-    assert torch.load(path, weights_only=True)["callbacks"]
+    folder = last_line(err).rpartition("--resume ")[2]
+    saved = torch.load(Path(folder) / "checkpoints" / "last.ckpt", weights_only=True)
+    if sent == signal.SIGINT:
+        assert f"step {saved['global_step']};" in last_line(err), "the step it was in is not lost"
 
 
 def test_output_that_nobody_reads_any_more_ends_quietly(tmp_path):
@@ -203,3 +206,43 @@ def test_run_resumed_in_the_middle_of_an_epoch_sees_the_batches_that_are_left(cl
     assert not (tmp_path / "resumed" / "checkpoints" / "step=7.ckpt").exists()
     for part in ("state_dict", "optimizer_states", "lr_schedulers"):
         assert same(whole[part], resumed[part]), part
+
+
+RUN = ("trainer.limit_train_batches=3", "trainer.limit_val_batches=1", "trainer.limit_test_batches=1", "logger=none")
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_resume_goes_on_with_the_runs_own_overrides_in_its_folder(cli, tmp_path):
+    folder = tmp_path / "it's a run"
+    quoted = str(folder).replace("'", "\\'")
+    own = (*RUN, "optimizer.lr=0.0123", "trainer.max_epochs=1", f"hydra.run.dir='{quoted}'")
+    assert cli(*own)[0] == 0
+    for epochs, form in ((2, ("--resume", str(folder))), (3, (f"--resume={folder}",))):
+        code, out, err = cli(*form, f"trainer.max_epochs={epochs}")
+        assert code == 0, err
+        assert f"epoch {epochs}/{epochs}:" in out
+        assert f"epoch {epochs - 1}/{epochs}:" not in out
+        saved = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+        assert saved["global_step"] == 3 * epochs
+        assert saved["optimizer_states"][0]["param_groups"][0]["initial_lr"] == 0.0123
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--resume",), "--resume needs the folder of a run"),
+        (("--resume", "-m"), "--resume needs the folder of a run"),
+        (("--resume", "nowhere"), "there is no folder nowhere"),
+        (("--resume", "empty"), "it lacks .hydra/overrides.yaml"),
+        (("--resume", "sweep"), "name one of its runs, such as"),
+    ],
+)
+def test_resume_of_no_run_is_refused(cli, tmp_path, monkeypatch, arguments, expected):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "sweep" / "0" / ".hydra").mkdir(parents=True)
+    (tmp_path / "sweep" / "0" / ".hydra" / "overrides.yaml").write_text("[]")
+    code, _, err = cli(*arguments)
+    assert code == 2
+    assert expected in last_line(err)

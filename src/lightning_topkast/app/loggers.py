@@ -6,7 +6,7 @@ import netrc
 import os
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -82,6 +82,35 @@ def log_config(loggers: Iterable[Logger], config: dict[str, Any]) -> None:
                 f"W&B could not begin the run ({str(error).strip()}): log in, keep it on this machine with "
                 "logger.wandb.mode=offline, or leave it out with logger=csv"
             ) from error
+
+
+def follow(loggers: Iterable[Logger], metric: str, mode: str) -> None:
+    """Have W&B's table of runs show the best value of a metric, beside its last.
+
+    Args:
+        loggers: of the run; only W&B's can.
+        metric: its name.
+        mode: "min" or "max", whichever is better.
+    """
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.define_metric(metric, step_metric="trainer/global_step", summary=f"{mode},last")
+
+
+def log_outcome(loggers: Iterable[Logger], result: Mapping[str, Any], step: int) -> None:
+    """Hand every logger what runs are compared by, and the curves don't hold: parameters in use, FLOPs, time.
+
+    Args:
+        loggers: of the run.
+        result: what `result.json` says.
+        step: the last one.
+    """
+    figures = {f"run/{name}": result.get(name) for name in ("seconds", "examples")}
+    figures |= {f"run/parameters_{name}": value for name, value in (result.get("parameters") or {}).items()}
+    figures |= {f"run/{name}": value for name, value in (result.get("flops") or {}).items() if name.endswith("_ratio")}
+    for logger in loggers:
+        logger.log_metrics({name: float(value) for name, value in figures.items() if value is not None}, step=step)
+        logger.save()
 
 
 def logged_in() -> bool:

@@ -145,9 +145,11 @@ def sparse_names(callbacks: Iterable[Callback]) -> frozenset[str]:
     return frozenset(name for engine in engines for name in getattr(engine, "weights", ()))
 
 
-def leave_result(cfg: DictConfig, end: End) -> None:
-    """Write the result of a run into its folder."""
-    write_result(Path(cfg.paths.output_dir), describe_end(cfg, end))
+def leave_result(cfg: DictConfig, end: End) -> dict[str, Any]:
+    """Write the result of a run into its folder, and return it."""
+    result = describe_end(cfg, end)
+    write_result(Path(cfg.paths.output_dir), result)
+    return result
 
 
 def settings_of(cfg: DictConfig) -> dict[str, Any]:

@@ -1,12 +1,17 @@
-"""`ckpt_path=auto`: a run that is started again goes on from the newest complete checkpoint in its own folder."""
+"""A run that is started again goes on from the newest complete checkpoint in its own folder.
+
+`ckpt_path=auto` does so with the same command, `--resume FOLDER` without it.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
+import yaml
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -14,8 +19,47 @@ from lightning_topkast.app.checkpoint import Checkpoint
 from lightning_topkast.app.errors import AppError
 
 AUTO = "auto"
+RESUME = "--resume"
 
 _NAMELESS = "torchrun-none"  # trainer=multinode without --rdzv-id
+
+
+def resumed(arguments: Sequence[str]) -> list[str]:
+    """Return the command line that `--resume FOLDER [overrides]` stands for; any other as it is.
+
+    The run's own overrides come first, so that those beside `--resume` win.
+
+    Raises:
+        AppError: no folder is named, or it holds no run that could go on.
+    """
+    at = next((i for i, text in enumerate(arguments) if text.partition("=")[0] == RESUME), None)
+    if at is None:
+        return list(arguments)
+    _, given, folder = arguments[at].partition("=")
+    rest = [*arguments[:at], *arguments[at + (1 if given else 2) :]]
+    folder = folder if given else "".join(arguments[at + 1 : at + 2])
+    if not folder or folder.startswith("-"):
+        raise AppError(f"{RESUME} needs the folder of a run: topkast-train {RESUME} outputs/<day>/<time>")
+    path = Path(folder).resolve()
+    if not path.is_dir():
+        raise AppError(f"{RESUME}: there is no folder {folder}")
+    own = own_overrides(path)
+    if own is None:
+        runs = sorted(file.parents[1] for file in path.glob("*/.hydra/overrides.yaml"))
+        hint = f"name one of its runs, such as {runs[0]}" if runs else "it lacks .hydra/overrides.yaml"
+        raise AppError(f"{RESUME}: {folder} is not the folder of a run of topkast-train: {hint}")
+    quoted = str(path).replace("\\", "\\\\").replace("'", "\\'")
+    kept = [text for text in own if text.partition("=")[0].lstrip("+") != "ckpt_path"]
+    return [*kept, f"hydra.run.dir='{quoted}'", f"ckpt_path={AUTO}", *rest]
+
+
+def own_overrides(folder: Path) -> list[str] | None:
+    """Return the overrides that the run in `folder` was started with; None where no run has left any."""
+    try:
+        read = yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return [str(text) for text in read] if isinstance(read, list) else None
 
 
 def newest_checkpoint(folder: Path) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 import warnings
 from collections.abc import Mapping
@@ -31,10 +32,18 @@ from lightning_topkast.app.errors import (
     one_line_errors,
     quiet_broken_pipe,
 )
-from lightning_topkast.app.loggers import check_all_writable, check_writable, close_wandb, log_config, wandb_folder
+from lightning_topkast.app.loggers import (
+    check_all_writable,
+    check_writable,
+    close_wandb,
+    follow,
+    log_config,
+    log_outcome,
+    wandb_folder,
+)
 from lightning_topkast.app.report import count_weights, print_report
 from lightning_topkast.app.result import End, RunMeter, all_finite, leave_result, sparse_names
-from lightning_topkast.app.resume import AUTO, SameCheckpoint, newest_checkpoint
+from lightning_topkast.app.resume import AUTO, RESUME, SameCheckpoint, newest_checkpoint, own_overrides, resumed
 from lightning_topkast.app.small_dense import with_width
 from lightning_topkast.app.sweep import one_job
 from lightning_topkast.errors import NonFiniteWeightError
@@ -82,11 +91,12 @@ def _train(cfg: DictConfig) -> float:
     trainer: Trainer = instantiate(cfg.trainer, logger=loggers or False, callbacks=callbacks, _convert_="all")
     with one_job(trainer):
         log_config(trainer.loggers, cast(dict[str, Any], OmegaConf.to_container(with_width(cfg), resolve=True)))
+        follow(trainer.loggers, cfg.recipe.monitor, cfg.recipe.mode)
 
         try:
             trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, **SAFELY)
         except SystemExit as stop:  # Lightning has handled Ctrl-C or SIGTERM, and has saved what it saves
-            _say_how_to_go_on(stop, trainer)
+            _say_how_to_go_on(stop, trainer, Path(cfg.paths.output_dir).resolve())
         except NonFiniteWeightError:
             if trainer.is_global_zero:
                 leave_result(cfg, End(True, meter.counts()))
@@ -110,7 +120,8 @@ def _train(cfg: DictConfig) -> float:
         counts = count_weights(model)
         if trainer.is_global_zero:
             diverged = not all_finite({**own, **figures})
-            leave_result(cfg, End(diverged, took, score, tested, counts, sparse_names(callbacks)))
+            result = leave_result(cfg, End(diverged, took, score, tested, counts, sparse_names(callbacks)))
+            log_outcome(trainer.loggers, result, trainer.global_step)
             wandb_dir = wandb_folder(trainer.loggers)
             close_wandb(failed=False)  # before the last lines, which name its folder
             print_report(counts, figures, Path(cfg.paths.output_dir), wandb_dir, Path(best) if best else None)
@@ -130,22 +141,24 @@ def check_numbers(cfg: DictConfig) -> None:
             raise AppError(f"{key}={value} is not valid: expected {'an int' if kind is int else 'a number'}")
 
 
-def _say_how_to_go_on(stop: SystemExit, trainer: Trainer) -> NoReturn:
-    """Exit as shells expect it of an interrupted program, once the user knows where the last checkpoint is."""
+def _say_how_to_go_on(stop: SystemExit, trainer: Trainer, folder: Path) -> NoReturn:
+    """Exit as shells expect it of an interrupted program, once the user knows how to go on from the last checkpoint."""
     last = [
         str(callback.best_model_path)  # without a metric to follow, the newest is the best
         for callback in trainer.checkpoint_callbacks
         if isinstance(callback, ModelCheckpoint) and callback.monitor is None
     ]
     if trainer.is_global_zero:
-        overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-        again = " ".join(["topkast-train", *(f"'{text}'" for text in overrides if not text.startswith("ckpt_path="))])
-        way = (
-            f"go on with {again} {_override('ckpt_path', last[-1])}"
-            if any(last)
-            else "there is no checkpoint of it yet"
-        )
-        print(f"\ntopkast-train: interrupted in epoch {trainer.current_epoch}; {way}", file=sys.stderr, flush=True)
+        if not any(last):
+            way = "there is no checkpoint of it yet"
+        elif Path(last[-1]).parent == folder / "checkpoints" and own_overrides(folder) is not None:
+            way = f"go on with topkast-train {RESUME} {shlex.quote(str(folder))}"
+        else:
+            overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+            kept = (f"'{text}'" for text in overrides if not text.startswith("ckpt_path="))
+            way = f"go on with {' '.join(['topkast-train', *kept])} {_override('ckpt_path', last[-1])}"
+        at = f"interrupted in epoch {trainer.current_epoch}, step {trainer.global_step}"
+        print(f"\ntopkast-train: {at}; {way}", file=sys.stderr, flush=True)
     raise SystemExit(143 if isinstance(stop, SIGTERMException) else 130)
 
 
@@ -199,6 +212,7 @@ def main() -> None:
     """Run the application on the command line's overrides."""
     set_up_process()
     with quiet_broken_pipe(), one_line_errors():
+        sys.argv[1:] = resumed(sys.argv[1:])  # also for the processes that Lightning starts by it
         _run()
 
 

@@ -1,0 +1,128 @@
+"""What is shown of a run beside its numbers, whichever logger takes it: histograms, pictures, a table."""
+
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from lightning_topkast.pictures import heatmap, histogram_picture, mask_picture
+from lightning_topkast.topkast import TopKast
+from lightning_topkast.weights import SparseWeight, own_part
+
+_BINS = 64
+_PICTURED = 4  # weights whose masks and magnitudes are drawn
+_ATTENTION = ("attn", "attention", "in_proj", "q_proj", "k_proj", "v_proj", "query", "key", "value")
+_TABLE = ("weight", "shape", "entries", "active", "updated", "forward density", "backward density", "kept dense")
+
+
+class Picture(NamedTuple):
+    """An image, and what it shows."""
+
+    image: Image.Image
+    caption: str
+
+
+class Table(NamedTuple):
+    """Column names, and as many values a row."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+
+Histogram = tuple[np.ndarray, np.ndarray]  # counts and bin edges
+
+
+class Media:
+    """Collects what a run's pictures need, and draws them.
+
+    Masks and magnitudes are shown at refresh 1, 2, 4, 8, ..., so that a long run stays small.
+    """
+
+    def __init__(self) -> None:
+        self._columns: dict[str, list[dict[str, float]]] = {"mask_change": [], "reservoir_activated": []}
+
+    def at_refresh(self, engines: Sequence[TopKast], values: Mapping[str, float]) -> dict[str, Any]:
+        """Note what changed; name → histogram or picture, empty at most refreshes.
+
+        Args:
+            engines: of the run.
+            values: what is logged at this refresh, by its name.
+        """
+        for quantity, columns in self._columns.items():
+            prefix = f"topkast/{quantity}/"
+            columns.append({k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)})
+        count = len(self._columns["mask_change"])
+        return {} if count & (count - 1) else self._of_sets(engines)
+
+    def at_end(self, engines: Sequence[TopKast]) -> dict[str, Any]:
+        """Name → the final histograms and pictures, a heatmap of every quantity over the run, the table of weights."""
+        media = self._of_sets(engines)
+        for quantity, columns in self._columns.items():
+            if columns and columns[-1]:
+                caption = f"{quantity.replace('_', ' ')}: weights × refreshes"
+                media[f"topkast/{quantity}_heatmap"] = Picture(heatmap(columns), caption)
+        return media | {"topkast/weights": weight_table(engines)}
+
+    @staticmethod
+    def _of_sets(engines: Sequence[TopKast]) -> dict[str, Any]:
+        weights = [weight for engine in engines for weight in engine.weights.values()]
+        drawn = pictured(weights)
+        media: dict[str, Any] = {}
+        for weight in weights:
+            groups = split_histogram(weight)
+            media |= {f"topkast/magnitude/{weight.name}/{group}": counted for group, counted in groups.items()}
+            if weight.name not in drawn:
+                continue
+            image = histogram_picture(groups, {name: _least(groups[name]) for name in groups if name != "reservoir"})
+            media[f"topkast/thresholds/{weight.name}"] = Picture(image, "magnitudes by set, and where the sets meet")
+            if not weight.sharding.is_cut:
+                picture = mask_picture(weight.tiers.cpu().numpy())
+                media[f"topkast/masks/{weight.name}"] = Picture(picture, "blue: active, orange: exploring")
+        return media
+
+
+def pictured(weights: Sequence[SparseWeight]) -> frozenset[str]:
+    """Names of the weights whose masks say most at a glance: the first convolution and attention, else the first."""
+    convolutions = islice((weight.name for weight in weights if len(weight.shape) > 2), 1)
+    attention = (w.name for w in weights if any(part in w.name.lower().split(".") for part in _ATTENTION))
+    chosen = [*convolutions, *attention] or [weight.name for weight in weights]
+    return frozenset(chosen[: _PICTURED if len(chosen) > 1 else 1])
+
+
+def split_histogram(weight: SparseWeight) -> dict[str, Histogram]:
+    r"""Counts and bin edges of |θ| on A, B\A and C; groups without entries are left out.
+
+    Of a sharded weight it is this process' part that is counted.
+    """
+    magnitudes = own_part(weight.theta()).abs().float().cpu().flatten()
+    tiers = own_part(weight.tiers).cpu().flatten()
+    groups = {name: magnitudes[tiers == tier] for name, tier in (("active", 2), ("exploring", 1), ("reservoir", 0))}
+    groups = {name: group for name, group in groups.items() if group.numel()}
+    thresholds = [float(group.min()) for name, group in groups.items() if name != "reservoir"]
+    top = float(magnitudes.max()) or 1.0
+    edges = np.unique(np.concatenate([np.linspace(0, top, _BINS + 1), thresholds]).astype(np.float32))
+    return {name: np.histogram(group.numpy(), bins=edges) for name, group in groups.items()}
+
+
+def _least(histogram: Histogram) -> float:
+    """The smallest magnitude counted: an edge, since the sets meet at edges."""
+    counts, edges = histogram
+    return float(edges[np.flatnonzero(counts)[0]])
+
+
+def weight_table(engines: Sequence[TopKast]) -> Table:
+    """A row for every parameter of the model: how sparse it is, or why it is not."""
+    rows = []
+    sparse = {name for engine in engines for name in engine.weights}
+    for engine in engines:
+        for row in engine.summary().rows:
+            if row.name in engine.weights or (engine is engines[0] and row.name not in sparse):
+                weight = engine.weights.get(row.name)
+                updated = int(weight.updated_entries) if weight else row.updated
+                density = updated / max(row.size, 1)
+                rows.append(
+                    (row.name, str(row.shape), row.size, row.active, updated, row.forward_density, density, row.reason)
+                )
+    return Table(_TABLE, rows)

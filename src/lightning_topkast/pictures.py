@@ -1,0 +1,135 @@
+"""Small pictures of weights and their sets, drawn with Pillow: what plain numbers cannot show."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+# dark violet → teal → yellow: readable without colour vision, like viridis
+_COLOURS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], dtype=float)
+# of the reservoir, exploring and active entries, in the order of their tiers: light grey, orange, dark blue
+SET_COLOURS = np.array([(232, 232, 232), (230, 159, 0), (0, 68, 136)], dtype=np.uint8)
+SET_NAMES = ("reservoir", "exploring", "active")
+# ... of their bars, where light grey would be lost on white, and of the thresholds between them
+_BARS = {"reservoir": "#aaaaaa", "exploring": "#e69f00", "active": "#004488"}
+_LINE = "#c80000"
+_GAP = (255, 255, 255)
+_LONGEST, _SHORTEST = 512, 256  # of a picture's longer side, in pixels
+
+
+def heatmap(columns: Sequence[Mapping[str, float]], cell: int = 14) -> Image.Image:
+    """Draw values in [0, top] as an image: a named row a weight, a column a refresh, a colour scale below.
+
+    Args:
+        columns: for every refresh, weight name → value.
+        cell: height of a row in pixels; more columns than fit 1,000 pixels are averaged.
+    """
+    names = sorted({name for column in columns for name in column}, key=list(columns[-1]).index)
+    values = np.array([[column.get(name, 0.0) for column in columns] for name in names])
+    if values.shape[1] > 1000:
+        values = np.stack([part.mean(axis=1) for part in np.array_split(values, 1000, axis=1)], axis=1)
+    top = max(float(values.max()), 1e-12)
+    width = max(1, min(cell * 2, 1000 // values.shape[1]))
+    label_width = 8 + max(7 * len(name) for name in names)
+    image = Image.new(
+        "RGB", (label_width + max(values.shape[1] * width, 240) + 8, (len(names) + 2) * cell + 8), "white"
+    )
+    pixels = np.kron(_colour(values / top), np.ones((cell - 1, width, 1), dtype=np.uint8))
+    draw = ImageDraw.Draw(image)
+    for row, name in enumerate(names):
+        strip = pixels[row * (cell - 1) : (row + 1) * (cell - 1)]
+        image.paste(Image.fromarray(strip), (label_width, 4 + row * cell))
+        draw.text((4, 4 + row * cell), name, fill="black")
+    scale = np.broadcast_to(_colour(np.linspace(0, 1, 120)[None]), (cell - 4, 120, 3)).copy()
+    base = 8 + (len(names) + 0) * cell + 6
+    image.paste(Image.fromarray(scale), (label_width + 20, base))
+    draw.text((label_width + 8, base), "0", fill="black")
+    draw.text((label_width + 146, base), f"{top:.3g}", fill="black")
+    return image
+
+
+def _colour(shares: np.ndarray) -> np.ndarray:
+    stops = np.linspace(0, 1, len(_COLOURS))
+    return np.stack([np.interp(shares, stops, _COLOURS[:, channel]) for channel in range(3)], axis=-1).astype(np.uint8)
+
+
+def mask_picture(tiers: np.ndarray) -> Image.Image:
+    """Draw the sets of one weight, a pixel or more an entry: outputs downwards, inputs across, kernels as small blocks.
+
+    Args:
+        tiers: 0 reservoir, 1 exploring, 2 active, in the weight's shape. What is larger than 512 entries either way is
+            drawn in the mean colour of neighbours.
+    """
+    flat = SET_COLOURS[_as_matrix(tiers)]
+    while max(flat.shape[:2]) > _LONGEST:
+        steps = [2 if side > _LONGEST else 1 for side in flat.shape[:2]]
+        flat = _mean_of_blocks(flat, *steps)
+    grow = max(1, _SHORTEST // max(flat.shape[:2]))
+    pixels = flat.repeat(grow, axis=0).repeat(grow, axis=1)
+    if tiers.ndim > 2 and grow > 1:  # white lines around the kernels
+        height, width = (grow * side for side in _kernel(tiers.shape))
+        pixels[height - 1 :: height] = _GAP
+        pixels[:, width - 1 :: width] = _GAP
+    return Image.fromarray(pixels)
+
+
+def _kernel(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Height and width of what one output has to one input; of a 3-D kernel its slices lie side by side."""
+    *rest, width = shape[2:]
+    return (rest[-1] if rest else 1), width * int(np.prod(rest[:-1], dtype=int))
+
+
+def _as_matrix(tiers: np.ndarray) -> np.ndarray:
+    if tiers.ndim < 2:
+        return tiers.reshape(1, -1)
+    outputs, inputs = tiers.shape[:2]
+    if tiers.ndim == 2:
+        return tiers
+    height, width = _kernel(tiers.shape)
+    if tiers.ndim == 5:
+        tiers = tiers.swapaxes(2, 3)  # the rows of all slices, one slice beside the other
+    blocks = tiers.reshape(outputs, inputs, height, width)
+    return blocks.swapaxes(1, 2).reshape(outputs * height, inputs * width)
+
+
+def _mean_of_blocks(pixels: np.ndarray, down: int, across: int) -> np.ndarray:
+    rows, columns = (side - side % step for side, step in zip(pixels.shape[:2], (down, across), strict=True))
+    blocks = pixels[:rows, :columns].reshape(rows // down, down, columns // across, across, 3)
+    return blocks.mean(axis=(1, 3)).astype(np.uint8)
+
+
+def histogram_picture(
+    groups: Mapping[str, tuple[np.ndarray, np.ndarray]], thresholds: Mapping[str, float]
+) -> Image.Image:
+    """Draw counts of magnitudes by set, on a logarithmic height, and the thresholds at which the sets meet.
+
+    Args:
+        groups: set name → counts and bin edges, as `np.histogram` gives them.
+        thresholds: set name → its smallest magnitude, drawn as a vertical line and written above.
+    """
+    width, height, left, top = 440, 160, 8, 24
+    image = Image.new("RGB", (left + width + 8, top + height + 40), "white")
+    draw = ImageDraw.Draw(image)
+    edge = max((float(edges[-1]) for _, edges in groups.values()), default=1.0) or 1.0
+    most = max((int(counts.max()) for counts, _ in groups.values()), default=1)
+    for name, (counts, edges) in groups.items():
+        for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True):
+            if count:
+                tall = height * np.log1p(count) / np.log1p(most)
+                begin, end = (left + width * float(x) / edge for x in (low, high))
+                draw.rectangle((begin, top + height - tall, max(begin, end - 1), top + height), fill=_BARS[name])
+    for value in thresholds.values():
+        x = left + width * value / edge
+        draw.line((x, top - 4, x, top + height), fill=_LINE)
+    said = ", ".join(f"{name} from {value:.3g}" for name, value in thresholds.items())
+    draw.text((left, 2), said, fill=_LINE)
+    draw.line((left, top + height, left + width, top + height), fill="black")
+    draw.text((left, top + height + 4), "0", fill="black")
+    draw.text((left + width, top + height + 4), f"{edge:.3g}", fill="black", anchor="ra")
+    x = left
+    for name in (name for name in SET_NAMES[::-1] if name in groups):
+        draw.rectangle((x, top + height + 24, x + 8, top + height + 32), fill=_BARS[name])
+        draw.text((x + 12, top + height + 22), name, fill="black")
+        x += 24 + 7 * len(name)
+    draw.text((x + 8, top + height + 22), "entries by magnitude, log scale", fill="black")
+    return image

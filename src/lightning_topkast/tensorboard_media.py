@@ -1,0 +1,53 @@
+"""The histograms and pictures of a run for TensorBoard, and its table as text."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+
+from lightning_topkast.media import Picture, Table
+
+
+class TensorBoardMedia:
+    """Shows media in one `TensorBoardLogger`'s run.
+
+    Args:
+        logger: a logger that `serves` accepts.
+    """
+
+    def __init__(self, logger: Logger) -> None:
+        self._writer: Any = cast(TensorBoardLogger, logger).experiment
+
+    @staticmethod
+    def serves(logger: Logger) -> bool:
+        """Whether `logger` can take media."""
+        return isinstance(logger, TensorBoardLogger)
+
+    def show(self, media: Mapping[str, Any], step: int) -> None:
+        """Log histograms, pictures and tables by their names."""
+        for name, value in media.items():
+            if isinstance(value, Picture):
+                self._writer.add_image(name, np.asarray(value.image), step, dataformats="HWC")
+            elif isinstance(value, Table):
+                self._writer.add_text(name, _markdown(value), step)
+            else:
+                counts, edges = (np.asarray(part, dtype=float) for part in value)
+                middles = (edges[:-1] + edges[1:]) / 2  # TensorBoard wants moments, too; of the bins' middles
+                self._writer.add_histogram_raw(
+                    name, min=edges[0], max=edges[-1], num=counts.sum(), sum=(counts * middles).sum(),
+                    sum_squares=(counts * middles**2).sum(), bucket_limits=edges[1:].tolist(),
+                    bucket_counts=counts.tolist(), global_step=step,
+                )  # fmt: skip
+
+    def show_lines(self, name: str, steps: list[int], lines: Mapping[str, list[float]]) -> None:
+        """Nothing: TensorBoard has the lines already, one by one."""
+
+    def hand_over(self, checkpoint: Path, metadata: Mapping[str, Any]) -> None:
+        """Nothing: TensorBoard keeps no models."""
+
+
+def _markdown(table: Table) -> str:
+    rows = [table.columns, ["---"] * len(table.columns), *table.rows]
+    return "\n".join("| " + " | ".join(str(value).replace("|", "\\|") for value in row) + " |" for row in rows)

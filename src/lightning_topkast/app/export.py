@@ -21,9 +21,11 @@ from lightning_topkast.export.state import density, is_sparse, nbytes, tensors_o
 
 Stored = dict[str, str]
 
+ONNX_SPARSE = "onnx-sparse"
+
 _DESCRIPTION = """\
-Writes a trained run as a file for others, which they need this package for in no format. A run's folder stands for its
-best checkpoint. Nothing is pruned or rounded: the file holds the checkpoint's weights.
+Writes a trained run as a file for others, who can read each format without this package. A run's folder stands for
+its best checkpoint. Nothing is pruned or rounded: the file holds the checkpoint's weights.
 
 formats:
   safetensors   sparse weights take a place for their non-zero entries only; layout in docs/export.md
@@ -31,6 +33,7 @@ formats:
   csr           state dict with torch's sparse CSR matrices, for products on CPU; torch.load(weights_only=True)
   dense         plain state dict, sparse weights with their zeros; torch.load(weights_only=True)
   onnx          the network itself, for onnxruntime and others, for batches of any size; weights are dense in it
+  onnx-sparse   the same in a small file, by sparse initializers: onnxruntime reads them, other tools may not
 """
 _EXAMPLES = """\
 examples:
@@ -69,6 +72,7 @@ FORMATS = {
     "csr": Format(".csr.pt", save_csr, load_csr),
     "dense": Format(".dense.pt", save_dense, load_csr),
     "onnx": Format(".onnx"),
+    ONNX_SPARSE: Format(".sparse.onnx"),
 }
 
 
@@ -131,8 +135,9 @@ def export(
             f"{name} needs the network itself: {file} lies in no run's folder, whose .hydra/config.yaml says what it is"
         )
     else:
-        save_onnx(network, example_input(cfg, network), target, force)
-        stored = dict.fromkeys(state, "dense")
+        sparse = name == ONNX_SPARSE
+        save_onnx(network, example_input(cfg, network), target, sparse, force)
+        stored = {key: "sparse" if sparse and is_sparse(tensor) else "dense" for key, tensor in state.items()}
     _print_sizes(console, state, stored, target)
     if not check:
         return target

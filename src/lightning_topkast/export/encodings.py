@@ -105,7 +105,8 @@ def decode(encoded: Encoded) -> Tensor:
         raise TopKastError(f"the encoding {encoded.encoding!r:.60} is unknown: {', '.join(_DECODERS)}")
     size = math.prod(encoded.shape)
     entries = _DECODERS[encoded.encoding](places, size, values.size)
-    if entries.size != values.size or (entries.size and not 0 <= entries.min() <= entries.max() < size):
+    ordered = entries.size == values.size and bool((np.diff(entries) > 0).all())
+    if not ordered or (entries.size and entries[-1] >= size):
         raise TopKastError(f"{values.size} values at {entries.size} places do not fit the shape {encoded.shape}")
     dense = np.zeros(size, dtype=values.dtype)
     dense[entries] = values
@@ -144,12 +145,19 @@ def _from_gaps(places: _Array, size: int, count: int) -> NDArray[np.int64]:
 
 
 def _from_bitmask(places: _Array, size: int, count: int) -> NDArray[np.int64]:
+    _check_length(places, -(-size // 8))
     return np.flatnonzero(np.unpackbits(places.view(np.uint8), bitorder="little"))
 
 
 def _from_two_of_four(places: _Array, size: int, count: int) -> NDArray[np.int64]:
+    _check_length(places, -(-count // 4))
     indices = (places.view(np.uint8)[:, None] >> np.array([0, 2, 4, 6], dtype=np.uint8) & 3).reshape(-1)[:count]
     return np.arange(indices.size) // 2 * 4 + indices
+
+
+def _check_length(places: _Array, expected: int) -> None:
+    if places.nbytes != expected:
+        raise TopKastError(f"the places take {places.nbytes} bytes, expected {expected}")
 
 
 _DECODERS: dict[str, Callable[[_Array, int, int], NDArray[np.int64]]] = {

@@ -6,25 +6,31 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.export.files import check_target, new_file, optional
-from lightning_topkast.export.state import nbytes, tensors_of
+from lightning_topkast.export.state import is_sparse, nbytes, tensors_of
 from lightning_topkast.layers import to_dense
 
 _LARGEST = 2**31 - 2**20  # bytes of a protobuf, less what is not weights
 
 
-def save_onnx(model: nn.Module, example: Tensor, path: str | Path, overwrite: bool = False) -> None:
-    """Write what a model computes in evaluation mode as an ONNX file, for batches of any size; weights are dense in it.
+def save_onnx(
+    model: nn.Module, example: Tensor, path: str | Path, sparse: bool = False, overwrite: bool = False
+) -> None:
+    """Write what a model computes in evaluation mode as an ONNX file, for batches of any size.
 
     Args:
         model: takes one tensor and returns one; it is left as it is.
         example: an input (batch, ...), of any batch size from 1.
         path: of the file.
+        sparse: store sparse weights as ONNX's sparse initializers: a small file, which onnxruntime makes dense when it
+            loads it, and which not every other tool reads.
         overwrite: whether the file may exist already.
 
     Raises:
@@ -32,6 +38,7 @@ def save_onnx(model: nn.Module, example: Tensor, path: str | Path, overwrite: bo
             2 GiB; the file exists; the extra `export` is not installed.
     """
     check_target(Path(path), overwrite)
+    onnx = optional("onnx")
     optional("onnxscript")
     if (size := nbytes(tensors_of(model))) > _LARGEST:
         raise TopKastError(f"the weights take {size:,} bytes, more than the 2 GiB that one ONNX file holds")
@@ -53,8 +60,11 @@ def save_onnx(model: nn.Module, example: Tensor, path: str | Path, overwrite: bo
     except Exception as error:  # many classes, and what they say of themselves is pages long
         raise TopKastError(f"torch can't export this {type(model).__name__} to ONNX: {_reason(error)}") from error
     assert program is not None  # it was not asked to write a file itself
+    proto = program.model_proto
+    if sparse:
+        _make_sparse(proto)
     with new_file(path, overwrite) as partial:
-        program.save(str(partial), external_data=False)
+        onnx.save(proto, partial)
 
 
 class OnnxModel:
@@ -82,6 +92,24 @@ class OnnxModel:
         """`input` (batch, ...) → what the model returns."""
         (output,) = self._session.run(None, {self._input: input.detach().cpu().contiguous().numpy()})
         return torch.from_numpy(output)
+
+
+def _make_sparse(proto: Any) -> None:
+    """Turn the sparse initializers of a model's graph into sparse ones."""
+    helper, numpy_helper, types = optional("onnx.helper"), optional("onnx.numpy_helper"), optional("onnx").TensorProto
+    dense = list(proto.graph.initializer)
+    del proto.graph.initializer[:]
+    for initializer in dense:
+        known = initializer.data_type in (types.FLOAT, types.DOUBLE, types.FLOAT16)  # numpy has no others
+        weight = numpy_helper.to_array(initializer) if known else None
+        if weight is None or not is_sparse(torch.tensor(weight)):
+            proto.graph.initializer.append(initializer)
+            continue
+        entries = np.flatnonzero(weight)
+        values = numpy_helper.from_array(weight.reshape(-1)[entries], initializer.name)
+        # ONNX wants int64, and protobuf writes small ones in two or three bytes: unless they are raw
+        places = helper.make_tensor(f"{initializer.name}.places", types.INT64, entries.shape, entries, raw=False)
+        proto.graph.sparse_initializer.append(helper.make_sparse_tensor(values, places, weight.shape))
 
 
 @contextmanager

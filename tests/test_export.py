@@ -15,7 +15,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.nn import functional as F
 
 from lightning_topkast import TopKast, TopKastError
 from lightning_topkast.export import OnnxModel, load_csr, load_sparse, save_csr, save_dense, save_onnx, save_sparse

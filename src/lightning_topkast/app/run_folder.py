@@ -133,8 +133,11 @@ def _check_targets(cfg: DictConfig, part: str, base: type) -> None:
 
 
 def _check_exactly(cfg: DictConfig, key: str, expected: str) -> None:
-    if OmegaConf.select(cfg, key) != expected:
-        raise AppError(f"the run's configuration wants to call {key}, expected {expected}; if you know it, add --trust")
+    if (target := OmegaConf.select(cfg, key)) != expected:
+        raise AppError(
+            f"the run's configuration wants to call {key}={target}, expected {expected}; if you know this run, add "
+            "--trust"
+        )
 
 
 def _targets(node: Any, key: str) -> Iterator[tuple[str, Any]]:

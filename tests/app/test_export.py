@@ -227,7 +227,8 @@ HOSTILE = (
     "torch.nn.Module.load_state_dict",
     "torch.nn.init.zeros_",
     "lightning_topkast.app.models.image.nn.Linear",
-    "lightning_topkast.app.data.sotu.urlopen",
+    "lightning_topkast.app.models.image.load_torchvision",
+    "torchvision.models.resnet.partial",
     "lightning_topkast.app.models.nothing",
     "lightning_topkast.app.data.Digits",  # is no network
     "",

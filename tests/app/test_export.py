@@ -102,7 +102,7 @@ def test_exported_network_has_the_accuracy_of_the_run(cli, run_folder, name):
     assert (code, err) == (0, "")
     accuracy = json.loads((run_folder / "result.json").read_text())["metrics"]["test/acc"]
     assert accuracy > 0.5
-    assert f"Test accuracy: {accuracy:.4f}, the checkpoint's {accuracy:.4f} (359 examples)" in out
+    assert f"Test accuracy: {accuracy:.4f}, the checkpoint's {accuracy:.4f} (359 targets)" in out
     assert float(re.search(r"differ by at most (\S+),", out)[1]) < 1e-4
     assert ("bit for bit" in out) == (not name.startswith("onnx"))
     (made,) = run_folder.glob("model.*")

@@ -75,7 +75,7 @@ def check_outputs(
     console.print(f"Outputs: differ by at most {farthest:.1e}, the largest being {largest:.3g}", highlight=False)
     if total:
         console.print(
-            f"Test accuracy: {right / total:.4f}, the checkpoint's {own_right / total:.4f} ({total:,} examples)",
+            f"Test accuracy: {right / total:.4f}, the checkpoint's {own_right / total:.4f} ({total:,} targets)",
             highlight=False,
         )
 

@@ -61,6 +61,7 @@ def save_onnx(
         raise TopKastError(f"torch can't export this {type(model).__name__} to ONNX: {_reason(error)}") from error
     assert program is not None  # it was not asked to write a file itself
     proto = program.model_proto
+    _forget_sources(proto)
     if sparse:
         _make_sparse(proto)
     with new_file(path, overwrite) as partial:
@@ -92,6 +93,13 @@ class OnnxModel:
         """`input` (batch, ...) → what the model returns."""
         (output,) = self._session.run(None, {self._input: input.detach().cpu().contiguous().numpy()})
         return torch.from_numpy(output)
+
+
+def _forget_sources(proto: Any) -> None:
+    """Remove what torch notes of where each node comes from: lines of source, in folders of this machine."""
+    graph = proto.graph
+    for part in (graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        del part.metadata_props[:]
 
 
 def _make_sparse(proto: Any) -> None:

@@ -258,6 +258,13 @@ def test_a_nested_target_and_those_of_data_and_sparsity_are_looked_at_too(cli, r
     assert "model.dropout.0.deeper._target_=os.system" in refused(cli, run_folder, "--format", "onnx")
     configure(run_folder, model__dropout=0.0, sparsity___target_="evil.SmallDense")
     assert "wants to call sparsity._target_=evil.SmallDense" in refused(cli, run_folder, "--format", "onnx")
+    small_dense = {"_target_": "lightning_topkast.app.small_dense.SmallDense", "forward_sparsity": 0.9}
+    configure(run_folder, sparsity=small_dense | {"overrides": {"_target_": "os.system", "command": "x"}})
+    assert "sparsity.overrides._target_=os.system" in refused(cli, run_folder, "--format", "onnx")
+    configure(run_folder, sparsity=small_dense)
+    assert "don't fit the network" in refused(cli, run_folder, "--format", "onnx"), (
+        "it should have been built, narrower"
+    )
     configure(run_folder, sparsity___target_="lightning_topkast.TopKastCallback", data___target_="os.system")
     assert "data._target_=os.system" in refused(cli, run_folder, "--check")
     assert not called

@@ -134,3 +134,17 @@ def test_pivot_has_a_row_a_method_and_a_column_a_sparsity(tmp_path):
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines() if line[:1] == "|"]
     assert lines[:4:2] == [["method", "80%", "90%"], ["dense", "90.00", "90.00"]]
     assert lines[3:5] == [["topkast", "81.00 ± 1.41, 1 diverged", "70.00"], ["topkast backward 80%", "50.00", ""]]
+
+
+def test_inference_compares_every_way_and_the_files(tmp_path):
+    out = run_benchmark("inference.py", "--quick", "--batches", "2", "--json", tmp_path / "figures.json").stdout
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    ways = {"dense", "dense again", "csr, torch", "torch's csr", "packed", "onnx", "onnx-sparse"}
+    for sparsity in ("80%", "98%"):
+        rows = [row for row in figures["speeds"] if row["sparsity"] == sparsity]
+        assert ways <= {row["way"] for row in rows} <= ways | {"csr, compiled"}
+        assert all(row["times dense"] > 0 for row in rows)
+    assert "### Batch 2: times as fast as dense" in out
+    assert figures["files"][0].keys() == {"sparsity", "dense", "csr", "safetensors", "onnx", "onnx-sparse"}
+    first, last = (row["safetensors"] for row in figures["files"])
+    assert last < first < 0.3

@@ -1,0 +1,142 @@
+"""ONNX files, and running them."""
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_topkast.errors import TopKastError
+from lightning_topkast.export.files import check_target, new_file, optional
+from lightning_topkast.export.state import is_sparse, nbytes, tensors_of
+from lightning_topkast.layers import to_dense
+
+_LARGEST = 2**31 - 2**20  # bytes of a protobuf, less what is not weights
+
+
+def save_onnx(
+    model: nn.Module, example: Tensor, path: str | Path, sparse: bool = False, overwrite: bool = False
+) -> None:
+    """Write what a model computes in evaluation mode as an ONNX file, for batches of any size.
+
+    Args:
+        model: takes one tensor and returns one; it is left as it is.
+        example: an input (batch, ...), of any batch size from 1.
+        path: of the file.
+        sparse: store sparse weights as ONNX's sparse initializers: a small file, which onnxruntime makes dense when it
+            loads it, and which not every other tool reads.
+        overwrite: whether the file may exist already.
+
+    Raises:
+        TopKastError: torch can't export the model, or not for every batch size; the model does not fit one file of
+            2 GiB; the file exists; the extra `export` is not installed.
+    """
+    check_target(Path(path), overwrite)
+    onnx = optional("onnx")
+    optional("onnxscript")
+    if (size := nbytes(tensors_of(model))) > _LARGEST:
+        raise TopKastError(f"the weights take {size:,} bytes, more than the 2 GiB that one ONNX file holds")
+    plain = to_dense(copy.deepcopy(model)).cpu().eval()
+    inputs = (
+        example.cpu() if len(example) > 1 else torch.cat([example.cpu()] * 2)
+    )  # torch.export takes 1 for a constant
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                plain,
+                (inputs,),
+                dynamo=True,
+                verbose=False,
+                input_names=["input"],
+                output_names=["output"],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+            )
+    except Exception as error:  # many classes, and what they say of themselves is pages long
+        raise TopKastError(f"torch can't export this {type(model).__name__} to ONNX: {_reason(error)}") from error
+    assert program is not None  # it was not asked to write a file itself
+    proto = program.model_proto
+    _forget_sources(proto)
+    if sparse:
+        _make_sparse(proto)
+    with new_file(path, overwrite) as partial:
+        onnx.save(proto, partial)
+
+
+class OnnxModel:
+    """An ONNX file of `save_onnx`, run by onnxruntime on CPU.
+
+    Args:
+        path: of the file.
+        threads: onnxruntime's; 0 leaves the choice to it.
+
+    Raises:
+        TopKastError: onnxruntime can't load it.
+    """
+
+    def __init__(self, path: str | Path, threads: int = 0) -> None:
+        onnxruntime = optional("onnxruntime")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        try:
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # of its own, with no common class
+            raise TopKastError(f"onnxruntime can't load {path}: {_reason(error)}") from error
+        (self._input,) = (each.name for each in self._session.get_inputs())
+
+    def __call__(self, input: Tensor) -> Tensor:
+        """`input` (batch, ...) → what the model returns."""
+        (output,) = self._session.run(None, {self._input: input.detach().cpu().contiguous().numpy()})
+        return torch.from_numpy(output)
+
+
+def _forget_sources(proto: Any) -> None:
+    """Remove what torch notes of where each node comes from: lines of source, in folders of this machine."""
+    graph = proto.graph
+    for part in (graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        del part.metadata_props[:]
+
+
+def _make_sparse(proto: Any) -> None:
+    """Turn the sparse initializers of a model's graph into sparse ones."""
+    helper, numpy_helper, types = optional("onnx.helper"), optional("onnx.numpy_helper"), optional("onnx").TensorProto
+    dense = list(proto.graph.initializer)
+    del proto.graph.initializer[:]
+    for initializer in dense:
+        known = initializer.data_type in (types.FLOAT, types.DOUBLE, types.FLOAT16)  # numpy has no others
+        weight = numpy_helper.to_array(initializer) if known else None
+        if weight is None or not is_sparse(torch.tensor(weight)):
+            proto.graph.initializer.append(initializer)
+            continue
+        entries = np.flatnonzero(weight)
+        values = numpy_helper.from_array(weight.reshape(-1)[entries], initializer.name)
+        # ONNX wants int64, and protobuf writes small ones in two or three bytes: unless they are raw
+        places = helper.make_tensor(f"{initializer.name}.places", types.INT64, entries.shape, entries, raw=False)
+        proto.graph.sparse_initializer.append(helper.make_sparse_tensor(values, places, weight.shape))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's remarks on packages that are not needed, and torch's on its own internals."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of the first cause."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,89 @@
+"""What is exported of a model: its tensors by name."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lightning_topkast.errors import TopKastError
+
+Source = nn.Module | Mapping[str, Tensor]
+"""A model, or its state dict."""
+
+_SPARSE_FROM = 0.1  # share of zeros
+
+
+def tensors_of(source: Source) -> dict[str, Tensor]:
+    """The tensors of a model or state dict by name, on CPU and contiguous; tied ones are the same object.
+
+    Raises:
+        TopKastError: an entry is no ordinary tensor.
+    """
+    state = source.state_dict() if isinstance(source, nn.Module) else dict(source)
+    if isinstance(source, nn.Module):
+        first: dict[int, str] = {}
+        # packed weights are made anew each time they are read; their parameters tell which are tied
+        for name, parameter in source.named_parameters(remove_duplicate=False):
+            state[name] = state[first.setdefault(id(parameter), name)]
+    made: dict[tuple[object, ...], Tensor] = {}
+    tensors: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise TopKastError(f"'{name}' is a {type(value).__name__}, not a tensor; leave it out of the state dict")
+        if isinstance(value, DTensor) or value.is_meta or value.layout is not torch.strided:
+            raise TopKastError(
+                f"'{name}' is a {type(value).__name__} on {value.device} in layout {value.layout}; an ordinary tensor "
+                "with values is needed, of a model that is not spread over processes"
+            )
+        where = _place(value)
+        if where not in made:
+            made[where] = _own(value)
+        tensors[name] = made[where]
+    return tensors
+
+
+def tied(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The names of tensors that come again, each with the name they come under first."""
+    first: dict[int, str] = {}
+    names = {name: first.setdefault(id(tensor), name) for name, tensor in tensors.items()}
+    return {name: original for name, original in names.items() if name != original}
+
+
+def is_sparse(tensor: Tensor) -> bool:
+    """Whether this is a weight (two dimensions or more, floating) of which at least a tenth is zero."""
+    if tensor.dim() < 2 or not tensor.is_floating_point() or not tensor.numel():
+        return False
+    return density(tensor) <= 1 - _SPARSE_FROM
+
+
+def density(tensor: Tensor) -> float:
+    """Share of entries that are not zero; 1 for none at all."""
+    # count_nonzero does not know the 8-bit floats
+    values = tensor.float() if tensor.element_size() == 1 and tensor.is_floating_point() else tensor
+    return int(torch.count_nonzero(values)) / tensor.numel() if tensor.numel() else 1.0
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same, also in their NaNs and the signs of their zeros."""
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    first, second = (tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other))
+    return torch.equal(first, second)
+
+
+def nbytes(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes of the tensors, tied ones counted once."""
+    return sum({id(tensor): tensor.nbytes for tensor in tensors.values()}.values())
+
+
+def _place(tensor: Tensor) -> tuple[object, ...]:
+    if not tensor.numel():
+        return (id(tensor),)
+    return (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+
+
+def _own(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().cpu().contiguous()
+    # a part of a larger tensor would bring all of it into a file
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()

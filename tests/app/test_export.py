@@ -1,0 +1,289 @@
+"""`topkast-export` hands on what a run has learned: the same weights with the same accuracy."""
+
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+from torch import nn
+
+from lightning_topkast.app import export as export_module
+from lightning_topkast.app.export import FORMATS
+from lightning_topkast.app.train import train
+from lightning_topkast.export import load_sparse
+from lightning_topkast.export.state import same_bits
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a short run."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    overrides = ["trainer=cpu", "trainer.max_epochs=2", "logger=none", "callbacks.progress=null", "run_name=short"]
+    with initialize_config_module("lightning_topkast.conf", version_base="1.3"):
+        cfg = compose("train", [*overrides, f"paths.output_dir={folder}"])
+    train(cfg)
+    (folder / ".hydra").mkdir()
+    OmegaConf.save(cfg, folder / ".hydra" / "config.yaml")  # as Hydra does
+    GlobalHydra.instance().clear()
+    return folder
+
+
+@pytest.fixture
+def run_folder(trained, tmp_path):
+    """A copy of it."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+@pytest.fixture
+def cli(monkeypatch, capfd):
+    """Run the command line in this process; return exit code, standard output and standard error."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["topkast-export", *map(str, arguments)])
+        capfd.readouterr()
+        code = 0
+        try:
+            export_module.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return code, *capfd.readouterr()
+
+    return run
+
+
+def refused(cli, *arguments):
+    """Return the one line that a refused command prints."""
+    code, out, err = cli(*arguments)
+    assert code == 2, out + err
+    assert len(err.strip().splitlines()) == 1, err
+    return err
+
+
+def weights_of(file):
+    return torch.load(file, weights_only=True)["state_dict"]
+
+
+def configure(folder, **changes):
+    """Rewrite a run's configuration, as whoever hands it on could."""
+    path = folder / ".hydra" / "config.yaml"
+    cfg = OmegaConf.load(path)
+    for key, value in changes.items():
+        OmegaConf.update(cfg, key.replace("__", "."), value, merge=False, force_add=True)
+    OmegaConf.save(cfg, path)
+
+
+def test_folder_of_a_run_stands_for_its_best_checkpoint(cli, run_folder):
+    code, out, err = cli(run_folder)
+    assert (code, err) == (0, "")
+    file = run_folder / "model.safetensors"
+    best, last = (weights_of(run_folder / "checkpoints" / f"{name}.ckpt") for name in ("best", "last"))
+    read = load_sparse(file)
+    assert read.keys() == best.keys()
+    assert all(same_bits(read[name], best[name]) for name in best)
+    dense = sum(tensor.nbytes for tensor in best.values())
+    assert f"{file.stat().st_size:,} bytes, {file.stat().st_size / dense:.3f} of the {dense:,}" in out
+    assert file.stat().st_size < 0.2 * dense
+    assert re.search(r"net.hidden2.weight │ 256×256 │  10.00% │ gaps", out)
+    (run_folder / "checkpoints" / "best.ckpt").unlink()
+    assert "last.ckpt" in cli(run_folder, "--force")[1]
+    assert all(same_bits(tensor, last[name]) for name, tensor in load_sparse(file).items())
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "2:4"])
+def test_exported_network_has_the_accuracy_of_the_run(cli, run_folder, name):
+    code, out, err = cli(run_folder, "--format", name, "--check")
+    assert (code, err) == (0, "")
+    accuracy = json.loads((run_folder / "result.json").read_text())["metrics"]["test/acc"]
+    assert accuracy > 0.5
+    assert f"Test accuracy: {accuracy:.4f}, the checkpoint's {accuracy:.4f} (359 targets)" in out
+    assert float(re.search(r"differ by at most (\S+),", out)[1]) < 1e-4
+    assert ("bit for bit" in out) == (not name.startswith("onnx"))
+    (made,) = run_folder.glob("model.*")
+    assert made.name == f"model{FORMATS[name].suffix}"
+
+
+def test_check_computes_with_what_is_in_the_file(cli, run_folder, monkeypatch):
+    def another(model, example, path, sparse, overwrite):
+        other = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+        nn.init.zeros_(other[1].weight)
+        return save_onnx(other, example, path, sparse, overwrite)
+
+    save_onnx = export_module.save_onnx
+    monkeypatch.setattr(export_module, "save_onnx", another)
+    out = cli(run_folder, "--format", "onnx", "--check")[1]
+    assert float(re.search(r"differ by at most (\S+),", out)[1]) > 0.1
+    exported, own = re.search(r"accuracy: (\S+), the checkpoint's (\S+) ", out).groups()
+    assert float(exported) < 0.2 < float(own)
+
+
+def test_check_sees_a_single_changed_bit(cli, run_folder, monkeypatch):
+    def changed(path):
+        state = load_sparse(path)
+        state["net.output.bias"].view(torch.int32)[3] ^= 1
+        return state
+
+    unstructured = FORMATS["safetensors"]
+    monkeypatch.setitem(FORMATS, "safetensors", export_module.Format(unstructured.suffix, unstructured.save, changed))
+    assert "'net.output.bias' is not the checkpoint's" in refused(cli, run_folder, "--check")
+
+
+def test_bare_checkpoint_needs_no_run(cli, run_folder, tmp_path):
+    file = Path(shutil.copy(run_folder / "checkpoints" / "last.ckpt", tmp_path / "other.ckpt"))
+    code, out, _ = cli(file, "--check")
+    assert code == 0
+    assert "Outputs not compared" in out
+    assert all(
+        same_bits(tensor, weights_of(file)[n]) for n, tensor in load_sparse(tmp_path / "other.safetensors").items()
+    )
+    assert cli(file, "--format", "csr", "--output", tmp_path / "small.pt")[0] == 0
+    assert torch.load(tmp_path / "small.pt", weights_only=True)["net.hidden1.weight"].layout is torch.sparse_csr
+    assert cli(file, "--format", "dense")[0] == 0
+    assert torch.load(tmp_path / "other.dense.pt", weights_only=True).keys() == weights_of(file).keys()
+    assert "onnx needs the network itself" in refused(cli, file, "--format", "onnx")
+
+
+def test_network_without_sparse_weights_is_exported_and_called_so(cli, run_folder, tmp_path):
+    checkpoint = torch.load(run_folder / "checkpoints" / "best.ckpt", weights_only=True)
+    for tensor in checkpoint["state_dict"].values():
+        tensor.add_(torch.randn_like(tensor))
+    torch.save(checkpoint, tmp_path / "dense.ckpt")
+    code, out, _ = cli(tmp_path / "dense.ckpt")
+    assert code == 0
+    assert "Nothing in it is sparse" in out
+    assert load_sparse(tmp_path / "dense.safetensors").keys() == checkpoint["state_dict"].keys()
+
+
+def test_a_mask_that_is_not_two_of_four_is_refused_and_one_that_is_taken(cli, run_folder, tmp_path):
+    line = refused(cli, run_folder, "--format", "2:4")
+    share, over, groups = re.search(r"([\d.]+)% of its groups of four \((\d+) of ([\d,]+)\)", line).groups()
+    groups = int(groups.replace(",", ""))
+    assert groups == 64 * 256 // 4
+    assert float(share) == pytest.approx(100 * int(over) / groups, abs=0.05)
+    checkpoint = torch.load(run_folder / "checkpoints" / "best.ckpt", weights_only=True)
+    for name, tensor in checkpoint["state_dict"].items():
+        if "hidden" in name and tensor.dim() == 2:
+            tensor.view(-1, 4)[:, 2:] = 0
+    torch.save(checkpoint, tmp_path / "pairs.ckpt")
+    code, out, _ = cli(tmp_path / "pairs.ckpt", "--format", "2:4", "--check")
+    assert code == 0
+    assert re.search(r"256×256 │ +\d+\.\d+% │ 2:4 ", out)
+    assert "bit for bit" in out
+
+
+def test_files_are_overwritten_only_by_force(cli, run_folder):
+    (run_folder / "model.safetensors").write_text("mine")
+    line = refused(cli, run_folder)
+    assert "exists already" in line
+    assert "--force" in line
+    assert (run_folder / "model.safetensors").read_text() == "mine"
+    assert cli(run_folder, "--force")[0] == 0
+    assert load_sparse(run_folder / "model.safetensors")
+
+
+def test_what_is_no_checkpoint_is_answered_in_a_line(cli, run_folder, tmp_path):
+    assert "there is no" in refused(cli, tmp_path / "nowhere")
+    (tmp_path / "notes.ckpt").write_text("text")
+    assert "is not complete" in refused(cli, tmp_path / "notes.ckpt")
+    whole = (run_folder / "checkpoints" / "best.ckpt").read_bytes()
+    (tmp_path / "cut.ckpt").write_bytes(whole[: len(whole) // 2])
+    assert "is not complete" in refused(cli, tmp_path / "cut.ckpt")
+    middle = len(whole) // 2
+    (tmp_path / "flipped.ckpt").write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    assert "damaged" in refused(cli, tmp_path / "flipped.ckpt")
+    torch.save({"weight": torch.ones(3)}, tmp_path / "state.pt")
+    assert "is no checkpoint of a run" in refused(cli, tmp_path / "state.pt")
+    (tmp_path / "empty").mkdir()
+    assert "is no run's folder" in refused(cli, tmp_path / "empty")
+    (tmp_path / "empty" / ".metadata").touch()
+    assert "topkast-consolidate" in refused(cli, tmp_path / "empty")
+    assert "there is no folder" in refused(cli, run_folder, "--output", tmp_path / "no" / "folder.safetensors")
+    assert [entry.name for entry in tmp_path.rglob("*safetensors*")] == []
+
+
+def test_another_networks_weights_are_refused(cli, run_folder):
+    configure(run_folder, model__hidden=[128])
+    assert "don't fit the network of the run's configuration" in refused(cli, run_folder, "--format", "onnx")
+    (run_folder / ".hydra" / "config.yaml").write_text("model: [unclosed")
+    assert "config.yaml can't be read" in refused(cli, run_folder, "--format", "onnx")
+    (run_folder / ".hydra" / "config.yaml").write_text("a: 1")
+    assert "is no configuration of topkast-train" in refused(cli, run_folder, "--format", "onnx")
+
+
+HOSTILE = (
+    "os.system",
+    "builtins.eval",
+    "subprocess.run",
+    "torch.hub.load",
+    "torch.load",
+    "torch.nn.functional.os.system",
+    "torch.nn.modules.module.torch.load",
+    "torch.nn.Module.load_state_dict",
+    "torch.nn.init.zeros_",
+    "lightning_topkast.app.models.image.nn.Linear",
+    "lightning_topkast.app.models.image.load_torchvision",
+    "torchvision.models.resnet.partial",
+    "lightning_topkast.app.models.nothing",
+    "lightning_topkast.app.data.Digits",  # is no network
+    "",
+    ["os.system"],
+)
+
+
+@pytest.mark.parametrize("target", HOSTILE, ids=str)
+def test_configuration_that_names_what_is_not_trusted_is_refused(cli, run_folder, target):
+    if isinstance(target, str) and target:
+        configure(run_folder, model={"_target_": target, "command": "touch hacked", "path": "hacked"})
+    else:
+        configure(run_folder, model={"_target_": target})
+    for arguments in (("--format", "onnx"), ("--check",)):
+        line = refused(cli, run_folder, *arguments)
+        assert f"model._target_={target}" in line
+        assert "--trust" in line
+        assert not list(run_folder.glob("model.*"))
+
+
+def test_a_nested_target_and_those_of_data_and_sparsity_are_looked_at_too(cli, run_folder, monkeypatch):
+    called = []
+    monkeypatch.setattr(os, "system", called.append)
+    configure(run_folder, model__dropout={"_target_": "os.system", "command": "x"})
+    assert "model.dropout._target_=os.system" in refused(cli, run_folder, "--format", "onnx")
+    configure(run_folder, model__dropout=[{"deeper": {"_target_": "${trick}"}}], trick="os.system")
+    assert "model.dropout.0.deeper._target_=os.system" in refused(cli, run_folder, "--format", "onnx")
+    configure(run_folder, model__dropout=0.0, sparsity___target_="evil.SmallDense")
+    assert "wants to call sparsity._target_=evil.SmallDense" in refused(cli, run_folder, "--format", "onnx")
+    small_dense = {"_target_": "lightning_topkast.app.small_dense.SmallDense", "forward_sparsity": 0.9}
+    configure(run_folder, sparsity=small_dense | {"overrides": {"_target_": "os.system", "command": "x"}})
+    assert "sparsity.overrides._target_=os.system" in refused(cli, run_folder, "--format", "onnx")
+    configure(run_folder, sparsity=small_dense)
+    assert "don't fit the network" in refused(cli, run_folder, "--format", "onnx"), (
+        "it should have been built, narrower"
+    )
+    configure(run_folder, sparsity___target_="lightning_topkast.TopKastCallback", data___target_="os.system")
+    assert "data._target_=os.system" in refused(cli, run_folder, "--check")
+    assert not called
+
+
+def test_trust_builds_the_users_own_network(cli, run_folder, tmp_path, monkeypatch):
+    (tmp_path / "mynets.py").write_text(
+        "from lightning_topkast.app.models import MLP\n\ndef net():\n    return MLP([1, 8, 8], 10, [256, 256])\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    configure(run_folder, model={"_target_": "mynets.net"})
+    assert "model._target_=mynets.net" in refused(cli, run_folder, "--format", "onnx")
+    code, out, _ = cli(run_folder, "--format", "onnx", "--check", "--trust")
+    assert code == 0
+    assert "Test accuracy" in out
+
+
+def test_help_names_every_format(cli):
+    code, out, _ = cli("--help")
+    assert code == 0
+    assert all(re.search(rf"^  {name} +\S", out, re.MULTILINE) for name in FORMATS)
+    assert max(map(len, out.splitlines())) <= 120

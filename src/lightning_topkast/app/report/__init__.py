@@ -16,8 +16,10 @@ def leave_report(folder: Path) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # such as of letters that a font lacks
             from lightning_topkast.app.report.run_page import has_matplotlib, write_run_report
+            from lightning_topkast.app.report.tensorboard import log_to_tensorboard
 
             page = write_run_report(folder)
+            log_to_tensorboard(folder)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         print(f"Report:      none, since it failed ({reason}); report=false leaves it out", file=sys.stderr, flush=True)

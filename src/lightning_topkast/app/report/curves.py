@@ -25,12 +25,10 @@ def read_curves(folder: Path) -> dict[str, Curve]:
         parts = [_read_events(path) for path in _by_age(folder, "tensorboard*/events.out.tfevents.*")]
     joined: dict[str, dict[float, float]] = {}
     for part in parts:
-        begin = min((step for points in part.values() for step in points), default=math.inf)
-        for name in joined:
-            joined[name] = {step: value for step, value in joined[name].items() if step < begin}
         for name, points in part.items():
-            joined.setdefault(name, {}).update(points)
-    return {name: _curve(points) for name, points in joined.items() if points}
+            before = {step: value for step, value in joined.get(name, {}).items() if step < min(points)}
+            joined[name] = before | points
+    return {name: _curve(points) for name, points in joined.items()}
 
 
 def has_log(folder: Path) -> bool:
@@ -88,10 +86,11 @@ def _read_events(path: Path) -> dict[str, dict[float, float]]:
         return {}
     events = EventAccumulator(str(path), size_guidance={"scalars": 0, "images": 1, "tensors": 1})
     events.Reload()
-    return {
+    found = {
         name: {float(event.step): event.value for event in events.Scalars(name) if math.isfinite(event.value)}
         for name in events.Tags()["scalars"]
     }
+    return {name: points for name, points in found.items() if points}
 
 
 def _number(text: object) -> float | None:

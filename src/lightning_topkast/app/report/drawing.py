@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from matplotlib import rc_context
+from matplotlib import color_sequences, rc_context
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 # What the page has as CSS variables; the values are those of its light scheme, and those of the PNG files.
@@ -16,8 +17,11 @@ COLOURS = {
     "ink": "#1f2530", "muted": "#5d6777", "line": "#d5dae2", "active": "#2f6fde", "exploring": "#e67e14",
     "reservoir": "#8c96a5", "third": "#2a9d6f",
 }  # fmt: skip
-# What other figures of the application are drawn in: black, and matplotlib's greys.
-_ALIASES = {"#000000": "ink", "#404040": "muted", "#666666": "muted", "#d9d9d9": "line", "#b0b0b0": "line"}
+METHODS: tuple[str, ...] = tuple(map(to_hex, color_sequences["tab10"]))
+# What other figures of the application are drawn in: black, matplotlib's greys, and its colours for methods.
+_ALIASES = {
+    "#000000": "ink", "#404040": "muted", "#666666": "muted", "#d9d9d9": "line", "#b0b0b0": "line", "#ffffff": "card",
+} | {colour: f"method-{number}" for number, colour in enumerate(METHODS)}  # fmt: skip
 
 _STYLE: dict[Any, Any] = {
     "font.size": 8, "axes.titlesize": 8.5, "axes.titleweight": "bold", "axes.titlelocation": "left",

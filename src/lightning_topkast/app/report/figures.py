@@ -18,6 +18,8 @@ SMALL = (3.7, 2.35)  # inches: as wide as a phone, so that its letters stay legi
 _CYCLE = [COLOURS[name] for name in ("active", "exploring", "third", "muted")]
 _TIERS = {RESERVOIR: ("reservoir", "C"), EXPLORING: ("exploring", "B\\A"), ACTIVE: ("active", "A")}
 _PARTS = {"train": ("muted", 0.9), "val": ("active", 1.6)}  # the colour and the width of a part's curve
+# What callbacks=mask_dynamics logs, over windows of many refreshes.
+_WINDOWS = {"change": "share of A that changed in a window", "activated": "reservoir ever active, by layer"}
 _FEW = 12  # points that are marked each
 
 
@@ -57,9 +59,18 @@ def curve_figures(curves: Mapping[str, Curve], monitor: str | None) -> list[Draw
         layers = of_layers(curves)
         if layers:
             steps, values = on_grid(layers)
-            drawn.append(_band("mask-change", "mask change: share of A that is new", steps, values, curves))
+            bounds = values.min(axis=0), values.max(axis=0)
+            mean = curves.get(MASK_CHANGE, (steps, values.mean(axis=0)))
+            drawn.append(
+                _band("mask-change", "mask change: share of A that is new", steps, bounds, mean, "all weights")
+            )
+        for name, title in _WINDOWS.items():
+            if all(f"masks/{name}_{of_layers}" in curves for of_layers in ("min", "mean", "max")):
+                least, mean, most = (curves[f"masks/{name}_{of_layers}"] for of_layers in ("min", "mean", "max"))
+                bounds = least[1], most[1]
+                drawn.append(_band(f"window-{name}", title, least[0], bounds, mean, "mean of the layers"))
         for name, title in (
-            ("reservoir_activated", "share of the first reservoir that was ever active"),
+            ("reservoir_activated", "share of the first reservoir ever active"),
             ("penalty", "exploration penalty"),
         ):
             if f"topkast/{name}" in curves:
@@ -152,16 +163,23 @@ def _lines(name: str, title: str, lines: Mapping[str, tuple[Curve, str, float]])
     return Drawn(name, f"{title}, over the optimizer steps", figure)
 
 
-def _band(name: str, title: str, steps: np.ndarray, values: np.ndarray, curves: Mapping[str, Curve]) -> Drawn:
-    """The mean over the layers, and a band from the least to the greatest."""
+def _band(
+    name: str, title: str, steps: np.ndarray, bounds: tuple[np.ndarray, np.ndarray], mean: Curve, of: str
+) -> Drawn:
+    """A curve, and a band from the least to the greatest of the layers."""
     figure, axes = new_axes(title)
     axes.fill_between(
-        steps, values.min(axis=0), values.max(axis=0), step="post", color=COLOURS["active"], alpha=0.25, linewidth=0,
+        steps,
+        bounds[0],
+        bounds[1],
+        step="post",
+        color=COLOURS["active"],
+        alpha=0.25,
+        linewidth=0,
         label="least to greatest layer",
-    )  # fmt: skip
-    mean = on_grid({"": curves[MASK_CHANGE]}) if MASK_CHANGE in curves else (steps, values.mean(axis=0)[None])
-    axes.plot(mean[0], mean[1][0], color=COLOURS["active"], drawstyle="steps-post", label="all weights")
-    finish(axes, [(steps, values)])
+    )
+    axes.plot(*mean, color=COLOURS["active"], drawstyle="steps-post", label=of)
+    finish(axes, [(steps, bound) for bound in bounds])
     axes.set_ylim(bottom=0)
     axes.legend()
     return Drawn(name, f"{title}, over the optimizer steps", figure)
@@ -178,7 +196,10 @@ def new_axes(title: str) -> tuple[Figure, Axes]:
 def finish(axes: Axes, curves: Sequence[Curve]) -> None:
     """Set up the axes of curves over optimizer steps."""
     axes.set_xlabel("optimizer step")
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_locator(
+        MaxNLocator(6, steps=[1, 2, 2.5, 5, 10])
+    )  # not by the space there is, which the labels change
     least, most = (bound(float(getattr(values, bound.__name__)()) for _, values in curves) for bound in (min, max))
     if most - least < 1e-6 * max(abs(most), 1e-12):  # a constant, which rounding would blow up
         axes.set_ylim(least - 0.05 * (abs(least) or 1), most + 0.05 * (abs(most) or 1))

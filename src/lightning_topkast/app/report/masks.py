@@ -138,7 +138,8 @@ def chosen(weights: Sequence[SavedWeight], most: int = 6) -> list[SavedWeight]:
 def picture(weight: SavedWeight) -> bytes:
     """Return a PNG of a weight's sets: outputs downwards, inputs to the right, a convolution's kernels as tiles.
 
-    The reservoir is nearly transparent. A large weight's pixels are the mean colours of blocks of entries.
+    The reservoir is nearly transparent. A large weight's pixels are blocks of entries: the more are active or
+    exploring, the stronger the mean of their colours.
     """
     tiers = _as_matrix(weight.tiers).numpy()
     layers = np.stack([(tiers == tier).astype(np.float32) for tier in (ACTIVE, EXPLORING, RESERVOIR)], axis=-1)
@@ -146,6 +147,9 @@ def picture(weight: SavedWeight) -> bytes:
         edges = np.arange(0, layers.shape[axis], -(-layers.shape[axis] // _MOST_PIXELS))
         sizes = np.diff([*edges, layers.shape[axis]]).reshape((-1, 1, 1) if axis == 0 else (1, -1, 1))
         layers = np.add.reduceat(layers, edges, axis=axis) / sizes
+    # Blocks of many entries would all look grey: colours reach from none to the block that has most.
+    layers[..., :2] /= max(float(layers[..., :2].sum(axis=-1).max()), 1e-6)
+    layers[..., 2] = 1 - layers[..., :2].sum(axis=-1)
     opacity = layers * np.array([1, 1, _RESERVOIR_ALPHA], dtype=np.float32)
     alpha = opacity.sum(axis=-1, keepdims=True)
     colours = np.array([RGB[tier] for tier in (ACTIVE, EXPLORING, RESERVOIR)], dtype=np.float32)
@@ -153,7 +157,8 @@ def picture(weight: SavedWeight) -> bytes:
     pixels = np.concatenate([rgb, 255 * alpha], axis=-1).round().astype(np.uint8)
     zoom = max(1, _MOST_PIXELS // max(pixels.shape[:2]))
     file = io.BytesIO()
-    Image.fromarray(pixels.repeat(zoom, axis=0).repeat(zoom, axis=1)).save(file, format="PNG", optimize=True)
+    image = Image.fromarray(pixels.repeat(zoom, axis=0).repeat(zoom, axis=1))
+    image.quantize(256, method=Image.Quantize.FASTOCTREE).save(file, format="PNG", optimize=True)
     return file.getvalue()
 
 

@@ -63,9 +63,10 @@ def write_run_report(folder: Path) -> Path:
         pictures[name] = picture(weight)
         label = f"sets of {weight.name}, {_shape(weight.shape)}"
         masks.append(inline_png(name, label, pictures[name], f"{weight.name}  {_shape(weight.shape)}"))
+    rows, rest = _rows(run)
     html = render(
         "run.html", run=run, cards=cards(run.result, run.saved), notes=notes, curves=curves, layers=layers,
-        masks=masks, magnitudes=magnitudes, rows=_rows(run), percent=percent,
+        masks=masks, magnitudes=magnitudes, rows=rows, rest=rest, percent=percent,
     )  # fmt: skip
     return write_page(folder, html, pictures)
 
@@ -75,15 +76,27 @@ def has_matplotlib() -> bool:
     return find_spec("matplotlib") is not None
 
 
-def _rows(run: RunFolder) -> list[WeightRow]:
+@dataclass(frozen=True)
+class Rest:
+    """Sums over the dense parameters of one dimension."""
+
+    count: int
+    entries: int
+    nonzero: int
+
+
+def _rows(run: RunFolder) -> tuple[list[WeightRow], Rest]:
     """Every weight that was counted in the test, in the model's order, and those of the checkpoint."""
     saved = {weight.name: weight for weight in run.saved.weights} if run.saved else {}
     counted: list[dict[str, Any]] = run.result.get("weights") or []
+    rest = [each for each in counted if len(each["shape"]) < 2 and each["name"] not in saved]
     rows = [
         _row(saved.pop(each["name"], None), each["name"], tuple(each["shape"]), each["entries"], each["nonzero"])
         for each in counted
+        if each not in rest
     ]
-    return rows + [_row(weight, weight.name, weight.shape, weight.entries, None) for weight in saved.values()]
+    rows += [_row(weight, weight.name, weight.shape, weight.entries, None) for weight in saved.values()]
+    return rows, Rest(len(rest), *(sum(each[key] for each in rest) for key in ("entries", "nonzero")))
 
 
 def _row(weight: SavedWeight | None, name: str, shape: tuple[int, ...], entries: int, nonzero: int | None) -> WeightRow:

@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from matplotlib.lines import Line2D
 
 from lightning_topkast.app.report.curves import MASK_CHANGE, Curve, read_curves, thinned
-from lightning_topkast.app.report.drawing import style
+from lightning_topkast.app.report.drawing import METHODS, style
 from lightning_topkast.app.report.figures import SMALL, Drawn, finish, new_axes
 
-_COLOURS = matplotlib.color_sequences["tab10"]
 _MOST_POINTS = 150  # of a curve: there are many
 _ALWAYS = ("train/loss", "topkast/forward_sparsity", MASK_CHANGE)
 
@@ -25,7 +24,7 @@ def overlays(runs: Sequence[tuple[Path, Mapping[str, Any]]], prefix: str) -> lis
         prefix: of the figures' names.
     """
     methods = sorted({_method(result) for _, result in runs})
-    colours = {method: _COLOURS[number % len(_COLOURS)] for number, method in enumerate(methods)}
+    colours = {method: METHODS[number % len(METHODS)] for number, method in enumerate(methods)}
     monitor = next((m["name"] for _, result in runs if (m := result.get("monitor") or {}).get("name")), "val/acc")
     lines: dict[str, list[tuple[str, Curve]]] = {name: [] for name in dict.fromkeys((monitor, "val/loss", *_ALWAYS))}
     for folder, result in runs:
@@ -42,17 +41,16 @@ def overlays(runs: Sequence[tuple[Path, Mapping[str, Any]]], prefix: str) -> lis
 
 
 def _overlay(name: str, title: str, lines: Sequence[tuple[str, Curve]], colours: Mapping[str, Any]) -> Drawn:
+    shown = list(dict.fromkeys(method for method, _ in lines))
     figure, axes = new_axes(title)
+    figure.set_size_inches(SMALL[0], SMALL[1] + 0.17 * -(-len(shown) // 2))
     alpha = max(0.35, min(0.9, 6 / len(lines)))
-    shown: set[str] = set()
     for method, (steps, values) in lines:
-        label = None if method in shown else method
-        shown.add(method)
-        axes.plot(steps, values, color=colours[method], linewidth=1.1, alpha=alpha, label=label)
+        axes.plot(steps, values, color=colours[method], linewidth=1.1, alpha=alpha)
     finish(axes, [curve for _, curve in lines])
-    width, height = SMALL
-    figure.set_size_inches(width, height + 0.17 * -(-len(shown) // 2))
-    figure.legend(loc="outside lower center", ncols=2, fontsize=7)
+    figure.legend(
+        [Line2D([], [], color=colours[method]) for method in shown], shown, loc="outside lower center", ncols=2
+    )
     return Drawn(name, f"{title} of {len(lines)} runs, coloured by method, over the optimizer steps", figure)
 
 

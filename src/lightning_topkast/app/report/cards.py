@@ -77,9 +77,8 @@ def _costs(result: Mapping[str, Any]) -> list[Card]:
     for part, name in (("forward", "inference FLOPs"), ("training", "training FLOPs")):
         ratio = flops.get(f"{part}_flops_ratio")
         if ratio is not None:
-            note = (
-                f"of dense; {count(flops[f'{part}_flops'])} instead of {count(flops[f'dense_{part}_flops'])} an example"
-            )
+            own, dense = (flops.get(f"{kind}{part}_flops") for kind in ("", "dense_"))
+            note = f"of dense; {count(own)} instead of {count(dense)} an example" if own and dense else "of dense"
             found.append(Card(name, ratio, f"{ratio:.3f}×", note))
     if found and result.get("examples") and flops.get("dense_training_flops"):
         saved = (flops["dense_training_flops"] - flops["training_flops"]) * result["examples"]

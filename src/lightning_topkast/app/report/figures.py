@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,9 +18,14 @@ from lightning_topkast.app.report.masks import ACTIVE, EXPLORING, RESERVOIR, Sav
 SMALL = (3.7, 2.35)  # inches: as wide as a phone, so that its letters stay legible there
 _CYCLE = [COLOURS[name] for name in ("active", "exploring", "third", "muted")]
 _TIERS = {RESERVOIR: ("reservoir", "C"), EXPLORING: ("exploring", "B\\A"), ACTIVE: ("active", "A")}
-_PARTS = {"train": ("muted", 0.9), "val": ("active", 1.6)}  # the colour and the width of a part's curve
+_PARTS = {
+    "train": ("muted", 0.9),
+    "val": ("active", 1.6),
+    "": ("active", 1.4),
+}  # the colour and the width of a part's curve
 # What callbacks=mask_dynamics logs, over windows of many refreshes.
 _WINDOWS = {"change": "share of A that changed in a window", "activated": "reservoir ever active, by layer"}
+_MOST_METRICS = 9
 _FEW = 12  # points that are marked each
 
 
@@ -42,13 +48,9 @@ def curve_figures(curves: Mapping[str, Curve], monitor: str | None) -> list[Draw
     """Draw losses and metrics, sparsities, how the masks move, the penalty and the learning rate."""
     drawn = []
     with style():
-        for quantity in _quantities(curves, monitor):
-            lines = {
-                part: (curves[f"{part}/{quantity}"], *look)
-                for part, look in _PARTS.items()
-                if f"{part}/{quantity}" in curves
-            }
-            drawn.append(_lines(f"metric-{quantity.replace('/', '-')}", quantity, lines))
+        for quantity, parts in _metrics(curves, monitor).items():
+            lines = {part: (curves[parts[part]], *look) for part, look in _PARTS.items() if part in parts}
+            drawn.append(_lines(f"metric-{slug(quantity)}", quantity, lines))
         sparsities = {
             name: (curves[f"topkast/{name}_sparsity"], colour, 1.4)
             for name, colour in (("forward", "active"), ("backward", "exploring"), ("model", "third"))
@@ -144,11 +146,18 @@ def _histogram(weight: SavedWeight, groups: Mapping[int, np.ndarray]) -> Figure:
     return figure
 
 
-def _quantities(curves: Mapping[str, Curve], monitor: str | None) -> list[str]:
-    """What training and validation log, the loss first and then what checkpoints follow."""
-    found = {name.partition("/")[2] for name in curves if name.partition("/")[0] in _PARTS and "/" in name}
+def _metrics(curves: Mapping[str, Curve], monitor: str | None) -> dict[str, dict[str, str]]:
+    """Quantity → part → name of the curve: the loss first, then what checkpoints follow."""
+    found: dict[str, dict[str, str]] = {}
+    for name in curves:
+        part, _, quantity = name.partition("/")
+        if part in _PARTS and quantity:
+            found.setdefault(quantity, {})[part] = name
+        elif name != "epoch" and not name.startswith(("topkast/", "masks/", "lr-", "test/")):
+            found[name] = {"": name}
     followed = (monitor or "").partition("/")[2]
-    return sorted(found, key=lambda name: (name != "loss", name != followed, name))[:6]
+    order = sorted(found, key=lambda name: (name != "loss", name not in (monitor, followed), name))
+    return {quantity: found[quantity] for quantity in order[:_MOST_METRICS]}
 
 
 def _lines(name: str, title: str, lines: Mapping[str, tuple[Curve, str, float]]) -> Drawn:
@@ -204,6 +213,11 @@ def finish(axes: Axes, curves: Sequence[Curve]) -> None:
     if most - least < 1e-6 * max(abs(most), 1e-12):  # a constant, which rounding would blow up
         axes.set_ylim(least - 0.05 * (abs(least) or 1), most + 0.05 * (abs(most) or 1))
     axes.ticklabel_format(axis="y", useOffset=False)
+
+
+def slug(name: str) -> str:
+    """Return a name that can be a file's and an id's."""
+    return re.sub(r"[^A-Za-z0-9_.]+", "-", name).strip("-.") or "other"
 
 
 def _short(name: str, most: int = 34) -> str:

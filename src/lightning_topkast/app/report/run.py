@@ -10,10 +10,11 @@ from typing import Any
 
 import yaml
 
+from lightning_topkast.app.collect import check_form
 from lightning_topkast.app.errors import AppError
 from lightning_topkast.app.report.curves import Curve, has_log, read_curves
 from lightning_topkast.app.report.masks import Saved, read_masks
-from lightning_topkast.app.result import RESULT_FILE, read_result
+from lightning_topkast.app.result import DONE, RESULT_FILE, read_result
 
 _CONFIG = Path(".hydra", "config.yaml")
 
@@ -71,9 +72,12 @@ def read_run(folder: Path) -> RunFolder:
     result: Mapping[str, Any] = {}
     try:
         result = read_result(folder) or {}
+        if result.get("status") in DONE:
+            check_form(dict(result), folder / RESULT_FILE)
         if not result:
             notes.append(f"There is no {RESULT_FILE}: the run has not come to its end.")
     except AppError as error:
+        result = {}
         notes.append(f"{RESULT_FILE} was passed over: {error}.")
     saved = None
     try:

@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 
 from lightning_topkast.app.report.curves import MASK_CHANGE, Curve, read_curves, thinned
 from lightning_topkast.app.report.drawing import METHODS, style
-from lightning_topkast.app.report.figures import SMALL, Drawn, finish, new_axes
+from lightning_topkast.app.report.figures import SMALL, Drawn, finish, new_axes, slug
 
 _MOST_POINTS = 150  # of a curve: there are many
 _ALWAYS = ("train/loss", "topkast/forward_sparsity", MASK_CHANGE)
@@ -33,11 +33,7 @@ def overlays(runs: Sequence[tuple[Path, Mapping[str, Any]]], prefix: str) -> lis
             if name in curves:
                 drawn.append((_method(result), thinned(curves[name], _MOST_POINTS)))
     with style():
-        return [
-            _overlay(f"{prefix}-{name.replace('/', '-')}", name, drawn, colours)
-            for name, drawn in lines.items()
-            if drawn
-        ]
+        return [_overlay(f"{prefix}-{slug(name)}", name, drawn, colours) for name, drawn in lines.items() if drawn]
 
 
 def _overlay(name: str, title: str, lines: Sequence[tuple[str, Curve]], colours: Mapping[str, Any]) -> Drawn:

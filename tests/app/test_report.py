@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import open_dict
 from PIL import Image
 
+from lightning_topkast.app import train as train_module
 from lightning_topkast.app.errors import AppError
 from lightning_topkast.app.report import command, leave_report, run_page
 from lightning_topkast.app.report.command import write_reports
@@ -89,6 +90,9 @@ def check_safe_and_whole(page):
     assert all(part.startswith("#") for part in page.source.split("url(")[1:])
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
+    referred = [attributes["xlink:href"][1:] for _, attributes in page.elements if "xlink:href" in attributes]
+    referred += [part[1 : part.index(")")] for part in page.source.split("url(")[1:]]
+    assert {name for name in referred if not name.startswith("ata:")} <= set(ids)
     assert all(attributes["alt"] for attributes in page.all("img"))
     assert all(attributes["aria-label"] for attributes in page.all("svg"))
     assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in page.all("meta")
@@ -226,14 +230,16 @@ def test_report_is_no_part_of_what_a_run_computes(composed):
 # --- the end of a training --------------------------------------------------------------------------------------------
 
 
-def test_training_ends_with_the_name_of_its_report(cli, tmp_path):
+def test_training_ends_with_the_name_of_its_report(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_module, "leave_report", leave_report)
     code, out, _ = cli(*SHORT, f"hydra.run.dir={tmp_path}/run")
     assert code == 0
     assert out.splitlines()[-1].split() == ["Report:", f"{tmp_path}/run/report.html"]
     assert Page(tmp_path / "run" / "report.html").figures["parameters in use"] == 11274
 
 
-def test_report_false_leaves_none(cli, tmp_path):
+def test_report_false_leaves_none(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_module, "leave_report", leave_report)
     code, out, _ = cli(*SHORT, f"hydra.run.dir={tmp_path}/run", "report=false")
     assert code == 0
     assert "Report:" not in out
@@ -349,7 +355,7 @@ def test_failed_run_shows_its_error(tmp_path):
 
 
 def test_hostile_names_are_shown_and_never_run(run, tmp_path):
-    quotes = f"\"'><img src=x onerror=alert(1)>{HOSTILE}$x_{{"
+    quotes = f"\"'><img src=x onerror=alert(1)>{HOSTILE}$x_{{$"
     result = read_result(run)
     result["choices"]["model"] = HOSTILE
     result["overrides"] = [f"run={quotes}"]
@@ -412,6 +418,7 @@ def test_sweep_has_the_table_of_the_comparison_and_every_run(sweep):
     pytest.importorskip("matplotlib")
     page = Page(write_reports(sweep)[0])
     check_safe_and_whole(page)
+    assert "#000000" not in page.source.partition("</style>")[2]
     rows = {row[0]: row for row in page.rows}
     accuracy = read_result(sweep / "c")["metrics"]["test/acc"]
     assert rows["topkast"][2] == f"{accuracy:.4f} ± 0.0000"

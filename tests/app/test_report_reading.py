@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from lightning_topkast.app.report.curves import on_grid, read_curves, thinned
-from lightning_topkast.app.report.masks import RGB, SavedWeight, picture
+from lightning_topkast.app.report.masks import RGB, SavedWeight, picture, read_masks
 
 
 def log(folder, text):
@@ -52,17 +52,35 @@ def test_long_curve_is_thinned_to_means():
     assert values.tolist() == [0.5, 6.5, 20.5, 42.5, 72.5]
 
 
+def weight(tiers, theta):
+    tiers, theta = torch.tensor(tiers, dtype=torch.uint8), torch.tensor(theta)
+    return SavedWeight("w", tiers, theta * (tiers == 2), theta * (tiers != 2))
+
+
 def test_thresholds_are_the_magnitudes_at_the_sizes_of_the_sets():
-    weight = SavedWeight("w", torch.tensor([2, 0, 1, 2, 1], dtype=torch.uint8), np.array([5.0, 1.0, 3.0, 4.0, 2.0]))
-    assert (weight.active, weight.updated, weight.thresholds()) == (2, 4, (4.0, 2.0))
-    nothing_explores = SavedWeight("w", torch.tensor([2, 0, 0], dtype=torch.uint8), np.array([5.0, 1.0, 3.0]))
-    assert nothing_explores.thresholds() == (5.0, None)
-    dense = SavedWeight("w", torch.tensor([2, 2], dtype=torch.uint8), np.array([5.0, 1.0]))
-    assert dense.thresholds() == (None, None)
+    explores = weight([2, 0, 1, 2, 1], [5.0, -1.0, 3.0, -4.0, -2.0])
+    assert (explores.active, explores.updated, explores.thresholds()) == (2, 4, (4.0, 2.0))
+    assert weight([2, 0, 0], [5.0, 1.0, 3.0]).thresholds() == (5.0, None)
+    assert weight([2, 2], [5.0, 1.0]).thresholds() == (None, None)
+
+
+def test_histogram_has_the_magnitudes_of_each_set():
+    groups = weight([2, 0, 1, 2, 1], [5.0, -1.0, 3.0, -4.0, -2.0]).groups()
+    assert {tier: group.tolist() for tier, group in groups.items()} == {0: [1], 1: [3, 2], 2: [5, 4]}
+
+
+def test_masks_are_those_of_the_checkpoint_that_was_tested(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    for step, name in enumerate(("best", "last")):  # the last is newer
+        content = {"pytorch-lightning_version": "2.6.0", "state_dict": {}, "global_step": step}
+        torch.save(content, tmp_path / "checkpoints" / f"{name}.ckpt")
+    assert read_masks(tmp_path).step == 0
+    (tmp_path / "checkpoints" / "best.ckpt").unlink()
+    assert read_masks(tmp_path).step == 1
 
 
 def pixels(tiers, tmp_path):
-    (tmp_path / "mask.png").write_bytes(picture(SavedWeight("w", torch.tensor(tiers, dtype=torch.uint8), None)))
+    (tmp_path / "mask.png").write_bytes(picture(SavedWeight("w", torch.tensor(tiers, dtype=torch.uint8), None, None)))
     with Image.open(tmp_path / "mask.png") as image:
         return np.asarray(image.convert("RGBA")).astype(int)
 

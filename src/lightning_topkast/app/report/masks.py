@@ -26,17 +26,26 @@ _MOST_SAMPLES = 400_000  # of a histogram
 
 @dataclass(frozen=True)
 class SavedWeight:
-    r"""A sparse weight in a checkpoint.
+    r"""A sparse weight in a checkpoint; its tensors stay in the file until they are looked at.
 
     Attributes:
         name: of the parameter.
         tiers: uint8 in the weight's shape: 2 on A, 1 on B\A, 0 on C.
-        magnitudes: |θ|, flat; None where the checkpoint has no weight of that name.
+        alpha: θ on A, 0 elsewhere; None where the checkpoint has no such weight.
+        reserve: θ outside A, 0 on it; None likewise.
     """
 
     name: str
     tiers: Tensor
-    magnitudes: np.ndarray | None
+    alpha: Tensor | None
+    reserve: Tensor | None
+
+    @property
+    def magnitudes(self) -> np.ndarray | None:
+        """|θ|, flat; None where it is not known. Computed anew each time, since all of them may not fit in memory."""
+        if self.alpha is None or self.reserve is None:
+            return None
+        return (self.alpha.float() + self.reserve.float()).abs().flatten().numpy()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -60,12 +69,11 @@ class SavedWeight:
 
     def thresholds(self) -> tuple[float | None, float | None]:
         """The |A|-th and the |B|-th largest magnitude, at which selection by magnitude would cut now; None: no cut."""
-        if self.magnitudes is None:
-            return None, None
         cuts = [count for count in (self.active, self.updated) if 0 < count < self.entries]
-        if not cuts:
+        magnitudes = self.magnitudes if cuts else None
+        if magnitudes is None:
             return None, None
-        ordered = np.partition(self.magnitudes, [self.entries - count for count in cuts])
+        ordered = np.partition(magnitudes, [self.entries - count for count in cuts])
         forward, backward = (
             float(ordered[self.entries - count]) if count in cuts else None for count in (self.active, self.updated)
         )
@@ -73,10 +81,11 @@ class SavedWeight:
 
     def groups(self) -> dict[int, np.ndarray]:
         """Magnitudes by tier, of every so-many-th entry where there are very many."""
-        if self.magnitudes is None:
+        magnitudes = self.magnitudes
+        if magnitudes is None:
             return {}
         stride = -(-self.entries // _MOST_SAMPLES)
-        tiers, magnitudes = self.tiers.flatten().numpy()[::stride], self.magnitudes[::stride]
+        tiers, magnitudes = self.tiers.flatten().numpy()[::stride], magnitudes[::stride]
         return {tier: magnitudes[tiers == tier] for tier in (RESERVOIR, EXPLORING, ACTIVE)}
 
 
@@ -122,10 +131,9 @@ def _saved_weight(name: str, saved: Any, alpha: Any) -> SavedWeight:
     tiers, reserve = (saved.get(part) if isinstance(saved, dict) else None for part in ("tiers", "reserve"))
     if not isinstance(tiers, Tensor) or tiers.dtype != torch.uint8 or type(tiers) is not Tensor or tiers.is_meta:
         raise AppError(f"the checkpoint has no tiers of '{name}' that can be drawn")
-    magnitudes = None
     if isinstance(alpha, Tensor) and isinstance(reserve, Tensor) and alpha.shape == reserve.shape == tiers.shape:
-        magnitudes = (alpha.detach().float() + reserve.float()).abs().flatten().numpy()  # one of the two is 0
-    return SavedWeight(name, tiers, magnitudes)
+        return SavedWeight(name, tiers, alpha.detach(), reserve)
+    return SavedWeight(name, tiers, None, None)
 
 
 def chosen(weights: Sequence[SavedWeight], most: int = 6) -> list[SavedWeight]:

@@ -78,7 +78,8 @@ def composed(tmp_path: Path) -> Compose:
 
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Cli:
-    """Run the command line in this process; return exit code, standard output and standard error."""
+    """Run the command line in this process, without reports; return exit code, standard output and standard error."""
+    monkeypatch.setattr("lightning_topkast.app.train.leave_report", lambda folder: None)
 
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["topkast-train", *arguments])

@@ -10,8 +10,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from lightning_topkast.app.last_lines import count_weights
 from lightning_topkast.app.models import TransformerLM
-from lightning_topkast.app.report import count_weights
 from lightning_topkast.app.task import ClassificationTask
 from tests.helpers import plain_path
 

@@ -10,9 +10,9 @@ from torch import nn
 from lightning_topkast import TopKast
 from lightning_topkast.app import plan as plan_module
 from lightning_topkast.app.errors import AppError
+from lightning_topkast.app.last_lines import count_weights
 from lightning_topkast.app.models import MLP, resnet
 from lightning_topkast.app.models.narrow import narrow_
-from lightning_topkast.app.report import count_weights
 from lightning_topkast.app.small_dense import with_width
 from lightning_topkast.app.train import build_callbacks, build_model, train
 

@@ -12,10 +12,10 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import nn
 
 from lightning_topkast.app.data import Digits
+from lightning_topkast.app.last_lines import count_weights
 from lightning_topkast.app.loggers import logged_in, wandb_logger
 from lightning_topkast.app.models import MLP
 from lightning_topkast.app.progress import SparsityProgressBar
-from lightning_topkast.app.report import count_weights
 from lightning_topkast.app.task import ClassificationTask
 from lightning_topkast.app.train import build_callbacks, build_model, train
 

@@ -105,7 +105,7 @@ def collect(folder: Path) -> Collected:
             if result is None:
                 continue
             if result["status"] in DONE:
-                _check(result, path)
+                check_form(result, path)
                 done.append(result)
             elif result["status"] == FAILED:
                 collected.failed[name] = str(result.get("error"))
@@ -145,7 +145,12 @@ _FORM: dict[tuple[str, ...], tuple[type, ...]] = {
 }  # fmt: skip
 
 
-def _check(result: Result, path: Path) -> None:
+def check_form(result: Result, path: Path) -> None:
+    """Refuse the result of a run that is done if what is read of it is missing, or of another type.
+
+    Raises:
+        AppError: with the first such part.
+    """
     needed = ("forward_flops", "training_flops") if result.get("flops") else ()
     form = _FORM | {("flops", name): _NUMBER for name in needed}
     for part, each in (("choices", (str,)), ("metrics", (*_NUMBER, NoneType)), ("flops", _NUMBER)):

@@ -13,36 +13,46 @@ from lightning_topkast.app.errors import AppError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _MARKERS = "osD^v*PX<>hp"
 _MOST_LABELS = 14  # of points; where there are more, those on the front are labelled
 
 
 def plot(comparisons: Sequence[Comparison], file: Path) -> bool:
-    """Draw a panel a comparison.
+    """Draw a panel a comparison into a file.
 
     Returns:
-        whether there was anything to draw: rows with a score and FLOPs.
+        whether there was anything to draw.
+
+    Raises:
+        AppError: matplotlib is not installed.
+    """
+    figure = draw(comparisons)
+    if figure is not None:
+        figure.savefig(file, dpi=150)
+    return figure is not None
+
+
+def draw(comparisons: Sequence[Comparison]) -> Figure | None:
+    """Return a figure with a panel a comparison, None without rows that have a score and FLOPs.
 
     Raises:
         AppError: matplotlib is not installed.
     """
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        from matplotlib.figure import Figure  # draws without a display, and without the state that pyplot keeps
     except ImportError as error:
         raise AppError("the picture needs matplotlib: pip install 'lightning-topkast[sweep]'") from error
     shown = [(each, points) for each in comparisons if (points := _points(each))]
     if not shown:
-        return False
+        return None
     figure = Figure(figsize=(7.6 * len(shown), 4.8), layout="constrained")
-    FigureCanvasAgg(figure)  # without a display, and without the state that pyplot keeps
     methods = sorted({_method(row) for _, points in shown for row in points})
     styles = {name: (f"C{n % 10}", _MARKERS[n % len(_MARKERS)]) for n, name in enumerate(methods)}
     for number, (comparison, points) in enumerate(shown, start=1):
         _panel(figure.add_subplot(1, len(shown), number), comparison, points, styles)
-    figure.savefig(file, dpi=150)
-    return True
+    return figure
 
 
 def pareto_front(comparison: Comparison) -> list[Row]:

@@ -16,8 +16,8 @@ def to_markdown(collected: Collected) -> str:
     parts = []
     for comparison in collected.comparisons:
         parts.append(f"## {comparison.data}, {comparison.model}")
-        parts.append(_table(_header(comparison), [_cells(row, comparison) for row in comparison.rows]))
-    parts.append("\n".join(f"- {note}" for note in _notes(collected)))
+        parts.append(_table(header(comparison), [cells(row, comparison) for row in comparison.rows]))
+    parts.append("\n".join(f"- {note}" for note in notes(collected)))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -54,7 +54,8 @@ _COLUMNS = [
 ]  # fmt: skip
 
 
-def _header(comparison: Comparison) -> list[str]:
+def header(comparison: Comparison) -> list[str]:
+    """Return the names of the columns."""
     arrow = "↓" if comparison.lower_is_better else "↑"
     metrics = [f"{name} {arrow}" for name in (comparison.test, comparison.validation) if name]
     return [
@@ -63,7 +64,8 @@ def _header(comparison: Comparison) -> list[str]:
     ]  # fmt: skip
 
 
-def _cells(row: Row, comparison: Comparison) -> list[str]:
+def cells(row: Row, comparison: Comparison) -> list[str]:
+    """Return a row's text, one a column."""
     levels = [
         _percent(row.forward_sparsity),
         *([] if row.backward_sparsity is None else [_percent(row.backward_sparsity)]),
@@ -124,32 +126,33 @@ def _left(columns: Sequence[Any]) -> list[bool]:
     return [index == 0 for index in range(len(columns))]
 
 
-def _notes(collected: Collected) -> list[str]:
-    notes = []
+def notes(collected: Collected) -> list[str]:
+    """Return what must be known to read the tables."""
+    found = []
     if any(len(row.seeds) > 1 for c in collected.comparisons for row in c.rows):
-        notes.append("mean ± sample standard deviation over the runs, which differ in their seeds")
+        found.append("mean ± sample standard deviation over the runs, which differ in their seeds")
     if collected.comparisons:
-        notes.append(
+        found.append(
             "sparsity: zeros among all parameters. FLOPs: the arithmetic that the sparsity allows, as a ratio to a "
             "dense run's, in training of all examples seen (masked weights are computed dense, and save none of it). "
             "time: of training, on the machine it ran on"
         )
     if any(not c.dense_row for c in collected.comparisons):
-        notes.append("without a dense run in a table, FLOPs are ratios to a dense run of the same network and length")
+        found.append("without a dense run in a table, FLOPs are ratios to a dense run of the same network and length")
     for comparison in collected.comparisons:
-        notes += [
+        found += [
             f"{row.name} at {_percent(row.forward_sparsity)} %: only {realised.mean:.1%} of the tested weights are "
             "zero, so that inference takes more FLOPs than the table says; callbacks.checkpoint.monitor=null tests the "
             "last weights, and not the best epoch's"
             for row in comparison.rows
             if (realised := row.figures.get("sparsity")) and realised.mean < row.forward_sparsity - _SLACK
         ]
-        notes += [
+        found += [
             f"the runs of {comparison.data}, {comparison.model} were made with different versions of {name}: "
             + ", ".join(versions)
             for name, versions in comparison.versions.items()
         ]
     if collected.unfinished:
-        notes.append(f"not finished: {', '.join(collected.unfinished)}")
-    notes += [f"failed: {name}: {error}" for name, error in collected.failed.items()]
-    return notes
+        found.append(f"not finished: {', '.join(collected.unfinished)}")
+    found += [f"failed: {name}: {error}" for name, error in collected.failed.items()]
+    return found

@@ -10,6 +10,7 @@ import platform
 import re
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -24,8 +25,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
 
 from lightning_topkast.app.errors import AppError
+from lightning_topkast.app.last_lines import WeightCount
 from lightning_topkast.app.plan import plan
-from lightning_topkast.app.report import WeightCount
 from lightning_topkast.app.small_dense import is_small_dense
 from lightning_topkast.errors import TopKastError
 
@@ -39,7 +40,7 @@ ENDED = (*DONE, FAILED)
 _ONE_DEVICE = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": "32-true"}
 _DENSE = {"_target_": "lightning.pytorch.callbacks.Callback"}
 # Where a run lies, what it goes on from and who is told of it are no part of what it computes.
-_PLACES = ("paths", "run_name", "project", "ckpt_path", "logger", "hydra")
+_PLACES = ("paths", "run_name", "project", "ckpt_path", "logger", "hydra", "report")
 
 
 class RunMeter(Callback):
@@ -96,6 +97,7 @@ def describe_start(cfg: DictConfig) -> dict[str, Any]:
             **{name.replace("-", "_"): version(name) for name in ("lightning-topkast", "torch", "lightning")},
             "python": platform.python_version(),
         },
+        "hardware": _hardware(),
     }
 
 
@@ -132,6 +134,7 @@ def describe_end(cfg: DictConfig, end: End) -> dict[str, Any]:
             "model": _sparsity(end.counts),
         },
         "parameters": {"total": sum(c.entries for c in end.counts), "nonzero": sum(c.nonzero for c in end.counts)},
+        "weights": [{**count._asdict(), "shape": list(count.shape)} for count in end.counts],
         "flops": _flops(cfg, int(end.training["steps"])),
         "seconds": round(end.training["seconds"], 3),
         "examples": int(end.training["examples"]),
@@ -214,6 +217,16 @@ def status(folder: Path) -> str:
         return str((read_result(folder) or {}).get("status", RUNNING))
     except AppError:
         return RUNNING
+
+
+def _hardware() -> dict[str, str]:
+    """What this process computes on."""
+    names = Counter(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+    gpus = {"GPUs": ", ".join(f"{number} × {name}" for name, number in names.items())} if names else {}
+    cpus = (
+        f"{os.cpu_count()} × {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads a process"
+    )
+    return {**gpus, "CPUs": cpus, "system": f"{platform.system()} {platform.release()}"}
 
 
 def _flops(cfg: DictConfig, steps: int) -> dict[str, float] | None:

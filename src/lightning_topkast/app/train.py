@@ -32,6 +32,7 @@ from lightning_topkast.app.errors import (
     one_line_errors,
     quiet_broken_pipe,
 )
+from lightning_topkast.app.last_lines import count_weights, print_last_lines
 from lightning_topkast.app.loggers import (
     check_all_writable,
     check_writable,
@@ -41,7 +42,7 @@ from lightning_topkast.app.loggers import (
     log_outcome,
     wandb_folder,
 )
-from lightning_topkast.app.report import count_weights, print_report
+from lightning_topkast.app.report import leave_report
 from lightning_topkast.app.result import End, RunMeter, all_finite, leave_result, sparse_names
 from lightning_topkast.app.resume import AUTO, RESUME, SameCheckpoint, newest_checkpoint, own_overrides, resumed
 from lightning_topkast.app.small_dense import with_width
@@ -124,7 +125,7 @@ def _train(cfg: DictConfig) -> float:
             log_outcome(trainer.loggers, result, trainer.global_step)
             wandb_dir = wandb_folder(trainer.loggers)
             close_wandb(failed=False)  # before the last lines, which name its folder
-            print_report(counts, figures, Path(cfg.paths.output_dir), wandb_dir, Path(best) if best else None)
+            print_last_lines(counts, figures, Path(cfg.paths.output_dir), wandb_dir, Path(best) if best else None)
         return score
 
 
@@ -197,7 +198,11 @@ def monitored(trainer: Trainer, name: str) -> float:
 @hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME)
 def _run(cfg: DictConfig) -> float:
     with one_line_errors():
-        return train(cfg)
+        score = train(cfg)
+        # Not in train(), which sweeps call: a report takes as long as a small run.
+        if cfg.get("report") and not cfg.trainer.get("fast_dev_run"):
+            leave_report(Path(cfg.paths.output_dir))
+        return score
 
 
 def set_up_process() -> None:

@@ -34,7 +34,7 @@ def count_weights(model: nn.Module) -> list[WeightCount]:
     return counts
 
 
-def print_report(
+def print_last_lines(
     counts: list[WeightCount],
     metrics: Mapping[str, float],
     output_dir: Path,

@@ -1,0 +1,76 @@
+"""matplotlib's figures as files and as inline SVG that follows the page's colours. Imports it, so import this late."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from matplotlib import color_sequences, rc_context
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+
+# What the page has as CSS variables; the values are those of its light scheme, and those of the PNG files.
+COLOURS = {
+    "ink": "#1f2530", "muted": "#5d6777", "line": "#d5dae2", "active": "#2f6fde", "exploring": "#e67e14",
+    "reservoir": "#8c96a5", "third": "#2a9d6f",
+}  # fmt: skip
+METHODS: tuple[str, ...] = tuple(map(to_hex, color_sequences["tab10"]))
+# What other figures of the application are drawn in: black, matplotlib's greys, and its colours for methods.
+_ALIASES = {
+    "#000000": "ink", "#404040": "muted", "#666666": "muted", "#d9d9d9": "line", "#b0b0b0": "line", "#ffffff": "card",
+} | {colour: f"method-{number}" for number, colour in enumerate(METHODS)}  # fmt: skip
+
+_STYLE: dict[Any, Any] = {
+    "font.size": 8, "axes.titlesize": 8.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
+    "legend.fontsize": 7.5, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.edgecolor": COLOURS["muted"], "axes.labelcolor": COLOURS["muted"], "text.color": COLOURS["ink"],
+    "xtick.color": COLOURS["muted"], "ytick.color": COLOURS["muted"], "grid.color": COLOURS["line"],
+    "axes.grid": True, "axes.axisbelow": True, "grid.linewidth": 0.6, "axes.linewidth": 0.6, "lines.linewidth": 1.4,
+    "text.parse_math": False,  # names of weights may have a $
+    "svg.fonttype": "none", "svg.hashsalt": "topkast",
+}  # fmt: skip
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Draw in the report's style."""
+    with rc_context(_STYLE):
+        yield
+
+
+def to_png(figure: Figure) -> bytes:
+    """Return a figure as a PNG file on white."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=150, facecolor="white")
+    return file.getvalue()
+
+
+def to_svg(figure: Figure, name: str, label: str) -> str:
+    """Return a figure as an SVG element for an HTML page.
+
+    Args:
+        figure: drawn in `COLOURS`.
+        name: prefix of its ids, which must differ from those of the page's other figures.
+        label: what it shows, for those who don't see it.
+    """
+    from markupsafe import escape
+
+    file = io.StringIO()
+    with style():
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = file.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    head, end, body = text.partition(">")
+    box = re.search(r'viewBox="[^"]*"', head)
+    head = f'<svg role="img" aria-label="{escape(label)}" {box[0] if box else ""}'
+    body = re.sub(r'\bid="', f'id="{name}-', body)
+    body = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", body)
+    names = {value: key for key, value in COLOURS.items()} | _ALIASES
+    body = re.sub(
+        r"(?<=[ :])#[0-9a-f]{6}(?=[;\" ])", lambda c: f"var(--{names[c[0]]})" if c[0] in names else c[0], body
+    )
+    return f"{head}{end}{body}"

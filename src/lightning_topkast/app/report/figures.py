@@ -1,0 +1,224 @@
+"""The figures of one run. Imports matplotlib, so import this late."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from lightning_topkast.app.report.curves import MASK_CHANGE, Curve, of_layers, on_grid, thinned
+from lightning_topkast.app.report.drawing import COLOURS, style
+from lightning_topkast.app.report.masks import ACTIVE, EXPLORING, RESERVOIR, SavedWeight
+
+SMALL = (3.7, 2.35)  # inches: as wide as a phone, so that its letters stay legible there
+_CYCLE = [COLOURS[name] for name in ("active", "exploring", "third", "muted")]
+_TIERS = {RESERVOIR: ("reservoir", "C"), EXPLORING: ("exploring", "B\\A"), ACTIVE: ("active", "A")}
+_PARTS = {
+    "train": ("muted", 0.9),
+    "val": ("active", 1.6),
+    "": ("active", 1.4),
+}  # the colour and the width of a part's curve
+# What callbacks=mask_dynamics logs, over windows of many refreshes.
+_WINDOWS = {"change": "share of A that changed in a window", "activated": "reservoir ever active, by layer"}
+_MOST_METRICS = 9
+_FEW = 12  # points that are marked each
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure.
+
+    Attributes:
+        name: of its file, and prefix of its ids.
+        label: what it shows, in words.
+        figure: itself.
+    """
+
+    name: str
+    label: str
+    figure: Figure
+
+
+def curve_figures(curves: Mapping[str, Curve], monitor: str | None) -> list[Drawn]:
+    """Draw losses and metrics, sparsities, how the masks move, the penalty and the learning rate."""
+    drawn = []
+    with style():
+        for quantity, parts in _metrics(curves, monitor).items():
+            lines = {part: (curves[parts[part]], *look) for part, look in _PARTS.items() if part in parts}
+            drawn.append(_lines(f"metric-{slug(quantity)}", quantity, lines))
+        sparsities = {
+            name: (curves[f"topkast/{name}_sparsity"], colour, 1.4)
+            for name, colour in (("forward", "active"), ("backward", "exploring"), ("model", "third"))
+            if f"topkast/{name}_sparsity" in curves
+        }
+        if sparsities:
+            drawn.append(_lines("sparsity", "sparsity: share of zeros", sparsities))
+        layers = of_layers(curves)
+        if layers:
+            steps, values = on_grid(layers)
+            bounds = values.min(axis=0), values.max(axis=0)
+            mean = curves.get(MASK_CHANGE, (steps, values.mean(axis=0)))
+            drawn.append(
+                _band("mask-change", "mask change: share of A that is new", steps, bounds, mean, "all weights")
+            )
+        for name, title in _WINDOWS.items():
+            if all(f"masks/{name}_{of_layers}" in curves for of_layers in ("min", "mean", "max")):
+                least, mean, most = (curves[f"masks/{name}_{of_layers}"] for of_layers in ("min", "mean", "max"))
+                bounds = least[1], most[1]
+                drawn.append(_band(f"window-{name}", title, least[0], bounds, mean, "mean of the layers"))
+        for name, title in (
+            ("reservoir_activated", "share of the first reservoir ever active"),
+            ("penalty", "exploration penalty"),
+        ):
+            if f"topkast/{name}" in curves:
+                drawn.append(_lines(name.replace("_", "-"), title, {"": (curves[f"topkast/{name}"], "active", 1.4)}))
+        rates = {name.removeprefix("lr-"): curve for name, curve in curves.items() if name.startswith("lr-")}
+        if rates:
+            colours = ("active", "exploring", "third", "muted")
+            few = dict(list(rates.items())[: len(colours)])
+            lines = {name: (curve, colour, 1.4) for (name, curve), colour in zip(few.items(), colours, strict=False)}
+            drawn.append(_lines("learning-rate", "learning rate", lines))
+    return drawn
+
+
+def heatmap(curves: Mapping[str, Curve]) -> Drawn | None:
+    """Draw mask change as layer × step; None where it was not logged."""
+    layers = of_layers(curves)
+    if not layers:
+        return None
+    steps, values = on_grid(layers)
+    with style():
+        figure = Figure(figsize=(7.0, 1.0 + 0.17 * min(len(layers), 90)), layout="constrained")
+        axes = figure.add_subplot()
+        extent = (steps[0], max(steps[-1], steps[0] + 1), len(layers) - 0.5, -0.5)
+        image = axes.imshow(
+            values, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0, extent=extent, rasterized=True
+        )
+        size = min(8.0, 8.0 * 60 / len(layers))
+        every = -(-len(layers) // 90)
+        axes.set_yticks(range(0, len(layers), every), [_short(name) for name in list(layers)[::every]], fontsize=size)
+        axes.tick_params(axis="y", length=0)
+        axes.grid(False)
+        axes.set_xlabel("optimizer step")
+        figure.colorbar(image, ax=axes, pad=0.01, fraction=0.03).outline.set_visible(False)
+    return Drawn("mask-change-heatmap", "share of A that is new at each refresh, a row a sparse weight", figure)
+
+
+def histograms(weights: Iterable[SavedWeight]) -> list[Drawn]:
+    """Draw the magnitudes of each weight by set, with the magnitudes at which selection would cut."""
+    drawn = []
+    with style():
+        for number, weight in enumerate(weights, start=1):
+            groups = {tier: group for tier, group in weight.groups().items() if len(group)}
+            if groups:
+                label = f"magnitudes of {weight.name} on A, B\\A and C"
+                drawn.append(Drawn(f"magnitudes-{number}", label, _histogram(weight, groups)))
+    return drawn
+
+
+def _histogram(weight: SavedWeight, groups: Mapping[int, np.ndarray]) -> Figure:
+    figure, axes = new_axes(_short(weight.name, 44))
+    top = max(float(group.max()) for group in groups.values()) or 1.0
+    edges = np.linspace(0, top, 49)
+    counts = [np.histogram(group, bins=edges)[0] for group in groups.values()]
+    axes.stackplot(
+        np.repeat(edges, 2)[1:-1], [np.repeat(count, 2) for count in counts],
+        colors=[COLOURS[_TIERS[tier][0]] for tier in groups], labels=[_TIERS[tier][1] for tier in groups],
+        linewidth=0,
+    )  # fmt: skip
+    for cut, colour in zip(weight.thresholds(), ("active", "exploring"), strict=True):
+        if cut is not None:
+            axes.axvline(cut, color=COLOURS["ink"], linewidth=1.6)
+            axes.axvline(cut, color=COLOURS[colour], linewidth=0.8, linestyle=(0, (2, 2)))
+    axes.set_yscale("symlog", linthresh=1)
+    axes.set_ylim(0, max(2, 3 * max(np.sum(counts, axis=0))))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.set_xlim(0, top)
+    axes.set_xlabel("|θ|")
+    axes.set_ylabel("entries")
+    axes.minorticks_off()
+    axes.legend(loc="upper right")
+    return figure
+
+
+def _metrics(curves: Mapping[str, Curve], monitor: str | None) -> dict[str, dict[str, str]]:
+    """Quantity → part → name of the curve: the loss first, then what checkpoints follow."""
+    found: dict[str, dict[str, str]] = {}
+    for name in curves:
+        part, _, quantity = name.partition("/")
+        if part in _PARTS and quantity:
+            found.setdefault(quantity, {})[part] = name
+        elif name != "epoch" and not name.startswith(("topkast/", "masks/", "lr-", "test/")):
+            found[name] = {"": name}
+    followed = (monitor or "").partition("/")[2]
+    order = sorted(found, key=lambda name: (name != "loss", name not in (monitor, followed), name))
+    return {quantity: found[quantity] for quantity in order[:_MOST_METRICS]}
+
+
+def _lines(name: str, title: str, lines: Mapping[str, tuple[Curve, str, float]]) -> Drawn:
+    figure, axes = new_axes(title)
+    for label, (curve, colour, width) in lines.items():
+        steps, values = thinned(curve)
+        marker = "o" if len(steps) <= _FEW else ""
+        axes.plot(steps, values, color=COLOURS[colour], linewidth=width, marker=marker, markersize=3, label=label)
+    finish(axes, [curve for curve, _, _ in lines.values()])
+    if any(lines):
+        axes.legend()
+    return Drawn(name, f"{title}, over the optimizer steps", figure)
+
+
+def _band(
+    name: str, title: str, steps: np.ndarray, bounds: tuple[np.ndarray, np.ndarray], mean: Curve, of: str
+) -> Drawn:
+    """A curve, and a band from the least to the greatest of the layers."""
+    figure, axes = new_axes(title)
+    axes.fill_between(
+        steps,
+        bounds[0],
+        bounds[1],
+        step="post",
+        color=COLOURS["active"],
+        alpha=0.25,
+        linewidth=0,
+        label="least to greatest layer",
+    )
+    axes.plot(*mean, color=COLOURS["active"], drawstyle="steps-post", label=of)
+    finish(axes, [(steps, bound) for bound in bounds])
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    return Drawn(name, f"{title}, over the optimizer steps", figure)
+
+
+def new_axes(title: str) -> tuple[Figure, Axes]:
+    """Return a small figure with a title."""
+    figure = Figure(figsize=SMALL, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title)
+    return figure, axes
+
+
+def finish(axes: Axes, curves: Sequence[Curve]) -> None:
+    """Set up the axes of curves over optimizer steps."""
+    axes.set_xlabel("optimizer step")
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_locator(
+        MaxNLocator(6, steps=[1, 2, 2.5, 5, 10])
+    )  # not by the space there is, which the labels change
+    least, most = (bound(float(getattr(values, bound.__name__)()) for _, values in curves) for bound in (min, max))
+    if most - least < 1e-6 * max(abs(most), 1e-12):  # a constant, which rounding would blow up
+        axes.set_ylim(least - 0.05 * (abs(least) or 1), most + 0.05 * (abs(most) or 1))
+    axes.ticklabel_format(axis="y", useOffset=False)
+
+
+def slug(name: str) -> str:
+    """Return a name that can be a file's and an id's."""
+    return re.sub(r"[^A-Za-z0-9_.]+", "-", name).strip("-.") or "other"
+
+
+def _short(name: str, most: int = 34) -> str:
+    return name if len(name) <= most else f"…{name[1 - most :]}"

@@ -1,0 +1,67 @@
+"""HTML pages: one file each, with all that they show."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from base64 import b64encode
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FunctionLoader
+from markupsafe import Markup
+
+PAGE, PICTURES = "report.html", "report"
+
+
+@dataclass(frozen=True)
+class Inline:
+    """A picture in a page.
+
+    Attributes:
+        name: of its PNG file beside the page.
+        label: what it shows, in words.
+        markup: an SVG or img element.
+        caption: below it.
+    """
+
+    name: str
+    label: str
+    markup: Markup
+    caption: str = ""
+
+
+def inline_png(name: str, label: str, content: bytes, caption: str = "") -> Inline:
+    """Return a PNG file as an img element."""
+    source = b64encode(content).decode("ascii")
+    return Inline(name, label, Markup('<img alt="{}" src="data:image/png;base64,{}">').format(label, source), caption)
+
+
+def render(template: str, **values: Any) -> str:
+    """Fill in one of the package's templates; everything but `Markup` is escaped."""
+    loader = FunctionLoader(lambda name: files(__package__).joinpath("templates", name).read_text(encoding="utf-8"))
+    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["yaml"] = lambda value: yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100)
+    environment.filters["day"] = lambda date: str(date)[:16].replace("T", " ") + " UTC"
+    return environment.get_template(template).render(**values)
+
+
+def write_page(folder: Path, html: str, pictures: Mapping[str, bytes]) -> Path:
+    """Write a page and its pictures into `folder`; return the page. Pictures of an earlier report are removed."""
+    beside = folder / PICTURES
+    beside.mkdir(parents=True, exist_ok=True)
+    for old in beside.glob("*.png"):
+        if old.stem not in pictures:
+            old.unlink()
+    for name, content in pictures.items():
+        (beside / f"{name}.png").write_bytes(content)
+    descriptor, name = tempfile.mkstemp(dir=folder, prefix=f".{PAGE}-")
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(html)
+    os.chmod(name, 0o644)  # mkstemp's is for the owner only
+    os.replace(name, folder / PAGE)
+    return folder / PAGE

@@ -1,0 +1,54 @@
+"""The figures of a sweep: the curves of all its runs. Imports matplotlib, so import this late."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.lines import Line2D
+
+from lightning_topkast.app.report.curves import MASK_CHANGE, Curve, read_curves, thinned
+from lightning_topkast.app.report.drawing import METHODS, style
+from lightning_topkast.app.report.figures import SMALL, Drawn, finish, new_axes, slug
+
+_MOST_POINTS = 150  # of a curve: there are many
+_ALWAYS = ("train/loss", "topkast/forward_sparsity", MASK_CHANGE)
+
+
+def overlays(runs: Sequence[tuple[Path, Mapping[str, Any]]], prefix: str) -> list[Drawn]:
+    """Draw a figure a quantity with a line a run, coloured by method.
+
+    Args:
+        runs: of one data set and model: folder and result.
+        prefix: of the figures' names.
+    """
+    methods = sorted({_method(result) for _, result in runs})
+    colours = {method: METHODS[number % len(METHODS)] for number, method in enumerate(methods)}
+    monitor = next((m["name"] for _, result in runs if (m := result.get("monitor") or {}).get("name")), "val/acc")
+    lines: dict[str, list[tuple[str, Curve]]] = {name: [] for name in dict.fromkeys((monitor, "val/loss", *_ALWAYS))}
+    for folder, result in runs:
+        curves = read_curves(folder)
+        for name, drawn in lines.items():
+            if name in curves:
+                drawn.append((_method(result), thinned(curves[name], _MOST_POINTS)))
+    with style():
+        return [_overlay(f"{prefix}-{slug(name)}", name, drawn, colours) for name, drawn in lines.items() if drawn]
+
+
+def _overlay(name: str, title: str, lines: Sequence[tuple[str, Curve]], colours: Mapping[str, Any]) -> Drawn:
+    shown = list(dict.fromkeys(method for method, _ in lines))
+    figure, axes = new_axes(title)
+    figure.set_size_inches(SMALL[0], SMALL[1] + 0.17 * -(-len(shown) // 2))
+    alpha = max(0.35, min(0.9, 6 / len(lines)))
+    for method, (steps, values) in lines:
+        axes.plot(steps, values, color=colours[method], linewidth=1.1, alpha=alpha)
+    finish(axes, [curve for _, curve in lines])
+    figure.legend(
+        [Line2D([], [], color=colours[method]) for method in shown], shown, loc="outside lower center", ncols=2
+    )
+    return Drawn(name, f"{title} of {len(lines)} runs, coloured by method, over the optimizer steps", figure)
+
+
+def _method(result: Mapping[str, Any]) -> str:
+    return str((result.get("choices") or {}).get("sparsity") or "?")

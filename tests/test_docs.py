@@ -101,7 +101,10 @@ def test_a_link_that_leads_nowhere_fails_the_build(tmp_path):
     assert "elsewhere.md" in built.stderr
 
 
-def test_the_notebook_runs_from_its_top_to_its_end(tmp_path):
+def test_the_notebook_runs_from_its_top_to_its_end(tmp_path, monkeypatch):
+    # this environment's kernel, whatever the user has besides, and nothing left in the home directory
+    for name in ("JUPYTER_DATA_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"):
+        monkeypatch.setenv(name, str(tmp_path / name.lower()))
     with warnings.catch_warnings():  # of the notebook's own packages, on their way to the kernel
         warnings.simplefilter("ignore")
         import nbformat

@@ -132,12 +132,13 @@ def refresh() -> str:
             parts.append(text(x, 28, "refresh", css="small", anchor="middle"))
     parts.append(f'<path d="M{left} {base} H{left + wide}" class="line"/>')
     for entry in range(len(course[0][0])):
-        for moment in range(steps):
-            ends = [
-                f"{left + wide * m / steps:.1f} {base - tall * course[m][0][entry]:.1f}" for m in (moment, moment + 1)
-            ]
-            tier = course[moment][1][entry]
-            parts.append(f'<path d="M{ends[0]} L{ends[1]}" class="path p{CLASSES[tier]}"/>')
+        points = [
+            f"{left + wide * m / steps:.1f} {base - tall * magnitudes[entry]:.1f}"
+            for m, (magnitudes, _) in enumerate(course)
+        ]
+        for moment in range(0, steps, every):  # sets change at a refresh only
+            css = CLASSES[course[moment][1][entry]]
+            parts.append(f'<path d="M{" L".join(points[moment : moment + every + 1])}" class="path p{css}"/>')
     return svg(740, 336, "Entries of a weight over three refreshes", [*parts, *legend(left, 326)])
 
 

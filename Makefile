@@ -1,4 +1,4 @@
-# make train | test | soak | lint | types | format | clean, from a fresh clone. Needs Python >= 3.10 with pip, and make.
+# make train | test | soak | docs | docs-serve | lint | types | format | clean, from a fresh clone. Needs Python >= 3.10 with pip, and make.
 PYTHON ?= python3
 # More overrides for the run: make train ARGS="model=cnn sparsity.forward_sparsity=0.95"
 ARGS ?=
@@ -9,9 +9,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --progress-bar off -c constraints.txt
-SOURCES := src tests $(wildcard examples benchmarks)
+SOURCES := src tests $(wildcard examples benchmarks docs)
 
-.PHONY: train test soak lint types format clean
+.PHONY: train test soak docs docs-serve lint types format clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.installed
@@ -23,6 +23,14 @@ test: $(VENV)/.installed-dev
 # Half an hour of randomised runs, or so long: make soak ARGS="--minutes 1"
 soak: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak.py $(ARGS)
+
+# The documentation, in build/site; any warning is an error. The variable silences its theme's announcement.
+docs: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
+
+# ... on a local port, built anew whenever a page is saved.
+docs-serve: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check $(SOURCES)

@@ -5,7 +5,6 @@ import logging
 import os
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -43,20 +42,9 @@ def run_folder(trained, tmp_path):
 
 
 @pytest.fixture
-def cli(monkeypatch, capfd):
-    """Run the command line in this process; return exit code, standard output and standard error."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["topkast-export", *map(str, arguments)])
-        capfd.readouterr()
-        code = 0
-        try:
-            export_module.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return code, *capfd.readouterr()
-
-    return run
+def cli(command):
+    """Run `topkast-export`."""
+    return command("topkast-export", export_module.main)
 
 
 def refused(cli, *arguments):

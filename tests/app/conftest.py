@@ -77,7 +77,7 @@ def composed(tmp_path: Path) -> Compose:
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Cli]:
+def command_line(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Cli]:
     """Make of a program's name and `main` what runs it in this process: exit code, standard output, standard error."""
 
     def make(program: str, main: Callable[[], None]) -> Cli:
@@ -98,9 +98,9 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
 
 
 @pytest.fixture
-def cli(command: Callable[..., Cli]) -> Cli:
+def cli(command_line: Callable[..., Cli]) -> Cli:
     """Run `topkast-train`."""
-    return command("topkast-train", main)
+    return command_line("topkast-train", main)
 
 
 @pytest.fixture(scope="session")

@@ -42,9 +42,9 @@ def run_folder(trained, tmp_path):
 
 
 @pytest.fixture
-def cli(command):
+def cli(command_line):
     """Run `topkast-export`."""
-    return command("topkast-export", export_module.main)
+    return command_line("topkast-export", export_module.main)
 
 
 def refused(cli, *arguments):

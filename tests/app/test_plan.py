@@ -26,9 +26,9 @@ print(next(line.split()[1] for line in status if line.startswith("VmHWM")), file
 
 
 @pytest.fixture
-def cli(command):
+def cli(command_line):
     """Run `topkast-plan`."""
-    return command("topkast-plan", plan_module.main)
+    return command_line("topkast-plan", plan_module.main)
 
 
 def planned(cli, arguments: str) -> dict:

@@ -248,6 +248,16 @@ def test_gradual_pruning_keeps_the_largest_and_leaves_pruned_values_alone():
 # --- what holds for all ----------------------------------------------------------------------------------------------
 
 
+def assert_goes_on_as(whole, first, resumed, middle):
+    """Take over `first`'s state but for the model's, which `resumed` has, and end as `whole` did."""
+    resumed.optimizer.load_state_dict(first.optimizer.state_dict())
+    resumed.topkast.load_state_dict(first.topkast.state_dict())
+    resumed.done = middle
+    resumed.step(32 - middle)
+    assert same(whole.topkast.state_dict(), resumed.topkast.state_dict())
+    assert same(dict(whole.model.state_dict()), dict(resumed.model.state_dict()))
+
+
 @rules
 @pytest.mark.parametrize("middle", [3, 5, 17])
 def test_a_resumed_run_equals_the_whole_one_bit_for_bit(rule, middle):
@@ -255,12 +265,7 @@ def test_a_resumed_run_equals_the_whole_one_bit_for_bit(rule, middle):
     whole.step(32)
     first.step(middle)
     resumed.model.load_state_dict(first.model.state_dict())
-    resumed.optimizer.load_state_dict(first.optimizer.state_dict())
-    resumed.topkast.load_state_dict(first.topkast.state_dict())
-    resumed.done = middle
-    resumed.step(32 - middle)
-    assert same(whole.topkast.state_dict(), resumed.topkast.state_dict())
-    assert same(dict(whole.model.state_dict()), dict(resumed.model.state_dict()))
+    assert_goes_on_as(whole, first, resumed, middle)
 
 
 @rules
@@ -269,12 +274,7 @@ def test_a_run_resumed_with_a_model_that_was_loaded_before_equals_the_whole_one(
     """As in Lightning, which loads the model before training starts: the first sets must not cost it anything."""
     whole, first = Run(rule, optimizer="adamw").step(32), Run(rule, optimizer="adamw").step(middle)
     resumed = Run(rule, optimizer="adamw", state_dict=first.model.state_dict())
-    resumed.optimizer.load_state_dict(first.optimizer.state_dict())
-    resumed.topkast.load_state_dict(first.topkast.state_dict())
-    resumed.done = middle
-    resumed.step(32 - middle)
-    assert same(whole.topkast.state_dict(), resumed.topkast.state_dict())
-    assert same(dict(whole.model.state_dict()), dict(resumed.model.state_dict()))
+    assert_goes_on_as(whole, first, resumed, middle)
 
 
 @rules

@@ -56,6 +56,14 @@ def test_two_that_differ_in_their_files_only_keep_a_state_each(tmp_path):
     assert {first.state_key, second.state_key} <= set(states)
 
 
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C as a foreground process has it: a shell's background job ignores it, and so does Lightning's once hit."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class CtrlC(Callback):
     """Presses it in the optimizer's step or in a batch of the validation, and notes how far the run went on."""
 
@@ -82,10 +90,9 @@ class CtrlC(Callback):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_run_that_ctrl_c_ended_goes_on_bit_for_bit(tmp_path, accumulate):
-    before = signal.getsignal(signal.SIGINT)
-
     def train(folder, *callbacks, ckpt_path=None):
         callback, model = make_callback(update_every=2, penalty_strength=1e-2), make_net(optimizer="adamw", lr=0.02)
         last = WholeStepCheckpoint(folder, "last", enable_version_counter=False, save_on_interrupt=True)
@@ -95,11 +102,8 @@ def test_run_that_ctrl_c_ended_goes_on_bit_for_bit(tmp_path, accumulate):
         trainer.fit(model, Resumable(batches(7 * accumulate)), batches(2, seed=2), ckpt_path=ckpt_path)
         return model.state_dict(), callback.topkast.state_dict(), trainer.optimizers[0].state_dict()
 
-    try:
-        with pytest.raises(SystemExit):
-            train(tmp_path / "run", CtrlC())
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with pytest.raises(SystemExit):
+        train(tmp_path / "run", CtrlC())
     saved = tmp_path / "run" / "last.ckpt"
     assert torch.load(saved, weights_only=True)["global_step"] == 4
     assert same(train(tmp_path / "whole"), train(tmp_path / "run", ckpt_path=saved))
@@ -111,6 +115,7 @@ def test_interrupt_is_saved_by_no_checkpoint_that_follows_a_metric(tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize(
     ("pressed", "seen"),
     [
@@ -120,18 +125,14 @@ def test_interrupt_is_saved_by_no_checkpoint_that_follows_a_metric(tmp_path):
     ],
 )
 def test_ctrl_c_waits_for_the_end_of_the_step(tmp_path, pressed, seen):
-    before = signal.getsignal(signal.SIGINT)
-    assert before is signal.default_int_handler
     # WholeStepCheckpoint comes last: callbacks that make checkpoints do
     trainer = make_trainer(tmp_path, pressed, WholeStepCheckpoint(tmp_path), enable_checkpointing=True)
-    try:
-        with pytest.raises(SystemExit):
-            trainer.fit(make_net(), batches(7), batches(2, seed=2))
-    finally:
-        signal.signal(signal.SIGINT, before)  # Lightning has made the process deaf to it
+    with pytest.raises(SystemExit):
+        trainer.fit(make_net(), batches(7), batches(2, seed=2))
     assert pressed.seen == seen
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_is_given_back_after_the_run(tmp_path):
     during = []
 

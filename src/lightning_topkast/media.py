@@ -13,6 +13,7 @@ from lightning_topkast.weights import SparseWeight, own_part
 
 _BINS = 64
 _PICTURED = 4  # weights whose masks and magnitudes are drawn
+_BAND = ("mask_change_min", "mask_change", "mask_change_max")  # over the weights, around the share of all entries
 _ATTENTION = ("attn", "attention", "in_proj", "q_proj", "k_proj", "v_proj", "query", "key", "value")
 _TABLE = ("weight", "shape", "entries", "active", "updated", "forward density", "backward density", "kept dense")
 
@@ -31,6 +32,13 @@ class Table(NamedTuple):
     rows: Sequence[Sequence[Any]]
 
 
+class Lines(NamedTuple):
+    """Several lines over the same steps, for one chart."""
+
+    steps: list[int]
+    values: dict[str, list[float]]
+
+
 Histogram = tuple[np.ndarray, np.ndarray]  # counts and bin edges
 
 
@@ -41,15 +49,20 @@ class Media:
     """
 
     def __init__(self) -> None:
+        self._band = Lines([], {name: [] for name in _BAND})
         self._columns: dict[str, list[dict[str, float]]] = {"mask_change": [], "reservoir_activated": []}
 
-    def at_refresh(self, engines: Sequence[TopKast], values: Mapping[str, float]) -> dict[str, Any]:
+    def at_refresh(self, engines: Sequence[TopKast], values: Mapping[str, float], step: int) -> dict[str, Any]:
         """Note what changed; name → histogram or picture, empty at most refreshes.
 
         Args:
             engines: of the run.
             values: what is logged at this refresh, by its name.
+            step: at which.
         """
+        self._band.steps.append(step)
+        for name, line in self._band.values.items():
+            line.append(values[f"topkast/{name}"])
         for quantity, columns in self._columns.items():
             prefix = f"topkast/{quantity}/"
             columns.append({k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)})
@@ -57,13 +70,13 @@ class Media:
         return {} if count & (count - 1) else self._of_sets(engines)
 
     def at_end(self, engines: Sequence[TopKast]) -> dict[str, Any]:
-        """Name → the final histograms and pictures, a heatmap of every quantity over the run, the table of weights."""
+        """Name → the final histograms and pictures, heatmaps and lines over the run, the table of weights."""
         media = self._of_sets(engines)
         for quantity, columns in self._columns.items():
             if columns and columns[-1]:
                 caption = f"{quantity.replace('_', ' ')}: weights × refreshes"
                 media[f"topkast/{quantity}_heatmap"] = Picture(heatmap(columns), caption)
-        return media | {"topkast/weights": weight_table(engines)}
+        return media | {"topkast/mask_change_of_weights": self._band, "topkast/weights": weight_table(engines)}
 
     @staticmethod
     def _of_sets(engines: Sequence[TopKast]) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from lightning_topkast.topkast import TopKast
 from lightning_topkast.wandb_media import WandbMedia
 
 PREFIX = "topkast"
-_BAND = ("mask_change_min", "mask_change", "mask_change_max")  # over the weights, around the share of all entries
 
 
 class Telemetry:
@@ -35,7 +34,6 @@ class Telemetry:
         kinds = (WandbMedia, TensorBoardMedia)
         self._shows = [kind(logger) for logger in trainer.loggers for kind in kinds if kind.serves(logger)]
         self._media = Media()
-        self._band: dict[str, list[float]] = {name: [] for name in ("step", *_BAND)}
         self._of_sets: dict[str, Tensor] = {}
         self._refreshes = -1
 
@@ -57,18 +55,13 @@ class Telemetry:
         for logger in self._trainer.loggers:
             logger.log_metrics(values, step=self._step)
         if refreshed and self._shows and self._trainer.is_global_zero:
-            for name, values_of in self._band.items():
-                values_of.append(self._step if name == "step" else values[f"{PREFIX}/{name}"])
-            self._show(self._media.at_refresh(self._engines, values))
+            self._show(self._media.at_refresh(self._engines, values, self._step))
 
     def finish(self) -> None:
         """Log the last values and the media of the whole run."""
         self.log(force=True)
         if self._shows and self._trainer.is_global_zero:
             self._show(self._media.at_end(self._engines))
-            lines = {name: self._band[name] for name in _BAND}
-            for show in self._shows:
-                show.show_lines("mask_change_of_weights", [int(step) for step in self._band["step"]], lines)
 
     def hand_over(self) -> None:
         """Give the best checkpoint, or else the last, to the loggers that keep models; densities are those now."""
@@ -116,11 +109,11 @@ def set_metrics(engines: Sequence[TopKast]) -> dict[str, Tensor]:
         forward.count(size - active, size)
         backward.count(size - weight.updated_entries, size)
         change.count(weight.promoted, active)
-        activation.count(weight.first_reservoir - weight.dormant_entries, weight.first_reservoir)
+        activated = weight.first_reservoir - weight.dormant_entries.to(device)
+        activation.count(activated, weight.first_reservoir)
         metrics[f"{PREFIX}/forward_sparsity/{weight.name}"] = 1 - active / size
         changes.append(weight.promoted / active.clamp_min(1))
         metrics[f"{PREFIX}/mask_change/{weight.name}"] = changes[-1]
-        activated = weight.first_reservoir - weight.dormant_entries.to(device)
         metrics[f"{PREFIX}/reservoir_activated/{weight.name}"] = activated / max(weight.first_reservoir, 1)
     everything = sum(parameter.numel() for parameter in engines[0].model.parameters())
     everything += sum(weight.size - weight.parameter.numel() for weight in weights)

@@ -7,7 +7,7 @@ from typing import Any, cast
 import numpy as np
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
-from lightning_topkast.media import Picture, Table
+from lightning_topkast.media import Lines, Picture, Table
 
 
 class TensorBoardMedia:
@@ -32,7 +32,7 @@ class TensorBoardMedia:
                 self._writer.add_image(name, np.asarray(value.image), step, dataformats="HWC")
             elif isinstance(value, Table):
                 self._writer.add_text(name, _markdown(value), step)
-            else:
+            elif not isinstance(value, Lines):  # TensorBoard has those already, one by one
                 counts, edges = (np.asarray(part, dtype=float) for part in value)
                 middles = (edges[:-1] + edges[1:]) / 2  # TensorBoard wants moments, too; of the bins' middles
                 self._writer.add_histogram_raw(
@@ -40,9 +40,6 @@ class TensorBoardMedia:
                     sum_squares=(counts * middles**2).sum(), bucket_limits=edges[1:].tolist(),
                     bucket_counts=counts.tolist(), global_step=step,
                 )  # fmt: skip
-
-    def show_lines(self, name: str, steps: list[int], lines: Mapping[str, list[float]]) -> None:
-        """Nothing: TensorBoard has the lines already, one by one."""
 
     def hand_over(self, checkpoint: Path, metadata: Mapping[str, Any]) -> None:
         """Nothing: TensorBoard keeps no models."""

@@ -7,7 +7,7 @@ from typing import Any, cast
 import numpy as np
 from lightning.pytorch.loggers import Logger, WandbLogger
 
-from lightning_topkast.media import Picture, Table
+from lightning_topkast.media import Lines, Picture, Table
 
 _STEP = "trainer/global_step"  # WandbLogger's own name for the x axis
 _SUMMARISED = ("forward_sparsity", "backward_sparsity", "model_sparsity", "reservoir_activated", "mask_change")
@@ -34,15 +34,8 @@ class WandbMedia:
         return isinstance(logger, WandbLogger)
 
     def show(self, media: Mapping[str, Any], step: int) -> None:
-        """Log histograms, pictures and tables by their names."""
-        self._run.log({name: _wandb_form(value) for name, value in media.items()} | {_STEP: step})
-
-    def show_lines(self, name: str, steps: list[int], lines: Mapping[str, list[float]]) -> None:
-        """Log several lines in one chart."""
-        import wandb
-
-        chart = wandb.plot.line_series(steps, list(lines.values()), list(lines), name.replace("_", " "), "step")
-        self._run.log({f"topkast/{name}": chart})
+        """Log histograms, pictures, lines and tables by their names."""
+        self._run.log({name: _wandb_form(name, value) for name, value in media.items()} | {_STEP: step})
 
     def hand_over(self, checkpoint: Path, metadata: Mapping[str, Any]) -> None:
         """Log the checkpoint as an artifact, if the logger logs models at all."""
@@ -55,12 +48,15 @@ class WandbMedia:
         self._run.log_artifact(artifact)
 
 
-def _wandb_form(value: Any) -> Any:
+def _wandb_form(name: str, value: Any) -> Any:
     import wandb
 
     if isinstance(value, Picture):
         return wandb.Image(value.image, caption=value.caption)
     if isinstance(value, Table):
         return wandb.Table(columns=list(value.columns), data=[list(row) for row in value.rows])
+    if isinstance(value, Lines):
+        title = name.partition("/")[2].replace("_", " ")
+        return wandb.plot.line_series(value.steps, list(value.values.values()), list(value.values), title, "step")
     counts, edges = value
     return wandb.Histogram(np_histogram=(np.asarray(counts), np.asarray(edges)))

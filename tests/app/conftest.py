@@ -77,22 +77,31 @@ def composed(tmp_path: Path) -> Compose:
 
 
 @pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Cli:
-    """Run the command line in this process, without reports; return exit code, standard output and standard error."""
+def command_line(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Cli]:
+    """Make of a program's name and `main` what runs it in this process: exit code, standard output, standard error."""
+
+    def make(program: str, main: Callable[[], None]) -> Cli:
+        def run(*arguments: object) -> tuple[int, str, str]:
+            monkeypatch.setattr(sys, "argv", [program, *map(str, arguments)])
+            capfd.readouterr()
+            code: Any = 0
+            try:
+                main()
+            except SystemExit as stop:
+                code = stop.code or 0
+            out, err = capfd.readouterr()
+            return int(code), out, err
+
+        return run
+
+    return make
+
+
+@pytest.fixture
+def cli(command_line: Callable[..., Cli], monkeypatch: pytest.MonkeyPatch) -> Cli:
+    """Run `topkast-train`, without reports."""
     monkeypatch.setattr("lightning_topkast.app.train.leave_report", lambda folder: None)
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["topkast-train", *arguments])
-        capfd.readouterr()
-        code: Any = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        out, err = capfd.readouterr()
-        return int(code), out, err
-
-    return run
+    return command_line("topkast-train", main)
 
 
 @pytest.fixture(scope="session")

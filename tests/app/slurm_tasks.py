@@ -8,13 +8,11 @@ import os
 import signal
 import sys
 import time
-import traceback
 from pathlib import Path
 
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
-from lightning.pytorch.utilities import rank_zero_only
 
-from lightning_topkast.app.train import main
+from tests.app.rank_process import train_as_rank
 
 OPTIONS = [
     "trainer=slurm", "trainer.accelerator=cpu", "trainer.precision=32-true", "logger=none", "data.batch_size=32",
@@ -27,26 +25,13 @@ def task(rank: int, port: int, overrides: list[str], log: Path) -> int:
     pid = os.fork()
     if pid:
         return pid
-    code = 1
-    try:
-        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(out, 1)
-        os.dup2(out, 2)
-        slurm = {"PROCID": rank, "LOCALID": rank, "NODEID": 0, "NTASKS": 2, "NTASKS_PER_NODE": 2, "NNODES": 1}
-        slurm |= {"JOB_ID": 4242, "STEP_ID": 0, "JOB_NAME": "train"}
-        os.environ.update({f"SLURM_{name}": str(value) for name, value in slurm.items()})
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), PATH="/nowhere")
-        rank_zero_only.rank = rank  # what a process that is started with these variables finds out at import
-        sys.argv = ["topkast-train", *OPTIONS, *overrides]
-        main()
-        code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        os._exit(code)
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    slurm = {"PROCID": rank, "LOCALID": rank, "NODEID": 0, "NTASKS": 2, "NTASKS_PER_NODE": 2, "NNODES": 1}
+    slurm |= {"JOB_ID": 4242, "STEP_ID": 0, "JOB_NAME": "train"}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PATH": "/nowhere"}
+    train_as_rank(rank, {f"SLURM_{name}": value for name, value in slurm.items()} | meeting, [*OPTIONS, *overrides])
 
 
 def job(name: str, *overrides: str, rank1: tuple[str, ...] = (), signalled: bool = False) -> None:

@@ -250,6 +250,7 @@ def test_interrupted_parallel_sweep_ends_all_processes_and_goes_on_without_repea
     process = subprocess.Popen(
         [sys.executable, "-m", "lightning_topkast.app.compare", str(tmp_path / "runs"), *grid, "--jobs", "2"],
         start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job would ignore it
     )  # fmt: skip
 
     def done():

@@ -26,20 +26,9 @@ print(next(line.split()[1] for line in status if line.startswith("VmHWM")), file
 
 
 @pytest.fixture
-def cli(monkeypatch, capfd):
-    """Run the command line in this process; return exit code, standard output and standard error."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["topkast-plan", *arguments])
-        capfd.readouterr()
-        code = 0
-        try:
-            plan_module.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return code, *capfd.readouterr()
-
-    return run
+def cli(command_line):
+    """Run `topkast-plan`."""
+    return command_line("topkast-plan", plan_module.main)
 
 
 def planned(cli, arguments: str) -> dict:

@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from lightning_topkast.app.errors import CONFIG_MODULE, CONFIG_NAME, AppError
 from lightning_topkast.app.grids import Run
 from lightning_topkast.app.job import SWEEP_PID, run_job
+from lightning_topkast.app.overrides import quoted
 from lightning_topkast.app.result import DONE, ENDED, read_result, settings_of, status
 
 _LOCK = ".topkast-compare.lock"
@@ -52,11 +53,15 @@ class Launcher:
                     "--jobs the runs are made one after the other"
                 )
             overrides = ["hydra/launcher=joblib", f"hydra.launcher.n_jobs={jobs}", *overrides]
-        quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
         self.config: DictConfig = hydra.compose_config(
             config_name=CONFIG_NAME,
             # Lines about each launched job would run through the progress bar.
-            overrides=["hydra.mode=MULTIRUN", "hydra/hydra_logging=none", *overrides, f"hydra.sweep.dir='{quoted}'"],
+            overrides=[
+                "hydra.mode=MULTIRUN",
+                "hydra/hydra_logging=none",
+                *overrides,
+                f"hydra.sweep.dir={quoted(folder)}",
+            ],
             run_mode=RunMode.MULTIRUN,
             with_log_configuration=False,
         )

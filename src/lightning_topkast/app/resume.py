@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_topkast.app.checkpoint import Checkpoint
 from lightning_topkast.app.errors import AppError
+from lightning_topkast.app.overrides import quoted
 
 AUTO = "auto"
 RESUME = "--resume"
@@ -48,9 +49,8 @@ def resumed(arguments: Sequence[str]) -> list[str]:
         runs = sorted(file.parents[1] for file in path.glob("*/.hydra/overrides.yaml"))
         hint = f"name one of its runs, such as {runs[0]}" if runs else "it lacks .hydra/overrides.yaml"
         raise AppError(f"{RESUME}: {folder} is not the folder of a run of topkast-train: {hint}")
-    quoted = str(path).replace("\\", "\\\\").replace("'", "\\'")
     kept = [text for text in own if text.partition("=")[0].lstrip("+") != "ckpt_path"]
-    return [*kept, f"hydra.run.dir='{quoted}'", f"ckpt_path={AUTO}", *rest]
+    return [*kept, f"hydra.run.dir={quoted(path)}", f"ckpt_path={AUTO}", *rest]
 
 
 def own_overrides(folder: Path) -> list[str] | None:

@@ -16,6 +16,7 @@ from lightning import Trainer
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from lightning_topkast.app.errors import CONFIG_MODULE, AppError
+from lightning_topkast.app.overrides import quoted
 
 _END = 60.0  # seconds that the other processes may take to end after the first has
 
@@ -92,8 +93,7 @@ def _command() -> list[str]:
         command += ["--config-path", places["main"]]
     if "command-line" in places:
         command += ["--config-dir", places["command-line"]]
-    folder = config.runtime.output_dir.replace("\\", "\\\\").replace("'", "\\'")
-    own = ["hydra.mode=RUN", f"hydra.run.dir='{folder}'", "hydra.output_subdir=null"]
+    own = ["hydra.mode=RUN", f"hydra.run.dir={quoted(config.runtime.output_dir)}", "hydra.output_subdir=null"]
     return [*command, *config.overrides.task, *config.overrides.hydra, *own]
 
 

@@ -106,9 +106,8 @@ def _train(cfg: DictConfig) -> float:
             _refuse_no_training(trainer, checkpoint)
         took = meter.counts()  # before the test, which loads a checkpoint's
         own = {name: value for name, value in trainer.callback_metrics.items() if not name.startswith("topkast/")}
-        if (
-            cfg.recipe.monitor.startswith("val/") and cfg.recipe.monitor not in own
-        ):  # max_steps came before the first one
+        # max_steps may have come before the first validation
+        if cfg.recipe.monitor.startswith("val/") and cfg.recipe.monitor not in own:
             trainer.validate(model, datamodule=data, verbose=False)
             own.update(trainer.callback_metrics)
         score = monitored(trainer, cfg.recipe.monitor)

@@ -153,7 +153,7 @@ def _metrics(curves: Mapping[str, Curve], monitor: str | None) -> dict[str, dict
         part, _, quantity = name.partition("/")
         if part in _PARTS and quantity:
             found.setdefault(quantity, {})[part] = name
-        elif name != "epoch" and not name.startswith(("topkast/", "masks/", "lr-", "test/")):
+        elif name != "epoch" and not name.startswith(("topkast/", "masks/", "lr-", "test/", "run/")):
             found[name] = {"": name}
     followed = (monitor or "").partition("/")[2]
     order = sorted(found, key=lambda name: (name != "loss", name not in (monitor, followed), name))

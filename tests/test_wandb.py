@@ -10,7 +10,7 @@ from PIL import Image
 
 from lightning_topkast import TopKast
 from lightning_topkast.media import pictured, split_histogram
-from lightning_topkast.pictures import SET_COLOURS, heatmap, histogram_picture, mask_picture
+from lightning_topkast.pictures import SET_COLOURS, heatmap, histogram_picture, mask_picture, on_white
 from tests.helpers import MIDDLE, fit, make_callback, make_net, make_trainer
 from tests.test_telemetry import STRENGTH, ByHand
 from tests.wandb_files import history, records_of
@@ -98,7 +98,8 @@ def test_picture_of_a_mask_is_that_of_its_sets(offline_run, records):
         pixels = np.asarray(image.convert("RGB"))
     tiers = offline_run[1].topkast.weights[MIDDLE].tiers.numpy()
     cell = pixels.shape[0] // tiers.shape[0]
-    assert np.array_equal(pixels[cell // 2 :: cell, cell // 2 :: cell], SET_COLOURS[tiers])
+    colours = np.asarray(on_white(Image.fromarray(SET_COLOURS[tiers])))
+    assert np.array_equal(pixels[cell // 2 :: cell, cell // 2 :: cell], colours)
     assert any(f"topkast/thresholds/{MIDDLE}.path" in row for row in history(records))
 
 
@@ -163,7 +164,7 @@ def test_heatmap_of_masks_that_never_change_can_be_drawn():
 @pytest.mark.parametrize("shape", [(7,), (3, 5), (4, 3, 5), (4, 3, 5, 2), (4, 3, 2, 5, 2), (1, 1)])
 def test_picture_of_a_mask_shows_every_entry_of_any_shape(shape):
     tiers = np.random.default_rng(0).integers(0, 3, shape).astype(np.uint8)
-    pixels = np.asarray(mask_picture(tiers)).reshape(-1, 3)
+    pixels = np.asarray(mask_picture(tiers)).reshape(-1, 4)
     for tier, colour in enumerate(SET_COLOURS):
         # lines around kernels hide a part of a cell, never a whole one
         assert (pixels == colour).all(axis=1).any() == (tiers == tier).any()
@@ -171,8 +172,20 @@ def test_picture_of_a_mask_shows_every_entry_of_any_shape(shape):
 
 def test_picture_of_a_large_mask_stays_small():
     picture = mask_picture(np.full((1300, 5000), 2, dtype=np.uint8))
-    assert max(picture.size) <= 640
+    assert max(picture.size) <= 512
     assert picture.getcolors() == [(picture.width * picture.height, tuple(SET_COLOURS[2]))]
+
+
+def test_block_of_a_large_mask_is_the_stronger_the_more_of_it_is_updated():
+    tiers = np.zeros((600, 40), dtype=np.uint8)
+    tiers[:300, 0] = 2
+    tiers[300:450:2, 0] = 1
+    pixels = np.asarray(mask_picture(tiers, 256)).astype(int)
+    assert pixels.shape == (200 * 1, 40, 4)
+    assert (pixels[:100, 0] == SET_COLOURS[2]).all()
+    halves = pixels[100:150, 0, 3]  # one or two of three entries
+    assert set(halves.tolist()) == {round(255 / 3 + 41 * 2 / 3), round(255 * 2 / 3 + 41 / 3)}
+    assert (pixels[150:, 0] == SET_COLOURS[0]).all()
 
 
 def test_histogram_picture_has_a_line_at_each_threshold():

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from lightning_topkast.pictures import heatmap, histogram_picture, mask_picture
+from lightning_topkast.pictures import heatmap, histogram_picture, mask_picture, on_white
 from lightning_topkast.topkast import TopKast
 from lightning_topkast.weights import SparseWeight, own_part
 
@@ -91,7 +91,7 @@ class Media:
             image = histogram_picture(groups, {name: _least(groups[name]) for name in groups if name != "reservoir"})
             media[f"topkast/thresholds/{weight.name}"] = Picture(image, "magnitudes by set, and where the sets meet")
             if not weight.sharding.is_cut:
-                picture = mask_picture(weight.tiers.cpu().numpy())
+                picture = on_white(mask_picture(weight.tiers.cpu().numpy()))
                 media[f"topkast/masks/{weight.name}"] = Picture(picture, "blue: active, orange: exploring")
         return media
 

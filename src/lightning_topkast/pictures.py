@@ -7,14 +7,11 @@ from PIL import Image, ImageDraw
 
 # dark violet → teal → yellow: readable without colour vision, like viridis
 _COLOURS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], dtype=float)
-# of the reservoir, exploring and active entries, in the order of their tiers: light grey, orange, dark blue
-SET_COLOURS = np.array([(232, 232, 232), (230, 159, 0), (0, 68, 136)], dtype=np.uint8)
-SET_NAMES = ("reservoir", "exploring", "active")
-# ... of their bars, where light grey would be lost on white, and of the thresholds between them
-_BARS = {"reservoir": "#aaaaaa", "exploring": "#e69f00", "active": "#004488"}
-_LINE = "#c80000"
-_GAP = (255, 255, 255)
-_LONGEST, _SHORTEST = 512, 256  # of a picture's longer side, in pixels
+SET_NAMES = ("reservoir", "exploring", "active")  # in the order of their tiers
+# red, green, blue and opacity: a hint of grey, which what lies behind shines through, orange and blue
+SET_COLOURS = np.array([(140, 150, 165, 41), (230, 126, 20, 255), (47, 111, 222, 255)], dtype=np.uint8)
+_BARS = {name: tuple(colour[:3].tolist()) for name, colour in zip(SET_NAMES, SET_COLOURS, strict=True)}
+_LINE = "#c80000"  # of the thresholds between the bars
 
 
 def heatmap(columns: Sequence[Mapping[str, float]], cell: int = 14) -> Image.Image:
@@ -53,24 +50,44 @@ def _colour(shares: np.ndarray) -> np.ndarray:
     return np.stack([np.interp(shares, stops, _COLOURS[:, channel]) for channel in range(3)], axis=-1).astype(np.uint8)
 
 
-def mask_picture(tiers: np.ndarray) -> Image.Image:
-    """Draw the sets of one weight, a pixel or more an entry: outputs downwards, inputs across, kernels as small blocks.
+def mask_picture(tiers: np.ndarray, longest: int = 512) -> Image.Image:
+    """Draw the sets of one weight with opacity: outputs downwards, inputs across, kernels as small blocks.
 
     Args:
-        tiers: 0 reservoir, 1 exploring, 2 active, in the weight's shape. What is larger than 512 entries either way is
-            drawn in the mean colour of neighbours.
+        tiers: 0 reservoir, 1 exploring, 2 active, in the weight's shape.
+        longest: of the picture's sides, in pixels. Smaller masks are enlarged; of larger ones a pixel is a block of
+            entries, which is the stronger in colour the more of them are updated.
     """
-    flat = SET_COLOURS[_as_matrix(tiers)]
-    while max(flat.shape[:2]) > _LONGEST:
-        steps = [2 if side > _LONGEST else 1 for side in flat.shape[:2]]
-        flat = _mean_of_blocks(flat, *steps)
-    grow = max(1, _SHORTEST // max(flat.shape[:2]))
-    pixels = flat.repeat(grow, axis=0).repeat(grow, axis=1)
-    if tiers.ndim > 2 and grow > 1:  # white lines around the kernels
+    shares = _shares_of_blocks(_as_matrix(tiers), longest)
+    # Blocks of many entries would all look grey: colours reach from none to the block that has most.
+    shares[..., 1:] /= max(float(shares[..., 1:].sum(axis=-1).max()), 1e-6)
+    shares[..., 0] = 1 - shares[..., 1:].sum(axis=-1)
+    weights = shares * SET_COLOURS[:, 3]
+    opacity = weights.sum(axis=-1, keepdims=True)
+    pixels = np.concatenate([weights @ SET_COLOURS[:, :3] / opacity, opacity], axis=-1).round().astype(np.uint8)
+    grow = max(1, longest // max(pixels.shape[:2]))
+    pixels = pixels.repeat(grow, axis=0).repeat(grow, axis=1)
+    if tiers.ndim > 2 and grow > 1:  # gaps between the kernels
         height, width = (grow * side for side in _kernel(tiers.shape))
-        pixels[height - 1 :: height] = _GAP
-        pixels[:, width - 1 :: width] = _GAP
+        pixels[height - 1 :: height] = 0
+        pixels[:, width - 1 :: width] = 0
     return Image.fromarray(pixels)
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """Return a picture without opacity, as it looks on white."""
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _shares_of_blocks(tiers: np.ndarray, longest: int) -> np.ndarray:
+    """Blocks × 3 shares of their entries by tier, in float32; there are at most so many blocks either way."""
+    edges = [np.arange(0, side, -(-side // longest)) for side in tiers.shape]
+    rows, columns = (np.diff([*starts, side]) for starts, side in zip(edges, tiers.shape, strict=True))
+    counts = [
+        np.add.reduceat(np.add.reduceat(tiers == tier, edges[0], axis=0, dtype=np.int32), edges[1], axis=1)
+        for tier in range(len(SET_NAMES))
+    ]
+    return np.stack(counts, axis=-1).astype(np.float32) / np.outer(rows, columns)[..., None].astype(np.float32)
 
 
 def _kernel(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -90,12 +107,6 @@ def _as_matrix(tiers: np.ndarray) -> np.ndarray:
         tiers = tiers.swapaxes(2, 3)  # the rows of all slices, one slice beside the other
     blocks = tiers.reshape(outputs, inputs, height, width)
     return blocks.swapaxes(1, 2).reshape(outputs * height, inputs * width)
-
-
-def _mean_of_blocks(pixels: np.ndarray, down: int, across: int) -> np.ndarray:
-    rows, columns = (side - side % step for side, step in zip(pixels.shape[:2], (down, across), strict=True))
-    blocks = pixels[:rows, :columns].reshape(rows // down, down, columns // across, across, 3)
-    return blocks.mean(axis=(1, 3)).astype(np.uint8)
 
 
 def histogram_picture(

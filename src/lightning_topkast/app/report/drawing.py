@@ -12,11 +12,12 @@ from matplotlib import color_sequences, rc_context
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
+from lightning_topkast.pictures import SET_COLOURS, SET_NAMES
+
 # What the page has as CSS variables; the values are those of its light scheme, and those of the PNG files.
-COLOURS = {
-    "ink": "#1f2530", "muted": "#5d6777", "line": "#d5dae2", "active": "#2f6fde", "exploring": "#e67e14",
-    "reservoir": "#8c96a5", "third": "#2a9d6f",
-}  # fmt: skip
+COLOURS = {"ink": "#1f2530", "muted": "#5d6777", "line": "#d5dae2", "third": "#2a9d6f"} | {
+    name: to_hex(colour[:3] / 255) for name, colour in zip(SET_NAMES, SET_COLOURS, strict=True)
+}
 METHODS: tuple[str, ...] = tuple(map(to_hex, color_sequences["tab10"]))
 # What other figures of the application are drawn in: black, matplotlib's greys, and its colours for methods.
 _ALIASES = {

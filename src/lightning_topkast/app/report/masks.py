@@ -16,11 +16,10 @@ from torch import Tensor
 from lightning_topkast import TopKastCallback
 from lightning_topkast.app.checkpoint import Checkpoint
 from lightning_topkast.app.errors import AppError
+from lightning_topkast.pictures import mask_picture
 
 ACTIVE, EXPLORING, RESERVOIR = 2, 1, 0  # tiers, as weights keep them
-RGB = {ACTIVE: (47, 111, 222), EXPLORING: (230, 126, 20), RESERVOIR: (140, 150, 165)}
-_RESERVOIR_ALPHA = 0.16  # a hint of grey, which the page's own background shines through
-_MOST_PIXELS = 256  # of a picture's side; larger masks are averaged, smaller ones enlarged
+_MOST_PIXELS = 256  # of a picture's side
 _MOST_SAMPLES = 400_000  # of a histogram
 
 
@@ -144,35 +143,8 @@ def chosen(weights: Sequence[SavedWeight], most: int = 6) -> list[SavedWeight]:
 
 
 def picture(weight: SavedWeight) -> bytes:
-    """Return a PNG of a weight's sets: outputs downwards, inputs to the right, a convolution's kernels as tiles.
-
-    The reservoir is nearly transparent. A large weight's pixels are blocks of entries: the more are active or
-    exploring, the stronger the mean of their colours.
-    """
-    tiers = _as_matrix(weight.tiers).numpy()
-    layers = np.stack([(tiers == tier).astype(np.float32) for tier in (ACTIVE, EXPLORING, RESERVOIR)], axis=-1)
-    for axis in (0, 1):
-        edges = np.arange(0, layers.shape[axis], -(-layers.shape[axis] // _MOST_PIXELS))
-        sizes = np.diff([*edges, layers.shape[axis]]).reshape((-1, 1, 1) if axis == 0 else (1, -1, 1))
-        layers = np.add.reduceat(layers, edges, axis=axis) / sizes
-    # Blocks of many entries would all look grey: colours reach from none to the block that has most.
-    layers[..., :2] /= max(float(layers[..., :2].sum(axis=-1).max()), 1e-6)
-    layers[..., 2] = 1 - layers[..., :2].sum(axis=-1)
-    opacity = layers * np.array([1, 1, _RESERVOIR_ALPHA], dtype=np.float32)
-    alpha = opacity.sum(axis=-1, keepdims=True)
-    colours = np.array([RGB[tier] for tier in (ACTIVE, EXPLORING, RESERVOIR)], dtype=np.float32)
-    rgb = opacity @ colours / np.maximum(alpha, 1e-6)
-    pixels = np.concatenate([rgb, 255 * alpha], axis=-1).round().astype(np.uint8)
-    zoom = max(1, _MOST_PIXELS // max(pixels.shape[:2]))
+    """Return a PNG of a weight's sets, which the page's own background shines through."""
     file = io.BytesIO()
-    image = Image.fromarray(pixels.repeat(zoom, axis=0).repeat(zoom, axis=1))
+    image = mask_picture(weight.tiers.numpy(), _MOST_PIXELS)
     image.quantize(256, method=Image.Quantize.FASTOCTREE).save(file, format="PNG", optimize=True)
     return file.getvalue()
-
-
-def _as_matrix(tiers: Tensor) -> Tensor:
-    """Outputs × inputs; where each pair has a kernel, that is a tile of it."""
-    if tiers.dim() == 4:
-        out, into, height, width = tiers.shape
-        return tiers.permute(0, 2, 1, 3).reshape(out * height, into * width)
-    return tiers.reshape(len(tiers), -1) if tiers.dim() > 1 else tiers.reshape(1, -1)

@@ -191,7 +191,7 @@ def test_table_of_weights_has_the_sets_and_where_they_are_cut(page):
     assert rows["net.hidden2.weight"][1:] == [
         "256×256", "65,536", "6,554", "6,554", "13,107", "10.00 %", "20.00 %", f"{forward:.3g}", f"{backward:.3g}",
     ]  # fmt: skip
-    assert rows["net.output.weight"][1:] == ["10×256", "2,560", "2,560", "dense"]
+    assert rows["net.output.weight"][1:] == ["10×256", "2,560", "2,560", "dense: last candidate"]
     assert rows["3 biases, norms and the like"][1:] == ["", "522", "522", "dense"]
 
 

@@ -23,6 +23,10 @@ def test_finished_run_leaves_what_it_has_reached_and_taken(composed, tmp_path, c
     assert (result["examples"], result["steps"]) == (2 * 4 * 64, 8)
     assert result["sparsity"]["weights"] == pytest.approx(0.9, abs=1e-3)
     assert result["parameters"] == {"total": 85002, "nonzero": 11274}
+    reasons = {row["name"]: row["kept_dense"] for row in result["weights"]}
+    assert reasons["net.hidden1.weight"] == ""
+    assert reasons["net.output.weight"] == "last candidate"
+    assert reasons["net.output.bias"] == "bias"
     # per example 2 a weight forward: 8,192 active ones and the output's 2,560, of 84,480
     assert result["flops"]["forward_flops_ratio"] == pytest.approx((8192 + 2560) / 84480)
     assert 0 < result["seconds"] < 60

@@ -29,6 +29,7 @@ from lightning_topkast.app.last_lines import WeightCount
 from lightning_topkast.app.plan import plan
 from lightning_topkast.app.small_dense import is_small_dense
 from lightning_topkast.errors import TopKastError
+from lightning_topkast.media import weight_table
 
 RESULT_FILE = "result.json"
 FORMAT = 1
@@ -111,7 +112,7 @@ class End:
         score: of the metric `recipe.monitor`.
         tested: all figures of the test.
         counts: of every parameter, of the weights that were tested; empty if there are none.
-        sparse: names of the sparse weights.
+        kept_dense: name → why the parameter is dense, "" for a sparse one; empty where nothing was made sparse.
     """
 
     diverged: bool
@@ -119,7 +120,7 @@ class End:
     score: float | None = None
     tested: Mapping[str, float] = field(default_factory=dict)
     counts: Sequence[WeightCount] = ()
-    sparse: frozenset[str] = frozenset()
+    kept_dense: Mapping[str, str] = field(default_factory=dict)
 
 
 def describe_end(cfg: DictConfig, end: End) -> dict[str, Any]:
@@ -130,11 +131,14 @@ def describe_end(cfg: DictConfig, end: End) -> dict[str, Any]:
         "monitor": {"name": cfg.recipe.monitor, "mode": cfg.recipe.mode, "value": _finite(end.score)},
         "metrics": {name: _finite(value) for name, value in end.tested.items()},
         "sparsity": {
-            "weights": _sparsity([count for count in end.counts if count.name in end.sparse]),
+            "weights": _sparsity([count for count in end.counts if end.kept_dense.get(count.name) == ""]),
             "model": _sparsity(end.counts),
         },
         "parameters": {"total": sum(c.entries for c in end.counts), "nonzero": sum(c.nonzero for c in end.counts)},
-        "weights": [{**count._asdict(), "shape": list(count.shape)} for count in end.counts],
+        "weights": [
+            {**count._asdict(), "shape": list(count.shape), "kept_dense": end.kept_dense.get(count.name)}
+            for count in end.counts
+        ],
         "flops": _flops(cfg, int(end.training["steps"])),
         "seconds": round(end.training["seconds"], 3),
         "examples": int(end.training["examples"]),
@@ -142,10 +146,10 @@ def describe_end(cfg: DictConfig, end: End) -> dict[str, Any]:
     }
 
 
-def sparse_names(callbacks: Iterable[Callback]) -> frozenset[str]:
-    """Return the names of the weights that a callback has made sparse."""
-    engines = (getattr(callback, "topkast", None) for callback in callbacks)
-    return frozenset(name for engine in engines for name in getattr(engine, "weights", ()))
+def kept_dense(callbacks: Iterable[Callback]) -> dict[str, str]:
+    """Return every parameter's name, and why the callbacks have kept it dense: "" for a sparse one."""
+    found = [getattr(callback, "topkast", None) for callback in callbacks]
+    return {row[0]: row[-1] for row in weight_table([engine for engine in found if engine is not None]).rows}
 
 
 def leave_result(cfg: DictConfig, end: End) -> dict[str, Any]:

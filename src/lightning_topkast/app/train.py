@@ -43,7 +43,7 @@ from lightning_topkast.app.loggers import (
     wandb_folder,
 )
 from lightning_topkast.app.report import leave_report
-from lightning_topkast.app.result import End, RunMeter, all_finite, leave_result, sparse_names
+from lightning_topkast.app.result import End, RunMeter, all_finite, kept_dense, leave_result
 from lightning_topkast.app.resume import AUTO, RESUME, SameCheckpoint, newest_checkpoint, own_overrides, resumed
 from lightning_topkast.app.small_dense import with_width
 from lightning_topkast.app.sweep import one_job
@@ -120,7 +120,7 @@ def _train(cfg: DictConfig) -> float:
         counts = count_weights(model)
         if trainer.is_global_zero:
             diverged = not all_finite({**own, **figures})
-            result = leave_result(cfg, End(diverged, took, score, tested, counts, sparse_names(callbacks)))
+            result = leave_result(cfg, End(diverged, took, score, tested, counts, kept_dense(callbacks)))
             log_outcome(trainer.loggers, result, trainer.global_step)
             wandb_dir = wandb_folder(trainer.loggers)
             close_wandb(failed=False)  # before the last lines, which name its folder

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,10 @@ _NO_MATPLOTLIB = "Curves and histograms are left out: they need matplotlib, pip 
 
 @dataclass(frozen=True)
 class WeightRow:
-    """A row of the table of weights; None stands for what is not known, or does not apply to a dense weight."""
+    """A row of the table of weights; None stands for what is not known, or does not apply to a dense weight.
+
+    `reason` says why a weight is dense, as far as it is known.
+    """
 
     name: str
     shape: str
@@ -29,6 +33,7 @@ class WeightRow:
     updated: int | None = None
     forward_cut: float | None = None
     backward_cut: float | None = None
+    reason: str = ""
 
 
 def write_run_report(folder: Path) -> Path:
@@ -90,20 +95,23 @@ def _rows(run: RunFolder) -> tuple[list[WeightRow], Rest]:
     saved = {weight.name: weight for weight in run.saved.weights} if run.saved else {}
     counted: list[dict[str, Any]] = run.result.get("weights") or []
     rest = [each for each in counted if len(each["shape"]) < 2 and each["name"] not in saved]
-    rows = [
-        _row(saved.pop(each["name"], None), each["name"], tuple(each["shape"]), each["entries"], each["nonzero"])
-        for each in counted
-        if each not in rest
+    rows = [_row(saved.pop(each["name"], None), each) for each in counted if each not in rest]
+    rows += [
+        _row(weight, {"name": weight.name, "shape": weight.shape, "entries": weight.entries})
+        for weight in saved.values()
     ]
-    rows += [_row(weight, weight.name, weight.shape, weight.entries, None) for weight in saved.values()]
     return rows, Rest(len(rest), *(sum(each[key] for each in rest) for key in ("entries", "nonzero")))
 
 
-def _row(weight: SavedWeight | None, name: str, shape: tuple[int, ...], entries: int, nonzero: int | None) -> WeightRow:
+def _row(weight: SavedWeight | None, counted: Mapping[str, Any]) -> WeightRow:
+    row = WeightRow(counted["name"], _shape(counted["shape"]), counted["entries"], counted.get("nonzero"))
     if weight is None:
-        return WeightRow(name, _shape(shape), entries, nonzero)
-    return WeightRow(name, _shape(shape), entries, nonzero, weight.active, weight.updated, *weight.thresholds())
+        return replace(row, reason=counted.get("kept_dense") or "")
+    forward_cut, backward_cut = weight.thresholds()
+    return replace(
+        row, active=weight.active, updated=weight.updated, forward_cut=forward_cut, backward_cut=backward_cut
+    )
 
 
-def _shape(shape: tuple[int, ...]) -> str:
+def _shape(shape: Sequence[int]) -> str:
     return "×".join(map(str, shape)) or "scalar"

@@ -228,9 +228,26 @@ def _settings(rng: Random, kind: str) -> dict[str, Any]:
         settings["overrides"] = {"*": {"forward_sparsity": rng.choice([0.0, 0.4]), "backward_sparsity": 0.0}}
     if settings["execution"] == "masked" and rng.random() < 0.25:
         settings["reset_optimizer_state"] = False
+    # by what was drawn so far, so that cases of earlier seeds stay what they were
+    settings |= _granularity(Random(str(settings)), settings["backward_sparsity"])
+    if ":" in settings.get("granularity", ""):
+        settings.pop("overrides", None)
     if kind == "sharded":
         settings |= {"execution": "masked", "refresh_delay": 0, "reset_optimizer_state": True}
     return settings
+
+
+def _granularity(rng: Random, backward: float) -> dict[str, Any]:
+    kind = rng.choice(["entry", "entry", "block", "n:m"])
+    if kind == "block":
+        return {"granularity": kind, "block_shape": [rng.randint(1, 4), rng.randint(1, 4)]}
+    if kind == "entry":
+        return {}
+    n, m = rng.choice([(2, 4), (1, 2), (1, 3), (3, 8)])
+    return {
+        "granularity": f"{n}:{m}", "forward_sparsity": 1 - n / m, "backward_sparsity": min(backward, 1 - n / m),
+        "distribution": "uniform", "exploration": "magnitude",
+    }  # fmt: skip
 
 
 def draw(kind: str | None, rng: Random) -> Case:
@@ -261,6 +278,8 @@ def draw(kind: str | None, rng: Random) -> Case:
     if kind == "sharded":
         case.optimizer[1].pop("fused", None)  # which torch has not for DTensors
         case.cut = rng.choice(["Shard(0)", "Shard(1)", "Replicate", "FSDP2"])
+        if case.cut == "Shard(1)" and ":" in settings.get("granularity", ""):
+            settings["granularity"] = "entry"  # needs whole rows
     if kind in ("loop", "killed"):
         case.scaled = case.dtype != "bfloat16" and rng.random() < 0.3
         hows = ["no gradient", "some without"] + ["overflow"] * case.scaled

@@ -3,6 +3,7 @@
 Dense θ, sets as bool tensors, sorted Python lists, and the same torch optimizer over copies of the parameters.
 """
 
+import math
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -44,6 +45,7 @@ class Rules:
     penalty: str
     reset_optimizer_state: bool
     seed: int
+    units: tuple[str, tuple[int, int]] = ("entry", (1, 1))  # granularity, and a block's shape
     strength: dict[str, float] = field(default_factory=dict)  # λ of each weight
     counts: dict[str, tuple[int, int]] = field(default_factory=dict)  # |A|, |B| of each weight
 
@@ -74,6 +76,41 @@ def naive_counts(shapes: Mapping[str, tuple[int, ...]], density: float, distribu
         kept = {name: min(scale * sum(shape), prod(shape)) for name, shape in shapes.items()}
         low, high = (scale, high) if sum(kept.values()) < total else (low, scale)
     return {name: min(high * sum(shape), prod(shape)) for name, shape in shapes.items()}
+
+
+def grid_of(shape: tuple[int, ...], units: tuple[str, tuple[int, int]]) -> tuple[int, ...]:
+    """How many blocks there are in each dimension."""
+    sides = list(units[1]) if units[0] == "block" else [1, 1]
+    sides = sides[-1:] if len(shape) == 1 else sides + [1] * (len(shape) - 2)
+    return tuple(math.ceil(size / side) for size, side in zip(shape, sides, strict=True))
+
+
+def block_of(shape: tuple[int, ...], units: tuple[str, tuple[int, int]]) -> Tensor:
+    """The number of every entry's block, in the weight's shape."""
+    sides = list(units[1]) if units[0] == "block" else [1, 1]
+    sides = sides[-1:] if len(shape) == 1 else sides + [1] * (len(shape) - 2)
+    number = torch.zeros(shape, dtype=torch.int64)
+    for dim, (size, side, count) in enumerate(zip(shape, sides, grid_of(shape, units), strict=True)):
+        along = (torch.arange(size) // side).view([-1 if d == dim else 1 for d in range(len(shape))])
+        number = number * count + along
+    return number
+
+
+def norms_of(theta: Tensor, block: Tensor) -> list[float]:
+    """Of every block, summed in the library's order, first down the outputs: two may differ by rounding alone."""
+    wide = theta.to(torch.promote_types(theta.dtype, torch.float32))
+    wide = wide.reshape(1, -1) if wide.dim() == 1 else wide
+    numbers = block.reshape(wide.shape)
+    columns: dict[tuple[int, int], Tensor] = {}
+    for row in range(wide.shape[0]):
+        for entry, number in enumerate(numbers[row].flatten().tolist()):
+            square = wide[row].flatten()[entry].square()
+            key = (number, entry)
+            columns[key] = columns.get(key, torch.zeros_like(square)) + square
+    sums = [wide.new_zeros(()) for _ in range(int(block.max()) + 1)]
+    for (number, _), column in sorted(columns.items()):
+        sums[number] = sums[number] + column
+    return [float(total.sqrt()) for total in sums]
 
 
 class Oracle:
@@ -108,18 +145,52 @@ class Oracle:
 
     def _chosen(self, name: str) -> Sets:
         theta, (count, larger) = self.parameters[name].detach(), self.rules.counts[name]
+        if ":" in self.rules.units[0]:
+            return self._n_of_m(theta, larger)
+        if self.rules.units[0] == "block":
+            return self._blocks(name, theta)
         values = theta.abs().double().flatten().tolist()
+        return self._largest(name, values, theta.shape, count, larger)
+
+    def _blocks(self, name: str, theta: Tensor) -> Sets:
+        """Whole blocks, by their norms."""
+        block = block_of(tuple(theta.shape), self.rules.units)
+        grid = grid_of(tuple(theta.shape), self.rules.units)
+        count, larger = (round(c * prod(grid) / theta.numel()) for c in self.rules.counts[name])
+        sets = self._largest(name, norms_of(theta, block), torch.Size(grid), count, larger)
+        active, updated = (chosen.flatten()[block] for chosen in sets)
+        return active, updated
+
+    def _n_of_m(self, theta: Tensor, larger: int) -> Sets:
+        """The n largest of each m neighbours in a row; B has the next largest wherever they are."""
+        n, m = map(int, self.rules.units[0].split(":"))
+        rows = theta.abs().double().reshape(1 if theta.dim() < 2 else len(theta), -1).tolist()
+        length = len(rows[0])
+        chosen = []
+        for row, values in enumerate(rows):
+            for begin in range(0, length, m):
+                group = range(begin, min(begin + m, length))
+                chosen += [row * length + i for i in sorted(group, key=lambda i: (-values[i], i))[:n]]
+        flat = [value for values in rows for value in values]
+        rest = sorted(set(range(len(flat))) - set(chosen), key=lambda i: (-flat[i], i))
+        more = rest[: larger - len(chosen)] if self.rules.explores_at(self.step) else []
+        active, updated = (torch.zeros(len(flat), dtype=torch.bool) for _ in range(2))
+        active[chosen] = True
+        updated[chosen + more] = True
+        return active.view(theta.shape), updated.view(theta.shape)
+
+    def _largest(self, name: str, values: list[float], shape: torch.Size, count: int, larger: int) -> Sets:
         by_size = sorted(range(len(values)), key=lambda i: (-values[i], i))
         chosen, rest = by_size[:count], by_size[count:]
         if self.rules.exploration == "random":
             seed = zlib.crc32(f"{self.rules.seed}/{self.step}/{name}".encode())
-            ticket = torch.rand(theta.shape, generator=torch.Generator().manual_seed(seed)).flatten().tolist()
+            ticket = torch.rand(shape, generator=torch.Generator().manual_seed(seed)).flatten().tolist()
             rest = sorted(rest, key=lambda i: (-max(ticket[i], torch.finfo(torch.float32).tiny), i))
         more = rest[: larger - count] if self.rules.explores_at(self.step) else []
         active, updated = (torch.zeros(len(values), dtype=torch.bool) for _ in range(2))
         active[chosen] = True
         updated[chosen + more] = True
-        return active.view(theta.shape), updated.view(theta.shape)
+        return active.view(shape), updated.view(shape)
 
     def apply(self, sets: Mapping[str, Sets]) -> None:
         self.sets = dict(sets)
@@ -246,12 +317,13 @@ class Oracle:
             weight, (count, larger) = topkast.weights[name], self.rules.counts[name]
             larger = larger if self.rules.explores_at(self.step) else count
             one, other = whole(weight.active), whole(weight.updated)
-            expect(int(one.sum()) == count, f"{name}: |A| = {int(one.sum())}, expected {count}")
-            expect(int(other.sum()) == larger, f"{name}: |B| = {int(other.sum())}, expected {larger}")
+            if self.rules.units[0] != "block":  # of which those at the edges are smaller: compared as sets, below
+                expect(int(one.sum()) == count, f"{name}: |A| = {int(one.sum())}, expected {count}")
+                expect(int(other.sum()) == larger, f"{name}: |B| = {int(other.sum())}, expected {larger}")
             expect(not (one & ~other).any(), f"{name}: A is not in B")
             expect(torch.equal(one, active), f"{name}: A is not the largest entries, ties to the lowest index")
             expect(torch.equal(other, updated), f"{name}: B is not what was to be chosen")
-            expect(int(weight.active_entries) == count, f"{name}: active_entries")
+            expect(int(weight.active_entries) == int(one.sum()), f"{name}: active_entries")
             expect(int(weight.updated_entries) == int(other.sum()), f"{name}: updated_entries")
             expect(torch.equal(values[name].detach(), self.alpha(name)), f"{name}: the model does not compute with α")
         if optimizer is not None:

@@ -3,18 +3,21 @@
 import copy
 import os
 import pickle
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from soak_cases import Case
-from soak_oracle import GRADIENT, Oracle, Rules, Violation, check_close, expect, naive_counts, spread
+from soak_oracle import GRADIENT, Oracle, Rules, Violation, check_close, expect, grid_of, naive_counts, spread
 from torch import Tensor, nn
 
 from lightning_topkast import TopKast, TopKastError
 
 # Drawn sizes and densities may leave nothing to be sparse; anything else that is refused is a failure.
-_FAIR = ("too few for one active entry", "no weight is left to be sparse")
+_FAIR = (
+    "too few for one active", "no weight is left to be sparse", "is no multiple of the", "needs whole rows",
+)  # fmt: skip
 
 
 class Refused(Exception):
@@ -37,13 +40,19 @@ def rules_of(case: Case, topkast: TopKast) -> Rules:
     distribution = "uniform" if override else settings["distribution"]
     asked = [naive_counts(shapes, density, distribution) for density in densities]
     counts = {name: (weight.active_count, weight.updated_count) for name, weight in topkast.weights.items()}
+    units = (settings.get("granularity", "entry"), tuple(settings.get("block_shape", (1, 1))))
     for name, (active, updated) in counts.items():
         expect(1 <= active <= updated <= topkast.weights[name].size, f"{name}: |A| = {active}, |B| = {updated}")
+        if ":" in units[0]:
+            asked[0][name] = active  # the oracle counts
+        block = topkast.weights[name].size / prod(grid_of(shapes[name], units))  # entries, on average
         for count, wanted in ((active, asked[0][name]), (updated, max(asked[1][name], active))):
-            expect(abs(count - wanted) < 0.5 + 1e-6, f"{name}: a set of {count} entries, asked for {wanted}")
+            off = abs(count - wanted) / block
+            expect(off < 0.5 + 0.5 * (block > 1) / block + 1e-6, f"{name}: {count} entries, asked for {wanted}")
     rules = Rules(
         settings["update_every"], settings["refresh_delay"], settings["exploration"], stop_of(case),
-        settings["penalty"], settings.get("reset_optimizer_state", True), settings["seed"], counts=counts,
+        settings["penalty"], settings.get("reset_optimizer_state", True), settings["seed"], units,
+        counts=counts,
     )  # fmt: skip
     peaks = {n: case.lr / 2 if i % 3 == 2 else case.lr for i, n in enumerate(sorted(parameter_names(topkast)))}
     for name, (active, _) in counts.items():

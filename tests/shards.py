@@ -122,6 +122,7 @@ def check_placements(world: int) -> dict:
     alone = {"backward_sparsity": 0.75, "stop_refreshing_at": 100}
     cases += [alone | {"rule": rule} for rule in (Static(), SET(0.4), RigL(0.6))]
     cases += [{"powerpropagation": 2.0}, {"ramp": SparsityRamp(0.25, 0.0, begin=1, end=7)}]
+    cases += [{"granularity": "block", "block_shape": [2, 3]}]
     plain = [gathered(run(Bag(ties=i == 0), 8, **case)[0]) for i, case in enumerate(cases)]
     for j, (name, (mesh, placements_of)) in enumerate(meshes(world).items()):
         for i, case in enumerate(cases):

@@ -11,7 +11,7 @@ from lightning_topkast.settings import Settings
 
 
 def allocate(shapes: Mapping[str, torch.Size], settings: Settings, ramp: float = 0.0) -> dict[str, tuple[int, int]]:
-    """Exact sizes of A and B for every sparse weight.
+    """Exact sizes of A and B for every sparse weight, in entries; where blocks differ in size, those on average.
 
     Overridden weights get what their override says; the distribution shares the run's density among the others.
 
@@ -28,17 +28,17 @@ def allocate(shapes: Mapping[str, torch.Size], settings: Settings, ramp: float =
     share_out = DISTRIBUTIONS[settings.distribution]
     forward, backward = settings.sparsities_on_ramp(ramp)
     forward_densities, backward_densities = share_out(free, 1 - forward), share_out(free, 1 - backward)
-    counts = {}
+    counts, units = {}, settings.chosen_granularity
     for name, shape in shapes.items():
-        size = shape.numel()
         density, updated_density = overridden.get(name) or (forward_densities[name], backward_densities[name])
-        active = round(density * size)
+        active = units.active_count(density, shape)
         if active < 1:
+            number, what = units.grid(shape).numel(), units.noun
             raise TopKastError(
-                f"weight '{name}' has {size} entries, too few for one active entry at forward density {density:.4g}; "
-                "exclude it, or give it a lower forward_sparsity through overrides"
+                f"weight '{name}' has {number} {what[1]}, too few for one active {what[0]} at forward density "
+                f"{density:.4g}; exclude it, or give it a lower forward_sparsity through overrides"
             )
-        counts[name] = (active, max(round(updated_density * size), active))
+        counts[name] = (active, max(units.updated_count(updated_density, shape), active))
     return counts
 
 

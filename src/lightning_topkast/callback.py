@@ -48,6 +48,9 @@ class TopKastCallback(Callback):
         stop_refreshing_at: from there on the sets stand still; likewise.
         rule: how the sets are chosen, if not Top-KAST's way: a baseline from `lightning_topkast.baselines`
             (`Static()`, `SET()`, `RigL()`, `GradualPruning()`), which takes no penalty, or a `Rule` of your own.
+        granularity: what the sets are made of: single entries ("entry"); blocks of outputs × inputs, chosen by their
+            norm ("block"); or so many of each few neighbours in a row for A, and entries for B ("2:4").
+        block_shape: outputs and inputs of a block; what is left over at a weight's edges is a smaller one.
         ramp: a `SparsityRamp`, along which the run gets from denser sets to its own sparsities.
         powerpropagation: exponent a of θ = φ|φ|^(a-1), with which the optimizer updates φ (Schwarz et al. 2021); 1 is
             off. Gradients are clipped as those of θ, the penalty shrinks θ, weight decay acts on φ.
@@ -99,6 +102,8 @@ class TopKastCallback(Callback):
         stop_exploration_at: Moment | None = None,
         stop_refreshing_at: Moment | None = None,
         rule: Rule | None = None,
+        granularity: str = "entry",
+        block_shape: Sequence[int] = (32, 32),
         ramp: SparsityRamp | None = None,
         powerpropagation: float = 1.0,
         penalty: Penalty = "l2",
@@ -129,6 +134,8 @@ class TopKastCallback(Callback):
             "stop_exploration_at": stop_exploration_at,
             "stop_refreshing_at": stop_refreshing_at,
             "rule": rule,
+            "granularity": granularity,
+            "block_shape": _plain(block_shape),
             "ramp": ramp,
             "powerpropagation": powerpropagation,
             "penalty": penalty,

@@ -31,7 +31,7 @@ def make_weights(
     """
     weights: dict[str, SparseWeight] = {}
     left_masked: list[str] = []
-    operators = ""
+    operators, units = "", settings.chosen_granularity
     for target in targets:
         active, updated = counts[target.name]
         kept, obstacle = kept_as(target, active, updated, settings.execution, settings.operators)
@@ -40,12 +40,19 @@ def make_weights(
         if kept == "masked":
             weights[target.name] = MaskedWeight(target.name, target.parameter, active, updated)
             continue
+        if not units.divides(target.shape):
+            raise TopKastError(
+                f"'{target.name}' of shape {tuple(target.shape)} is no multiple of the {units}: its updated set's "
+                f"size would vary, which execution='{settings.execution}' has no room for: exclude it, choose "
+                "another block_shape, or train with execution='masked'"
+            )
         from_rank_0_(target.parameter)
         if kept == "packed":
             operators = operators or choose_operators(settings.operators, target.parameter.device)
         weights[target.name] = PackedWeight(target.name, target.parameter, active, updated, kept == "packed", operators)
     for weight in weights.values():
-        weight.forgets, weight.sizes_vary = settings.chosen_rule.forgets, settings.sizes_vary
+        weight.forgets, weight.granularity = settings.chosen_rule.forgets, units
+        weight.sizes_vary = settings.sizes_vary or not units.divides(weight.shape)
         weight.exponent = float(settings.powerpropagation)
     if left_masked:
         what = f"execution='{settings.execution}' leaves {', '.join(left_masked)} masked"

@@ -4,7 +4,6 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +14,9 @@ from lightning_topkast.course import Course
 from lightning_topkast.distributed import check_ranks_agree
 from lightning_topkast.errors import NonFiniteWeightError, TopKastError
 from lightning_topkast.rule import Candidates
-from lightning_topkast.selection import ACTIVE, EXPLORING, NonFiniteScoresError, TopK, nested_top_k
+from lightning_topkast.selection import ACTIVE, EXPLORING, NonFiniteScoresError
 from lightning_topkast.settings import Settings
-from lightning_topkast.sharded_selection import nested_top_k_of_shards
-from lightning_topkast.weights import Sharding, SparseWeight, own_part
+from lightning_topkast.weights import SparseWeight, own_part
 from lightning_topkast.weights.state import holds_values
 
 # One thread for all: selection is bound by memory, and the training goes on beside it.
@@ -61,18 +59,22 @@ def choose(
         NonFiniteWeightError: a weight or the gradient looked at holds NaN or infinity.
     """
     rule, settings, join = choice.settings.chosen_rule, choice.settings, _joined
+    units = settings.chosen_granularity
     scores = [weight.magnitudes() for weight in weights] if scores is None else scores
     gradients = [weight.gradient_magnitudes for weight in weights if weight.gradient_magnitudes is not None]
-    counts = [choice.counts[weight.name] for weight in weights]
+    shardings = [weight.sharding for weight in weights]
+    counts = [[units.units(count, weight.shape) for count in choice.counts[weight.name]] for weight in weights]
     candidates = Candidates(
-        scores=join(scores),
+        scores=join([units.scores(values, at) for values, at in zip(scores, shardings, strict=True)]),
         active_count=sum(active for active, _ in counts),
         updated_count=sum(updated for _, updated in counts),
-        active=lambda: join([weight.sharding.part_of(weight.active) for weight in weights]),
+        active=lambda: join([units.members(weight.active, weight.sharding) for weight in weights]),
         draw=lambda: join([_drawn(weight, choice) for weight in weights]),
-        gradient=join(gradients) if len(gradients) == len(weights) else None,
+        gradient=join([units.scores(values, at) for values, at in zip(gradients, shardings, strict=True)])
+        if len(gradients) == len(weights)
+        else None,
         passed=choice.passed,
-        select=_selection_of(weights[0].sharding),
+        select=units.selection(shardings[0]),
     )
     try:
         tiers = (rule.first if choice.is_first else rule.choose)(candidates, settings.exploration)
@@ -86,9 +88,10 @@ def choose(
             "Lower the learning rate, clip gradients, or resume from the last checkpoint"
         ) from None
     if len(weights) == 1:
-        return {weights[0].name: tiers}
-    parts = tiers.split([weight.size for weight in weights])
-    return {weight.name: part.view(weight.shape) for weight, part in zip(weights, parts, strict=True)}
+        return {weights[0].name: units.tiers(tiers, shardings[0])}
+    grids = [units.grid(weight.shape) for weight in weights]
+    parts = zip(weights, tiers.split([grid.numel() for grid in grids]), grids, strict=True)
+    return {weight.name: units.tiers(part.view(grid), weight.sharding) for weight, part, grid in parts}
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
@@ -101,17 +104,9 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
 def _drawn(weight: SparseWeight, choice: Choice) -> Tensor:
     """Numbers in [0, 1), seeded by what all ranks and a resumed run know, so that no generator state need be kept."""
     seed = zlib.crc32(f"{choice.settings.seed}/{choice.step}/{weight.name}".encode())
-    drawn = torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed))
-    return weight.sharding.part_of(drawn).to(own_part(weight.parameter).device)
-
-
-def _selection_of(sharding: Sharding) -> TopK:
-    """How the largest entries of a weight are found, whose parts may be on several devices."""
-    if not sharding.is_cut:
-        return nested_top_k
-    return partial(
-        nested_top_k_of_shards, size=sharding.shape.numel(), total=sharding.sum, indices=sharding.flat_indices
-    )
+    units = choice.settings.chosen_granularity
+    drawn = torch.rand(units.grid(weight.shape), generator=torch.Generator().manual_seed(seed))
+    return units.part_of(drawn, weight.sharding).to(own_part(weight.parameter).device)
 
 
 class Selection:
@@ -182,7 +177,8 @@ class Selection:
             counts = (weight.updated_count - weight.active_count, weight.active_count)
             fits = isinstance(chosen, Tensor) and (chosen.dtype, chosen.shape) == (torch.uint8, weight.shape)
             fits = fits and holds_values(chosen) and not bool((chosen > ACTIVE).any())
-            if not fits or tuple(int((chosen == tier).sum()) for tier in (EXPLORING, ACTIVE)) != counts:
+            sizes = tuple(int((chosen == tier).sum()) for tier in (EXPLORING, ACTIVE)) if fits else ()
+            if not fits or (sizes != counts and not weight.sizes_vary):
                 raise TopKastError(f"the saved Top-KAST state is damaged: the sets to come of '{name}' don't fit it")
         selection = cls.__new__(cls)
         selection.step, selection._chosen = step, {name: chosen.contiguous() for name, chosen in tiers.items()}

@@ -76,7 +76,7 @@ def top_k_then_random(
         uint8 tiers in the shape of `scores`.
     """
     is_active = select(scores, (active,)).bool()
-    return select(_among(lottery.to(scores.device), ~is_active), (updated - active,)).masked_fill_(is_active, ACTIVE)
+    return select(ranked(lottery.to(scores.device), ~is_active), (updated - active,)).masked_fill_(is_active, ACTIVE)
 
 
 def drop_and_grow(
@@ -95,12 +95,12 @@ def drop_and_grow(
     Returns:
         uint8 in the shape of `scores`: 1 for an active entry.
     """
-    stays = select(_among(scores, active), (kept,)).bool()
-    return select(_among(growth, ~stays), (grown,)).masked_fill_(stays, 1)
+    stays = select(ranked(scores, active), (kept,)).bool()
+    return select(ranked(growth, ~stays), (grown,)).masked_fill_(stays, 1)
 
 
-def _among(scores: Tensor, members: Tensor) -> Tensor:
-    """Scores that rank all members above all others; not by a negative number, whose bits don't order."""
+def ranked(scores: Tensor, members: Tensor) -> Tensor:
+    """Scores, at least 0, that rank all members above all others; not by a negative number, whose bits don't order."""
     return scores.clamp_min(torch.finfo(scores.dtype).tiny).masked_fill_(~members, 0)
 
 

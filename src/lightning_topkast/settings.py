@@ -1,7 +1,7 @@
 """The settings of one Top-KAST run, checked when they are given."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal, get_args
@@ -12,6 +12,7 @@ from lightning_topkast.ops import Operators
 from lightning_topkast.penalty import Penalty
 from lightning_topkast.rule import Exploration, Rule
 from lightning_topkast.schedule import Moment, SparsityRamp
+from lightning_topkast.weights.granularity import Entries, NOfM, granularity_of
 
 Distribution = Literal["uniform", "erk", "global"]
 Execution = Literal["masked", "packed", "compact", "auto"]
@@ -36,6 +37,8 @@ class Settings:
     stop_exploration_at: Moment | None = None
     stop_refreshing_at: Moment | None = None
     rule: Rule | None = None
+    granularity: str = "entry"
+    block_shape: Sequence[int] = (32, 32)
     ramp: SparsityRamp | None = None
     powerpropagation: float = 1.0
     penalty: Penalty = "l2"
@@ -113,6 +116,7 @@ class Settings:
             _is_number(self.powerpropagation) and self.powerpropagation >= 1,
             "powerpropagation", self.powerpropagation, "a number of at least 1, which turns it off",
         )  # fmt: skip
+        self._check_granularity()
         self._check_rule()
         self._check_ramp()
         _check(
@@ -133,6 +137,37 @@ class Settings:
                 f"penalty_shrinkage is the share an entry loses per step, which only penalty='l2' keeps constant; with "
                 f"penalty='{self.penalty}' give penalty_strength instead"
             )
+
+    def _check_granularity(self) -> None:
+        sides = self.block_shape
+        _check(
+            isinstance(sides, list | tuple)
+            and len(sides) == 2
+            and all(isinstance(side, int) and _is_number(side) and side >= 1 for side in sides),
+            "block_shape", sides, "two ints of at least 1: outputs and inputs",
+        )  # fmt: skip
+        known = isinstance(self.granularity, str) and granularity_of(self.granularity, sides) is not None
+        _check(known, "granularity", self.granularity, "entry, block, or N:M with N below M, such as 2:4")
+        units = self.chosen_granularity
+        if not isinstance(units, NOfM):
+            return
+        density = units.n / units.m
+        for where, forward in {
+            "": self.forward_sparsity,
+            **{f" in overrides['{p}']": self.sparsities_in(v)[0] for p, v in (self.overrides or {}).items()},
+        }.items():
+            if abs(1 - forward - density) > 1e-3:
+                raise TopKastError(
+                    f"granularity='{units}' makes {units.n} of {units.m} neighbours active, so expected "
+                    f"forward_sparsity={1 - density:.4g}{where}, got {forward}"
+                )
+        others = {
+            "distribution": (self.distribution, "uniform"), "exploration": (self.exploration, "magnitude"),
+            "rule": (self.rule, None), "ramp": (self.ramp, None),
+        }  # fmt: skip
+        for name, (given, needed) in others.items():
+            if given != needed:
+                raise TopKastError(f"granularity='{units}' needs {name}={needed}, got {given}")
 
     def _check_rule(self) -> None:
         _check(self.rule is None or isinstance(self.rule, Rule), "rule", self.rule, "a rule such as RigL(), or None")
@@ -193,6 +228,13 @@ class Settings:
     def chosen_rule(self) -> Rule:
         """How the sets are chosen: Top-KAST's rule unless another was given."""
         return self.rule or Rule()
+
+    @property
+    def chosen_granularity(self) -> Entries:
+        """What the sets are made of."""
+        units = granularity_of(self.granularity, self.block_shape)
+        assert units is not None  # checked
+        return units
 
     @property
     def chosen_ramp(self) -> SparsityRamp | None:

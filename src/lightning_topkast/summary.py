@@ -118,6 +118,10 @@ def summarize(
         forward, backward = settings.sparsities_on_ramp(1.0)
         end = "" if schedule.ramp_end is None else f", between step {schedule.ramp_begin} and {schedule.ramp_end}"
         notes.append(f"the sizes are those of the run's end: it starts at sparsities {forward:g} and {backward:g}{end}")
+    if settings.chosen_granularity.note:
+        units = settings.chosen_granularity
+        uneven = any(not units.divides(weight.shape) for weight in weights.values())
+        notes.append(units.note + ("; those at the edges are smaller, so that the sizes vary" if uneven else ""))
     if settings.distribution == "global":
         notes.append("the sizes count together only: the weights compete for them")
     if rule.explores and settings.chosen_ramp is None and not any(weight.can_explore for weight in weights.values()):

@@ -360,6 +360,7 @@ class TopKast:
             "steps": self._steps,
             "refresh_count": self.refresh_count,
             "penalty_shrinkage": self.settings.penalty_shrinkage,
+            "granularity": str(self.settings.chosen_granularity),
             "selections": [selection.state_dict() for selection in self._refresher.selections],
             "weights": {name: weight.state_dict(gathered) for name, weight in self._weights.items()},
         }
@@ -388,6 +389,12 @@ class TopKast:
             or not all(isinstance(count, int) and count >= 0 for count in (*steps, refreshes))
         ):
             raise TopKastError("the saved Top-KAST state is damaged: it has no weights or no step counts")
+        units = state.get("granularity", "entry")  # states saved before there were others
+        if units != str(self.settings.chosen_granularity):
+            raise TopKastError(
+                f"the saved Top-KAST state has sets of granularity {units!r:.60}, this run asks for "
+                f"'{self.settings.chosen_granularity}'; resume with the granularity and block_shape it had"
+            )
         missing, extra = (
             sorted(self._weights.keys() - saved.keys()),
             sorted(map(str, saved.keys() - self._weights.keys())),

@@ -11,6 +11,7 @@ from lightning_topkast.errors import TopKastError
 from lightning_topkast.penalty import Penalty
 from lightning_topkast.selection import ACTIVE, EXPLORING
 from lightning_topkast.weights.entries import indices
+from lightning_topkast.weights.granularity import Entries
 from lightning_topkast.weights.reparametrised import Reparametrised
 from lightning_topkast.weights.sharding import Sharding
 from lightning_topkast.weights.state import problem_with
@@ -43,7 +44,8 @@ class SparseWeight(ABC):
         self.updated_count = updated_count
         self.strength = 0.0  # λ of this weight's penalty; the engine sets it when it knows the learning rate
         self.is_open = False
-        # The engine sets these three before the first sets are chosen.
+        # The engine sets these four before the first sets are chosen.
+        self.granularity = Entries()  # what the sets are made of
         self.forgets = False  # whether entries that leave B are forgotten: they come back as zeros
         self.sizes_vary = False  # whether |A| and |B| differ from the counts above in the course of the run
         self.exponent = 1.0  # of powerpropagation, 1 without it

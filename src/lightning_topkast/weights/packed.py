@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_topkast.penalty import Penalty, penalty_of, shrink_
-from lightning_topkast.selection import ACTIVE, nested_top_k
+from lightning_topkast.selection import ACTIVE, nested_top_k, ranked
 from lightning_topkast.weights.base import SparseWeight
 from lightning_topkast.weights.entries import indices
 from lightning_topkast.weights.packing import Packing
@@ -292,19 +292,23 @@ class PackedWeight(SparseWeight):
             NonFiniteScoresError: they hold NaN or infinity.
         """
         alpha = alpha.detach().cpu().to(self._theta.dtype).contiguous()
-        magnitudes, support = alpha.abs(), alpha != 0
-        active = nested_top_k(magnitudes, (self.active_count,)).bool()
+        support = alpha != 0
         if not bool((support & (self._tiers != ACTIVE)).any()):
             count = self._packing.active_count
             values = alpha.view(-1).index_select(0, self._places()[:count])
             self.parameter.detach()[:count] = values.to(self.parameter)
             return
+        units, sharding = self.granularity, self.sharding
+        select = units.selection(sharding)
+        first = select(units.scores(alpha.abs(), sharding), (units.units(self.active_count, self.shape),)).bool()
         theta = alpha
         if int(torch.count_nonzero(support)) <= self.active_count:
+            active = units.tiers(first.to(torch.uint8), sharding).bool()
             theta = torch.where(support | active, alpha, self.theta())
-        others = theta.abs().masked_fill_(active, -1)
         exploring = self.updated_count - self.active_count if self.is_exploring else 0
-        tiers = nested_top_k(others, (exploring,)).masked_fill_(active, ACTIVE)
+        others = ranked(units.scores(theta.abs(), sharding), ~first)
+        chosen = nested_top_k(others, (units.units(exploring, self.shape),)).masked_fill_(first, ACTIVE)
+        tiers = units.tiers(chosen, sharding)
         if self._state_places is None:
             self._state_places = self._places()
         self.loads += 1

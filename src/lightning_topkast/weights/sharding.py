@@ -32,6 +32,8 @@ class Sharding:
         # for every sharded dimension, the global coordinates of this process' slices
         self._coordinates: dict[int, Tensor] = {}
         self.part_shape = own_part(weight.detach()).shape
+        # of this process' part; FSDP2 gives it another shape where nothing is left
+        self.sizes = list(self.shape)
         if not isinstance(weight, DTensor):
             return
         self._mesh = weight.device_mesh
@@ -49,7 +51,7 @@ class Sharding:
             whole = torch.arange(self.shape[dim], device=weight.device)
             self._coordinates[dim] = own_part(distribute_tensor(whole, self._mesh, along, src_data_rank=None))
         part = own_part(weight.detach())
-        self._sizes = expected = [len(self._coordinates.get(dim, range(size))) for dim, size in enumerate(self.shape)]
+        self.sizes = expected = [len(self._coordinates.get(dim, range(size))) for dim, size in enumerate(self.shape)]
         # FSDP2 gives processes for which nothing is left a part without size in any dimension
         if (
             part.numel() != math.prod(expected)
@@ -69,6 +71,15 @@ class Sharding:
     def is_cut(self) -> bool:
         """Whether other processes hold other parts."""
         return bool(self._coordinates)
+
+    @property
+    def cuts(self) -> set[int]:
+        """The dimensions that are cut."""
+        return set(self._coordinates)
+
+    def coordinates(self, dim: int) -> Tensor:
+        """Where along `dim` of the whole weight this process' part lies: int64, ascending."""
+        return self._coordinates[dim] if dim in self._coordinates else torch.arange(self.shape[dim])
 
     @property
     def is_distributed(self) -> bool:
@@ -91,7 +102,7 @@ class Sharding:
         if not self.is_cut:
             return positions
         indices = torch.zeros_like(positions)
-        for dim, size in reversed(list(enumerate(self._sizes))):
+        for dim, size in reversed(list(enumerate(self.sizes))):
             coordinate = positions % max(size, 1)
             positions = positions // max(size, 1)
             if dim in self._coordinates:
@@ -113,7 +124,7 @@ class Sharding:
             return part
         strides = torch.empty(self.shape, device="meta").stride()
         return DTensor.from_local(
-            part.reshape(self._sizes), self._mesh, self._placements, run_check=False, shape=self.shape, stride=strides
+            part.reshape(self.sizes), self._mesh, self._placements, run_check=False, shape=self.shape, stride=strides
         )
 
     def gather(self, part: Tensor) -> Tensor:

@@ -1,0 +1,244 @@
+"""Sets of blocks and of n in m neighbours: what is chosen, how many, and that the method holds for them."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_topkast import NonFiniteWeightError, TopKast, TopKastError
+from lightning_topkast.baselines import SET, GradualPruning, RigL, Static
+from lightning_topkast.weights.granularity import Blocks, NOfM
+from lightning_topkast.weights.sharding import Sharding
+from tests.helpers import MIDDLE, fit, make_callback, make_net, make_trainer
+
+SHAPES = [(6, 8), (7, 10), (5,), (4, 6, 3), (5, 4, 3, 2), (3, 2, 2, 2, 2), (1, 9), (9, 1)]
+BLOCKS = [(2, 2), (3, 4), (1, 4), (4, 1), (16, 16)]
+
+
+class Holder(nn.Module):
+    def __init__(self, *shape: int, seed: int = 0) -> None:
+        super().__init__()
+        self.theta = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(seed)))
+
+
+def sparse(module: nn.Module, forward: float = 0.5, backward: float = 0.25, **options):
+    return TopKast(module, forward, backward, include=["theta"], **options).weights["theta"]
+
+
+def blocks_of(shape, outputs, inputs):
+    """Index tuples of every block, by hand: outputs × inputs at each position of a kernel."""
+    sides = [inputs] if len(shape) == 1 else [outputs, inputs] + [1] * (len(shape) - 2)
+    starts = itertools.product(*(range(0, size, side) for size, side in zip(shape, sides, strict=True)))
+    return [tuple(slice(a, a + side) for a, side in zip(start, sides, strict=True)) for start in starts]
+
+
+# --- blocks -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("block", BLOCKS)
+def test_sets_are_the_blocks_with_the_largest_norms(shape, block):
+    module = Holder(*shape)
+    theta = module.theta.detach().clone()
+    places = blocks_of(shape, *block)
+    norms = [float(theta[place].double().norm()) for place in places]
+    if round(0.5 * len(places)) == 0:
+        with pytest.raises(TopKastError, match=r"has 1 blocks, too few for one active block"):
+            sparse(module, granularity="block", block_shape=block)
+        return
+    weight = sparse(module, granularity="block", block_shape=block)
+    by_norm = sorted(range(len(places)), key=lambda i: -norms[i])
+    tiers = torch.zeros(shape, dtype=torch.uint8)
+    for count in (round(0.75 * len(places)), round(0.5 * len(places))):
+        for number in by_norm[:count]:
+            tiers[places[number]] += 1
+    assert torch.equal(weight.tiers, tiers)
+    assert torch.equal(weight.parameter.detach(), theta * (tiers == 2))
+    assert (int(weight.active_entries), int(weight.updated_entries)) == (
+        int((tiers == 2).sum()),
+        int((tiers > 0).sum()),
+    )
+
+
+def test_equal_blocks_go_by_their_place():
+    module = Holder(8, 8)
+    nn.init.ones_(module.theta)
+    weight = sparse(module, granularity="block", block_shape=(4, 2), forward=0.75, backward=0.5)
+    assert weight.tiers[::4, ::2].tolist() == [[2, 2, 1, 1], [0, 0, 0, 0]]
+
+
+def test_edge_blocks_compete_by_the_entries_they_have():
+    module = Holder(4, 5)
+    nn.init.ones_(module.theta)
+    # norms: 2, 2 and at the edge √2
+    weight = sparse(module, granularity="block", block_shape=(2, 2), forward=0.5, backward=0.0)
+    assert not weight.active[:, 4].any()
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "erk", "global"])
+def test_counts_are_whole_numbers_of_blocks_under_every_distribution(distribution):
+    model = nn.Sequential(nn.Linear(32, 64), nn.Conv2d(16, 32, 3), nn.Linear(64, 16))
+    topkast = TopKast(
+        model, 0.9, 0.8, granularity="block", block_shape=[8, 4], distribution=distribution,
+        keep_first_dense=False, keep_last_dense=False,
+    )  # fmt: skip
+    blocks = {name: weight.size // 32 for name, weight in topkast.weights.items()}
+    active = {name: int(weight.active_entries) for name, weight in topkast.weights.items()}
+    updated = {name: int(weight.updated_entries) for name, weight in topkast.weights.items()}
+    assert all(count % 32 == 0 for count in (*active.values(), *updated.values()))
+    if distribution == "uniform":
+        assert active == {name: 32 * round(0.1 * count) for name, count in blocks.items()}
+    assert sum(active.values()) / 32 == pytest.approx(0.1 * sum(blocks.values()), abs=1.5)
+    assert sum(updated.values()) / 32 == pytest.approx(0.2 * sum(blocks.values()), abs=1.5)
+
+
+@pytest.mark.parametrize("rule", [Static(), SET(0.5), RigL(0.5), GradualPruning()])
+def test_baselines_choose_among_blocks(rule):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+    topkast = TopKast(
+        model, 0.75, 0.75, rule=rule, granularity="block", block_shape=(2, 2), update_every=2, penalty_strength=0.0,
+        keep_first_dense=False, keep_last_dense=False, total_steps=20,
+    )  # fmt: skip
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    topkast.attach(optimizer)
+    seen = []
+    for step in range(20):
+        optimizer.zero_grad()
+        model(torch.randn(5, 8, generator=torch.Generator().manual_seed(step))).square().mean().backward()
+        optimizer.step()
+        tiers = topkast.weights["0.weight"].tiers
+        grid = tiers[::2, ::2]
+        assert torch.equal(tiers, grid.repeat_interleave(2, 0).repeat_interleave(2, 1))
+        seen.append(grid == 2)
+    assert int(seen[-1].sum()) == 8
+    assert any(not torch.equal(before, seen[-1]) for before in seen) is (type(rule) is not Static)
+
+
+def test_gradients_of_half_precision_weights_do_not_overflow_in_norms():
+    values = torch.full((4, 4), 300.0, dtype=torch.float16)
+    assert Blocks(4, 4).scores(values, Sharding("w", values)).tolist() == [[1200.0]]
+
+
+def test_nan_in_a_block_stops_the_refresh_with_the_weights_name():
+    module = Holder(8, 8)
+    topkast = TopKast(module, 0.5, 0.25, include=["theta"], granularity="block", block_shape=(4, 4))
+    before = topkast.weights["theta"].tiers.clone()
+    with torch.no_grad():
+        module.theta[topkast.weights["theta"].active] = float("nan")
+    with pytest.raises(NonFiniteWeightError, match="'theta' holds NaN"):
+        topkast.refresh()
+    assert torch.equal(topkast.weights["theta"].tiers, before)
+
+
+@pytest.mark.parametrize("execution", ["packed", "compact"])
+def test_packed_blocks_train_as_masked_ones(execution):
+    def train(kept):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4))
+        topkast = TopKast(
+            model, 0.75, 0.5, granularity="block", block_shape=(4, 8), update_every=3, penalty_strength=0.1,
+            execution=kept, operators="torch",
+        )  # fmt: skip
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+        topkast.attach(optimizer)
+        for step in range(10):
+            optimizer.zero_grad()
+            model(torch.randn(5, 8, generator=torch.Generator().manual_seed(step))).square().mean().backward()
+            optimizer.step()
+        return topkast.weights["2.weight"]
+
+    masked, packed = train("masked"), train(execution)
+    assert torch.equal(masked.tiers, packed.tiers)
+    assert torch.allclose(masked.theta(), packed.theta(), atol=1e-6)
+
+
+def test_packed_blocks_must_divide_the_weight():
+    model = nn.Sequential(nn.Linear(8, 10), nn.Linear(10, 10), nn.Linear(10, 4))
+    with pytest.raises(TopKastError, match=r"'1.weight' of shape \(10, 10\) is no multiple of the 4×4 block"):
+        TopKast(model, 0.5, 0.25, granularity="block", block_shape=(4, 4), execution="packed")
+
+
+# --- n of m neighbours --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 2), (1, 3), (3, 8)])
+def test_active_are_the_largest_of_each_group_and_exploring_the_largest_of_the_rest(shape, n, m):
+    module = Holder(*shape)
+    theta = module.theta.detach().abs().reshape(shape[0] if len(shape) > 1 else 1, -1)
+    weight = sparse(module, 1 - n / m, 0.1, granularity=f"{n}:{m}")
+    active = weight.active.reshape(theta.shape)
+    for row, chosen in zip(theta, active, strict=True):
+        for begin in range(0, len(row), m):
+            group, members = row[begin : begin + m], chosen[begin : begin + m]
+            kept = min(n, len(group))
+            assert int(members.sum()) == kept
+            assert set(group[members].tolist()) == set(group.sort(descending=True).values[:kept].tolist())
+    exploring = (weight.updated & ~weight.active).reshape(theta.shape)
+    rest = theta[~active].sort(descending=True).values
+    more = max(round(0.9 * theta.numel()) - int(active.sum()), 0)
+    assert sorted(theta[exploring].tolist()) == sorted(rest[:more].tolist())
+
+
+def test_ties_within_a_group_go_to_the_first():
+    winners = NOfM(2, 4)._winners(torch.tensor([[1.0, 1, 1, 1, 0, 2, 0, 0], [3, 1, 3, 3, 5, 5, 5, 6]]))
+    assert winners.int().tolist() == [[1, 1, 0, 0, 1, 1, 0, 0], [1, 0, 1, 0, 1, 0, 0, 1]]
+
+
+# --- through the callback -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "sparsity"),
+    [({"granularity": "block", "block_shape": (4, 8)}, 0.75), ({"granularity": "2:4", "forward_sparsity": 0.5}, 0.5)],
+)
+def test_a_run_is_resumed_with_its_granularity_and_with_no_other(options, sparsity, tmp_path):
+    arguments = {"forward_sparsity": 0.75, "backward_sparsity": 0.25, "update_every": 3} | options
+    whole, begun, resumed = (make_callback(**arguments) for _ in range(3))
+    fit(make_trainer(tmp_path, whole, max_epochs=3), make_net())
+    fit(trainer := make_trainer(tmp_path, begun, max_epochs=2), make_net())
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    fit(make_trainer(tmp_path, resumed, max_epochs=3), make_net(1), ckpt_path=tmp_path / "two.ckpt")
+    one, other = (callback.topkast.weights[MIDDLE] for callback in (whole, resumed))
+    assert one.forward_density == 1 - sparsity
+    assert torch.equal(one.tiers, other.tiers)
+    assert torch.equal(one.theta(), other.theta())
+
+    other = make_callback(**(arguments | {"granularity": "entry"}))
+    with pytest.raises(TopKastError, match="resume with the granularity and block_shape it had"):
+        fit(make_trainer(tmp_path, other, max_epochs=3), make_net(1), ckpt_path=tmp_path / "two.ckpt")
+
+
+def test_the_start_up_table_says_what_the_sets_are_made_of():
+    said = [
+        str(TopKast(Holder(*shape), 0.5, 0.25, include=["theta"], granularity=kind, block_shape=(2, 4)).summary())
+        for kind, shape in (("block", (7, 8)), ("block", (8, 8)), ("2:4", (8, 8)), ("entry", (8, 8)))
+    ]
+    assert "blocks of 2×4; those at the edges are smaller" in said[0]
+    assert "blocks of 2×4" in said[1]
+    assert "edges" not in said[1]
+    assert "2 of each 4 neighbours are active" in said[2]
+    assert "blocks" not in said[3]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"granularity": "blocks"}, "granularity='blocks' is not valid: expected entry, block, or N:M"),
+        ({"granularity": "4:2"}, "expected entry, block, or N:M with N below M"),
+        ({"granularity": 3}, "granularity=3 is not valid"),
+        ({"block_shape": 32}, "block_shape=32 is not valid: expected two ints"),
+        ({"block_shape": (0, 4)}, "block_shape=.0, 4. is not valid"),
+        ({"block_shape": (4, True)}, "is not valid"),
+        ({"granularity": "2:4"}, "expected forward_sparsity=0.5, got 0.75"),
+        ({"granularity": "1:4", "overrides": {"*": {"forward_sparsity": 0.5}}}, r"in overrides\['\*'\], got 0.5"),
+        ({"granularity": "1:4", "exploration": "random"}, "needs exploration=magnitude, got random"),
+        ({"granularity": "1:4", "distribution": "erk"}, "needs distribution=uniform, got erk"),
+        ({"granularity": "1:4", "rule": Static(), "backward_sparsity": 0.75}, "needs rule=None"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_with_the_way_out(options, message):
+    with pytest.raises(TopKastError, match=message):
+        make_callback(**({"forward_sparsity": 0.75, "backward_sparsity": 0.5} | options))

@@ -75,12 +75,27 @@ def break_masking(monkeypatch):
 
 
 def break_ties(monkeypatch):
-    from lightning_topkast import refresh
+    from lightning_topkast.weights import granularity
 
-    def to_the_highest_index(scores, counts, select=refresh.nested_top_k):
+    def to_the_highest_index(scores, counts, select=granularity.nested_top_k):
         return select(scores.flatten().flip(0), counts).flip(0).view(scores.shape)
 
-    monkeypatch.setattr(refresh, "nested_top_k", to_the_highest_index)
+    monkeypatch.setattr(granularity, "nested_top_k", to_the_highest_index)
+
+
+def break_norms(monkeypatch):
+    """Blocks go by the sum of their magnitudes."""
+    from lightning_topkast.weights.granularity import Blocks
+
+    monkeypatch.setattr(Blocks, "scores", lambda self, values, sharding: self._sums(values.float(), sharding))
+
+
+def break_groups(monkeypatch):
+    """Groups begin anew at every second neighbour."""
+    from lightning_topkast.weights.granularity import NOfM
+
+    winners = NOfM._winners
+    monkeypatch.setattr(NOfM, "_winners", lambda self, scores: winners(self, scores.roll(2, -1)).roll(-2, -1))
 
 
 def break_closing(monkeypatch):

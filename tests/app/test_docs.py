@@ -125,6 +125,17 @@ def test_the_tutorial_shows_what_its_commands_print(tmp_path, monkeypatch, capfd
         renewed(block, (err + out).replace(f"{tmp_path.resolve()}/", ""))
 
 
+def test_the_rule_of_the_guide_trains_in_the_application(cli, tmp_path, monkeypatch):
+    guide = (ROOT / "docs" / "guides" / "researcher.md").read_text(encoding="utf-8")
+    (rule,) = (block for _, block in _FENCE.findall(guide) if "class Noisy" in block)
+    (tmp_path / "my_module.py").write_text(rule, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    (words,) = (words for words in COMMANDS[ROOT / "docs" / "guides" / "researcher.md"] if "my_module" in str(words))
+    code, out, err = cli(*words[1:], "trainer.max_epochs=2", "logger=none", "callbacks.progress=null")
+    assert code == 0, err
+    assert "test/acc" in out
+
+
 def test_a_page_that_shows_something_else_is_found():
     block = Block("command", ["accuracy 0.97 of 1,638", "...", "done"], 0, 0)
     assert renewed(block, "x\naccuracy 0.96 of 1,638\ny\ndone")[0] == "accuracy 0.96 of 1,638"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -68,14 +69,16 @@ def _by_age(folder: Path, pattern: str) -> list[Path]:
 def _read_csv(path: Path) -> dict[str, dict[float, float]]:
     found: dict[str, dict[float, float]] = {}
     with path.open(encoding="utf-8", errors="replace", newline="") as file:
-        for row in csv.DictReader(file):
-            step = _number(row.pop("step", None))
-            if step is None:
-                continue  # a line that was cut off
-            for name, text in row.items():
-                value = _number(text) if name else None  # cells beyond the header have no name
-                if value is not None:
-                    found.setdefault(name, {})[step] = value
+        rows = csv.DictReader(file)
+        with suppress(csv.Error):  # what follows is damaged: a field without an end, a null byte (Python 3.10)
+            for row in rows:
+                step = _number(row.pop("step", None))
+                if step is None:
+                    continue  # a line that was cut off
+                for name, text in row.items():
+                    value = _number(text) if name else None  # cells beyond the header have no name
+                    if value is not None:
+                        found.setdefault(name, {})[step] = value
     return found
 
 

@@ -13,10 +13,11 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 
-from lightning_topkast.app import compare, plan, train
+from lightning_topkast.app import compare, export, plan, train
 from lightning_topkast.app.errors import AppError
 from lightning_topkast.app.grids import Sweep, expand, read_sweep
 from lightning_topkast.app.launch import Launcher, hydra_configs
+from lightning_topkast.app.report import command as report
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -107,6 +108,23 @@ def test_an_option_that_is_gone_does_not_compose(command, culprit):
         launcher = Launcher(Path("runs"), [], None)
         with pytest.raises((AppError, HydraException, OmegaConfBaseException), match=culprit):
             compose(shlex.split(command), launcher)
+
+
+@pytest.mark.parametrize(
+    ("program", "read"), [("topkast-report", report._arguments), ("topkast-export", export._arguments)]
+)
+def test_commands_of_the_programs_without_a_configuration_are_read(program, read, monkeypatch):
+    shown = [
+        line.removeprefix("$ ")
+        for page in PAGES
+        for _, block in _FENCE.findall(page.read_text(encoding="utf-8"))
+        for line in block.splitlines()
+        if line.removeprefix("$ ").startswith(program)
+    ]
+    assert len(shown) >= 2
+    for line in shown:
+        monkeypatch.setattr(sys, "argv", shlex.split(line, comments=True))
+        read()  # exits where it does not know an option
 
 
 def test_the_tutorial_shows_what_its_commands_print(tmp_path, monkeypatch, capfd):

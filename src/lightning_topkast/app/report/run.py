@@ -126,7 +126,7 @@ def read_run(folder: Path) -> RunFolder:
     try:
         result = known_result(folder)
         if not result:
-            notes.append(f"There is no {RESULT_FILE}: the run has not come to its end.")
+            notes.append(f"There is no {RESULT_FILE}: the run has not come to its end, or is not one of topkast-train.")
     except AppError as error:
         notes.append(f"{RESULT_FILE} was passed over: {error}.")
     saved = None

@@ -80,7 +80,7 @@ def write_sweep_report(folder: Path, runs: Sequence[Path]) -> Path:
                 inline(Drawn("comparison", "score against training FLOPs, a point a configuration", figure))
             )
         for number, (key, members) in enumerate(_by_table(zip(runs, entries, strict=True)).items(), start=1):
-            curves[key] = [inline(drawn) for drawn in overlays(members, f"curves-{number}")]
+            curves[key] = [inline(drawn) for drawn in overlays(members, f"curves-{number}", len(runs))]
     html = render(
         "sweep.html", name=folder.resolve().name, entries=entries, remarks=remarks, notes=notes(collected),
         overview=overview, tables=[(c, header(c), [cells(row, c) for row in c.rows]) for c in collected.comparisons],

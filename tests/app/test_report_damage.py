@@ -9,6 +9,7 @@ from PIL import Image
 
 from lightning_topkast.app.errors import AppError
 from lightning_topkast.app.report import command
+from lightning_topkast.app.report.cards import cards
 from lightning_topkast.app.report.command import write_reports
 from lightning_topkast.app.report.curves import read_curves
 from lightning_topkast.app.report.masks import SavedWeight
@@ -74,6 +75,13 @@ def test_part_of_another_form_is_named_and_the_rest_of_the_folder_shown(key, val
 def test_run_that_failed_may_have_anything_in_its_result(key, tmp_path):
     leave(tmp_path, RESULT | {"status": "failed", key: [1]})
     assert f"its {key} is [1], which no run writes" in write_run_report(tmp_path).read_text()
+
+
+def test_run_that_diverged_saves_nothing_of_no_parameters(tmp_path):
+    leave(tmp_path, RESULT | {"status": "diverged", "parameters": {"total": 0, "nonzero": 0}, "weights": []})
+    names = {card.name for card in cards(known_result(tmp_path), None)}
+    assert "test/acc" in names
+    assert not names & {"parameters in use", "bytes saved"}
 
 
 def test_endless_nesting_is_a_result_that_cannot_be_read(tmp_path):

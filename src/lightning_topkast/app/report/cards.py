@@ -66,7 +66,7 @@ def _sparsities(result: Mapping[str, Any], saved: Saved | None) -> list[Card]:
         value = sparsity["model"]
         found.append(Card("model sparsity", value, percent(value), "zeros among all parameters"))
     parameters = result.get("parameters") or {}
-    if parameters:
+    if parameters.get("total"):  # 0 of a run that has diverged, whose weights were not counted
         nonzero, total = parameters["nonzero"], parameters["total"]
         found.append(Card("parameters in use", nonzero, f"{nonzero:,}", f"of {total:,}"))
         dense, stored = _BYTES * total, min(_BYTES * total, _BYTES * nonzero + -(-total // 8))

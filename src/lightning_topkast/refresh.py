@@ -233,7 +233,8 @@ class Refresher:
 
     def begin(self, weights: Sequence[SparseWeight]) -> None:
         """Choose the first sets; as `refresh`, but that it counts as none."""
-        self._apply(weights, self._choose(weights, replace(self._choice(0), is_first=True)))
+        # None of the run has passed, also where its length is known only later, as in a Trainer's.
+        self._apply(weights, self._choose(weights, replace(self._choice(0), is_first=True, passed=0.0)))
         self.count = 0
 
     def _choice(self, step: int) -> Choice:

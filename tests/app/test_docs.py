@@ -13,10 +13,11 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 
-from lightning_topkast.app import compare, plan, train
+from lightning_topkast.app import compare, export, plan, train
 from lightning_topkast.app.errors import AppError
 from lightning_topkast.app.grids import Sweep, expand, read_sweep
 from lightning_topkast.app.launch import Launcher, hydra_configs
+from lightning_topkast.app.report import command as report
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -109,6 +110,23 @@ def test_an_option_that_is_gone_does_not_compose(command, culprit):
             compose(shlex.split(command), launcher)
 
 
+@pytest.mark.parametrize(
+    ("program", "read"), [("topkast-report", report._arguments), ("topkast-export", export._arguments)]
+)
+def test_commands_of_the_programs_without_a_configuration_are_read(program, read, monkeypatch):
+    shown = [
+        line.removeprefix("$ ")
+        for page in PAGES
+        for _, block in _FENCE.findall(page.read_text(encoding="utf-8"))
+        for line in block.splitlines()
+        if line.removeprefix("$ ").startswith(program)
+    ]
+    assert len(shown) >= 2
+    for line in shown:
+        monkeypatch.setattr(sys, "argv", shlex.split(line, comments=True))
+        read()  # exits where it does not know an option
+
+
 def test_the_tutorial_shows_what_its_commands_print(tmp_path, monkeypatch, capfd):
     for handler in logging.getLogger("lightning.pytorch").handlers:
         if type(handler) is logging.StreamHandler:  # Lightning's, made before this test had a stderr of its own
@@ -123,6 +141,17 @@ def test_the_tutorial_shows_what_its_commands_print(tmp_path, monkeypatch, capfd
             PROGRAMS[words[0]]()
         out, err = capfd.readouterr()
         renewed(block, (err + out).replace(f"{tmp_path.resolve()}/", ""))
+
+
+def test_the_rule_of_the_guide_trains_in_the_application(cli, tmp_path, monkeypatch):
+    guide = (ROOT / "docs" / "guides" / "researcher.md").read_text(encoding="utf-8")
+    (rule,) = (block for _, block in _FENCE.findall(guide) if "class Noisy" in block)
+    (tmp_path / "my_module.py").write_text(rule, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    (words,) = (words for words in COMMANDS[ROOT / "docs" / "guides" / "researcher.md"] if "my_module" in str(words))
+    code, out, err = cli(*words[1:], "trainer.max_epochs=2", "logger=none", "callbacks.progress=null")
+    assert code == 0, err
+    assert "test/acc" in out
 
 
 def test_a_page_that_shows_something_else_is_found():

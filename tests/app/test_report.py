@@ -425,6 +425,16 @@ def test_sweep_draws_a_line_a_run_in_its_methods_colour(sweep):
     assert axes.lines[0].get_ydata().tolist() == read_curves(sweep / "c")["val/acc"][1].tolist()
 
 
+def test_the_more_runs_a_page_shows_the_fewer_points_a_line_has(tmp_path):
+    pytest.importorskip("matplotlib")
+    from lightning_topkast.app.report.sweep_figures import overlays
+
+    (tmp_path / "csv").mkdir()
+    (tmp_path / "csv" / "metrics.csv").write_text("step,val/acc\n" + "".join(f"{n},0.5\n" for n in range(1000)))
+    for of_all, points in ((1, 150), (300, 50), (5000, 20)):
+        assert len(overlays([(tmp_path, {})], "x", of_all)[0].figure.axes[0].lines[0].get_xdata()) == points
+
+
 def test_each_makes_the_page_of_every_run_and_links_to_it(sweep, monkeypatch):
     made = []
     monkeypatch.setattr(command, "write_run_report", lambda run: made.append(run.name) or run / "report.html")

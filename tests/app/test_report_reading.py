@@ -7,6 +7,7 @@ from PIL import Image
 
 from lightning_topkast.app.report.curves import on_grid, read_curves, thinned
 from lightning_topkast.app.report.masks import SavedWeight, picture, read_masks
+from lightning_topkast.app.report.run import is_run
 from lightning_topkast.pictures import SET_COLOURS
 
 
@@ -37,6 +38,13 @@ def test_curves_come_from_tensorboard_where_there_is_no_csv_log(tmp_path):
             writer.add_scalar("val/acc", step / 4, step)
     steps, values = read_curves(tmp_path)["val/acc"]
     assert (steps.tolist(), values.tolist()) == ([1, 2, 3], [0.25, 0.5, 0.75])
+
+
+def test_curves_are_those_of_a_logger_whose_folder_is_named(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,train_loss\n1,5\n")  # of a Trainer with a CSVLogger
+    (curve,) = read_curves(tmp_path).values()
+    assert [each.tolist() for each in curve] == [[1], [5]]
+    assert is_run(tmp_path)
 
 
 def test_layers_logged_at_different_steps_keep_their_last_value_between_them():

@@ -204,7 +204,7 @@ def read_result(folder: Path) -> dict[str, Any] | None:
         result = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AppError(f"{path} can't be read ({error}); remove it to have the run repeated") from error
     wanted = {"status": str, "choices": dict, "overrides": list, "config": dict}
     if not isinstance(result, dict) or result.get("format") != FORMAT:

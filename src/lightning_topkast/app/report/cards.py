@@ -56,14 +56,17 @@ def _sparsities(result: Mapping[str, Any], saved: Saved | None) -> list[Card]:
         value = sparsity["weights"]
         found.append(Card("forward sparsity", value, percent(value), "zeros among the sparse weights' entries"))
     if saved is not None and saved.weights:
-        entries = sum(weight.entries for weight in saved.weights)
+        entries = sum(weight.entries for weight in saved.weights) or 1
+        if not found:  # of a run that has not come to its end
+            value = 1 - sum(weight.active for weight in saved.weights) / entries
+            found.append(Card("forward sparsity", value, percent(value), "of the sparse weights, in the checkpoint"))
         backward = 1 - sum(weight.updated for weight in saved.weights) / entries
         found.append(Card("backward sparsity", backward, percent(backward), "of their gradients, in the checkpoint"))
     if sparsity.get("model") is not None:
         value = sparsity["model"]
         found.append(Card("model sparsity", value, percent(value), "zeros among all parameters"))
     parameters = result.get("parameters") or {}
-    if parameters:
+    if parameters.get("total"):  # 0 of a run that has diverged, whose weights were not counted
         nonzero, total = parameters["nonzero"], parameters["total"]
         found.append(Card("parameters in use", nonzero, f"{nonzero:,}", f"of {total:,}"))
         dense, stored = _BYTES * total, min(_BYTES * total, _BYTES * nonzero + -(-total // 8))

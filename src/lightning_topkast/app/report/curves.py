@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
 MASK_CHANGE = "topkast/mask_change"
+
+# Under a folder of topkast-train; in that of one of Lightning's loggers.
+_CSV = ("csv*/metrics.csv", "metrics.csv")
+_EVENTS = ("tensorboard*/events.out.tfevents.*", "events.out.tfevents.*")
 
 Curve = tuple[np.ndarray, np.ndarray]
 """Steps, and the value logged at each: two float64 arrays of one length, steps rising, values finite."""
@@ -20,9 +25,9 @@ def read_curves(folder: Path) -> dict[str, Curve]:
 
     A run that was resumed has a log for each part; the later part holds from its first step on.
     """
-    parts = [_read_csv(path) for path in _by_age(folder, "csv*/metrics.csv")]
+    parts = [_read_csv(path) for path in _by_age(folder, _CSV)]
     if not any(parts):
-        parts = [_read_events(path) for path in _by_age(folder, "tensorboard*/events.out.tfevents.*")]
+        parts = [_read_events(path) for path in _by_age(folder, _EVENTS)]
     joined: dict[str, dict[float, float]] = {}
     for part in parts:
         for name, points in part.items():
@@ -33,7 +38,7 @@ def read_curves(folder: Path) -> dict[str, Curve]:
 
 def has_log(folder: Path) -> bool:
     """Whether the run in `folder` kept curves on disk."""
-    return any(any(folder.glob(pattern)) for pattern in ("csv*/metrics.csv", "tensorboard*/events.out.tfevents.*"))
+    return any(any(folder.glob(pattern)) for pattern in (*_CSV, *_EVENTS))
 
 
 def of_layers(curves: Mapping[str, Curve], quantity: str = MASK_CHANGE) -> dict[str, Curve]:
@@ -61,21 +66,25 @@ def thinned(curve: Curve, most: int = 600) -> Curve:
     return means[0], means[1]
 
 
-def _by_age(folder: Path, pattern: str) -> list[Path]:
-    return sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime_ns)
+def _by_age(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    return sorted(
+        (path for pattern in patterns for path in folder.glob(pattern)), key=lambda path: path.stat().st_mtime_ns
+    )
 
 
 def _read_csv(path: Path) -> dict[str, dict[float, float]]:
     found: dict[str, dict[float, float]] = {}
     with path.open(encoding="utf-8", errors="replace", newline="") as file:
-        for row in csv.DictReader(file):
-            step = _number(row.pop("step", None))
-            if step is None:
-                continue  # a line that was cut off
-            for name, text in row.items():
-                value = _number(text) if name else None  # cells beyond the header have no name
-                if value is not None:
-                    found.setdefault(name, {})[step] = value
+        rows = csv.DictReader(file)
+        with suppress(csv.Error):  # what follows is damaged: a field without an end, a null byte (Python 3.10)
+            for row in rows:
+                step = _number(row.pop("step", None))
+                if step is None:
+                    continue  # a line that was cut off
+                for name, text in row.items():
+                    value = _number(text) if name else None  # cells beyond the header have no name
+                    if value is not None:
+                        found.setdefault(name, {})[step] = value
     return found
 
 

@@ -69,8 +69,9 @@ def curve_figures(curves: Mapping[str, Curve], monitor: str | None) -> list[Draw
         for name, title in _WINDOWS.items():
             if all(f"masks/{name}_{of_layers}" in curves for of_layers in ("min", "mean", "max")):
                 least, mean, most = (curves[f"masks/{name}_{of_layers}"] for of_layers in ("min", "mean", "max"))
-                bounds = least[1], most[1]
-                drawn.append(_band(f"window-{name}", title, least[0], bounds, mean, "mean of the layers"))
+                steps, values = on_grid({"min": least, "max": most})  # of a line that was cut off one may be missing
+                bounds = values[0], values[1]
+                drawn.append(_band(f"window-{name}", title, steps, bounds, mean, "mean of the layers"))
         for name, title in (
             ("reservoir_activated", "share of the first reservoir ever active"),
             ("penalty", "exploration penalty"),
@@ -97,14 +98,16 @@ def heatmap(curves: Mapping[str, Curve]) -> Drawn | None:
         axes = figure.add_subplot()
         extent = (steps[0], max(steps[-1], steps[0] + 1), len(layers) - 0.5, -0.5)
         image = axes.imshow(
-            values, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0, extent=extent, rasterized=True
-        )
+            values, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0, vmax=values.max() or 1,
+            extent=extent, rasterized=True,
+        )  # fmt: skip
         size = min(8.0, 8.0 * 60 / len(layers))
         every = -(-len(layers) // 90)
         axes.set_yticks(range(0, len(layers), every), [_short(name) for name in list(layers)[::every]], fontsize=size)
         axes.tick_params(axis="y", length=0)
         axes.grid(False)
         axes.set_xlabel("optimizer step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.colorbar(image, ax=axes, pad=0.01, fraction=0.03).outline.set_visible(False)
     return Drawn("mask-change-heatmap", "share of A that is new at each refresh, a row a sparse weight", figure)
 
@@ -114,14 +117,18 @@ def histograms(weights: Iterable[SavedWeight]) -> list[Drawn]:
     drawn = []
     with style():
         for number, weight in enumerate(weights, start=1):
-            groups = {tier: group for tier, group in weight.groups().items() if len(group)}
-            if groups:
-                label = f"magnitudes of {weight.name} on A, B\\A and C"
-                drawn.append(Drawn(f"magnitudes-{number}", label, _histogram(weight, groups)))
+            groups = weight.groups()
+            finite = {tier: group[np.isfinite(group)] for tier, group in groups.items()}  # a run may have diverged
+            if any(map(len, finite.values())):
+                counted = (
+                    "entries" if all(len(finite[tier]) == len(groups[tier]) for tier in groups) else "finite entries"
+                )
+                figure = _histogram(weight, {tier: group for tier, group in finite.items() if len(group)}, counted)
+                drawn.append(Drawn(f"magnitudes-{number}", f"magnitudes of {weight.name} on A, B\\A and C", figure))
     return drawn
 
 
-def _histogram(weight: SavedWeight, groups: Mapping[int, np.ndarray]) -> Figure:
+def _histogram(weight: SavedWeight, groups: Mapping[int, np.ndarray], counted: str) -> Figure:
     figure, axes = new_axes(_short(weight.name, 44))
     top = max(float(group.max()) for group in groups.values()) or 1.0
     edges = np.linspace(0, top, 49)
@@ -132,7 +139,7 @@ def _histogram(weight: SavedWeight, groups: Mapping[int, np.ndarray]) -> Figure:
         linewidth=0,
     )  # fmt: skip
     for cut, colour in zip(weight.thresholds(), ("active", "exploring"), strict=True):
-        if cut is not None:
+        if cut is not None and np.isfinite(cut):
             axes.axvline(cut, color=COLOURS["ink"], linewidth=1.6)
             axes.axvline(cut, color=COLOURS[colour], linewidth=0.8, linestyle=(0, (2, 2)))
     axes.set_yscale("symlog", linthresh=1)
@@ -140,7 +147,7 @@ def _histogram(weight: SavedWeight, groups: Mapping[int, np.ndarray]) -> Figure:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.set_xlim(0, top)
     axes.set_xlabel("|θ|")
-    axes.set_ylabel("entries")
+    axes.set_ylabel(counted)
     axes.minorticks_off()
     axes.legend(loc="upper right")
     return figure
@@ -153,7 +160,7 @@ def _metrics(curves: Mapping[str, Curve], monitor: str | None) -> dict[str, dict
         part, _, quantity = name.partition("/")
         if part in _PARTS and quantity:
             found.setdefault(quantity, {})[part] = name
-        elif name != "epoch" and not name.startswith(("topkast/", "masks/", "lr-", "test/", "run/")):
+        elif name not in ("epoch", "hp_metric") and not name.startswith(("topkast/", "masks/", "lr-", "test/", "run/")):
             found[name] = {"": name}
     followed = (monitor or "").partition("/")[2]
     order = sorted(found, key=lambda name: (name != "loss", name not in (monitor, followed), name))
@@ -211,7 +218,7 @@ def finish(axes: Axes, curves: Sequence[Curve]) -> None:
     )  # not by the space there is, which the labels change
     least, most = (bound(float(getattr(values, bound.__name__)()) for _, values in curves) for bound in (min, max))
     if most - least < 1e-6 * max(abs(most), 1e-12):  # a constant, which rounding would blow up
-        axes.set_ylim(least - 0.05 * (abs(least) or 1), most + 0.05 * (abs(most) or 1))
+        axes.set_ylim(least - 0.05 * abs(least), most + 0.05 * (abs(most) or 1))
     axes.ticklabel_format(axis="y", useOffset=False)
 
 

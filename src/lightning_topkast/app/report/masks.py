@@ -6,12 +6,12 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_topkast import TopKastCallback
 from lightning_topkast.app.checkpoint import Checkpoint
@@ -128,11 +128,18 @@ def read_masks(folder: Path) -> Saved | None:
 
 def _saved_weight(name: str, saved: Any, alpha: Any) -> SavedWeight:
     tiers, reserve = (saved.get(part) if isinstance(saved, dict) else None for part in ("tiers", "reserve"))
-    if not isinstance(tiers, Tensor) or tiers.dtype != torch.uint8 or type(tiers) is not Tensor or tiers.is_meta:
+    if not (_is_plain(tiers) and tiers.dtype == torch.uint8 and tiers.numel()):
         raise AppError(f"the checkpoint has no tiers of '{name}' that can be drawn")
-    if isinstance(alpha, Tensor) and isinstance(reserve, Tensor) and alpha.shape == reserve.shape == tiers.shape:
-        return SavedWeight(name, tiers, alpha.detach(), reserve)
-    return SavedWeight(name, tiers, None, None)
+    if not (_is_plain(alpha) and _is_plain(reserve) and alpha.is_floating_point() and reserve.is_floating_point()):
+        return SavedWeight(name, tiers, None, None)
+    if not alpha.shape == reserve.shape == tiers.shape:
+        return SavedWeight(name, tiers, None, None)
+    return SavedWeight(name, tiers, alpha.detach(), reserve)
+
+
+def _is_plain(value: Any) -> TypeGuard[Tensor]:
+    """Whether it is an ordinary tensor with its values: a file may hold any other."""
+    return type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided and not value.is_meta
 
 
 def chosen(weights: Sequence[SavedWeight], most: int = 6) -> list[SavedWeight]:

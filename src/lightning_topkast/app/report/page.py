@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from base64 import b64encode
 from collections.abc import Mapping
@@ -54,14 +55,25 @@ def write_page(folder: Path, html: str, pictures: Mapping[str, bytes]) -> Path:
     """Write a page and its pictures into `folder`; return the page. Pictures of an earlier report are removed."""
     beside = folder / PICTURES
     beside.mkdir(parents=True, exist_ok=True)
-    for old in beside.glob("*.png"):
-        if old.stem not in pictures:
-            old.unlink()
+    for old in _pictures_of(folder / PAGE) - pictures.keys():
+        (beside / f"{old}.png").unlink(missing_ok=True)
     for name, content in pictures.items():
         (beside / f"{name}.png").write_bytes(content)
     descriptor, name = tempfile.mkstemp(dir=folder, prefix=f".{PAGE}-")
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(html)
-    os.chmod(name, 0o644)  # mkstemp's is for the owner only
-    os.replace(name, folder / PAGE)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8", errors="replace") as file:
+            file.write(html)
+        os.chmod(name, 0o644)  # mkstemp's is for the owner only
+        os.replace(name, folder / PAGE)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
     return folder / PAGE
+
+
+def _pictures_of(page: Path) -> set[str]:
+    """The names of the pictures in a page: the folder beside it may hold others, which are not ours."""
+    try:
+        return set(re.findall(r'<figure id="([\w.-]+)">', page.read_text(encoding="utf-8", errors="replace")))
+    except OSError:
+        return set()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,18 +66,68 @@ def is_run(folder: Path) -> bool:
     return (folder / RESULT_FILE).is_file() or (folder / "checkpoints").is_dir() or has_log(folder)
 
 
+def known_result(folder: Path) -> Mapping[str, Any]:
+    """Return `result.json`, empty where there is none.
+
+    Raises:
+        AppError: it can't be read, or something in it is of another form than runs write.
+    """
+    result = read_result(folder) or {}
+    if result.get("status") in DONE:
+        check_form(result, folder / RESULT_FILE)
+    for key, fits in _FORM.items():
+        if result.get(key) is not None and not fits(result[key]):
+            raise AppError(f"{folder / RESULT_FILE}: its {key} is {result[key]!r:.60}, which no run writes")
+    return result
+
+
+def _numbers(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(each, int | float | None) for each in value.values())
+
+
+def _monitor(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("name"), str) and _numbers({0: value.get("value")})
+
+
+def _parameters(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(key), int) for key in ("total", "nonzero"))
+
+
+def _weights(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(each, dict)
+        and isinstance(each.get("name"), str)
+        and isinstance(each.get("shape"), list)
+        and all(isinstance(each.get(key), int) for key in ("entries", "nonzero"))
+        for each in value
+    )
+
+
+# Whether what a report reads besides is as runs write it, where it is there: older ones lack some of it.
+_FORM: dict[str, Callable[[Any], bool]] = {
+    "seconds": lambda value: isinstance(value, int | float),
+    "steps": lambda value: isinstance(value, int),
+    "examples": lambda value: isinstance(value, int | float),
+    "monitor": _monitor,
+    "metrics": _numbers,
+    "sparsity": _numbers,
+    "parameters": _parameters,
+    "flops": lambda value: _numbers(value) and (not value or value.get("training_flops") is not None),
+    "weights": _weights,
+    "versions": lambda value: isinstance(value, dict),
+    "hardware": lambda value: isinstance(value, dict),
+}
+
+
 def read_run(folder: Path) -> RunFolder:
     """Read what there is; what can't be read is noted."""
     notes = []
     result: Mapping[str, Any] = {}
     try:
-        result = read_result(folder) or {}
-        if result.get("status") in DONE:
-            check_form(dict(result), folder / RESULT_FILE)
+        result = known_result(folder)
         if not result:
-            notes.append(f"There is no {RESULT_FILE}: the run has not come to its end.")
+            notes.append(f"There is no {RESULT_FILE}: the run has not come to its end, or is not one of topkast-train.")
     except AppError as error:
-        result = {}
         notes.append(f"{RESULT_FILE} was passed over: {error}.")
     saved = None
     try:
@@ -95,4 +145,4 @@ def read_run(folder: Path) -> RunFolder:
             "The run kept no curves on disk: train with logger=csv or the default, or with logger=tensorboard where "
             "tensorboard is installed."
         )
-    return RunFolder(folder, result, curves, saved, tuple(notes))
+    return RunFolder(folder.resolve(), result, curves, saved, tuple(notes))

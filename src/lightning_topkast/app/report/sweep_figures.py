@@ -12,26 +12,29 @@ from lightning_topkast.app.report.curves import MASK_CHANGE, Curve, read_curves,
 from lightning_topkast.app.report.drawing import METHODS, style
 from lightning_topkast.app.report.figures import SMALL, Drawn, finish, new_axes, slug
 
-_MOST_POINTS = 150  # of a curve: there are many
+# Of a curve, and of a figure's curves together: many runs make no page of many megabytes.
+_MOST_POINTS, _MOST_OF_ALL, _LEAST_POINTS = 150, 15_000, 20
 _ALWAYS = ("train/loss", "topkast/forward_sparsity", MASK_CHANGE)
 
 
-def overlays(runs: Sequence[tuple[Path, Mapping[str, Any]]], prefix: str) -> list[Drawn]:
+def overlays(runs: Sequence[tuple[Path, Mapping[str, Any]]], prefix: str, of_all: int = 0) -> list[Drawn]:
     """Draw a figure a quantity with a line a run, coloured by method.
 
     Args:
         runs: of one data set and model: folder and result.
         prefix: of the figures' names.
+        of_all: how many runs the page shows, by default these.
     """
     methods = sorted({_method(result) for _, result in runs})
     colours = {method: METHODS[number % len(METHODS)] for number, method in enumerate(methods)}
     monitor = next((m["name"] for _, result in runs if (m := result.get("monitor") or {}).get("name")), "val/acc")
+    points = max(_LEAST_POINTS, min(_MOST_POINTS, _MOST_OF_ALL // max(of_all, len(runs))))
     lines: dict[str, list[tuple[str, Curve]]] = {name: [] for name in dict.fromkeys((monitor, "val/loss", *_ALWAYS))}
     for folder, result in runs:
         curves = read_curves(folder)
         for name, drawn in lines.items():
             if name in curves:
-                drawn.append((_method(result), thinned(curves[name], _MOST_POINTS)))
+                drawn.append((_method(result), thinned(curves[name], points)))
     with style():
         return [_overlay(f"{prefix}-{slug(name)}", name, drawn, colours) for name, drawn in lines.items() if drawn]
 

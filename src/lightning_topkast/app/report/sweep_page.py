@@ -14,8 +14,8 @@ from lightning_topkast.app.collect import collect
 from lightning_topkast.app.compare_tables import cells, header, notes
 from lightning_topkast.app.errors import AppError
 from lightning_topkast.app.report.page import PAGE, Inline, render, write_page
-from lightning_topkast.app.report.run import is_run
-from lightning_topkast.app.result import RESULT_FILE, RUNNING, read_result
+from lightning_topkast.app.report.run import is_run, known_result
+from lightning_topkast.app.result import RESULT_FILE, RUNNING
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,16 @@ class Entry:
 def runs_beneath(folder: Path) -> list[Path]:
     """Return the folders of runs beneath `folder`, by name."""
     found = {path.parent for path in folder.rglob(RESULT_FILE)}
-    found |= {path.parents[1] for path in folder.rglob("metrics.csv") if is_run(path.parents[1])}
+    for left in ("metrics.csv", "events.out.tfevents.*", "*.ckpt"):
+        found |= {path.parents[1] for path in folder.rglob(left) if is_run(path.parents[1])}
     return sorted(run for run in found if run != folder)
 
 
 def write_sweep_report(folder: Path, runs: Sequence[Path]) -> Path:
     """Write `report.html`, and its pictures as PNG files into `report/`, into `folder`; return the page."""
     collected = collect(folder)
-    entries = [_entry(run, folder) for run in runs]
     remarks = [*collected.broken]
+    entries = [_entry(run, folder, remarks) for run in runs]
     pictures: dict[str, bytes] = {}
     overview: list[Inline] = []
     curves: dict[tuple[str, str], list[Inline]] = {}
@@ -79,7 +80,7 @@ def write_sweep_report(folder: Path, runs: Sequence[Path]) -> Path:
                 inline(Drawn("comparison", "score against training FLOPs, a point a configuration", figure))
             )
         for number, (key, members) in enumerate(_by_table(zip(runs, entries, strict=True)).items(), start=1):
-            curves[key] = [inline(drawn) for drawn in overlays(members, f"curves-{number}")]
+            curves[key] = [inline(drawn) for drawn in overlays(members, f"curves-{number}", len(runs))]
     html = render(
         "sweep.html", name=folder.resolve().name, entries=entries, remarks=remarks, notes=notes(collected),
         overview=overview, tables=[(c, header(c), [cells(row, c) for row in c.rows]) for c in collected.comparisons],
@@ -88,12 +89,14 @@ def write_sweep_report(folder: Path, runs: Sequence[Path]) -> Path:
     return write_page(folder, html, pictures)
 
 
-def _entry(run: Path, folder: Path) -> Entry:
+def _entry(run: Path, folder: Path, remarks: list[str]) -> Entry:
     name = run.relative_to(folder)
     link = "/".join(quote(part) for part in (*name.parts, PAGE)) if (run / PAGE).is_file() else None
     try:
-        return Entry(str(name), link, read_result(run) or {})
-    except AppError:  # said among the remarks
+        return Entry(str(name), link, known_result(run))
+    except AppError as error:
+        if str(error) not in remarks:
+            remarks.append(str(error))
         return Entry(str(name), link, {})
 
 

@@ -1,0 +1,249 @@
+"""A report of a run whose files are damaged, or of another form than runs write: what is left is shown."""
+
+import json
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from lightning_topkast.app.errors import AppError
+from lightning_topkast.app.report import command
+from lightning_topkast.app.report.cards import cards
+from lightning_topkast.app.report.command import write_reports
+from lightning_topkast.app.report.curves import read_curves
+from lightning_topkast.app.report.masks import SavedWeight, _saved_weight, picture
+from lightning_topkast.app.report.page import write_page
+from lightning_topkast.app.report.run import known_result, read_run
+from lightning_topkast.app.report.run_page import write_run_report
+from lightning_topkast.app.report.sweep_page import runs_beneath
+from lightning_topkast.app.result import read_result
+
+RESULT = {
+    "format": 1, "status": "finished", "choices": {"data": "digits", "sparsity": "topkast"}, "overrides": [],
+    "config": {"seed": 0}, "seed": 0, "seconds": 1.5, "steps": 10, "examples": 640,
+    "monitor": {"name": "val/acc", "mode": "max", "value": 0.75}, "metrics": {"test/acc": 0.5},
+    "sparsity": {"weights": 0.9, "model": 0.8}, "parameters": {"total": 100, "nonzero": 20},
+    "weights": [{"name": "net.weight", "shape": [4, 25], "entries": 100, "nonzero": 20}],
+    "flops": {"forward_flops": 2.0, "training_flops": 6.0, "dense_training_flops": 30.0}, "versions": {},
+}  # fmt: skip
+
+
+@pytest.fixture
+def without_figures(monkeypatch):
+    """matplotlib takes most of a report's time."""
+    monkeypatch.setitem(sys.modules, "lightning_topkast.app.report.drawing", None)
+
+
+def leave(folder, result=None, log=None):
+    folder.mkdir(parents=True, exist_ok=True)
+    if result is not None:
+        (folder / "result.json").write_text(json.dumps(result))
+    if log is not None:
+        (folder / "csv").mkdir()
+        (folder / "csv" / "metrics.csv").write_text(log)
+    return folder
+
+
+def test_a_result_as_runs_write_it_is_taken(tmp_path):
+    leave(tmp_path, RESULT)
+    assert known_result(tmp_path) == RESULT
+
+
+@pytest.mark.usefixtures("without_figures")
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("weights", "none"),
+        ("weights", [{"name": "net.weight"}]),
+        ("weights", [{"name": "net.weight", "shape": None, "entries": 1, "nonzero": 1}]),
+        ("parameters", {"nonzero": 20}),
+        ("parameters", {"nonzero": 20, "total": "many"}),
+        ("steps", "many"),
+        ("hardware", ["a CPU"]),
+        ("versions", {"torch": [2]}),
+    ],
+)
+def test_part_of_another_form_is_named_and_the_rest_of_the_folder_shown(key, value, tmp_path):
+    page = write_run_report(leave(tmp_path, RESULT | {key: value}, "step,val/acc\n1,0.5\n")).read_text()
+    assert ("which no run writes" in page) == (key != "versions")  # these are shown as they are
+    assert "</html>" in page
+
+
+@pytest.mark.usefixtures("without_figures")
+@pytest.mark.parametrize("key", ["metrics", "monitor", "parameters", "flops", "weights"])
+def test_run_that_failed_may_have_anything_in_its_result(key, tmp_path):
+    leave(tmp_path, RESULT | {"status": "failed", key: [1]})
+    assert f"its {key} is [1], which no run writes" in write_run_report(tmp_path).read_text()
+
+
+def test_run_that_diverged_saves_nothing_of_no_parameters(tmp_path):
+    leave(tmp_path, RESULT | {"status": "diverged", "parameters": {"total": 0, "nonzero": 0}, "weights": []})
+    names = {card.name for card in cards(known_result(tmp_path), None)}
+    assert "test/acc" in names
+    assert not names & {"parameters in use", "bytes saved"}
+
+
+def test_endless_nesting_is_a_result_that_cannot_be_read(tmp_path):
+    (tmp_path / "result.json").write_text("[" * 100_000)
+    with pytest.raises(AppError, match="can't be read"):
+        read_result(tmp_path)
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_sweep_names_the_run_whose_result_has_another_form_and_lists_all(tmp_path):
+    leave(tmp_path / "good", RESULT)
+    leave(tmp_path / "bad", RESULT | {"status": "failed", "monitor": [1]})
+    page = write_reports(tmp_path)[0].read_text()
+    assert "2 runs" in page
+    assert "its monitor is [1], which no run writes" in page
+
+
+def test_log_with_a_field_without_an_end_keeps_what_came_before(tmp_path):
+    leave(tmp_path, log='step,loss\n1,5\n2,4\n3,"' + "9,9\n" * 50_000)
+    steps, values = read_curves(tmp_path)["loss"]
+    assert (steps.tolist(), values.tolist()) == ([1, 2], [5, 4])
+
+
+def test_windows_of_a_log_that_was_cut_off_in_a_line_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    from lightning_topkast.app.report.figures import curve_figures
+
+    header = "step,masks/change_max,masks/change_mean,masks/change_min"
+    leave(tmp_path, log=f"{header}\n10,0.5,0.4,0.3\n20,0.4,0.3,0.2\n30,0.3,0.2")
+    (drawn,) = curve_figures(read_curves(tmp_path), None)
+    assert drawn.name == "window-change"
+
+
+def test_curves_are_of_the_run_and_not_of_a_logger(tmp_path):
+    pytest.importorskip("matplotlib")
+    from lightning_topkast.app.report.figures import curve_figures
+
+    leave(tmp_path, log="step,hp_metric,val/acc\n0,-1,\n1,,0.5\n")  # Lightning's TensorBoardLogger leaves this one
+    assert [each.name for each in curve_figures(read_curves(tmp_path), None)] == ["metric-acc"]
+
+
+def test_shares_that_stay_at_zero_have_no_axis_below_it(tmp_path):
+    pytest.importorskip("matplotlib")
+    from lightning_topkast.app.report.figures import curve_figures, heatmap
+
+    leave(tmp_path, log="step,topkast/reservoir_activated,topkast/mask_change/net.weight\n0,0,0\n10,0,0\n")
+    curves = read_curves(tmp_path)
+    assert all(each.figure.axes[0].get_ylim()[0] == 0 for each in curve_figures(curves, None))
+    assert heatmap(curves).figure.axes[0].images[0].get_clim() == (0, 1)
+
+
+def test_histogram_of_a_diverged_weight_has_its_finite_entries(tmp_path):
+    pytest.importorskip("matplotlib")
+    from lightning_topkast.app.report.drawing import to_png
+    from lightning_topkast.app.report.figures import histograms
+
+    def drawn(*theta):
+        tiers = torch.tensor([2, 2, 1, 0], dtype=torch.uint8)
+        return histograms([SavedWeight("w", tiers, torch.tensor(theta) * (tiers == 2), torch.tensor(theta))])
+
+    whole, broken = drawn(4.0, 3.0, 2.0, 1.0), drawn(torch.nan, torch.inf, 2.0, 1.0)
+    assert [each[0].figure.axes[0].get_ylabel() for each in (whole, broken)] == ["entries", "finite entries"]
+    assert to_png(broken[0].figure)
+    assert drawn(torch.nan, torch.nan, torch.inf, torch.inf) == []
+
+
+def test_pictures_of_others_in_a_folder_of_that_name_stay(tmp_path):
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "thesis.png").write_bytes(b"mine")
+    write_page(tmp_path, '<figure id="mask-1"></figure>', {"mask-1": b"ours"})
+    write_page(tmp_path, "", {})
+    assert [path.name for path in (tmp_path / "report").iterdir()] == ["thesis.png"]
+
+
+def test_page_that_cannot_be_written_leaves_nothing_beside_it(tmp_path):
+    (tmp_path / "report.html").mkdir()
+    with pytest.raises(OSError, match="directory"):
+        write_page(tmp_path, "", {})
+    assert not list(tmp_path.glob(".report*"))
+
+
+def test_text_that_utf8_cannot_hold_does_not_stop_the_page(tmp_path):
+    assert write_page(tmp_path, "a \ud800 name", {}).read_text(encoding="utf-8") == "a ? name"
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_run_that_is_named_by_a_dot_has_a_title(tmp_path, monkeypatch):
+    monkeypatch.chdir(leave(tmp_path / "my run", log="step,loss\n1,5\n"))
+    assert read_run(type(tmp_path)(".")).title == "my run"
+    assert write_reports(type(tmp_path)("."))[0] == type(tmp_path)("report.html")
+
+
+@pytest.mark.parametrize("left", ["csv/metrics.csv", "tensorboard/events.out.tfevents.1", "checkpoints/last.ckpt"])
+def test_run_that_has_left_only_this_is_found_in_a_folder_of_runs(left, tmp_path):
+    path = tmp_path / "day" / "run" / left
+    path.parent.mkdir(parents=True)
+    path.touch()
+    assert runs_beneath(tmp_path) == [tmp_path / "day" / "run"]
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_run_without_a_result_shows_the_sparsities_of_its_checkpoint(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    tiers = torch.tensor([[2, 1, 0, 0]], dtype=torch.uint8)
+    state = {"weights": {"w": {"tiers": tiers, "reserve": torch.zeros(1, 4)}}}
+    content = {"pytorch-lightning_version": "2.6.0", "state_dict": {"w": torch.zeros(1, 4)}, "global_step": 1}
+    torch.save(content | {"callbacks": {"TopKastCallback{}": state}}, tmp_path / "checkpoints" / "last.ckpt")
+    page = write_run_report(tmp_path).read_text()
+    assert 'data-name="forward sparsity">75.00 %' in page
+    assert 'data-name="backward sparsity">50.00 %' in page
+
+
+def test_ctrl_c_ends_without_a_traceback(tmp_path, monkeypatch):
+    def interrupt(folder, each):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "write_reports", interrupt)
+    monkeypatch.setattr(sys, "argv", ["topkast-report", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        command.main()
+    assert stop.value.code == 130
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_mask_pictures_keep_their_place_in_the_page_by_name(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    tiers = torch.tensor([[2, 1, 0, 0]], dtype=torch.uint8)
+    content = {"pytorch-lightning_version": "2.6.0", "state_dict": {}, "global_step": 1}
+    content["callbacks"] = {"TopKastCallback{}": {"weights": {"w": {"tiers": tiers}}}}
+    torch.save(content, tmp_path / "checkpoints" / "last.ckpt")
+    assert '<figure id="mask-1">' in write_run_report(tmp_path).read_text()
+    with Image.open(tmp_path / "report" / "mask-1.png") as image:
+        image.verify()
+
+
+def hostile(part):
+    """What a checkpoint may hold in the place of an ordinary tensor, by the part it stands for."""
+    tiers, alpha = torch.tensor([[2, 0]], dtype=torch.uint8), torch.tensor([[1.0, 0.0]])
+    reserve = torch.tensor([[0.0, 3.0]])
+    yield tiers, alpha, reserve
+    if part == "tiers":
+        yield torch.empty((0, 5), dtype=torch.uint8), torch.empty((0, 5)), torch.empty((0, 5))
+        yield tiers.to_sparse(), alpha, reserve
+        yield tiers.to("meta"), alpha, reserve
+    if part == "values":
+        yield tiers, alpha.to_sparse(), reserve
+        yield tiers, alpha, reserve.to_sparse_csr()
+        yield tiers, alpha.to(torch.complex64), reserve
+        yield tiers, alpha.to("meta"), reserve
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+@pytest.mark.parametrize("part", ["tiers", "values"])
+def test_tensors_that_cannot_be_drawn_are_told_from_those_that_can(part):
+    (tiers, alpha, reserve), *others = hostile(part)
+    weight = _saved_weight("w", {"tiers": tiers, "reserve": reserve}, alpha)
+    assert weight.thresholds() == (3.0, None)
+    for tiers, alpha, reserve in others:
+        if part == "tiers":
+            with pytest.raises(AppError, match="no tiers of 'w' that can be drawn"):
+                _saved_weight("w", {"tiers": tiers, "reserve": reserve}, alpha)
+        else:
+            weight = _saved_weight("w", {"tiers": tiers, "reserve": reserve}, alpha)
+            assert (weight.thresholds(), weight.groups()) == ((None, None), {})
+            assert picture(weight)

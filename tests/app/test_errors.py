@@ -30,6 +30,7 @@ def last_line(err: str) -> str:
         ("~sparsity.foo", "no config key 'sparsity.foo'"),
         ("+sparsity.foo=1", "sparsity: TopKastCallback.__init__() got an unexpected keyword argument 'foo'"),
         ("sparsity", "the override 'sparsity' can't be read"),
+        ("logger=null", "a group takes the name of one of its options, and no null: logger=none"),
         ("seed=0,1", "add -m to run each of them, or write seed=[0,1] for a list"),
         ("--config-name trian", "Cannot find primary config 'trian'"),
         ("model=transformer", "data.sequence_length, which is not set: do the chosen model and data fit?"),

@@ -110,6 +110,8 @@ def explain(error: BaseException, config_name: str = CONFIG_NAME) -> str | None:
         return _explain_instantiation(error)
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _explain_config(error, config_name)
+    if isinstance(error, ValueError) and str(error).startswith("Config group override must be"):  # Hydra's own
+        return "a group takes the name of one of its options, and no null: logger=none, scheduler=none, callbacks=none"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return None

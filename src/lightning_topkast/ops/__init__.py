@@ -1,5 +1,15 @@
+from lightning_topkast.ops.blocks import BlockOperators, BlockPattern, block_sparse_linear, choose_block_operators
 from lightning_topkast.ops.compiled import Operators, choose_operators
 from lightning_topkast.ops.linear import sparse_linear
 from lightning_topkast.ops.pattern import Pattern
 
-__all__ = ["Operators", "Pattern", "choose_operators", "sparse_linear"]
+__all__ = [
+    "BlockOperators",
+    "BlockPattern",
+    "Operators",
+    "Pattern",
+    "block_sparse_linear",
+    "choose_block_operators",
+    "choose_operators",
+    "sparse_linear",
+]

@@ -1,0 +1,65 @@
+"""A linear layer whose weight is block-sparse, and whose gradient covers more blocks than its product."""
+
+import torch
+from torch import Tensor
+
+from lightning_topkast.errors import TopKastError
+from lightning_topkast.ops.blocks import library
+from lightning_topkast.ops.blocks.pattern import BlockPattern
+
+
+def block_sparse_linear(
+    input: Tensor, values: Tensor, bias: Tensor | None, pattern: BlockPattern, operators: str = "torch"
+) -> Tensor:
+    """`F.linear(input, A, bias)` for a block-sparse A, whose gradient covers the exploring blocks too.
+
+    Like `F.linear` it runs in the inputs' dtype, or autocast's. Sums are made in float32 at least.
+
+    Args:
+        input: (..., in), with any strides.
+        values: (at least B's blocks, height, width): A's blocks, then the exploring ones, in the pattern's packed
+            order. The gradient of what lies behind them is zero.
+        bias: (out,).
+        pattern: where the blocks are.
+        operators: `"torch"` or `"triton"`, as `choose_block_operators` returned it.
+
+    Returns:
+        (..., out), contiguous.
+
+    Raises:
+        TopKastError: shapes, dtypes or devices do not fit.
+    """
+    device = input.device.type
+    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        input, values = input.to(dtype), values.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    _check(input, values, bias, pattern)
+    lead = input.shape[:-1]
+    flat = input.reshape(lead.numel(), input.shape[-1])
+    output: Tensor = library.block_linear(flat, values, bias, library.indices(pattern), operators)
+    return output.view(*lead, output.shape[-1])
+
+
+def _check(input: Tensor, values: Tensor, bias: Tensor | None, pattern: BlockPattern) -> None:
+    rows, columns = pattern.shape
+    if input.dim() == 0 or input.shape[-1] != columns:
+        raise TopKastError(f"input must be (..., {columns}), got {tuple(input.shape)}")
+    if values.dim() != 3 or values.shape[0] < pattern.updated_count or values.shape[1:] != pattern.block_shape:
+        height, width = pattern.block_shape
+        raise TopKastError(
+            f"values must be at least ({pattern.updated_count}, {height}, {width}), got {tuple(values.shape)}"
+        )
+    if bias is not None and bias.shape != (rows,):
+        raise TopKastError(f"bias must be ({rows},), got {tuple(bias.shape)}")
+    if not values.dtype == input.dtype or not (bias is None or bias.dtype == input.dtype):
+        raise TopKastError(
+            f"input ({input.dtype}), values ({values.dtype}) and bias must have one dtype; convert the input, or run "
+            "under torch.autocast"
+        )
+    others = [values.device, pattern.device, *([] if bias is None else [bias.device])]
+    if any(device != input.device for device in others):
+        raise TopKastError(
+            f"input ({input.device}), values ({values.device}), bias and pattern ({pattern.device}) must be on one "
+            "device"
+        )

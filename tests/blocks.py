@@ -1,0 +1,365 @@
+"""What must hold of the block-sparse operators. test_block_ops.py calls it for torch's, and runs it for Triton's:
+
+    TRITON_INTERPRET=1 python blocks.py SEED [--device cuda]
+
+Triton is interpreted or not for a whole process. Prints what failed of each check, as JSON; benchmarks/gpu.py runs it
+too.
+"""
+
+import argparse
+import itertools
+import json
+import traceback
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_topkast.ops import BlockPattern, block_sparse_linear, choose_block_operators
+from lightning_topkast.ops.blocks import library
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Of an element itself, and of the largest one. The interpreter cuts bfloat16 off, where a GPU rounds.
+TOLERANCE = {
+    torch.float64: (0, 1e-13),
+    torch.float32: (0, 3e-6),
+    torch.float16: (2**-10, 1e-5),
+    torch.bfloat16: (2**-7, 1e-5),
+}
+# out × in, block, rows of the batch: no two of a kind, blocks of all sides, batches that no tile divides
+SHAPES = (
+    ((96, 64), (16, 16), 100),
+    ((64, 128), (32, 32), 37),
+    ((128, 64), (64, 64), 5),
+    ((128, 256), (128, 128), 18),
+    ((128, 64), (16, 64), 1),
+    ((64, 128), (64, 32), 50),
+    ((128, 48), (128, 16), 33),
+)
+
+
+@dataclass
+class On:
+    """The operators under check, where they run, and whence their random inputs come."""
+
+    operators: str
+    device: str
+    seed: int
+
+    def random(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(*shape, generator=self.generator).to(self.device, dtype)
+
+    def tiers(self, rows: int, columns: int, active: float = 0.3, updated: float = 0.6) -> Tensor:
+        drawn = torch.rand(rows, columns, generator=self.generator)
+        return ((drawn < updated).to(torch.uint8) + (drawn < active).to(torch.uint8)).to(self.device)
+
+    def layer(self, shape, block, dtype=torch.float32, tail=0, bias=True, tiers=None) -> "Layer":
+        if tiers is None:
+            tiers = self.tiers(shape[0] // block[0], shape[1] // block[1])
+        pattern = BlockPattern.from_tiers(tiers.to(self.device), block)
+        values = self.random(pattern.updated_count + tail, *block, dtype=dtype)
+        return Layer(pattern, values, self.random(shape[0], dtype=dtype) if bias else None, tiers, self.operators)
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(self.seed)
+
+
+@dataclass
+class Layer:
+    pattern: BlockPattern
+    values: Tensor
+    bias: Tensor | None
+    tiers: Tensor
+    operators: str
+
+    def __call__(self, input: Tensor) -> Tensor:
+        return block_sparse_linear(input, self.values, self.bias, self.pattern, self.operators)
+
+    def weight(self) -> Tensor:
+        """A, float64, from the tiers alone."""
+        (rows, columns), (height, width) = self.pattern.shape, self.pattern.block_shape
+        grid = self.values.new_zeros(rows // height, columns // width, height, width, dtype=torch.float64)
+        active = (self.tiers == 2).nonzero()
+        grid[active[:, 0], active[:, 1]] = self.values.detach()[: len(active)].double()
+        return grid.transpose(1, 2).reshape(rows, columns)
+
+    def blocks_of(self, weight: Tensor) -> Tensor:
+        """The blocks of a weight that are in B, in packed order, from the tiers alone."""
+        (rows, columns), (height, width) = self.pattern.shape, self.pattern.block_shape
+        grid = weight.reshape(rows // height, height, columns // width, width).transpose(1, 2)
+        return torch.cat([grid[self.tiers == 2], grid[self.tiers == 1]])
+
+    def compare(self, input: Tensor, grad: Tensor) -> None:
+        """Output and gradients against dense float64 ones."""
+        ours = [tensor for tensor in (self.values, self.bias) if tensor is not None]
+        leaves = [tensor.detach().requires_grad_() for tensor in (input, *ours)]
+        shadow = Layer(
+            self.pattern, leaves[1], leaves[2] if self.bias is not None else None, self.tiers, self.operators
+        )
+        output = shadow(leaves[0])
+        found = [output, *torch.autograd.grad(output, leaves, grad)]
+
+        wide, weight = input.detach().double().flatten(0, -2), self.weight()
+        wide_grad = grad.double().flatten(0, -2)
+        bias = None if self.bias is None else self.bias.double()
+        values_grad = torch.zeros_like(self.values, dtype=torch.float64)
+        updated = self.blocks_of(wide_grad.t() @ wide)
+        values_grad[: len(updated)] = updated
+        expected = [F.linear(wide, weight, bias), wide_grad @ weight, values_grad]
+        expected += [] if bias is None else [wide_grad.sum(0)]
+        for name, mine, reference in zip(("output", "input", "values", "bias"), found, expected, strict=False):
+            close(name, mine, reference.view(mine.shape))
+
+
+def close(name: str, found: Tensor, expected: Tensor) -> None:
+    relative, absolute = TOLERANCE[found.dtype]
+    scale = expected.abs().max().item() if expected.numel() else 0
+    error = (found.double() - expected).abs()
+    excess = (error - relative * expected.abs()).max().item() if expected.numel() else 0
+    assert excess <= absolute * scale, f"{name}: off by {error.max().item():.2e}, the largest is {scale:.2e}"
+
+
+# --- the checks; each draws its own inputs from the seed --------------------------------------------------------------
+
+
+def output_and_gradients_are_those_of_the_dense_weight(on: On) -> None:
+    dtypes = (*DTYPES, torch.float64) if on.operators == "torch" else DTYPES
+    for number, (shape, block, rows) in enumerate(SHAPES):
+        for dtype in dtypes:
+            layer = on.layer(shape, block, dtype, bias=number % 3 < 2)
+            layer.compare(on.random(rows, shape[1], dtype=dtype), on.random(rows, shape[0], dtype=dtype))
+
+
+def sums_are_made_in_float32(on: On) -> None:
+    """Sums in bfloat16 would stand still at 256, where its step is 2."""
+    for (shape, rows), dtype in itertools.product((((16, 512), 20), ((16, 16), 600)), (torch.float16, torch.bfloat16)):
+        layer = on.layer(shape, (16, 16), dtype, tiers=torch.full((1, shape[1] // 16), 2))
+        layer.values, layer.bias = torch.ones_like(layer.values), torch.zeros_like(layer.bias)
+        input, grad = torch.ones(rows, shape[1]), torch.ones(rows, shape[0])
+        input[:, shape[1] // 2 :] = grad[rows // 2 :] = -1  # up, and down again
+        input[:, 0] = grad[0] = 3
+        layer.compare(input.to(on.device, dtype), grad.to(on.device, dtype))
+
+
+def any_leading_shape_and_any_strides_will_do(on: On) -> None:
+    layer = on.layer((64, 96), (16, 32))
+    leads = ((), (7,), (3, 5), (2, 3, 4), (0,), (4, 0, 2))
+    for lead in leads:
+        input, grad = on.random(*lead, 96), on.random(*lead, 64)
+        if lead:
+            layer.compare(input, grad)
+        assert layer(input).shape == (*lead, 64)
+        assert layer(input).is_contiguous()
+    close("vector", layer(input := on.random(96)), F.linear(input.double(), layer.weight(), layer.bias.double()))
+    inputs = (
+        on.random(96, 20).t(),
+        on.random(20, 200)[:, 3:99],
+        on.random(20, 192)[:, ::2],
+        on.random(96).expand(20, 96),
+    )
+    grads = (
+        on.random(64, 20).t(),
+        on.random(20, 70)[:, 5:69],
+        on.random(20, 128)[:, 1::2],
+        on.random(1).expand(20, 64),
+    )
+    for input, grad in itertools.product(inputs, grads):
+        layer.compare(input, grad)
+
+
+def a_line_without_blocks_gives_the_bias_or_zero(on: On) -> None:
+    tiers = on.tiers(4, 4)
+    tiers[1] = 0
+    tiers[2] = 1
+    tiers[:, 3] = 0
+    for bias in (True, False):
+        layer = on.layer((64, 64), (16, 16), bias=bias, tiers=tiers)
+        input = on.random(9, 64).requires_grad_()
+        output = layer(input)
+        assert torch.equal(
+            output[:, 16:48], layer.bias[16:48].expand(9, 32) if bias else torch.zeros_like(output[:, 16:48])
+        )
+        output.sum().backward()
+        assert torch.equal(input.grad[:, 48:], torch.zeros_like(input.grad[:, 48:]))
+        layer.compare(on.random(9, 64), on.random(9, 64))
+
+
+def the_sets_may_be_empty_or_everything(on: On) -> None:
+    for tier in (0, 1, 2):
+        for rows in (0, 20):
+            layer = on.layer((32, 64), (16, 32), tiers=torch.full((2, 2), tier), tail=1)
+            layer.compare(on.random(rows, 64), on.random(rows, 32))
+
+
+def exploring_blocks_change_no_output_but_have_a_gradient(on: On) -> None:
+    layer = on.layer((64, 64), (32, 32), tiers=torch.tensor([[2, 1], [0, 1]]))
+    input = on.random(10, 64)
+    before = layer(input)
+    layer.values[1:] = on.random(2, 32, 32) * 1e3
+    assert torch.equal(layer(input), before)
+    layer.values.requires_grad_()
+    layer(input).square().sum().backward()
+    assert layer.values.grad.abs().amin((1, 2)).min() > 0
+    layer.values = layer.values.detach()
+    layer.compare(input, on.random(10, 64))
+
+
+def values_behind_those_of_b_have_no_gradient(on: On) -> None:
+    layer = on.layer((64, 64), (16, 16), tail=3)
+    torch.full((4, 1024, 64), torch.nan, device=on.device)  # what new memory may hold
+    layer.compare(on.random(300, 64), on.random(300, 64))
+
+
+def a_gradient_is_made_for_what_needs_one(on: On) -> None:
+    layer = on.layer((32, 64), (16, 16))
+    input = on.random(5, 64)
+    for wanted in itertools.product((False, True), repeat=3):
+        if not any(wanted):
+            continue
+        tensors = [
+            tensor.detach().requires_grad_(on_)
+            for tensor, on_ in zip((input, layer.values, layer.bias), wanted, strict=True)
+        ]
+        block_sparse_linear(*tensors, layer.pattern, on.operators).sum().backward()
+        assert [tensor.grad is not None for tensor in tensors] == list(wanted)
+
+
+def results_are_the_same_each_time(on: On) -> None:
+    layer = on.layer((64, 128), (16, 32), torch.bfloat16)
+    layer.values.requires_grad_()
+    input, grad = on.random(300, 128, dtype=torch.bfloat16).requires_grad_(), on.random(300, 64, dtype=torch.bfloat16)
+
+    def once() -> list[Tensor]:
+        output = layer(input)
+        return [output, *torch.autograd.grad(output, (input, layer.values), grad)]
+
+    first = once()
+    for _ in range(20 if on.device == "cuda" else 1):
+        for one, other in zip(first, once(), strict=True):
+            assert torch.equal(one, other)
+
+
+def few_blocks_split_the_sum_over_the_batch(on: On) -> None:
+    tiers = torch.zeros(4, 2, dtype=torch.uint8)
+    tiers[1, 0], tiers[3, 1] = 2, 1
+    for rows, dtype in ((600, torch.float32), (513, torch.bfloat16)):
+        layer = on.layer((64, 32), (16, 16), dtype, tiers=tiers, tail=1)
+        layer.compare(on.random(rows, 32, dtype=dtype), on.random(rows, 64, dtype=dtype))
+
+
+def splits_cover_the_batch_and_depend_on_no_tile(on: On) -> None:
+    from lightning_topkast.ops.blocks.launch import split
+
+    assert split(600, 2, 4)[0] > 1, "the check above splits nothing"
+    for rows, blocks in itertools.product((1, 127, 128, 129, 600, 8192, 100_000), (1, 3, 50, 5000)):
+        splits, each = split(rows, blocks, 132)
+        assert (splits - 1) * each < rows <= splits * each, "some split is empty, or some row left out"
+        assert each % 128 == 0
+        assert blocks < 2 * 132 or splits == 1
+
+
+def the_operators_are_registered_as_torch_wants_them(on: On) -> None:
+    layer = on.layer((64, 96), (16, 32), tail=1)
+    pattern, values = layer.pattern, layer.values.requires_grad_()
+    input, grad = on.random(6, 96).requires_grad_(), on.random(6, 64)
+    turned = input.detach().t().contiguous().t().requires_grad_()
+    indices = library.indices(pattern)
+    torch.library.opcheck(library.block_linear, (input, values, layer.bias, indices, on.operators))
+    torch.library.opcheck(library.block_linear, (turned, values, None, indices, on.operators))
+    constants = values.detach()
+    torch.library.opcheck(library.block_product, (grad, constants, indices[4:8], True, on.operators))
+    torch.library.opcheck(library.block_product, (input.detach(), constants, indices[:4], False, on.operators))
+    torch.library.opcheck(library.block_sampled, (grad, input.detach(), indices[8:], list(values.shape), on.operators))
+
+
+class Net(nn.Module):
+    def __init__(self, on: On) -> None:
+        super().__init__()
+        self.layer = on.layer((64, 32), (16, 16))
+        self.values, self.bias = nn.Parameter(self.layer.values), nn.Parameter(self.layer.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return block_sparse_linear(
+            input.relu(), self.values, self.bias, self.layer.pattern, self.layer.operators
+        ).square()
+
+
+def torch_compile_makes_one_graph_of_it(on: On) -> None:
+    net = Net(on)
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    for rows in (5, 8, 11):
+        results = []
+        for forward in (net, compiled):
+            input = torch.linspace(-1, 1, rows * 32, device=on.device).view(rows, 32).requires_grad_()
+            output = forward(input)
+            results.append([output, *torch.autograd.grad(output.sum(), (input, net.values, net.bias))])
+        assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+def autocast_computes_in_its_type(on: On) -> None:
+    layer = on.layer((32, 64), (16, 16))
+    leaves = [tensor.requires_grad_() for tensor in (on.random(20, 64), layer.values, layer.bias)]
+    grad = on.random(20, 32, dtype=torch.bfloat16)
+    with torch.autocast(on.device, torch.bfloat16):
+        output = layer(leaves[0])
+    assert output.dtype == torch.bfloat16
+    grads = torch.autograd.grad(output, leaves, grad)
+    narrow = [tensor.detach().bfloat16().requires_grad_() for tensor in leaves]
+    expected = block_sparse_linear(*narrow, layer.pattern, on.operators)
+    assert torch.equal(output, expected)
+    for mine, theirs in zip(grads, torch.autograd.grad(expected, narrow, grad), strict=True):
+        assert mine.dtype == torch.float32
+        assert torch.equal(mine, theirs.float())
+
+
+def float32_is_as_exact_as_torch_is_told(on: On) -> None:
+    from lightning_topkast.ops.blocks.launch import _numerics
+
+    before = torch.get_float32_matmul_precision()
+    for precision, expected in (("high", "tf32"), ("highest", "ieee")):
+        torch.set_float32_matmul_precision(precision)
+        assert _numerics(on.random(1))["PRECISION"] == expected
+    torch.set_float32_matmul_precision(before)
+
+
+CHECKS = (
+    output_and_gradients_are_those_of_the_dense_weight,
+    sums_are_made_in_float32,
+    any_leading_shape_and_any_strides_will_do,
+    a_line_without_blocks_gives_the_bias_or_zero,
+    the_sets_may_be_empty_or_everything,
+    exploring_blocks_change_no_output_but_have_a_gradient,
+    values_behind_those_of_b_have_no_gradient,
+    a_gradient_is_made_for_what_needs_one,
+    results_are_the_same_each_time,
+    few_blocks_split_the_sum_over_the_batch,
+    the_operators_are_registered_as_torch_wants_them,
+    torch_compile_makes_one_graph_of_it,
+    autocast_computes_in_its_type,
+)
+OF_TRITON = (*CHECKS, splits_cover_the_batch_and_depend_on_no_tile, float32_is_as_exact_as_torch_is_told)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("seed", type=int)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", message=".*torch.jit.script_method. is deprecated")
+    failed: dict[str, str] = {}
+    choose_block_operators("triton", torch.device(arguments.device), (16, 16), torch.float32)
+    for check in OF_TRITON:
+        failed[check.__name__] = ""
+        try:
+            check(On("triton", arguments.device, arguments.seed))
+        except Exception:
+            failed[check.__name__] = traceback.format_exc()
+    print(json.dumps(failed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+"""The block-sparse linear operators: torch's here, Triton's by its interpreter in a process of its own."""
+
+import importlib.util
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_topkast.errors import TopKastError
+from lightning_topkast.ops import BlockPattern, block_sparse_linear, choose_block_operators
+from lightning_topkast.ops.blocks import choice
+from tests import blocks
+from tests.helpers import plain_path
+
+CPU = torch.device("cpu")
+has_triton = importlib.util.find_spec("triton") is not None
+needs_triton = pytest.mark.skipif(not has_triton, reason="triton is not installed")
+
+
+def run_python(*arguments, **variables) -> str:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+    environment |= {"PYTHONPATH": os.pathsep.join(plain_path()), "OMP_NUM_THREADS": "1", **variables}
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def seed():
+    seed = random.SystemRandom().randrange(2**31)
+    print(f"seed {seed}")
+    return seed
+
+
+@pytest.fixture(scope="module")
+def failures_of_triton(seed):
+    return json.loads(run_python(Path(__file__).with_name("blocks.py"), seed, TRITON_INTERPRET="1"))
+
+
+@pytest.mark.parametrize("check", blocks.CHECKS, ids=lambda check: check.__name__)
+def test_with_torchs_operators(check, seed):
+    check(blocks.On("torch", "cpu", seed))
+
+
+@needs_triton
+@pytest.mark.parametrize("check", blocks.OF_TRITON, ids=lambda check: check.__name__)
+def test_with_interpreted_triton(check, seed, failures_of_triton):
+    assert not failures_of_triton[check.__name__], failures_of_triton[check.__name__]
+
+
+# --- patterns ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tiers", "rows", "columns"),
+    [
+        ([[1, 2, 0], [2, 0, 1]], [0, 1, 0, 1], [1, 0, 0, 2]),
+        ([[0, 0, 0], [2, 2, 2]], [1, 1, 1], [0, 1, 2]),
+        ([[0, 0, 0], [0, 0, 0]], [], []),
+    ],
+)
+def test_active_blocks_come_first_each_set_by_rows(tiers, rows, columns):
+    pattern = BlockPattern.from_tiers(torch.tensor(tiers, dtype=torch.uint8), (2, 4))
+    assert (pattern.rows.tolist(), pattern.columns.tolist()) == (rows, columns)
+    assert pattern.shape == (4, 12)
+    assert pattern.active_count == sum(row.count(2) for row in tiers)
+    assert pattern.updated_count == len(rows)
+
+
+def test_lines_lead_to_every_block_once(seed):
+    tiers = torch.randint(3, (13, 7), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    tiers[4], tiers[:, 2] = 0, 0
+    pattern = BlockPattern.from_tiers(tiers, (16, 32))
+    for lines, grid in (
+        (pattern.active_by_row, tiers == 2),
+        (pattern.active_by_column, tiers.t() == 2),
+        (pattern.updated_by_row, tiers > 0),
+    ):
+        counts = grid.sum(1)
+        assert lines.starts.diff().tolist() == counts.tolist()
+        assert lines.others.tolist() == grid.nonzero()[:, 1].tolist()
+        own = torch.repeat_interleave(torch.arange(len(grid)), counts)
+        places = (pattern.rows, pattern.columns) if len(grid) == 13 else (pattern.columns, pattern.rows)
+        assert torch.equal(places[0][lines.blocks.long()], own.int())
+        assert torch.equal(places[1][lines.blocks.long()], lines.others)
+        assert sorted(lines.longest_first.tolist()) == list(range(len(grid)))
+        assert (counts[lines.longest_first.long()].diff() <= 0).all()
+        assert {tensor.dtype for tensor in vars(lines).values()} == {torch.int32}
+
+
+def test_flat_indices_are_where_the_values_belong():
+    pattern = BlockPattern.from_tiers(torch.tensor([[1, 0], [0, 2]], dtype=torch.uint8), (2, 3))
+    # the active block is at the lower right of 4 × 6
+    assert pattern.flat_indices().tolist() == [15, 16, 17, 21, 22, 23, 0, 1, 2, 6, 7, 8]
+
+
+def test_pattern_moves_with_all_its_indices():
+    pattern = BlockPattern.from_tiers(torch.tensor([[1, 0], [0, 2]], dtype=torch.uint8), (2, 3))
+    moved = pattern.to("meta")
+    lines = (moved.active_by_row, moved.active_by_column, moved.updated_by_row)
+    tensors = [moved.rows, moved.columns, *(tensor for each in lines for tensor in vars(each).values())]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert pattern.nbytes == 4 * sum(tensor.numel() for tensor in tensors)
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def layer_of_48_by_64():
+    pattern = BlockPattern.from_tiers(torch.full((3, 2), 2, dtype=torch.uint8), (16, 32))
+    return {"input": torch.ones(2, 64), "values": torch.ones(6, 16, 32), "bias": torch.ones(48), "pattern": pattern}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"input": torch.ones(2, 48)}, r"input must be \(\.\.\., 64\), got \(2, 48\)"),
+        ({"input": torch.ones(())}, r"input must be \(\.\.\., 64\), got \(\)"),
+        ({"values": torch.ones(5, 16, 32)}, r"values must be at least \(6, 16, 32\), got \(5, 16, 32\)"),
+        ({"values": torch.ones(6, 32, 16)}, r"values must be at least \(6, 16, 32\), got \(6, 32, 16\)"),
+        ({"values": torch.ones(6 * 16 * 32)}, r"values must be at least \(6, 16, 32\), got \(3072,\)"),
+        ({"bias": torch.ones(64)}, r"bias must be \(48,\), got \(64,\)"),
+        ({"input": torch.ones(2, 64).half()}, r"input \(torch.float16\), values \(torch.float32\).* one dtype"),
+        ({"bias": torch.ones(48).double()}, "one dtype; convert the input, or run under torch.autocast"),
+        ({"values": torch.ones(6, 16, 32, device="meta")}, r"values \(meta\).* must be on one device"),
+        ({"bias": torch.ones(48, device="meta")}, "must be on one device"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused_in_one_line(wrong, message):
+    arguments = layer_of_48_by_64()
+    block_sparse_linear(**arguments)
+    with pytest.raises(TopKastError, match=message) as caught:
+        block_sparse_linear(**(arguments | wrong))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("shape", "block", "message"),
+    [((4,), (16, 16), r"2-D grid .* got a grid of shape \(4,\)"), ((2, 2), (0, 16), r"blocks of \(0, 16\)")],
+)
+def test_grids_that_are_no_matrix_are_refused(shape, block, message):
+    with pytest.raises(TopKastError, match=message):
+        BlockPattern.from_tiers(torch.zeros(shape, dtype=torch.uint8), block)
+
+
+def test_grids_too_large_for_their_indices_are_refused():
+    tiers = torch.zeros((), dtype=torch.uint8).expand(2**20, 2**11)
+    with pytest.raises(TopKastError, match="int32 counts to 2147483647; use larger blocks"):
+        BlockPattern.from_tiers(tiers, (1, 1))
+
+
+# --- the choice -------------------------------------------------------------------------------------------------------
+
+
+def test_cpu_uses_torchs_operators_unless_told_otherwise():
+    assert choose_block_operators("auto", CPU, (32, 32), torch.float32) == "torch"
+    assert choose_block_operators("torch", CPU, (5, 7), torch.float64) == "torch"
+
+
+def test_unknown_operators_are_refused():
+    with pytest.raises(TopKastError, match="operators must be one of auto, torch, triton, got 'cuda'"):
+        choose_block_operators("cuda", CPU, (32, 32), torch.float32)
+
+
+@pytest.mark.parametrize("has_triton", [False, True])
+@pytest.mark.parametrize(
+    ("device", "block", "dtype", "message"),
+    [
+        ("cpu", (32, 24), torch.float32, r"a block's sides must be of \(16, 32, 64, 128\), these are \(32, 24\)"),
+        ("cpu", (32, 32), torch.float64, "not in torch.float64"),
+        ("meta", (32, 32), torch.float32, "it runs on CUDA devices, not on meta"),
+    ],
+)
+def test_triton_that_cannot_be_had_is_refused_with_the_way_out(monkeypatch, has_triton, device, block, dtype, message):
+    monkeypatch.setattr(choice, "_has_triton", lambda: has_triton)
+    message = message if has_triton else "triton is not installed"
+    with pytest.raises(TopKastError, match=rf"operators='triton' can't be had: .*{message}.*; use operators='auto'"):
+        choose_block_operators("triton", torch.device(device), block, dtype)
+
+
+def test_auto_falls_back_to_torch_on_a_gpu_without_triton(monkeypatch):
+    monkeypatch.setattr(choice, "_has_triton", lambda: False)
+    assert choose_block_operators("auto", torch.device("cuda"), (32, 32), torch.float32) == "torch"
+
+
+@needs_triton
+def test_triton_on_cpu_asks_for_its_interpreter():
+    script = """if True:
+        import torch
+        from lightning_topkast.ops import choose_block_operators
+        try:
+            choose_block_operators("triton", torch.device("cpu"), (32, 32), torch.float32)
+        except Exception as error:
+            print(type(error).__name__, error)
+    """
+    said = run_python("-c", script)
+    assert "TopKastError" in said
+    assert "on CPU it needs TRITON_INTERPRET=1 in the environment" in said
+
+
+def test_the_package_imports_without_triton():
+    script = "import sys; sys.modules['triton'] = None; import lightning_topkast; import lightning_topkast.ops"
+    run_python("-W", "error", "-c", script)
+
+
+# --- what the compiler makes of the kernels; needs no GPU -------------------------------------------------------------
+
+
+@needs_triton
+def test_kernels_compile_to_tensor_core_instructions_and_wide_copies(tmp_path):
+    made = json.loads(run_python(Path(__file__).with_name("block_assembly.py"), TRITON_CACHE_DIR=str(tmp_path)))
+    assert {name.split()[0] for name in made} == {"product", "sampled"}
+    for name, counts in made.items():
+        tensor_core = "wgmma" if "sm_90" in name else "mma"
+        assert counts[tensor_core] > 0, f"{name}: no tensor core"
+        assert counts["copies of 16 bytes"] > 0, f"{name}: narrow copies"
+        assert counts["atomics"] == 0
+        assert counts["shared"] <= (227 if "sm_90" in name else 163) * 1024

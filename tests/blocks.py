@@ -7,8 +7,12 @@ too.
 """
 
 import argparse
+import ctypes
 import itertools
 import json
+import mmap
+import random
+import sys
 import traceback
 import warnings
 from dataclasses import dataclass
@@ -58,7 +62,8 @@ class On:
     def layer(self, shape, block, dtype=torch.float32, tail=0, bias=True, tiers=None) -> "Layer":
         if tiers is None:
             tiers = self.tiers(shape[0] // block[0], shape[1] // block[1])
-        pattern = BlockPattern.from_tiers(tiers.to(self.device), block)
+        tiers = tiers.to(self.device)
+        pattern = BlockPattern.from_tiers(tiers, block)
         values = self.random(pattern.updated_count + tail, *block, dtype=dtype)
         return Layer(pattern, values, self.random(shape[0], dtype=dtype) if bias else None, tiers, self.operators)
 
@@ -121,6 +126,16 @@ def close(name: str, found: Tensor, expected: Tensor) -> None:
     assert excess <= absolute * scale, f"{name}: off by {error.max().item():.2e}, the largest is {scale:.2e}"
 
 
+def at_the_end_of_memory(tensor: Tensor) -> Tensor:
+    """A copy, behind which is a page that can't be read."""
+    length = -(-tensor.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    pages = mmap.mmap(-1, length + mmap.PAGESIZE)
+    beyond = ctypes.addressof(ctypes.c_char.from_buffer(pages)) + length
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(beyond), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    part = torch.frombuffer(pages, dtype=tensor.dtype, count=tensor.numel(), offset=length - tensor.nbytes)
+    return part.view(tensor.shape).copy_(tensor)
+
+
 # --- the checks; each draws its own inputs from the seed --------------------------------------------------------------
 
 
@@ -167,6 +182,24 @@ def any_leading_shape_and_any_strides_will_do(on: On) -> None:
     )
     for input, grad in itertools.product(inputs, grads):
         layer.compare(input, grad)
+    layer.values = layer.values.transpose(1, 2).contiguous().transpose(1, 2)
+    layer.bias = on.random(128)[::2]
+    layer.compare(on.random(9, 96), on.random(9, 64))
+
+
+def nothing_is_read_beside_the_inputs(on: On) -> None:
+    def amid_nans(tensor: Tensor) -> Tensor:
+        memory = tensor.new_full(tuple(size + 200 for size in tensor.shape), torch.nan)
+        part = memory[tuple(slice(100, 100 + size) for size in tensor.shape)]
+        return part.copy_(tensor)
+
+    for rows in (1, 23, 300):
+        layer = on.layer((64, 96), (16, 32))
+        layer.bias = amid_nans(layer.bias)
+        layer.compare(amid_nans(on.random(rows, 96)), amid_nans(on.random(rows, 64)))
+        if on.device == "cpu" and sys.platform != "win32":  # to read on is to crash
+            layer.values, layer.bias = at_the_end_of_memory(layer.values), at_the_end_of_memory(layer.bias)
+            layer.compare(at_the_end_of_memory(on.random(rows, 96)), at_the_end_of_memory(on.random(rows, 64)))
 
 
 def a_line_without_blocks_gives_the_bias_or_zero(on: On) -> None:
@@ -328,6 +361,7 @@ CHECKS = (
     output_and_gradients_are_those_of_the_dense_weight,
     sums_are_made_in_float32,
     any_leading_shape_and_any_strides_will_do,
+    nothing_is_read_beside_the_inputs,
     a_line_without_blocks_gives_the_bias_or_zero,
     the_sets_may_be_empty_or_everything,
     exploring_blocks_change_no_output_but_have_a_gradient,
@@ -342,6 +376,18 @@ CHECKS = (
 OF_TRITON = (*CHECKS, splits_cover_the_batch_and_depend_on_no_tile, float32_is_as_exact_as_torch_is_told)
 
 
+def draw_tiles(seed: int) -> None:
+    """On a GPU each kernel runs in one of its tilings, drawn at random: to tune all of these shapes takes minutes."""
+    from lightning_topkast.ops.blocks import launch
+
+    draw = random.Random(seed)
+    for tuner in (launch._product, launch._sampled):
+        fitting = tuner.early_config_prune
+        tuner.early_config_prune = lambda *args, fitting=fitting, **constants: [
+            draw.choice(fitting(*args, **constants))
+        ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("seed", type=int)
@@ -350,6 +396,8 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", message=".*torch.jit.script_method. is deprecated")
+    if arguments.device == "cuda":
+        draw_tiles(arguments.seed)
     failed: dict[str, str] = {}
     choose_block_operators("triton", torch.device(arguments.device), (16, 16), torch.float32)
     for check in OF_TRITON:

@@ -1,6 +1,7 @@
 """The block-sparse linear operators: torch's here, Triton's by its interpreter in a process of its own."""
 
 import importlib.util
+import itertools
 import json
 import os
 import random
@@ -213,6 +214,29 @@ def test_triton_on_cpu_asks_for_its_interpreter():
 def test_the_package_imports_without_triton():
     script = "import sys; sys.modules['triton'] = None; import lightning_topkast; import lightning_topkast.ops"
     run_python("-W", "error", "-c", script)
+
+
+# --- tiles ------------------------------------------------------------------------------------------------------------
+
+
+@needs_triton
+def test_every_case_has_tiles_to_choose_from():
+    from lightning_topkast.ops.blocks import launch
+
+    for height, width in itertools.product((16, 32, 64, 128), repeat=2):
+        sizes = {"HEIGHT": height, "WIDTH": width, "DEPTH": width, "BREADTH": height}
+        for rows in (1, 16, 17, 33, 64, 65, 1000, 8192):
+            arguments = {"batch_bucket": launch._bucket(rows)}
+            tiles = {
+                config.kwargs["TILE"] for config in launch._product_tiles(launch._PRODUCT_TILES, arguments, **sizes)
+            }
+            assert min(tiles) >= 64 if rows > 32 else len(tiles) == 1, "sums would depend on tuning"
+            assert max(tiles) < 2 * max(rows, 16)
+        columns = [
+            config.kwargs["SIDE"] * width for config in launch._sampled_tiles(launch._SAMPLED_TILES, {}, **sizes)
+        ]
+        assert columns
+        assert all(64 <= each <= 256 for each in columns)
 
 
 # --- what the compiler makes of the kernels; needs no GPU -------------------------------------------------------------

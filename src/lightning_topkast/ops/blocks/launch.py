@@ -166,7 +166,11 @@ def _numerics(dense: Tensor) -> dict[str, Any]:
     settings = torch.backends.cuda.matmul
     # the newer of the two settings never raises, whichever of them was written
     tf32 = settings.fp32_precision == "tf32" if hasattr(settings, "fp32_precision") else settings.allow_tf32
-    return {"PRECISION": "tf32" if tf32 else "ieee", "WIDEN": INTERPRETED and dense.dtype == torch.bfloat16}
+    return {
+        "PRECISION": "tf32" if tf32 else "ieee",
+        "WIDEN": INTERPRETED and dense.dtype == torch.bfloat16,
+        "enable_fp_fusion": True,  # Triton's default until 3.9, which warns that it will change
+    }
 
 
 def _processors(device: torch.device) -> int:

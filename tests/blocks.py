@@ -392,6 +392,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("seed", type=int)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--only", nargs="+", help="names of checks")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("error")
@@ -401,6 +402,8 @@ def main() -> None:
     failed: dict[str, str] = {}
     choose_block_operators("triton", torch.device(arguments.device), (16, 16), torch.float32)
     for check in OF_TRITON:
+        if arguments.only and check.__name__ not in arguments.only:
+            continue
         failed[check.__name__] = ""
         try:
             check(On("triton", arguments.device, arguments.seed))

@@ -1,5 +1,7 @@
 """The benchmarks run, and print what they promise."""
 
+import importlib.util
+import itertools
 import json
 import runpy
 import statistics
@@ -8,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.app.data_files import write_fashion_mnist
 
@@ -148,3 +151,34 @@ def test_inference_compares_every_way_and_the_files(tmp_path):
     assert figures["files"][0].keys() == {"sparsity", "dense", "csr", "safetensors", "onnx", "onnx-sparse"}
     first, last = (row["safetensors"] for row in figures["files"])
     assert last < first < 0.3
+
+
+def test_gpu_checks_in_the_interpreter_where_there_is_no_gpu(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU, on which it would take minutes")
+    run = run_benchmark("gpu.py", "--quick", "--json", tmp_path / "figures.json")
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["rows"] == figures["aims"] == []
+    if importlib.util.find_spec("triton") is None:
+        assert "There is no GPU, and triton is not installed: nothing is checked or timed." in run.stdout
+    else:
+        assert "There is no GPU: the checks run in Triton's interpreter, and nothing is timed." in run.stdout
+        assert [row["result"] for row in figures["checks"]] == ["passed", "passed"]
+
+
+def test_gpu_times_every_part_of_a_step(tmp_path):
+    """On CPU, where the same code times tiny layers by torch's operators."""
+    run_benchmark("gpu.py", "--rehearse", "--json", tmp_path / "figures.json")
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert "rehearsal" in figures["device"]
+    found = [(row["width"], row["block"], row["sparsity"], row["part"]) for row in figures["rows"]]
+    pairs = ("80% / 50%", "90% / 80%", "95% / 90%", "98% / 95%")
+    assert found == list(itertools.product([128], [16, 32], pairs, ["forward", "dx", "dW", "step"]))
+    for row in figures["rows"]:
+        assert row["speed"] == pytest.approx(row["dense ms"] / row["sparse ms"])
+        forward, backward = (1 - int(part.rstrip("% ")) / 100 for part in row["sparsity"].split("/"))
+        limit = {"dW": 1 / backward, "step": 3 / (2 * forward + backward)}.get(row["part"], 1 / forward)
+        assert row["of limit"] == pytest.approx(row["speed"] / limit)
+        if row["part"] == "step":
+            assert 0 < row["error"] < 0.02, "the products are in bfloat16"
+            assert row["eager ms"] > 0

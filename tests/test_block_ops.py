@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -237,6 +238,42 @@ def test_every_case_has_tiles_to_choose_from():
         ]
         assert columns
         assert all(64 <= each <= 256 for each in columns)
+
+
+@needs_triton
+def test_tuning_tries_the_tiles_that_fit_once_for_each_shape(monkeypatch):
+    """With nothing behind a launch, as there need be no GPU."""
+    from lightning_topkast.ops.blocks import launch
+
+    launched: list[dict] = []
+
+    def measure(call, quantiles):
+        call()
+        return [-len(launched)] * 3  # the last is the fastest
+
+    for tuner in (launch._product, launch._sampled):
+        monkeypatch.setattr(tuner, "fn", SimpleNamespace(run=lambda *_, **options: launched.append(options)))
+        monkeypatch.setattr(tuner, "cache", {})
+        monkeypatch.setitem(vars(tuner), "do_bench", measure)
+    layer = blocks.On("triton", "cpu", 0).layer((256, 256), (64, 64), tiers=torch.full((4, 4), 2))
+    input, rows = torch.ones(500, 256), vars(layer.pattern.active_by_row).values()
+    updated = list(vars(layer.pattern.updated_by_row).values())[:3]
+
+    def tried(call) -> list[tuple]:
+        launched.clear()
+        call()
+        names = ("TILE", "SIDE", "STEP", "num_warps", "num_stages")
+        return [tuple(options[name] for name in names if name in options) for options in launched]
+
+    for call, fitting in (
+        (lambda: launch.product(input, layer.values, None, *rows, False), 8),
+        (lambda: launch.sampled(input, input, *updated, layer.values.shape), 7),
+    ):
+        first = tried(call)
+        assert len(set(first)) == len(first) - 1 == fitting, "each is timed, and the best one runs"
+        assert first[-1] == first[-2]
+        assert tried(call) == [first[-1]]
+    assert len(tried(lambda: launch.product(input[:70], layer.values, None, *rows, False))) > 1, "another shape"
 
 
 # --- what the compiler makes of the kernels; needs no GPU -------------------------------------------------------------

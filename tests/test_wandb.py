@@ -9,8 +9,9 @@ from lightning.pytorch.loggers import WandbLogger
 from PIL import Image
 
 from lightning_topkast import TopKast
-from lightning_topkast.media import pictured, split_histogram
+from lightning_topkast.media import Lines, Picture, pictured, split_histogram
 from lightning_topkast.pictures import SET_COLOURS, heatmap, histogram_picture, mask_picture, on_white
+from lightning_topkast.wandb_media import WandbMedia
 from tests.helpers import MIDDLE, fit, make_callback, make_net, make_trainer
 from tests.test_telemetry import STRENGTH, ByHand
 from tests.wandb_files import history, records_of
@@ -128,6 +129,34 @@ def test_checkpoint_is_handed_over_with_its_densities(offline_run, records):
     alpha = checkpoint["state_dict"][MIDDLE]
     assert int(alpha.count_nonzero()) == 0.25 * alpha.numel()
     assert metadata["topkast/forward_sparsity"] == 0.75
+
+
+def shown(folder, name, value):
+    """The folder of an offline run to which one thing was logged."""
+    try:
+        WandbMedia(WandbLogger(mode="offline", save_dir=folder, project="test")).show({name: value}, 1)
+    finally:
+        wandb.finish()
+    (run,) = (folder / "wandb").glob("offline-run-*/files/media")
+    return run
+
+
+def test_name_too_long_for_a_file_is_cut(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    name = f"topkast/masks/{'ü' * 400}.weight"
+    (file,) = shown(tmp_path, name, Picture(Image.new("RGB", (2, 2)), "")).rglob("*.png")
+    assert file.name.startswith("ü" * 80 + "-")
+
+
+def test_lines_longer_than_a_table_of_wandb_are_all_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    steps = list(range(5000))
+    lines = Lines(steps, {name: [float(step) for step in steps] for name in ("least", "mean", "most")})
+    (file,) = shown(tmp_path, "topkast/lines", lines).rglob("*.json")
+    rows = json.loads(file.read_text())["data"]
+    for name in lines.values:
+        drawn = [value for _, line, value in rows if line == name]
+        assert drawn == steps[::5]
 
 
 # --- pictures and histograms without a run ------------------------------------------------------------------------

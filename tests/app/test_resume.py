@@ -269,6 +269,7 @@ def test_ctrl_c_outside_of_training_is_answered_in_one_line(cli, monkeypatch, wh
         (("--resume",), "--resume needs the folder of a run"),
         (("--resume", "-m"), "--resume needs the folder of a run"),
         (("--resume", "nowhere"), "there is no folder nowhere"),
+        (("--resume", "sweep/0/.hydra/overrides.yaml"), "is a file, name the folder of its run"),
         (("--resume", "empty"), "it lacks .hydra/overrides.yaml"),
         (("--resume", "sweep"), "name one of its runs, such as"),
     ],

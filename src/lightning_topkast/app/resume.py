@@ -40,6 +40,8 @@ def resumed(arguments: Sequence[str]) -> list[str]:
     if not folder or folder.startswith("-"):
         raise AppError(f"{RESUME} needs the folder of a run: topkast-train {RESUME} outputs/<day>/<time>")
     path = Path(folder).resolve()
+    if path.is_file():
+        raise AppError(f"{RESUME}: {folder} is a file, name the folder of its run")
     if not path.is_dir():
         raise AppError(f"{RESUME}: there is no folder {folder}")
     own = own_overrides(path)

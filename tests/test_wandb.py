@@ -9,7 +9,7 @@ from lightning.pytorch.loggers import WandbLogger
 from PIL import Image
 
 from lightning_topkast import TopKast
-from lightning_topkast.media import Lines, Picture, pictured, split_histogram
+from lightning_topkast.media import Lines, Picture, _Columns, pictured, split_histogram
 from lightning_topkast.pictures import SET_COLOURS, heatmap, histogram_picture, mask_picture, on_white
 from lightning_topkast.wandb_media import WandbMedia
 from tests.helpers import MIDDLE, fit, make_callback, make_net, make_trainer
@@ -184,6 +184,19 @@ def test_heatmap_has_a_row_a_weight_and_a_column_a_refresh():
 
 def test_heatmap_of_a_long_run_stays_small():
     assert heatmap([{"a": float(torch.rand(()))} for _ in range(3000)]).width < 1200
+
+
+def test_columns_of_a_long_run_are_means_over_all_of_it():
+    columns = _Columns()
+    for refresh in range(10_001):
+        columns.add({"a": float(refresh), "b": 1.0})
+    drawn = columns.all()
+    assert 1000 <= len(drawn) <= 2001
+    values = [column["a"] for column in drawn]
+    assert values[:3] == [3.5, 11.5, 19.5]  # eight refreshes each
+    assert values[-1] == 10_000
+    assert np.diff(values[:-1]).tolist() == [8.0] * (len(values) - 2)
+    assert {column["b"] for column in drawn} == {1.0}
 
 
 def test_heatmap_of_masks_that_never_change_can_be_drawn():

@@ -9,7 +9,7 @@ from lightning.pytorch.loggers import WandbLogger
 from PIL import Image
 
 from lightning_topkast import TopKast
-from lightning_topkast.media import Lines, Picture, _Columns, pictured, split_histogram
+from lightning_topkast.media import Lines, Media, Picture, _Columns, pictured, split_histogram
 from lightning_topkast.pictures import SET_COLOURS, heatmap, histogram_picture, mask_picture, on_white
 from lightning_topkast.wandb_media import WandbMedia
 from tests.helpers import MIDDLE, fit, make_callback, make_net, make_trainer
@@ -172,6 +172,17 @@ def test_split_histogram_separates_the_sets_where_they_meet():
     counts, edges = found["exploring"]
     assert counts[edges[:-1] >= threshold].sum() == 0
     assert sum(counts.sum() for counts, _ in found.values()) == theta.numel()
+
+
+@pytest.mark.parametrize("spoilt", [slice(None), 0], ids=["all", "a row"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+def test_weight_that_has_diverged_is_shown_as_far_as_it_is_finite(spoilt, value):
+    engine = TopKast(make_net(), 0.75, 0.5)
+    with torch.no_grad():
+        engine.weights[MIDDLE].parameter[spoilt] = value
+    found = split_histogram(engine.weights[MIDDLE])
+    assert all(np.isfinite(edges).all() for _, edges in found.values())
+    Media().at_end([engine])
 
 
 def test_heatmap_has_a_row_a_weight_and_a_column_a_refresh():

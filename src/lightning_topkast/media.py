@@ -135,16 +135,18 @@ def pictured(weights: Sequence[SparseWeight]) -> frozenset[str]:
 
 
 def split_histogram(weight: SparseWeight) -> dict[str, Histogram]:
-    r"""Counts and bin edges of |θ| on A, B\A and C; groups without entries are left out.
+    r"""Counts and bin edges of |θ| on A, B\A and C; groups without finite entries are left out.
 
     Of a sharded weight it is this process' part that is counted.
     """
     magnitudes = own_part(weight.theta()).abs().float().cpu().flatten()
     tiers = own_part(weight.tiers).cpu().flatten()
+    finite = magnitudes.isfinite()  # a run may have diverged since its last refresh, which refuses what is not
+    magnitudes, tiers = magnitudes[finite], tiers[finite]
     groups = {name: magnitudes[tiers == tier] for name, tier in (("active", 2), ("exploring", 1), ("reservoir", 0))}
     groups = {name: group for name, group in groups.items() if group.numel()}
     thresholds = [float(group.min()) for name, group in groups.items() if name != "reservoir"]
-    top = float(magnitudes.max()) or 1.0
+    top = (float(magnitudes.max()) if magnitudes.numel() else 0.0) or 1.0
     edges = np.unique(np.concatenate([np.linspace(0, top, _BINS + 1), thresholds]).astype(np.float32))
     return {name: np.histogram(group.numpy(), bins=edges) for name, group in groups.items()}
 

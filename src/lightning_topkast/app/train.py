@@ -44,7 +44,15 @@ from lightning_topkast.app.loggers import (
 )
 from lightning_topkast.app.report import leave_report
 from lightning_topkast.app.result import End, RunMeter, all_finite, kept_dense, leave_result
-from lightning_topkast.app.resume import AUTO, RESUME, SameCheckpoint, newest_checkpoint, own_overrides, resumed
+from lightning_topkast.app.resume import (
+    AUTO,
+    RESUME,
+    SameCheckpoint,
+    kept_if_refused,
+    newest_checkpoint,
+    own_overrides,
+    resumed,
+)
 from lightning_topkast.app.small_dense import with_width
 from lightning_topkast.app.sweep import one_job
 from lightning_topkast.errors import NonFiniteWeightError
@@ -216,8 +224,10 @@ def main() -> None:
     """Run the application on the command line's overrides."""
     set_up_process()
     with quiet_broken_pipe(), one_line_errors():
-        sys.argv[1:] = resumed(sys.argv[1:])  # also for the processes that Lightning starts by it
-        _run()
+        arguments = sys.argv[1:]
+        sys.argv[1:] = resumed(arguments)  # also for the processes that Lightning starts by it
+        with kept_if_refused(arguments):
+            _run()
 
 
 if __name__ == "__main__":

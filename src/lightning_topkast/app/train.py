@@ -151,11 +151,12 @@ def check_numbers(cfg: DictConfig) -> None:
 
 def _say_how_to_go_on(stop: SystemExit, trainer: Trainer, folder: Path) -> NoReturn:
     """Exit as shells expect it of an interrupted program, once the user knows how to go on from the last checkpoint."""
-    last = [
-        str(callback.best_model_path)  # without a metric to follow, the newest is the best
+    newest = [
+        callback
         for callback in trainer.checkpoint_callbacks
         if isinstance(callback, ModelCheckpoint) and callback.monitor is None
     ]
+    last = [str(callback.best_model_path) for callback in newest]  # without a metric to follow, the newest is the best
     if trainer.is_global_zero:
         if not any(last):
             way = "there is no checkpoint of it yet"
@@ -166,6 +167,9 @@ def _say_how_to_go_on(stop: SystemExit, trainer: Trainer, folder: Path) -> NoRet
             kept = (f"'{text}'" for text in overrides if not text.startswith("ckpt_path="))
             way = f"go on with {' '.join(['topkast-train', *kept])} {_override('ckpt_path', last[-1])}"
         at = f"interrupted in epoch {trainer.current_epoch}, step {trainer.global_step}"
+        saved = max((callback._last_global_step_saved for callback in newest), default=0)
+        if saved and saved != trainer.global_step:  # such as in a validation, whose epoch is not complete
+            at += f", the last checkpoint being of step {saved}"
         print(f"\ntopkast-train: {at}; {way}", file=sys.stderr, flush=True)
     raise SystemExit(143 if isinstance(stop, SIGTERMException) else 130)
 

@@ -23,6 +23,7 @@ from lightning_topkast.export.state import same_bits
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
 SHAPES = ((1,), (5000,), (70, 90), (20, 5, 60), (8, 7, 9, 11), (3, 4, 5, 6, 7), (0, 3), (4, 0, 2))
+EXAMPLE = torch.zeros(2, 100)
 DOC = Path(__file__).parents[1] / "docs" / "export.md"
 
 
@@ -254,6 +255,8 @@ def header(path):
     [
         lambda layout, tensors: layout.update(version=2),
         lambda layout, tensors: layout.pop("tied"),
+        lambda layout, tensors: layout.update(tied=[]),
+        lambda layout, tensors: layout.update(weights=[]),
         lambda layout, tensors: layout["tied"].update(x="nowhere"),
         lambda layout, tensors: layout["weights"]["w"].update(shape=[2, 3]),
         lambda layout, tensors: layout["weights"]["w"].update(shape=[-70, -90]),
@@ -321,6 +324,28 @@ def test_file_is_replaced_only_when_asked_to_and_only_as_a_whole(tmp_path, monke
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.safetensors"]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit on files")
+@pytest.mark.parametrize(
+    "save",
+    [save_sparse, save_csr, save_dense, lambda model, *args, **options: save_onnx(model, EXAMPLE, *args, **options)],
+    ids=["sparse", "csr", "dense", "onnx"],
+)
+def test_full_disk_is_named_with_the_file_and_leaves_the_old_one(save, tmp_path):
+    import resource
+
+    path = tmp_path / "a"
+    path.write_text("before")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(OSError, match="not written: File too large") as caught:
+            save(nn.Sequential(nn.Linear(100, 100)), path, overwrite=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.filename == str(path)
+    assert [entry.read_text() for entry in tmp_path.iterdir()] == ["before"]
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no umask")
 def test_files_may_be_read_by_whom_the_umask_lets(tmp_path):
     before = os.umask(0o027)
@@ -342,6 +367,8 @@ def test_state_without_ordinary_tensors_is_refused(tmp_path):
     for value in ("text", torch.ones(2, device="meta"), torch.eye(3).to_sparse()):
         with pytest.raises(TopKastError, match="'extra' is a"):
             save_sparse({"extra": value}, tmp_path / "a.safetensors")
+    with pytest.raises(TopKastError, match="a tensor is named 7, which is no text"):
+        save_sparse({7: torch.ones(2)}, tmp_path / "a.safetensors")
 
 
 def test_part_of_a_large_tensor_does_not_bring_it_all(tmp_path):

@@ -121,12 +121,15 @@ def test_gradients_of_half_precision_weights_do_not_overflow_in_norms():
     assert Blocks(4, 4).scores(values, Sharding("w", values)).tolist() == [[1200.0]]
 
 
-def test_nan_in_a_block_stops_the_refresh_with_the_weights_name():
+@pytest.mark.parametrize("granularity", ["block", "2:4"])
+@pytest.mark.parametrize("backward", [0.25, 0.5])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stops_the_refresh_with_the_weights_name(granularity, backward, value):
     module = Holder(8, 8)
-    topkast = TopKast(module, 0.5, 0.25, include=["theta"], granularity="block", block_shape=(4, 4))
+    topkast = TopKast(module, 0.5, backward, include=["theta"], granularity=granularity, block_shape=(4, 4))
     before = topkast.weights["theta"].tiers.clone()
     with torch.no_grad():
-        module.theta[topkast.weights["theta"].active] = float("nan")
+        module.theta[topkast.weights["theta"].active] = value
     with pytest.raises(NonFiniteWeightError, match="'theta' holds NaN"):
         topkast.refresh()
     assert torch.equal(topkast.weights["theta"].tiers, before)

@@ -215,6 +215,7 @@ def test_every_single_thing_in_a_state_can_be_missing_or_of_another_kind():
     # what the first version of the format may lack, and what is None or empty in most runs
     assert taken == {
         ("penalty_shrinkage", "missing"), ("penalty_shrinkage", None), ("selections", "missing"), ("selections", None),
+        ("granularity", "missing"),
         ("selections", 0, "missing"), ("selections", 0, "valid", "missing"),
         *(("selections", 0, "tiers", name, "missing") for name in ("0.weight", "2.weight")),
         *(("weights", name, "execution", "missing") for name in ("0.weight", "2.weight")),

@@ -235,6 +235,23 @@ def test_momenta_of_a_packed_weight_follow_others_that_are_loaded_whatever_comes
     assert torch.equal(followed, momentum * now_updated)
 
 
+def test_state_that_was_lost_when_weights_were_loaded_does_not_come_back_with_a_refresh():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16))
+    topkast = TopKast(model, **OPTIONS, execution="packed", penalty_strength=0.0, exploration="random")
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    topkast.attach(optimizer)
+    train(model, topkast, optimizer, 3, (4, 6))
+    _, before = dense_momentum(topkast, optimizer)
+    model.load_state_dict({"0.weight": torch.randn(16, 6), "0.bias": torch.zeros(16)})
+    between = topkast.weights["0.weight"].updated.clone()
+    topkast.refresh()  # explores elsewhere
+    momentum, after = dense_momentum(topkast, optimizer)
+    came_back = before & ~between & after
+    assert came_back.any()
+    assert not momentum[came_back].any()
+
+
 def test_state_spread_out_for_masked_mode_has_the_weights_memory_format():
     """A fused optimizer walks through memory, and would give entries each other's momenta."""
 

@@ -9,8 +9,9 @@ from lightning.pytorch.loggers import WandbLogger
 from PIL import Image
 
 from lightning_topkast import TopKast
-from lightning_topkast.media import pictured, split_histogram
+from lightning_topkast.media import Lines, Media, Picture, _Columns, pictured, split_histogram
 from lightning_topkast.pictures import SET_COLOURS, heatmap, histogram_picture, mask_picture, on_white
+from lightning_topkast.wandb_media import WandbMedia
 from tests.helpers import MIDDLE, fit, make_callback, make_net, make_trainer
 from tests.test_telemetry import STRENGTH, ByHand
 from tests.wandb_files import history, records_of
@@ -130,6 +131,34 @@ def test_checkpoint_is_handed_over_with_its_densities(offline_run, records):
     assert metadata["topkast/forward_sparsity"] == 0.75
 
 
+def shown(folder, name, value):
+    """The folder of an offline run to which one thing was logged."""
+    try:
+        WandbMedia(WandbLogger(mode="offline", save_dir=folder, project="test")).show({name: value}, 1)
+    finally:
+        wandb.finish()
+    (run,) = (folder / "wandb").glob("offline-run-*/files/media")
+    return run
+
+
+def test_name_too_long_for_a_file_is_cut(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    name = f"topkast/masks/{'ü' * 400}.weight"
+    (file,) = shown(tmp_path, name, Picture(Image.new("RGB", (2, 2)), "")).rglob("*.png")
+    assert file.name.startswith("ü" * 80 + "-")
+
+
+def test_lines_longer_than_a_table_of_wandb_are_all_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    steps = list(range(5000))
+    lines = Lines(steps, {name: [float(step) for step in steps] for name in ("least", "mean", "most")})
+    (file,) = shown(tmp_path, "topkast/lines", lines).rglob("*.json")
+    rows = json.loads(file.read_text())["data"]
+    for name in lines.values:
+        drawn = [value for _, line, value in rows if line == name]
+        assert drawn == steps[::5]
+
+
 # --- pictures and histograms without a run ------------------------------------------------------------------------
 
 
@@ -145,6 +174,17 @@ def test_split_histogram_separates_the_sets_where_they_meet():
     assert sum(counts.sum() for counts, _ in found.values()) == theta.numel()
 
 
+@pytest.mark.parametrize("spoilt", [slice(None), 0], ids=["all", "a row"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+def test_weight_that_has_diverged_is_shown_as_far_as_it_is_finite(spoilt, value):
+    engine = TopKast(make_net(), 0.75, 0.5)
+    with torch.no_grad():
+        engine.weights[MIDDLE].parameter[spoilt] = value
+    found = split_histogram(engine.weights[MIDDLE])
+    assert all(np.isfinite(edges).all() for _, edges in found.values())
+    Media().at_end([engine])
+
+
 def test_heatmap_has_a_row_a_weight_and_a_column_a_refresh():
     small = heatmap([{"a": 0.0, "b": 1.0}])
     wide = heatmap([{"a": 0.0, "b": 1.0}] * 20)
@@ -155,6 +195,19 @@ def test_heatmap_has_a_row_a_weight_and_a_column_a_refresh():
 
 def test_heatmap_of_a_long_run_stays_small():
     assert heatmap([{"a": float(torch.rand(()))} for _ in range(3000)]).width < 1200
+
+
+def test_columns_of_a_long_run_are_means_over_all_of_it():
+    columns = _Columns()
+    for refresh in range(10_001):
+        columns.add({"a": float(refresh), "b": 1.0})
+    drawn = columns.all()
+    assert 1000 <= len(drawn) <= 2001
+    values = [column["a"] for column in drawn]
+    assert values[:3] == [3.5, 11.5, 19.5]  # eight refreshes each
+    assert values[-1] == 10_000
+    assert np.diff(values[:-1]).tolist() == [8.0] * (len(values) - 2)
+    assert {column["b"] for column in drawn} == {1.0}
 
 
 def test_heatmap_of_masks_that_never_change_can_be_drawn():

@@ -12,6 +12,7 @@ from lightning_topkast.topkast import TopKast
 from lightning_topkast.weights import SparseWeight, own_part
 
 _BINS = 64
+_COLUMNS = 1000  # of a heatmap, and up to twice as many
 _PICTURED = 4  # weights whose masks and magnitudes are drawn
 _BAND = ("mask_change_min", "mask_change", "mask_change_max")  # over the weights, around the share of all entries
 _ATTENTION = ("attn", "attention", "in_proj", "q_proj", "k_proj", "v_proj", "query", "key", "value")
@@ -50,7 +51,8 @@ class Media:
 
     def __init__(self) -> None:
         self._band = Lines([], {name: [] for name in _BAND})
-        self._columns: dict[str, list[dict[str, float]]] = {"mask_change": [], "reservoir_activated": []}
+        self._columns = {"mask_change": _Columns(), "reservoir_activated": _Columns()}
+        self._refreshes = 0
 
     def at_refresh(self, engines: Sequence[TopKast], values: Mapping[str, float], step: int) -> dict[str, Any]:
         """Note what changed; name → histogram or picture, empty at most refreshes.
@@ -65,17 +67,17 @@ class Media:
             line.append(values[f"topkast/{name}"])
         for quantity, columns in self._columns.items():
             prefix = f"topkast/{quantity}/"
-            columns.append({k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)})
-        count = len(self._columns["mask_change"])
-        return {} if count & (count - 1) else self._of_sets(engines)
+            columns.add({k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)})
+        self._refreshes += 1
+        return {} if self._refreshes & (self._refreshes - 1) else self._of_sets(engines)
 
     def at_end(self, engines: Sequence[TopKast]) -> dict[str, Any]:
         """Name → the final histograms and pictures, heatmaps and lines over the run, the table of weights."""
         media = self._of_sets(engines)
         for quantity, columns in self._columns.items():
-            if columns and columns[-1]:
+            if drawn := columns.all():
                 caption = f"{quantity.replace('_', ' ')}: weights × refreshes"
-                media[f"topkast/{quantity}_heatmap"] = Picture(heatmap(columns), caption)
+                media[f"topkast/{quantity}_heatmap"] = Picture(heatmap(drawn), caption)
         return media | {"topkast/mask_change_of_weights": self._band, "topkast/weights": weight_table(engines)}
 
     @staticmethod
@@ -96,6 +98,34 @@ class Media:
         return media
 
 
+class _Columns:
+    """Columns of a heatmap; of a long run means of 2, 4, 8, ... refreshes, so that their number stays bounded."""
+
+    def __init__(self) -> None:
+        self._means: list[dict[str, float]] = []
+        self._rest: list[dict[str, float]] = []
+        self._each = 1
+
+    def add(self, column: dict[str, float]) -> None:
+        self._rest.append(column)
+        if len(self._rest) == self._each:
+            self._means.append(_mean(self._rest))
+            self._rest = []
+        if len(self._means) == 2 * _COLUMNS:
+            self._means = [_mean(self._means[i : i + 2]) for i in range(0, len(self._means), 2)]
+            self._each *= 2
+
+    def all(self) -> list[dict[str, float]]:
+        rest = [_mean(self._rest)] if self._rest else []
+        return [column for column in self._means + rest if column]
+
+
+def _mean(columns: Sequence[dict[str, float]]) -> dict[str, float]:
+    names = dict.fromkeys(name for column in columns for name in column)
+    found = {name: [column[name] for column in columns if name in column] for name in names}
+    return {name: sum(values) / len(values) for name, values in found.items()}
+
+
 def pictured(weights: Sequence[SparseWeight]) -> frozenset[str]:
     """Names of the weights whose masks say most at a glance: the first convolution and attention, else the first."""
     convolutions = islice((weight.name for weight in weights if len(weight.shape) > 2), 1)
@@ -105,16 +135,18 @@ def pictured(weights: Sequence[SparseWeight]) -> frozenset[str]:
 
 
 def split_histogram(weight: SparseWeight) -> dict[str, Histogram]:
-    r"""Counts and bin edges of |θ| on A, B\A and C; groups without entries are left out.
+    r"""Counts and bin edges of |θ| on A, B\A and C; groups without finite entries are left out.
 
     Of a sharded weight it is this process' part that is counted.
     """
     magnitudes = own_part(weight.theta()).abs().float().cpu().flatten()
     tiers = own_part(weight.tiers).cpu().flatten()
+    finite = magnitudes.isfinite()  # a run may have diverged since its last refresh, which refuses what is not
+    magnitudes, tiers = magnitudes[finite], tiers[finite]
     groups = {name: magnitudes[tiers == tier] for name, tier in (("active", 2), ("exploring", 1), ("reservoir", 0))}
     groups = {name: group for name, group in groups.items() if group.numel()}
     thresholds = [float(group.min()) for name, group in groups.items() if name != "reservoir"]
-    top = float(magnitudes.max()) or 1.0
+    top = (float(magnitudes.max()) if magnitudes.numel() else 0.0) or 1.0
     edges = np.unique(np.concatenate([np.linspace(0, top, _BINS + 1), thresholds]).astype(np.float32))
     return {name: np.histogram(group.numpy(), bins=edges) for name, group in groups.items()}
 

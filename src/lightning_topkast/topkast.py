@@ -291,6 +291,7 @@ class TopKast:
         """
         _reshard(self.model)
         self.close()
+        self._align_states()  # what left B when other weights were loaded has lost its state, also if it comes back now
         self._refresher.selections.clear()
         self._refresher.refresh(list(self._weights.values()), self.step_count)
 

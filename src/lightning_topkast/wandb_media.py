@@ -1,5 +1,6 @@
 """Histograms, pictures and a table for Weights & Biases, and the sparse checkpoint with its densities."""
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -10,6 +11,8 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning_topkast.media import Lines, Picture, Table
 
 _STEP = "trainer/global_step"  # WandbLogger's own name for the x axis
+_LONGEST = 160  # bytes of a part of a name: W&B names files by it, to which it adds step, digest and suffix
+_POINTS = 1000  # of a line: W&B cuts off a table after 10,000 rows
 _SUMMARISED = ("forward_sparsity", "backward_sparsity", "model_sparsity", "reservoir_activated", "mask_change")
 
 
@@ -35,7 +38,8 @@ class WandbMedia:
 
     def show(self, media: Mapping[str, Any], step: int) -> None:
         """Log histograms, pictures, lines and tables by their names."""
-        self._run.log({name: _wandb_form(name, value) for name, value in media.items()} | {_STEP: step})
+        shown = {_short(name): _wandb_form(name, value) for name, value in media.items()}
+        self._run.log(shown | {_STEP: step})
 
     def hand_over(self, checkpoint: Path, metadata: Mapping[str, Any]) -> None:
         """Log the checkpoint as an artifact, if the logger logs models at all."""
@@ -48,6 +52,17 @@ class WandbMedia:
         self._run.log_artifact(artifact)
 
 
+def _short(name: str) -> str:
+    """`name`, its parts between slashes cut where they are too long for a file's name, and still different."""
+    parts = name.split("/")
+    for index, part in enumerate(parts):
+        encoded = part.encode()
+        if len(encoded) > _LONGEST:
+            digest = hashlib.sha256(encoded).hexdigest()[:8]
+            parts[index] = f"{encoded[:_LONGEST].decode(errors='ignore')}-{digest}"
+    return "/".join(parts)
+
+
 def _wandb_form(name: str, value: Any) -> Any:
     import wandb
 
@@ -57,6 +72,8 @@ def _wandb_form(name: str, value: Any) -> Any:
         return wandb.Table(columns=list(value.columns), data=[list(row) for row in value.rows])
     if isinstance(value, Lines):
         title = name.partition("/")[2].replace("_", " ")
-        return wandb.plot.line_series(value.steps, list(value.values.values()), list(value.values), title, "step")
+        every = -(-len(value.steps) // _POINTS) or 1
+        lines = [line[::every] for line in value.values.values()]
+        return wandb.plot.line_series(value.steps[::every], lines, list(value.values), title, "step")
     counts, edges = value
     return wandb.Histogram(np_histogram=(np.asarray(counts), np.asarray(edges)))

@@ -94,9 +94,11 @@ def test_flipped_bit_is_refused_or_harmless(short_run, tmp_path):
     whole = tmp_path / "run" / "checkpoints" / "last.ckpt"
     content, data, generator = Checkpoint(str(whole)).content, whole.read_bytes(), random.Random(0)
     refused = 0
-    for _ in range(300):
+    flips = [(generator.randrange(len(data)), generator.randrange(8)) for _ in range(300)]
+    flips += [(len(data) - place, bit) for place in range(1, 99) for bit in range(8)]  # where the directory ends
+    for place, bit in flips:
         damaged = bytearray(data)
-        damaged[generator.randrange(len(data))] ^= 1 << generator.randrange(8)
+        damaged[place] ^= 1 << bit
         path = tmp_path / "damaged.ckpt"
         path.write_bytes(damaged)
         try:

@@ -12,12 +12,14 @@ import torch
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
+from rich.console import Console
 from torch import nn
 
 from lightning_topkast.app import export as export_module
 from lightning_topkast.app.export import FORMATS
+from lightning_topkast.app.export_check import check_weights
 from lightning_topkast.app.train import train
-from lightning_topkast.export import load_sparse
+from lightning_topkast.export import load_csr, load_sparse, save_csr
 from lightning_topkast.export.state import same_bits
 
 
@@ -124,6 +126,36 @@ def test_check_sees_a_single_changed_bit(cli, run_folder, monkeypatch):
     assert "'net.output.bias' is not the checkpoint's" in refused(cli, run_folder, "--check")
 
 
+def test_check_does_not_pass_over_outputs_that_are_no_numbers(cli, run_folder, monkeypatch):
+    def spoilt(model, example, path, sparse, overwrite):
+        other = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+        nn.init.constant_(other[1].bias, float("nan"))
+        return save_onnx(other, example, path, sparse, overwrite)
+
+    save_onnx = export_module.save_onnx
+    monkeypatch.setattr(export_module, "save_onnx", spoilt)
+    assert "Outputs: differ by at most nan" in cli(run_folder, "--format", "onnx", "--check")[1]
+
+
+def test_csr_weights_of_16_bits_with_nan_are_read_again_as_they_were(tmp_path):
+    weight = torch.zeros(8, 8, dtype=torch.bfloat16)
+    weight[0] = -float("nan")
+    weight[1] = -0.0
+    save_csr({"w": weight}, tmp_path / "a.pt")
+    check_weights(Console(quiet=True), {"w": weight}, load_csr(tmp_path / "a.pt"))
+
+
+def test_paths_and_names_are_printed_as_they_are(cli, run_folder, tmp_path):
+    checkpoint = torch.load(run_folder / "checkpoints" / "last.ckpt", weights_only=True)
+    checkpoint["state_dict"]["odd[/name]"] = torch.zeros(40, 40)
+    torch.save(checkpoint, tmp_path / "odd.ckpt")
+    target = tmp_path / "a [bold] :smile:.safetensors"
+    code, out, err = cli(tmp_path / "odd.ckpt", "--output", target)
+    assert code == 0, err
+    assert f"Wrote {target}: " in out
+    assert "odd[/name]" in out
+
+
 def test_bare_checkpoint_needs_no_run(cli, run_folder, tmp_path):
     file = Path(shutil.copy(run_folder / "checkpoints" / "last.ckpt", tmp_path / "other.ckpt"))
     code, out, _ = cli(file, "--check")
@@ -195,6 +227,11 @@ def test_what_is_no_checkpoint_is_answered_in_a_line(cli, run_folder, tmp_path):
     assert "topkast-consolidate" in refused(cli, tmp_path / "empty")
     assert "there is no folder" in refused(cli, run_folder, "--output", tmp_path / "no" / "folder.safetensors")
     assert [entry.name for entry in tmp_path.rglob("*safetensors*")] == []
+
+
+def test_configuration_whose_parts_are_text_is_refused(cli, run_folder):
+    configure(run_folder, model="os.system")
+    assert "is no configuration of topkast-train" in refused(cli, run_folder, "--format", "onnx")
 
 
 def test_another_networks_weights_are_refused(cli, run_folder):

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from lightning_topkast.app import train as train_module
+from lightning_topkast.app.data import Digits
 from lightning_topkast.app.task import ClassificationTask
 from tests.helpers import plain_path, same
 
@@ -140,8 +142,9 @@ def test_stopped_run_says_how_to_go_on_and_exits_as_shells_expect(tmp_path, sent
     assert "topkast-train: interrupted in epoch " in last_line(err)
     folder = last_line(err).rpartition("--resume ")[2]
     saved = torch.load(Path(folder) / "checkpoints" / "last.ckpt", weights_only=True)
-    if sent == signal.SIGINT:
-        assert f"step {saved['global_step']};" in last_line(err), "the step it was in is not lost"
+    assert f"step {saved['global_step']};" in last_line(err), "what is said to be saved is"
+    if sent == signal.SIGINT and "the last checkpoint being of" in last_line(err):  # it came in a validation
+        assert int(last_line(err).partition(", step ")[2].partition(",")[0]) % 19 == 0, "the step it was in is not lost"
 
 
 def test_output_that_nobody_reads_any_more_ends_quietly(tmp_path):
@@ -228,12 +231,46 @@ def test_resume_goes_on_with_the_runs_own_overrides_in_its_folder(cli, tmp_path)
     assert list(tmp_path.iterdir()) == [folder]
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_refused_resume_does_not_stand_in_the_way_of_the_next(cli, tmp_path):
+    folder = tmp_path / "run"
+    assert cli(*RUN, "trainer.max_epochs=1", f"hydra.run.dir={folder}")[0] == 0
+    written = {path: path.read_text() for path in folder.glob(".hydra/*.yaml")}
+    for wrong in ("model.hidden=[64]", "sparsity=topkast_80_50", "optimizer=sgd"):
+        code, _, _ = cli("--resume", folder, "trainer.max_epochs=2", wrong)
+        assert code == 2, wrong
+        assert {path: path.read_text() for path in folder.glob(".hydra/*.yaml")} == written, wrong
+    code, out, err = cli("--resume", folder, "trainer.max_epochs=2")
+    assert code == 0, err
+    assert "epoch 2/2:" in out
+    assert (folder / ".hydra" / "overrides.yaml").read_text().endswith("- trainer.max_epochs=2\n"), "it is not kept"
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.parametrize("where", ["prepare_data", "test_step", "count_weights"])
+def test_ctrl_c_outside_of_training_is_answered_in_one_line(cli, monkeypatch, where):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    owner = {"prepare_data": Digits, "test_step": ClassificationTask, "count_weights": train_module}[where]
+    monkeypatch.setattr(owner, where, interrupt)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        code, _, err = cli(*SHORT, "trainer.max_epochs=1")
+    finally:
+        signal.signal(signal.SIGINT, before)  # which Lightning has had ignored
+    assert code == 130
+    assert "Traceback" not in err
+    assert last_line(err).startswith("topkast-train: interrupted")
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
         (("--resume",), "--resume needs the folder of a run"),
         (("--resume", "-m"), "--resume needs the folder of a run"),
         (("--resume", "nowhere"), "there is no folder nowhere"),
+        (("--resume", "sweep/0/.hydra/overrides.yaml"), "is a file, name the folder of its run"),
         (("--resume", "empty"), "it lacks .hydra/overrides.yaml"),
         (("--resume", "sweep"), "name one of its runs, such as"),
     ],

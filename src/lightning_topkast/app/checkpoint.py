@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from inspect import signature
 from pathlib import Path
 from typing import Any
-from zipfile import ZipFile, is_zipfile
+from zipfile import BadZipFile, ZipFile, is_zipfile
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -42,7 +42,7 @@ class Checkpoint:
             siblings = [entry.name for entry in self.path.parent.glob("*.ckpt")] if self.path.parent.is_dir() else []
             hint = f"; that folder has {', '.join(sorted(siblings))}" if siblings else ""
             raise AppError(f"there is no checkpoint {self.path.absolute()}{hint}")
-        if not is_zipfile(self.path):  # a checkpoint is a zip file, whose directory stands at its end
+        if not _is_zip(self.path):  # a checkpoint is a zip file, whose directory stands at its end
             raise AppError(
                 f"the checkpoint {path} is not complete: it was cut off, or is no checkpoint; take another one"
             )
@@ -131,6 +131,13 @@ def open_checkpoint(path: str | None) -> Checkpoint | None:
         inside = ", ".join(sorted(str(file) for file in folder.rglob("*.ckpt"))[:4])
         raise AppError(f"ckpt_path={path} is a folder: name the file{f', {inside}' if inside else ' in it'}")
     return Checkpoint(path)
+
+
+def _is_zip(path: Path) -> bool:
+    try:
+        return is_zipfile(path)
+    except BadZipFile:  # Python 3.11 raises it where the end says that there are several files
+        return False
 
 
 def _damage(path: Path) -> str | None:

@@ -29,6 +29,7 @@ from lightning_topkast.errors import TopKastError
 CONFIG_MODULE = "lightning_topkast.conf"
 CONFIG_NAME = "train"
 EXIT_CODE = 2
+INTERRUPTED = 130  # what shells expect after Ctrl-C
 
 # Gloo's have no class of their own. Most name the place in its sources where they arose.
 _GLOO_ERRORS = r"gloo/transport|caused pair closure|Connection closed by peer"
@@ -53,16 +54,35 @@ def one_line_errors(config_name: str = CONFIG_NAME, program: str | None = None) 
     if not _may_shorten():
         yield
         return
+    program = program or f"topkast-{config_name}"
     try:
         yield
-    except Exception as error:
+    except BaseException as error:
+        if _is_interrupt(error):
+            print(f"\n{program}: interrupted", file=sys.stderr, flush=True)
+            sys.exit(INTERRUPTED)
+        if not isinstance(error, Exception):
+            raise
         message = explain(error, config_name)
         _tell_torchrun(AppError(_one_line(message)) if message else error)
         if message is None:
             raise
         # The process may end inside a progress bar's line.
-        print(f"\n{program or f'topkast-{config_name}'}: {_one_line(message)}", file=sys.stderr, flush=True)
+        print(f"\n{program}: {_one_line(message)}", file=sys.stderr, flush=True)
         sys.exit(1 if _is_lost_connection(error) else EXIT_CODE)
+
+
+def _is_interrupt(error: BaseException) -> bool:
+    """Whether Ctrl-C ended what is not training, which answers it itself.
+
+    Lightning exits with code 1 after one in a test, if its own clearing up does not fail.
+    """
+    if isinstance(error, SystemExit) and error.code != 1:
+        return False
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, KeyboardInterrupt):
+        cause = cause.__context__
+    return cause is not None
 
 
 def let_errors_through() -> None:

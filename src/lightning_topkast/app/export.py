@@ -121,7 +121,8 @@ def export(
     if target.exists() and not force:
         raise AppError(f"{target} exists already: --output names another file, --force writes over it")
     state = tensors_of(checkpoint.content["state_dict"])
-    console = Console(soft_wrap=True)  # paths must stay whole, to be copied
+    # paths must stay whole, to be copied; they and names may hold what rich takes for [markup] or an :emoji:
+    console = Console(soft_wrap=True, markup=False, emoji=False)
     console.print(f"Checkpoint: {file}, step {checkpoint.step:,}", highlight=False)
     cfg = read_config(file)
     network: nn.Module | None = None

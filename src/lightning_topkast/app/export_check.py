@@ -29,7 +29,7 @@ def check_weights(console: Console, state: Mapping[str, Tensor], read: Mapping[s
     for name, tensor in state.items():
         again = read.get(name)
         if again is not None and again.layout is torch.sparse_csr:  # which has no signs of zeros
-            tensor, again = tensor + 0, again.to_dense()
+            tensor, again = torch.where(tensor == 0, torch.zeros_like(tensor), tensor), again.to_dense()
         if again is None or not same_bits(tensor, again):
             raise AppError(f"the file was read again, and its '{name}' is not the checkpoint's; is the disk damaged?")
     console.print(f"Read again: all {len(state)} tensors are the checkpoint's, bit for bit", highlight=False)
@@ -58,20 +58,21 @@ def check_outputs(
     Raises:
         AppError: the batches are not inputs and targets.
     """
-    farthest = largest = 0.0
+    apart, sizes = [torch.zeros(())], [torch.zeros(())]  # tensors, whose maximum is NaN if one is
     right, own_right, total = 0, 0, 0
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         for batch in data.test_dataloader():
             inputs, targets = _pair(batch)
             outputs, own = exported(inputs), network(inputs)
-            farthest = max(farthest, float((outputs - own).abs().max()))
-            largest = max(largest, float(own.abs().max()))
+            apart.append((outputs - own).abs().max().float())
+            sizes.append(own.abs().max().float())
             if own.shape[:-1] == targets.shape and not targets.is_floating_point():  # else it is no classification
                 judged = targets != IGNORED
                 right += _right(outputs, targets, judged)
                 own_right += _right(own, targets, judged)
                 total += int(judged.sum())
+    farthest, largest = (float(torch.stack(found).max()) for found in (apart, sizes))
     console.print(f"Outputs: differ by at most {farthest:.1e}, the largest being {largest:.3g}", highlight=False)
     if total:
         console.print(

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -16,7 +17,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_topkast.app.checkpoint import Checkpoint
-from lightning_topkast.app.errors import AppError
+from lightning_topkast.app.errors import EXIT_CODE, AppError
 from lightning_topkast.app.overrides import quoted
 
 AUTO = "auto"
@@ -33,15 +34,14 @@ def resumed(arguments: Sequence[str]) -> list[str]:
     Raises:
         AppError: no folder is named, or it holds no run that could go on.
     """
-    at = next((i for i, text in enumerate(arguments) if text.partition("=")[0] == RESUME), None)
-    if at is None:
-        return list(arguments)
-    _, given, folder = arguments[at].partition("=")
-    rest = [*arguments[:at], *arguments[at + (1 if given else 2) :]]
-    folder = folder if given else "".join(arguments[at + 1 : at + 2])
+    folder, rest = _split(arguments)
+    if folder is None:
+        return rest
     if not folder or folder.startswith("-"):
         raise AppError(f"{RESUME} needs the folder of a run: topkast-train {RESUME} outputs/<day>/<time>")
     path = Path(folder).resolve()
+    if path.is_file():
+        raise AppError(f"{RESUME}: {folder} is a file, name the folder of its run")
     if not path.is_dir():
         raise AppError(f"{RESUME}: there is no folder {folder}")
     own = own_overrides(path)
@@ -51,6 +51,32 @@ def resumed(arguments: Sequence[str]) -> list[str]:
         raise AppError(f"{RESUME}: {folder} is not the folder of a run of topkast-train: {hint}")
     kept = [text for text in own if text.partition("=")[0].lstrip("+") != "ckpt_path"]
     return [*kept, f"hydra.run.dir={quoted(path)}", f"ckpt_path={AUTO}", *rest]
+
+
+@contextmanager
+def kept_if_refused(arguments: Sequence[str]) -> Iterator[None]:
+    """Leave a run's `.hydra` as it was where going on from it is refused, or each later `--resume` would be, too.
+
+    Hydra writes the overrides there, with those beside `--resume`, before anything looks at what they say.
+
+    Args:
+        arguments: the command line, before `resumed`.
+    """
+    named, _ = _split(arguments)
+    if not named:
+        yield
+        return
+    folder = Path(named).resolve()
+    before = {path: path.read_bytes() for path in folder.glob(".hydra/*.yaml")}
+    trained = _written(folder)
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        refused = not isinstance(error, SystemExit) or error.code == EXIT_CODE
+        if refused and _written(folder) == trained:
+            for path, content in before.items():
+                path.write_bytes(content)
+        raise
 
 
 def own_overrides(folder: Path) -> list[str] | None:
@@ -110,6 +136,20 @@ class SameCheckpoint(Callback):
                 f"ckpt_path=auto: rank 0 goes on from {first}, rank {trainer.global_rank} from {mine}: all nodes must "
                 "see the same run folder, by hydra.run.dir=... on a shared file system"
             )
+
+
+def _split(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The folder beside `--resume`, "" where none is, None where there is no `--resume`; and all other arguments."""
+    at = next((i for i, text in enumerate(arguments) if text.partition("=")[0] == RESUME), None)
+    if at is None:
+        return None, list(arguments)
+    _, given, folder = arguments[at].partition("=")
+    rest = [*arguments[:at], *arguments[at + (1 if given else 2) :]]
+    return folder if given else "".join(arguments[at + 1 : at + 2]), rest
+
+
+def _written(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.glob("checkpoints/*")}
 
 
 def _step(file: Path) -> int:

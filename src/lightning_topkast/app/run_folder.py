@@ -53,7 +53,8 @@ def read_config(checkpoint: Path) -> DictConfig | None:
                 config = OmegaConf.load(path)
             except Exception as error:  # YAML's own, OmegaConf's, and those of text
                 raise AppError(f"{path} can't be read: {error}") from error
-            if not isinstance(config, DictConfig) or not {"model", "data", "sparsity"} <= config.keys():
+            parts = ("model", "data", "sparsity")
+            if not isinstance(config, DictConfig) or not all(isinstance(config.get(p), DictConfig) for p in parts):
                 raise AppError(f"{path} is no configuration of topkast-train: it needs a model, data and sparsity")
             return config
     return None

@@ -44,7 +44,15 @@ from lightning_topkast.app.loggers import (
 )
 from lightning_topkast.app.report import leave_report
 from lightning_topkast.app.result import End, RunMeter, all_finite, kept_dense, leave_result
-from lightning_topkast.app.resume import AUTO, RESUME, SameCheckpoint, newest_checkpoint, own_overrides, resumed
+from lightning_topkast.app.resume import (
+    AUTO,
+    RESUME,
+    SameCheckpoint,
+    kept_if_refused,
+    newest_checkpoint,
+    own_overrides,
+    resumed,
+)
 from lightning_topkast.app.small_dense import with_width
 from lightning_topkast.app.sweep import one_job
 from lightning_topkast.errors import NonFiniteWeightError
@@ -143,11 +151,12 @@ def check_numbers(cfg: DictConfig) -> None:
 
 def _say_how_to_go_on(stop: SystemExit, trainer: Trainer, folder: Path) -> NoReturn:
     """Exit as shells expect it of an interrupted program, once the user knows how to go on from the last checkpoint."""
-    last = [
-        str(callback.best_model_path)  # without a metric to follow, the newest is the best
+    newest = [
+        callback
         for callback in trainer.checkpoint_callbacks
         if isinstance(callback, ModelCheckpoint) and callback.monitor is None
     ]
+    last = [str(callback.best_model_path) for callback in newest]  # without a metric to follow, the newest is the best
     if trainer.is_global_zero:
         if not any(last):
             way = "there is no checkpoint of it yet"
@@ -158,6 +167,9 @@ def _say_how_to_go_on(stop: SystemExit, trainer: Trainer, folder: Path) -> NoRet
             kept = (f"'{text}'" for text in overrides if not text.startswith("ckpt_path="))
             way = f"go on with {' '.join(['topkast-train', *kept])} {_override('ckpt_path', last[-1])}"
         at = f"interrupted in epoch {trainer.current_epoch}, step {trainer.global_step}"
+        saved = max((callback._last_global_step_saved for callback in newest), default=0)
+        if saved and saved != trainer.global_step:  # such as in a validation, whose epoch is not complete
+            at += f", the last checkpoint being of step {saved}"
         print(f"\ntopkast-train: {at}; {way}", file=sys.stderr, flush=True)
     raise SystemExit(143 if isinstance(stop, SIGTERMException) else 130)
 
@@ -216,8 +228,10 @@ def main() -> None:
     """Run the application on the command line's overrides."""
     set_up_process()
     with quiet_broken_pipe(), one_line_errors():
-        sys.argv[1:] = resumed(sys.argv[1:])  # also for the processes that Lightning starts by it
-        _run()
+        arguments = sys.argv[1:]
+        sys.argv[1:] = resumed(arguments)  # also for the processes that Lightning starts by it
+        with kept_if_refused(arguments):
+            _run()
 
 
 if __name__ == "__main__":

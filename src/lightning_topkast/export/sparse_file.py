@@ -122,6 +122,8 @@ def _assemble(layout: Any, names: list[str], read: Callable[[str], Tensor]) -> d
         found = layout.get("version") if isinstance(layout, dict) else layout
         raise TopKastError(f"its layout has version {found!r:.60}, this package reads {VERSION}")
     weights, again = layout["weights"], layout["tied"]
+    if not (isinstance(weights, dict) and isinstance(again, dict)):
+        raise TopKastError("its layout has no weights and tied tensors by name")
     state: dict[str, Tensor] = {}
     parts = {f"{name}.{part}": name for name in weights for part in ("values", "places")}
     for name in names:

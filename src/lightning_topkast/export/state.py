@@ -18,7 +18,7 @@ def tensors_of(source: Source) -> dict[str, Tensor]:
     """The tensors of a model or state dict by name, on CPU and contiguous; tied ones are the same object.
 
     Raises:
-        TopKastError: an entry is no ordinary tensor.
+        TopKastError: an entry is no ordinary tensor, or has no text for a name.
     """
     state = source.state_dict() if isinstance(source, nn.Module) else dict(source)
     if isinstance(source, nn.Module):
@@ -29,6 +29,8 @@ def tensors_of(source: Source) -> dict[str, Tensor]:
     made: dict[tuple[object, ...], Tensor] = {}
     tensors: dict[str, Tensor] = {}
     for name, value in state.items():
+        if not isinstance(name, str):
+            raise TopKastError(f"a tensor is named {name!r:.60}, which is no text; rename it in the state dict")
         if not isinstance(value, Tensor):
             raise TopKastError(f"'{name}' is a {type(value).__name__}, not a tensor; leave it out of the state dict")
         if isinstance(value, DTensor) or value.is_meta or value.layout is not torch.strided:

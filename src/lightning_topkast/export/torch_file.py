@@ -28,8 +28,7 @@ def save_dense(source: Source, path: str | Path, overwrite: bool = False) -> dic
         TopKastError: an entry is no ordinary tensor, or the file exists.
     """
     tensors = tensors_of(source)
-    with new_file(path, overwrite) as partial:
-        torch.save(tensors, partial)
+    _save(tensors, path, overwrite)
     again = tied(tensors)
     return {name: "tied" if name in again else "dense" for name in tensors}
 
@@ -60,8 +59,7 @@ def save_csr(source: Source, path: str | Path, overwrite: bool = False) -> dict[
             made[name], stored[name] = made[again[name]], "tied"
             continue
         made[name], stored[name] = (_csr(tensor), "csr") if _pays(tensor) else (tensor, "dense")
-    with new_file(path, overwrite) as partial:
-        torch.save(made, partial)
+    _save(made, path, overwrite)
     return stored
 
 
@@ -78,6 +76,12 @@ def load_csr(path: str | Path) -> dict[str, Tensor]:
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
         state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     return state
+
+
+def _save(state: dict[str, Tensor], path: str | Path, overwrite: bool) -> None:
+    # given a path, torch would not say what the system refused
+    with new_file(path, overwrite) as partial, open(partial, "wb") as file:
+        torch.save(state, file)
 
 
 def _pays(tensor: Tensor) -> bool:

@@ -189,28 +189,27 @@ class NOfM(Entries):
         return partial(self._select, active=self.active_count(0, sharding.shape), among=super().selection(sharding))
 
     def _select(self, scores: Tensor, counts: Sequence[int], active: int, among: TopK) -> Tensor:
+        tiers = among(scores, (0,))  # nothing, but what is not finite is refused, on every device
         first = self._winners(scores)
-        tiers = torch.zeros_like(scores, dtype=torch.uint8)
         for count in counts:
-            if count <= active:
-                tiers += among(ranked(scores, first), (count,))
-            else:
-                tiers += among(ranked(scores, ~first), (count - active,)) + first
+            if count > active:
+                tiers += among(ranked(scores, ~first), (count - active,))
+            tiers += first if count >= active else among(ranked(scores, first), (count,))
         return tiers
 
     def _winners(self, scores: Tensor) -> Tensor:
         """The n largest of each group, ties to the first."""
         rows, length = _rows(scores.shape)
         padded = F.pad(scores.reshape(rows, length), (0, -length % self.m), value=-1.0)
-        members = padded.unflatten(1, (-1, self.m)).unbind(-1)
-        larger = [torch.zeros_like(members[0], dtype=torch.uint8) for _ in members]
-        for later in range(self.m):
+        members = padded.view(-1, self.m).T.contiguous()  # a group is a column: neighbours in memory are compared alike
+        larger = torch.zeros_like(members, dtype=torch.uint8)
+        for later in range(1, self.m):
             for earlier in range(later):
                 wins = members[later] > members[earlier]
                 larger[earlier] += wins
                 larger[later] += ~wins
-        winners = torch.stack([count < self.n for count in larger], dim=-1)
-        return winners.reshape(rows, -1)[:, :length].reshape(scores.shape)
+        winners = (larger < self.n).T.reshape(rows, -1)
+        return winners[:, :length].reshape(scores.shape)
 
     @property
     def note(self) -> str:

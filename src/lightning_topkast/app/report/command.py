@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import warnings
 from pathlib import Path
 
@@ -30,11 +29,8 @@ def main() -> None:
     with quiet_broken_pipe(), one_line_errors(program="topkast-report"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         given = _arguments()
-        try:
-            for page in write_reports(given.folder, given.each):
-                print(page, flush=True)
-        except KeyboardInterrupt:
-            sys.exit(130)
+        for page in write_reports(given.folder, given.each):
+            print(page, flush=True)
         if not has_matplotlib():
             print("topkast-report: without curves, which need matplotlib: pip install 'lightning-topkast[report]'")
 

@@ -3,6 +3,7 @@
 import csv
 from pathlib import Path
 
+import lightning_topkast.conf
 import pytest
 import torch
 from hydra import compose, initialize_config_module
@@ -10,7 +11,6 @@ from hydra.utils import instantiate
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 
-import lightning_topkast.conf
 from lightning_topkast.app.errors import AppError
 from lightning_topkast.app.mask_dynamics import MaskDynamics
 from tests.helpers import SaveAfter, fit, make_callback, make_net, make_trainer

@@ -3,10 +3,10 @@
 import csv
 from pathlib import Path
 
+import lightning_topkast.conf
 import pytest
 import torch
 
-import lightning_topkast.conf
 from lightning_topkast.app.result import read_result
 from lightning_topkast.app.train import train
 from tests.app.data_files import WIKITEXT_WORDS

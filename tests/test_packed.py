@@ -289,6 +289,18 @@ def test_plain_state_dict_loads_into_a_packed_model(execution):
     assert torch.equal(weight.theta(), state["2.weight"])
 
 
+def test_weights_that_are_not_finite_are_refused_also_where_the_sets_would_stay():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 2))
+    weight = TopKast(model, 0.75, 0.5, execution="packed", operators="torch").weights["1.weight"]
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    state["1.weight"][weight.active.nonzero()[0].unbind()] = float("nan")
+    before = weight.alpha()
+    with pytest.raises(RuntimeError, match=r"1.weight holds NaN"):
+        model.load_state_dict(state)
+    assert torch.equal(weight.alpha(), before)
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_to_dense_gives_the_ordinary_layers_back(kind):
     make_model, inputs, _, options = MODELS[kind]

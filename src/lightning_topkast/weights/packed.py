@@ -292,15 +292,14 @@ class PackedWeight(SparseWeight):
             NonFiniteScoresError: they hold NaN or infinity.
         """
         alpha = alpha.detach().cpu().to(self._theta.dtype).contiguous()
-        support = alpha != 0
+        units, sharding, support = self.granularity, self.sharding, alpha != 0
+        select = units.selection(sharding)  # refuses what is not finite, also where the sets stay
+        first = select(units.scores(alpha.abs(), sharding), (units.units(self.active_count, self.shape),)).bool()
         if not bool((support & (self._tiers != ACTIVE)).any()):
             count = self._packing.active_count
             values = alpha.view(-1).index_select(0, self._places()[:count])
             self.parameter.detach()[:count] = values.to(self.parameter)
             return
-        units, sharding = self.granularity, self.sharding
-        select = units.selection(sharding)
-        first = select(units.scores(alpha.abs(), sharding), (units.units(self.active_count, self.shape),)).bool()
         theta = alpha
         if int(torch.count_nonzero(support)) <= self.active_count:
             active = units.tiers(first.to(torch.uint8), sharding).bool()

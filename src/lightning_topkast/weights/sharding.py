@@ -32,8 +32,6 @@ class Sharding:
         # for every sharded dimension, the global coordinates of this process' slices
         self._coordinates: dict[int, Tensor] = {}
         self.part_shape = own_part(weight.detach()).shape
-        # of this process' part; FSDP2 gives it another shape where nothing is left
-        self.sizes = list(self.shape)
         if not isinstance(weight, DTensor):
             return
         self._mesh = weight.device_mesh
@@ -51,7 +49,7 @@ class Sharding:
             whole = torch.arange(self.shape[dim], device=weight.device)
             self._coordinates[dim] = own_part(distribute_tensor(whole, self._mesh, along, src_data_rank=None))
         part = own_part(weight.detach())
-        self.sizes = expected = [len(self._coordinates.get(dim, range(size))) for dim, size in enumerate(self.shape)]
+        expected = self.sizes
         # FSDP2 gives processes for which nothing is left a part without size in any dimension
         if (
             part.numel() != math.prod(expected)
@@ -71,6 +69,11 @@ class Sharding:
     def is_cut(self) -> bool:
         """Whether other processes hold other parts."""
         return bool(self._coordinates)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Of this process' part, in every dimension; FSDP2 gives it another shape where nothing is left."""
+        return [len(self._coordinates.get(dim, range(size))) for dim, size in enumerate(self.shape)]
 
     @property
     def cuts(self) -> set[int]:

@@ -12,6 +12,7 @@ from torch import nn
 from lightning_topkast import TopKast, TopKastError
 from lightning_topkast.selection import nested_top_k
 from lightning_topkast.weights import MaskedWeight, PackedWeight
+from lightning_topkast.weights.granularity import Entries
 from tests.helpers import MIDDLE, check_sparse, fit, make_callback, make_net, make_trainer, same, zero_outside
 
 # --- inside one weight --------------------------------------------------------------------------------------------
@@ -111,7 +112,7 @@ def test_interrupted_closing_keeps_the_update_of_every_entry():
 def packed_in_training() -> PackedWeight:
     """The same, packed."""
     torch.manual_seed(0)
-    weight = PackedWeight("weight", nn.Parameter(torch.randn(12, 12)), 20, 50, products=False)
+    weight = PackedWeight("weight", nn.Parameter(torch.randn(12, 12)), 20, 50, Entries(), products=False)
     weight.apply(nested_top_k(weight.magnitudes(), (50, 20)))
     return weight
 
@@ -123,7 +124,7 @@ def test_checkpoint_saved_at_any_line_of_a_refresh_holds_every_value(new_weight)
     before = whole.theta()
     whole.apply(other)
     methods = (type(whole).apply, getattr(type(whole), "_switch", None) or PackedWeight._settle)
-    codes = {method.__code__ for method in (*methods, getattr(type(whole), "_repack", methods[0]))}
+    codes = {method.__code__ for method in methods}
     for line in range(1, 100):
         weight, saved, seen = new_weight(), [], 0
 

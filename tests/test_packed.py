@@ -16,6 +16,7 @@ from lightning_topkast.layers.csr import CsrLinear
 from lightning_topkast.materialize import materialize
 from lightning_topkast.selection import nested_top_k
 from lightning_topkast.weights import PackedWeight
+from lightning_topkast.weights.granularity import Entries
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05, weight_decay=0.1),
@@ -34,13 +35,18 @@ def mlp() -> nn.Module:
     )
 
 
+UNITS = {"entry": {}, "block": {"granularity": "block", "block_shape": (2, 2)}}
+
+
 class Run:
     """A small network in training in float64; every step's batch follows from the step number."""
+
+    units = UNITS["entry"]
 
     def __init__(self, execution, make_optimizer=OPTIMIZERS["adamw"], make_model=mlp, inputs=(12,), **options):
         torch.manual_seed(0)
         self.model = make_model().double()
-        settings = {"update_every": 9, "penalty_strength": 1e-2, "operators": "torch"} | options
+        settings = {"update_every": 9, "penalty_strength": 1e-2, "operators": "torch"} | self.units | options
         self.topkast = TopKast(self.model, 0.8, 0.6, execution=execution, **settings)
         self.optimizer = make_optimizer(self.model.parameters())
         self.topkast.attach(self.optimizer)
@@ -65,6 +71,20 @@ class Run:
             self.optimizer.step()
             self.done += 1
         return losses
+
+
+@pytest.fixture(params=UNITS, autouse=True)
+def units(request, monkeypatch):
+    """What the sets of every `Run` are made of."""
+    monkeypatch.setattr(Run, "units", UNITS[request.param])
+    return request.param
+
+
+def largest(weight, values, *counts: int) -> torch.Tensor:
+    """Nested sets of the largest of a weight's entries, or blocks."""
+    units, sharding = weight.granularity, weight.sharding
+    chosen = nested_top_k(units.scores(values.abs(), sharding), [units.units(c, weight.shape) for c in counts])
+    return units.tiers(chosen, sharding)
 
 
 def check_alike(run: Run, other: Run) -> None:
@@ -209,7 +229,7 @@ MODELS = {
         convolutional,
         (3, 9, 9),
         {"2.weight": "compact", "4.weight": "packed", "6.weight": "compact"},
-        {},
+        {"block_shape": (2, 1)},
     ),
     "attention": (Attention, (5, 6), {"attention.in_proj_weight": "packed", "attention.out_proj.weight": "packed"}, {}),
     "lstm": (Recurrent, (5, 6), {"rnn.weight_hh_l1_reverse": "compact"}, {}),
@@ -258,7 +278,7 @@ def test_weight_reads_as_alpha_and_its_gradient_reaches_the_values(execution):
     assert torch.equal(layer.weight.detach(), weight.alpha())
     target = torch.randn_like(weight.alpha())
     (gradient,) = torch.autograd.grad((layer.weight * target).sum(), weight.parameter)
-    expected = torch.cat([target[weight.active], target[weight.tiers == 1]])
+    expected = target.flatten()[weight.granularity.order(weight.tiers)]
     assert torch.equal(gradient, expected)
 
 
@@ -280,8 +300,7 @@ def test_plain_state_dict_loads_into_a_packed_model(execution):
     run.model.load_state_dict(state)
     weight = run.topkast.weights["2.weight"]
     assert torch.equal(weight.theta(), state["2.weight"])
-    kept = state["2.weight"].abs().flatten().topk(weight.active_count).indices
-    assert weight.active.flatten()[kept].all()
+    assert torch.equal(weight.active, largest(weight, state["2.weight"], weight.active_count).bool())
     with pytest.raises(RuntimeError, match=r"size mismatch for 2.weight"):
         run.model.load_state_dict(state | {"2.weight": torch.ones(3, 3)})
     with pytest.raises(RuntimeError, match=r"2.weight holds NaN"):
@@ -347,7 +366,8 @@ def test_release_gives_theta_back():
 
 
 def test_summary_says_how_each_weight_is_kept():
-    text = str(Run("packed", make_model=convolutional, inputs=(3, 9, 9)).topkast.summary())
+    run = Run("packed", make_model=convolutional, inputs=(3, 9, 9), block_shape=(2, 1))
+    text = str(run.topkast.summary())
     assert "sparse, packed" in text
     assert "sparse, compact" in text
 
@@ -397,9 +417,9 @@ def test_a_choice_by_weights_that_were_replaced_is_made_again():
     weight = run.topkast.weights["2.weight"]
     fresh = {key: torch.randn_like(value) for key, value in run.model.state_dict().items()}
     run.model.load_state_dict(fresh)
-    largest = nested_top_k(fresh["2.weight"].abs(), (weight.active_count,)).bool()
+    expected = largest(weight, fresh["2.weight"], weight.active_count).bool()
     run.step(3)
-    assert (weight.active & largest).sum() > 0.9 * weight.active_count
+    assert (weight.active & expected).sum() > 0.9 * weight.active_count
 
 
 def test_assigning_a_state_dict_keeps_the_packed_parameter():
@@ -535,7 +555,7 @@ def test_saving_in_the_middle_of_a_refresh_is_whole():
     theta, saved = weight.theta(), []
 
     def trace(frame, event, _):
-        if frame.f_code not in {PackedWeight._repack.__code__, PackedWeight._settle.__code__}:
+        if frame.f_code not in {PackedWeight.apply.__code__, PackedWeight._settle.__code__}:
             return None
         if event == "line":
             sys.settrace(None)
@@ -546,7 +566,7 @@ def test_saving_in_the_middle_of_a_refresh_is_whole():
     before = sys.gettrace()
     sys.settrace(trace)
     try:
-        tiers = nested_top_k(torch.rand(30, 40), (weight.updated_count, weight.active_count))
+        tiers = largest(weight, torch.rand(30, 40), weight.updated_count, weight.active_count)
         weight.apply(tiers, [torch.zeros(weight.updated_count, dtype=torch.float64)])
     finally:
         sys.settrace(before)
@@ -735,7 +755,7 @@ def test_delayed_choice_is_that_of_its_own_step(execution):
     run = Run(execution, refresh_delay=4)
     run.step(9)
     weight = run.topkast.weights["2.weight"]
-    chosen, before = nested_top_k(weight.magnitudes(), (weight.updated_count, weight.active_count)), weight.tiers
+    chosen, before = largest(weight, weight.magnitudes(), weight.updated_count, weight.active_count), weight.tiers
     assert not torch.equal(chosen, before)
     run.step(3)
     assert torch.equal(weight.tiers, before)
@@ -785,10 +805,10 @@ def test_nan_found_in_the_background_is_reported_when_it_would_take_effect():
 def test_refresh_interrupted_anywhere_is_finished_or_has_not_begun():
     """Line by line: afterwards the sets are the old or the new ones, and every value and its state are in place."""
     torch.manual_seed(0)
-    codes = {PackedWeight._repack.__code__, PackedWeight._settle.__code__}
+    codes = {PackedWeight.apply.__code__, PackedWeight._settle.__code__}
     outcomes = set()
     for line in range(1, 60):
-        weight = PackedWeight("weight", nn.Parameter(torch.arange(1.0, 21).view(4, 5)), 5, 9, True)
+        weight = PackedWeight("weight", nn.Parameter(torch.arange(1.0, 21).view(4, 5)), 5, 9, Entries(), True)
         weight.apply(nested_top_k(weight.magnitudes(), (9, 5)))
         weight.parameter.data.mul_(-1)
         theta, state = weight.theta(), weight.parameter.detach() * 10

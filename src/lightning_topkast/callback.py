@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from lightning_topkast.all_reduce import Hook, register, sparse_all_reduce_of
 from lightning_topkast.averaging import SparseAverages, callbacks_of, copy_again
 from lightning_topkast.errors import TopKastError
-from lightning_topkast.ops import Operators
+from lightning_topkast.ops import BlockOperators, Operators
 from lightning_topkast.penalty import Penalty
 from lightning_topkast.rule import Exploration, Rule
 from lightning_topkast.schedule import Moment, SparsityRamp
@@ -73,8 +73,8 @@ class TopKastCallback(Callback):
             state are as small, and multiplies by them in compressed form (Linear, 1×1 Conv2d, GPT-2's Conv1D); other
             layers are kept "compact": the same, but for a dense weight that is made for every forward pass. "auto"
             packs where that is expected to be faster than dense.
-        operators: which products packed layers use: "compiled" (C++, built on first use), PyTorch's own ("torch"), or
-            the former where they can be had ("auto").
+        operators: which products packed layers use: "compiled" (C++ on CPU, built on first use), or for blocks "triton"
+            (on a GPU), PyTorch's own ("torch"), or the former where they can be had ("auto").
         strict: refuse weights that `execution` would have to leave masked, instead of warning.
         seed: decides random exploration.
         all_reduce: what DDP sends of a masked weight's gradient: all of it ("dense"), or only the values of the updated
@@ -117,7 +117,7 @@ class TopKastCallback(Callback):
         keep_last_dense: bool = True,
         reset_optimizer_state: bool = True,
         execution: Execution = "masked",
-        operators: Operators = "auto",
+        operators: Operators | BlockOperators = "auto",
         strict: bool = False,
         seed: int = 0,
         all_reduce: AllReduce = "dense",

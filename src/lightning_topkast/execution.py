@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import nn
@@ -14,10 +14,13 @@ from lightning_topkast.ops import Operators, choose_operators
 from lightning_topkast.settings import Execution, Settings
 from lightning_topkast.targets import Target
 from lightning_topkast.weights import MaskedWeight, PackedWeight, SparseWeight
+from lightning_topkast.weights.granularity import Blocks
 
 # What a packed product takes for an entry, as a multiple of what a dense one does, and the entries below which the
 # fixed cost of a layer eats the gain: measured on CPUs at batches of 128 and 256 (benchmarks/README.md, packed mode).
+# Blocks cost about as much on a GPU.
 _COST_OF_ENTRY = {"torch": 5.0, "compiled": 3.2}
+_COST_IN_BLOCKS = 2.0
 _LEAST_ENTRIES = 1 << 16
 
 
@@ -32,9 +35,11 @@ def make_weights(
     weights: dict[str, SparseWeight] = {}
     left_masked: list[str] = []
     operators, units = "", settings.chosen_granularity
+    if isinstance(units, Blocks):
+        operators = settings.operators  # between them is chosen where the model computes, which may be elsewhere
     for target in targets:
         active, updated = counts[target.name]
-        kept, obstacle = kept_as(target, active, updated, settings.execution, settings.operators)
+        kept, obstacle = kept_as(target, active, updated, settings.execution, settings)
         if obstacle:
             left_masked.append(f"'{target.name}' ({obstacle})")
         if kept == "masked":
@@ -48,8 +53,10 @@ def make_weights(
             )
         from_rank_0_(target.parameter)
         if kept == "packed":
-            operators = operators or choose_operators(settings.operators, target.parameter.device)
-        weights[target.name] = PackedWeight(target.name, target.parameter, active, updated, kept == "packed", operators)
+            operators = operators or _operators_for_entries(settings, target.parameter.device)
+        weights[target.name] = PackedWeight(
+            target.name, target.parameter, active, updated, units, kept == "packed", operators
+        )
     for weight in weights.values():
         weight.forgets, weight.granularity = settings.chosen_rule.forgets, units
         weight.sizes_vary = settings.sizes_vary or not units.divides(weight.shape)
@@ -63,7 +70,7 @@ def make_weights(
 
 
 def kept_as(
-    target: Target, active: int, updated: int, execution: Execution, operators: Operators
+    target: Target, active: int, updated: int, execution: Execution, settings: Settings
 ) -> tuple[Literal["masked", "packed", "compact"], str]:
     """How a weight with these sizes of A and B is kept, and what leaves it masked against `execution` ("": nothing).
 
@@ -79,7 +86,11 @@ def kept_as(
         parameter = target.parameter
         # what has no memory yet is given some on the CPU
         device = torch.device("cpu") if parameter.is_meta else parameter.device
-        if not _pays(active, updated, parameter.numel(), choose_operators(operators, device)):
+        if isinstance(settings.chosen_granularity, Blocks):
+            cost = _COST_IN_BLOCKS
+        else:
+            cost = _COST_OF_ENTRY[_operators_for_entries(settings, device)]
+        if not _pays(active, updated, parameter.numel(), cost):
             return "compact", ""
     return "packed", ""
 
@@ -121,6 +132,10 @@ def _obstacle(target: Target) -> str:
     return ""
 
 
-def _pays(active: int, updated: int, size: int, operators: str) -> bool:
+def _operators_for_entries(settings: Settings, device: torch.device) -> str:
+    return choose_operators(cast(Operators, settings.operators), device)
+
+
+def _pays(active: int, updated: int, size: int, cost: float) -> bool:
     """Whether a packed step's products (two with A, one on B) are expected to be faster than three dense ones."""
-    return size >= _LEAST_ENTRIES and _COST_OF_ENTRY[operators] * (2 * active + updated) < 3 * size
+    return size >= _LEAST_ENTRIES and cost * (2 * active + updated) < 3 * size

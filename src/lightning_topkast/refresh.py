@@ -50,7 +50,7 @@ def choose(
     Args:
         weights: whose sets are chosen.
         choice: what by.
-        scores: |θ| of each; None for the present ones.
+        scores: of each one's units; None for the present ones.
 
     Returns:
         weight name → tiers; of a sharded weight this process' part of them, by a collective.
@@ -60,12 +60,12 @@ def choose(
     """
     rule, settings, join = choice.settings.chosen_rule, choice.settings, _joined
     units = settings.chosen_granularity
-    scores = [weight.magnitudes() for weight in weights] if scores is None else scores
+    scores = [weight.scores() for weight in weights] if scores is None else scores
     gradients = [weight.gradient_magnitudes for weight in weights if weight.gradient_magnitudes is not None]
     shardings = [weight.sharding for weight in weights]
     counts = [[units.units(count, weight.shape) for count in choice.counts[weight.name]] for weight in weights]
     candidates = Candidates(
-        scores=join([units.scores(values, at) for values, at in zip(scores, shardings, strict=True)]),
+        scores=join(scores),
         active_count=sum(active for active, _ in counts),
         updated_count=sum(updated for _, updated in counts),
         active=lambda: join([units.members(weight.active, weight.sharding) for weight in weights]),
@@ -177,6 +177,7 @@ class Selection:
             counts = (weight.updated_count - weight.active_count, weight.active_count)
             fits = isinstance(chosen, Tensor) and (chosen.dtype, chosen.shape) == (torch.uint8, weight.shape)
             fits = fits and holds_values(chosen) and not bool((chosen > ACTIVE).any())
+            fits = fits and weight.granularity.are_whole(chosen, weight.sharding)
             sizes = tuple(int((chosen == tier).sum()) for tier in (EXPLORING, ACTIVE)) if fits else ()
             if not fits or (sizes != counts and not weight.sizes_vary):
                 raise TopKastError(f"the saved Top-KAST state is damaged: the sets to come of '{name}' don't fit it")

@@ -8,11 +8,11 @@ from typing import Any, Literal, get_args
 
 from lightning_topkast.distribution import DISTRIBUTIONS
 from lightning_topkast.errors import TopKastError
-from lightning_topkast.ops import Operators
+from lightning_topkast.ops import BlockOperators, Operators
 from lightning_topkast.penalty import Penalty
 from lightning_topkast.rule import Exploration, Rule
 from lightning_topkast.schedule import Moment, SparsityRamp
-from lightning_topkast.weights.granularity import Entries, NOfM, granularity_of
+from lightning_topkast.weights.granularity import Blocks, Entries, NOfM, granularity_of
 
 Distribution = Literal["uniform", "erk", "global"]
 Execution = Literal["masked", "packed", "compact", "auto"]
@@ -52,7 +52,7 @@ class Settings:
     keep_last_dense: bool = True
     reset_optimizer_state: bool = True
     execution: Execution = "masked"
-    operators: Operators = "auto"
+    operators: Operators | BlockOperators = "auto"
     strict: bool = False
     seed: int = 0
 
@@ -102,8 +102,8 @@ class Settings:
             self.penalty,
             f"one of {', '.join(get_args(Penalty))} (penalty_strength=0 turns it off)",
         )
-        for name, valid in (("execution", get_args(Execution)), ("operators", get_args(Operators))):
-            _check(getattr(self, name) in valid, name, getattr(self, name), f"one of {', '.join(valid)}")
+        valid = get_args(Execution)
+        _check(self.execution in valid, "execution", self.execution, f"one of {', '.join(valid)}")
         if self.execution != "masked" and not self.reset_optimizer_state:
             raise TopKastError(
                 f"execution='{self.execution}' keeps no optimizer state outside the updated set, so "
@@ -149,6 +149,9 @@ class Settings:
         known = isinstance(self.granularity, str) and granularity_of(self.granularity, sides) is not None
         _check(known, "granularity", self.granularity, "entry, block, or N:M with N below M, such as 2:4")
         units = self.chosen_granularity
+        operators = get_args(BlockOperators if isinstance(units, Blocks) else Operators)
+        valid = f"one of {', '.join(operators)}, with granularity='{self.granularity}'"
+        _check(self.operators in operators, "operators", self.operators, valid)
         if not isinstance(units, NOfM):
             return
         density = units.n / units.m

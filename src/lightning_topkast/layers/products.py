@@ -5,7 +5,6 @@ from typing import cast
 from torch import Tensor
 
 from lightning_topkast.layers.sparse_layer import SparseLayer
-from lightning_topkast.ops import sparse_linear
 
 
 class ProductLayer(SparseLayer):
@@ -16,13 +15,8 @@ class ProductLayer(SparseLayer):
     def _product(self, input: Tensor, name: str, bias: Tensor | None, transposed: bool = False) -> Tensor:
         """The last dimension of `input` times the rows (`transposed`: columns) of the weight `name`, plus `bias`."""
         weight = self.packed_weights[name]
-        packing = weight.packing
-        assert packing.active is not None
-        assert packing.exploring is not None
         values = cast(Tensor, self._parameters[name])
-        # chosen before the model was moved, perhaps to a device that the compiled ones don't run on
-        operators = weight.operators if values.device.type == "cpu" else "torch"
-        return sparse_linear(input, values, bias, packing.active, packing.exploring, operators, transposed)
+        return weight.packing.product(input, values, bias, weight.operators, transposed)
 
 
 class ProductLinear(ProductLayer):

@@ -210,7 +210,7 @@ def _held(
         size = target.shape.numel()
         return Held(shape, dtype, "dense", size, size, size, trains), ""
     active, updated = counts[target.name]
-    kept, obstacle = kept_as(target, active, updated, cast(Execution, execution), settings.operators)
+    kept, obstacle = kept_as(target, active, updated, cast(Execution, execution), settings)
     present = active if settings.stop_exploration_at == 0 else updated  # nothing explores from the first step on
     return Held(shape, dtype, kept, active, updated, present, trains), obstacle
 

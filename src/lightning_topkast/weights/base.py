@@ -9,11 +9,10 @@ from torch import Tensor, nn
 
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.penalty import Penalty
-from lightning_topkast.selection import ACTIVE, EXPLORING
-from lightning_topkast.weights.entries import indices
+from lightning_topkast.selection import ACTIVE
 from lightning_topkast.weights.granularity import Entries
 from lightning_topkast.weights.reparametrised import Reparametrised
-from lightning_topkast.weights.sharding import Sharding
+from lightning_topkast.weights.sharding import Sharding, own_part
 from lightning_topkast.weights.state import problem_with
 
 
@@ -137,12 +136,16 @@ class SparseWeight(ABC):
 
     @abstractmethod
     def magnitudes(self) -> Tensor:
-        """|θ|, contiguous: the scores of the selection, a copy; of a sharded weight this process' part."""
+        """|θ|, contiguous, a copy; of a sharded weight this process' part."""
+
+    def scores(self) -> Tensor:
+        """The units' scores, which the selection goes by; see `Entries.scores`."""
+        return self.granularity.scores(self.magnitudes(), self.sharding)
 
     def snapshot(self) -> Callable[[], Tensor]:
-        """What gives `magnitudes` as they are now, also later and in another thread."""
-        scores = self.magnitudes()
-        return lambda: scores
+        """What gives `scores` as they are now, also later and in another thread."""
+        magnitudes = self.magnitudes()
+        return lambda: self.granularity.scores(magnitudes, self.sharding)
 
     def prepare(self, tiers: Tensor) -> None:  # noqa: B027  most need not
         """Do what can be done in another thread before `apply` takes over these sets."""
@@ -247,6 +250,10 @@ class SparseWeight(ABC):
         problem = problem_with(
             state, self._in_model(), self.active_count, self.updated_count, self.sharding, self.sizes_vary
         )
+        if not problem:
+            tiers = self.sharding.part_of(state["tiers"]).to(own_part(self.parameter).device)
+            if not self.granularity.are_whole(tiers, self.sharding):
+                problem = f"its sets do not consist of whole {self.granularity}s; the file is damaged"
         if problem:
             raise TopKastError(f"the saved Top-KAST state does not fit weight '{self.name}': {problem}")
         saved = state.get("execution", self.execution)
@@ -270,9 +277,8 @@ class SparseWeight(ABC):
         """The weight as the model holds it, dense; of a sharded one this process' part."""
 
     def _order(self) -> Tensor:
-        r"""Flat indices of B in packed order: A's, then those of B\A."""
-        tiers = self.tiers.flatten()
-        return torch.cat([indices(tiers == tier) for tier in (ACTIVE, EXPLORING)])
+        """Flat indices of B in packed order."""
+        return self.granularity.order(self.tiers)
 
     def _counts(self) -> dict[str, Any]:
         return {

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_topkast.penalty import Penalty, penalty_of, shrink_
-from lightning_topkast.selection import ACTIVE, nested_top_k, ranked
+from lightning_topkast.selection import ACTIVE, RESERVOIR, nested_top_k, ranked
 from lightning_topkast.weights.base import SparseWeight
 from lightning_topkast.weights.entries import indices
-from lightning_topkast.weights.packing import Packing
+from lightning_topkast.weights.granularity import Blocks, Entries
+from lightning_topkast.weights.packing import Packing, pack
 from lightning_topkast.weights.sharding import Sharding
 
 
@@ -27,6 +28,7 @@ class PackedWeight(SparseWeight):
         dense: θ, dense; on CPU its memory becomes the host's copy.
         active_count: |A|.
         updated_count: |B| while exploring, at least `active_count`.
+        units: what the sets are made of, which divide the weight.
         products: whether its layer multiplies by it in packed form, else by a dense α that lives as long as autograd
             needs it (`execution` is "packed" or "compact").
         operators: which implementation of the products its layer uses.
@@ -38,6 +40,7 @@ class PackedWeight(SparseWeight):
         dense: nn.Parameter,
         active_count: int,
         updated_count: int,
+        units: Entries,
         products: bool,
         operators: str = "torch",
     ) -> None:
@@ -46,20 +49,25 @@ class PackedWeight(SparseWeight):
         super().__init__(name, values, Sharding(name, dense), active_count, updated_count)
         self.execution = "packed" if products else "compact"
         self.operators = operators
+        self.granularity = units
         # Host memory. θ is up to date on C; on B the parameter has it.
         theta = dense.detach().cpu().contiguous().view(-1)
         owns_all = theta.untyped_storage().nbytes() == theta.nbytes  # a slice would keep all of a larger memory alive
         self._theta = theta if owns_all else theta.clone()
-        # At first everything is active, and nothing is packed: only `apply` chooses.
-        self._tiers = torch.full(dense.shape, ACTIVE, dtype=torch.uint8)
-        self._dormant = torch.zeros(dense.shape, dtype=torch.bool)
-        self._packing = Packing.of(torch.zeros_like(self._tiers), products)
+        # Sets are kept unit by unit. At first everything is active, and nothing is packed: only `apply` chooses.
+        grid = units.grid(dense.shape)
+        self._tiers = torch.full(grid, ACTIVE, dtype=torch.uint8)
+        self._dormant = torch.zeros(grid, dtype=torch.bool)
+        self._packing = pack(torch.zeros_like(self._tiers), self.shape, units, products)
+        self._unit_size = self.size // max(grid.numel(), 1)
+        # The scores of units larger than an entry: few, and those of C stay until a refresh.
+        self._scores = self._scores_of(dense.detach())
         # what a refresh is about to write: tensors and their new content, and the new sets
         self._pending: tuple[list[tuple[Tensor, Tensor]], Tensor, Packing] | None = None
         # sets that `apply` is likely to take over, with their indices
         self._prepared: tuple[Tensor, Packing] | None = None
-        # places that the optimizer's state belongs to, where weights were loaded since
-        self._state_places: Tensor | None = None
+        # units that the optimizer's state belongs to, where weights were loaded since
+        self._state_units: Tensor | None = None
 
     @property
     def packing(self) -> Packing:
@@ -72,7 +80,7 @@ class PackedWeight(SparseWeight):
     @property
     def tiers(self) -> Tensor:
         """uint8 in the weight's shape, on CPU: 0 reservoir, 1 exploring, 2 active."""
-        return self._tiers.clone()
+        return self.granularity.tiers(self._tiers.clone(), self.sharding)
 
     @property
     def active_entries(self) -> Tensor:
@@ -87,7 +95,7 @@ class PackedWeight(SparseWeight):
     @property
     def dormant_entries(self) -> Tensor:
         """Entries of the first reservoir that have never been active, a scalar tensor."""
-        return torch.count_nonzero(self._dormant)
+        return torch.count_nonzero(self._dormant) * self._unit_size
 
     @property
     def is_exploring(self) -> bool:
@@ -109,47 +117,75 @@ class PackedWeight(SparseWeight):
         """|θ|, on CPU in the weight's shape: the scores of the selection."""
         return self.theta().abs_()
 
+    def scores(self) -> Tensor:
+        """The units' scores, on CPU in the shape of their grid."""
+        if self._scores is None:
+            return super().scores()
+        self._note_scores()
+        return self._scores.clone()
+
     def snapshot(self) -> Callable[[], Tensor]:
-        """What gives `magnitudes` as they are now; only B's values are copied, for those of C stay until a refresh."""
+        """What gives `scores` as they are now; only B's values are copied, for those of C stay until a refresh."""
+        if self._scores is not None:
+            scores = self.scores()
+            return lambda: scores
         places, values, theta, shape = self._places(), self._values().clone(), self._theta, self.shape
         return lambda: _with_values(theta, places, values).view(shape).abs_()
 
+    def _note_scores(self) -> None:
+        """Bring the scores of B's units up to date."""
+        if self._scores is not None:
+            assert isinstance(self.granularity, Blocks)
+            self._settle()
+            values = self._as_theta(self.parameter.detach())[: self._packing.updated_count]
+            norms = self.granularity.norms(values.view(-1, self._unit_size))
+            self._scores.view(-1).index_copy_(0, self._units(), norms.cpu())
+
+    def _scores_of(self, theta: Tensor) -> Tensor | None:
+        if not isinstance(self.granularity, Blocks):
+            return None
+        return self.granularity.scores(theta.view(self.shape), self.sharding).cpu()
+
     def prepare(self, tiers: Tensor) -> None:
         """Make the indices of these sets, which takes longer than choosing them."""
-        self._prepared = tiers, Packing.of(tiers, self.execution == "packed")
+        self._prepared = tiers, self._pack(tiers)
 
     def apply(self, tiers: Tensor, state: Sequence[Tensor] = ()) -> None:
         """Take over new sets: values of entries that stay in B are moved, the others come from and go to the host."""
-        self._repack(tiers.cpu(), state)
-
-    def _repack(self, tiers: Tensor, state: Sequence[Tensor]) -> None:
-        places = self._places()
-        self._theta.index_copy_(0, places, self._values())
-        if self.forgets:
-            forgotten = (tiers.flatten() == 0).logical_and_(self._tiers.flatten() != 0)
-            self._theta.masked_fill_(forgotten, 0)
         prepared, self._prepared = self._prepared, None
-        if prepared is not None and prepared[0] is tiers:
-            packing = prepared[1]
-        else:
-            packing = Packing.of(tiers, self.execution == "packed")
-        new_places = packing.indices().long()
-        writes = [(self.parameter.detach(), self._values_at(new_places))]
-        writes += self._moved(state, places if self._state_places is None else self._state_places, new_places)
-        self._state_places = None
-        active = new_places[: packing.active_count]
-        self.promoted = int(torch.count_nonzero(self._tiers.view(-1).index_select(0, active) != ACTIVE))
+        packing = prepared[1] if prepared is not None and prepared[0] is tiers else self._pack(tiers)
+        tiers = self._units_of(tiers)
+        self._note_scores()
+        units = self._units() if self._state_units is None else self._state_units
+        self._theta.index_copy_(0, self._places(), self._values())
+        if self.forgets:
+            forgotten = (tiers == RESERVOIR) & (self._tiers != RESERVOIR)
+            self._theta.masked_fill_(self.granularity.tiers(forgotten, self.sharding).view(-1), 0)
+            if self._scores is not None:
+                self._scores.masked_fill_(forgotten, 0)
+        writes = [(self.parameter.detach(), self._values_at(packing.indices().long()))]
+        writes += self._moved(state, units, _units_of(packing))
+        self._state_units = None
+        active = tiers == ACTIVE
+        self.promoted = int(torch.count_nonzero(active & (self._tiers != ACTIVE))) * self._unit_size
         # All is prepared; writing it twice does no harm, so that an interruption is mended by writing it again.
         self._pending = (writes, tiers, packing)
         self._settle()
-        self._dormant.view(-1).index_fill_(0, active, False)
+        self._dormant &= ~active
+
+    def _pack(self, tiers: Tensor) -> Packing:
+        return pack(self._units_of(tiers), self.shape, self.granularity, self.execution == "packed")
+
+    def _units_of(self, tiers: Tensor) -> Tensor:
+        return self.granularity.units_of(tiers.cpu()).contiguous()
 
     def _moved(self, state: Sequence[Tensor], before: Tensor, after: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Every tensor of the state with its content for new places: moved where an entry stays, zero elsewhere."""
+        """Every tensor of the state with its content for new units: moved where one stays, zero elsewhere."""
         if not state:
             return []
-        # where in the packed values each entry was
-        position = torch.from_numpy(np.full(self.size, -1, dtype=np.int32 if self.size < 2**31 else np.int64))
+        # where among the packed units each was
+        count = self._tiers.numel()
+        position = torch.from_numpy(np.full(count, -1, dtype=np.int32 if count < 2**31 else np.int64))
         position.index_copy_(0, before, torch.arange(before.numel(), dtype=position.dtype))
         source = position.index_select(0, after)
         kept = indices(source >= 0)
@@ -158,7 +194,8 @@ class PackedWeight(SparseWeight):
         for tensor in state:
             on = tensor.device
             moved = torch.zeros_like(tensor)
-            moved.index_copy_(0, kept.to(on), tensor.index_select(0, source.to(on)))
+            by_unit = tensor.view(-1, self._unit_size)
+            moved.view_as(by_unit).index_copy_(0, kept.to(on), by_unit.index_select(0, source.to(on)))
             writes.append((tensor, moved))
         return writes
 
@@ -178,17 +215,23 @@ class PackedWeight(SparseWeight):
 
     def note_first_reservoir(self) -> None:
         """Remember C as it is now, of which `dormant_entries` counts what has not been active since."""
-        self._dormant = self._tiers == 0
-        self.first_reservoir = int(torch.count_nonzero(self._dormant))
+        self._dormant = self._tiers == RESERVOIR
+        self.first_reservoir = int(self.dormant_entries)
 
     def match_layout(self) -> None:
         """Follow the parameter to the device and dtype that the model was moved to."""
         self._packing = self._packing.to(self.parameter.device)
-        self._theta = self._theta.to(self.parameter.dtype)
+        if self._theta.dtype != self.parameter.dtype:
+            self._theta = self._theta.to(self.parameter.dtype)
+            self._scores = self._scores_of(self._theta)
 
     def _places(self) -> Tensor:
         self._settle()
         return self._packing.indices().cpu().long()
+
+    def _units(self) -> Tensor:
+        self._settle()
+        return _units_of(self._packing)
 
     def _values(self) -> Tensor:
         self.match_layout()
@@ -244,9 +287,10 @@ class PackedWeight(SparseWeight):
         """
         if self._packing is not other._packing:
             average = self.theta().view(-1)
-            stayed = ((self._tiers == ACTIVE) & (other._tiers == ACTIVE)).view(-1)
+            stayed = (self.active & other.active).view(-1)
             theta = other.theta().view(-1)
             self._theta = torch.where(stayed, average, theta)
+            self._scores = self._scores_of(self._theta)
             self._tiers, self._packing = other._tiers, other._packing
             self.parameter.detach().copy_(other.parameter.detach())
             count = self._packing.updated_count
@@ -258,8 +302,8 @@ class PackedWeight(SparseWeight):
         """Tiers and reserve (dense, contiguous), on CPU: tensors and primitives only."""
         return {
             "tiers": self.tiers,
-            "reserve": self.theta().masked_fill_(self._tiers == ACTIVE, 0),
-            "dormant": self._dormant.clone(),
+            "reserve": self.theta().masked_fill_(self.active, 0),
+            "dormant": self.granularity.tiers(self._dormant.clone(), self.sharding),
         } | self._counts()
 
     def adopt(self, value: Tensor) -> Tensor:
@@ -277,7 +321,7 @@ class PackedWeight(SparseWeight):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state that `check_state` has accepted; the model already holds the saved α."""
         self._take_over(self.alpha() + state["reserve"].cpu(), state["tiers"].cpu().contiguous().clone())
-        self._dormant = state["dormant"].cpu().contiguous().clone()
+        self._dormant = self._units_of(state["dormant"]).clone()
         self._load_counts(state)
         self.forget_order()
         self.is_open = False
@@ -295,7 +339,7 @@ class PackedWeight(SparseWeight):
         units, sharding, support = self.granularity, self.sharding, alpha != 0
         select = units.selection(sharding)  # refuses what is not finite, also where the sets stay
         first = select(units.scores(alpha.abs(), sharding), (units.units(self.active_count, self.shape),)).bool()
-        if not bool((support & (self._tiers != ACTIVE)).any()):
+        if not bool((support & ~self.active).any()):
             count = self._packing.active_count
             values = alpha.view(-1).index_select(0, self._places()[:count])
             self.parameter.detach()[:count] = values.to(self.parameter)
@@ -308,8 +352,8 @@ class PackedWeight(SparseWeight):
         others = ranked(units.scores(theta.abs(), sharding), ~first)
         chosen = nested_top_k(others, (units.units(exploring, self.shape),)).masked_fill_(first, ACTIVE)
         tiers = units.tiers(chosen, sharding)
-        if self._state_places is None:
-            self._state_places = self._places()
+        if self._state_units is None:
+            self._state_units = self._units()
         self.loads += 1
         self._take_over(theta, tiers)
         self.note_first_reservoir()
@@ -317,25 +361,31 @@ class PackedWeight(SparseWeight):
     @property
     def was_reordered(self) -> bool:
         """Whether sets were loaded since the optimizer's state was last aligned with them."""
-        return self._state_places is not None
+        return self._state_units is not None
 
     def realign(self, state: Sequence[Tensor]) -> None:
         """Give the optimizer's state the order of the sets that were loaded since it was last aligned."""
-        if self._state_places is not None:
-            before, self._state_places = self._state_places, None
-            for tensor, content in self._moved(state, before, self._places()):
+        if self._state_units is not None:
+            before, self._state_units = self._state_units, None
+            for tensor, content in self._moved(state, before, self._units()):
                 tensor.copy_(content)
 
     def forget_order(self) -> None:
         """The optimizer's state, if any, belongs to the present sets."""
-        self._state_places = None
+        self._state_units = None
 
     def _take_over(self, theta: Tensor, tiers: Tensor) -> None:
         self._theta = theta.to(self._theta.dtype).contiguous().clone().view(-1)
-        packing = Packing.of(tiers, self.execution == "packed")
+        self._scores = self._scores_of(self._theta)
+        packing = self._pack(tiers)
         values = self._values_at(packing.indices().long())
-        self._pending = ([(self.parameter.detach(), values)], tiers, packing)
+        self._pending = ([(self.parameter.detach(), values)], self._units_of(tiers).clone(), packing)
         self._settle()
+
+
+def _units_of(packing: Packing) -> Tensor:
+    """Where in the grid its units are."""
+    return packing.indices().cpu().long() if packing.units is None else packing.units
 
 
 def _with_values(theta: Tensor, places: Tensor, values: Tensor) -> Tensor:

@@ -1,19 +1,22 @@
-"""Which entries of a weight its packed values are."""
+"""Which entries of a weight its packed values are, and products by them."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_topkast.ops import Pattern
+from lightning_topkast.errors import TopKastError
+from lightning_topkast.ops import BlockPattern, Pattern, block_sparse_linear, choose_block_operators, sparse_linear
 from lightning_topkast.selection import ACTIVE, EXPLORING
+from lightning_topkast.weights.entries import indices
+from lightning_topkast.weights.granularity import Blocks, Entries
 
 
 @dataclass(frozen=True, eq=False)
-class Packing:
-    r"""The places of packed values: first A's, then those of B\A, each in row-major order of the weight.
+class Packing(ABC):
+    r"""The places of packed values: first A's, then those of B\A; see `Entries.order`.
 
     It never changes; a refresh makes a new one. Values beyond the places, once exploration has stopped, stay zero.
 
@@ -21,67 +24,172 @@ class Packing:
         shape: the weight's own shape.
         active_count: |A|.
         updated_count: |B|.
-        entries: flat indices of B, for weights that operators want whole.
-        active: A as a sparse matrix, for weights that are multiplied by in packed form.
-        exploring: B\A, likewise.
+        units: where in the grid B's units are, in that order, on CPU; None where entries are the units.
     """
 
     shape: torch.Size
     active_count: int
     updated_count: int
-    entries: Tensor | None = None
-    active: Pattern | None = None
-    exploring: Pattern | None = None
-
-    @classmethod
-    def of(cls, tiers: Tensor, products: bool) -> "Packing":
-        """Pack by `tiers` (uint8, on CPU); with `products` as sparse matrices whose rows are the first dimension."""
-        flat = tiers.numpy().reshape(-1)
-        active, exploring = (np.flatnonzero(flat == tier) for tier in (ACTIVE, EXPLORING))
-        counts = active.size, active.size + exploring.size
-        if not products:
-            narrow = np.int32 if flat.size <= np.iinfo(np.int32).max else np.int64
-            entries = torch.from_numpy(np.concatenate([active, exploring]).astype(narrow))
-            return cls(tiers.shape, *counts, entries=entries)
-        matrix = (tiers.shape[0], flat.size // tiers.shape[0])
-        return cls(
-            tiers.shape,
-            *counts,
-            active=Pattern.from_flat(torch.from_numpy(active), matrix),
-            exploring=Pattern.from_flat(torch.from_numpy(exploring), matrix, transpose=False),
-        )
+    units: Tensor | None
 
     @property
+    @abstractmethod
     def device(self) -> torch.device:
         """Where its indices are."""
-        return self.entries.device if self.entries is not None else self.active.col.device  # type: ignore[union-attr]
 
     @property
+    @abstractmethod
     def nbytes(self) -> int:
         """Bytes that its indices take."""
-        return sum(part.nbytes for part in (self.entries, self.active, self.exploring) if part is not None)
 
+    @abstractmethod
     def to(self, device: torch.device) -> "Packing":
         """The same on another device."""
-        if device == self.device:
-            return self
-        moved = {
-            name: part.to(device)
-            for name in ("entries", "active", "exploring")
-            if (part := getattr(self, name)) is not None
-        }
-        return replace(self, **moved)
 
+    @abstractmethod
     def indices(self) -> Tensor:
         """Flat indices of the packed values."""
-        if self.entries is not None:
-            return self.entries
-        return torch.cat([_flat_indices(pattern) for pattern in (self.active, self.exploring) if pattern is not None])
+
+    def product(self, input: Tensor, values: Tensor, bias: Tensor | None, operators: str, transposed: bool) -> Tensor:
+        """The last dimension of `input` times the rows (`transposed`: columns) of A, plus `bias`."""
+        raise TopKastError("these packed values are of a weight that its layer wants whole")
 
     def unpack(self, values: Tensor) -> Tensor:
         """α, dense, in the weight's shape; differentiable, with a gradient for all of B."""
         dense: Tensor = _Unpack.apply(values, self)  # type: ignore[no-untyped-call]
         return dense
+
+
+@dataclass(frozen=True, eq=False)
+class Listed(Packing):
+    """Of a weight that its layer wants whole.
+
+    Args:
+        entries: flat indices.
+    """
+
+    entries: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        """Where its indices are."""
+        return self.entries.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that its indices take."""
+        return self.entries.nbytes
+
+    def to(self, device: torch.device) -> "Listed":
+        """The same on another device."""
+        if device == self.device:
+            return self
+        return replace(self, entries=self.entries.to(device))
+
+    def indices(self) -> Tensor:
+        """Flat indices of the packed values."""
+        return self.entries
+
+
+@dataclass(frozen=True, eq=False)
+class InRows(Packing):
+    r"""Of a weight that is multiplied by entry by entry.
+
+    Args:
+        active: A as a sparse matrix.
+        exploring: B\A, likewise.
+    """
+
+    active: Pattern
+    exploring: Pattern
+
+    @property
+    def device(self) -> torch.device:
+        """Where its indices are."""
+        return self.active.col.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that its indices take."""
+        return self.active.nbytes + self.exploring.nbytes
+
+    def to(self, device: torch.device) -> "InRows":
+        """The same on another device."""
+        if device == self.device:
+            return self
+        return replace(self, active=self.active.to(device), exploring=self.exploring.to(device))
+
+    def indices(self) -> Tensor:
+        """Flat indices of the packed values."""
+        return torch.cat([_flat_indices(pattern) for pattern in (self.active, self.exploring)])
+
+    def product(self, input: Tensor, values: Tensor, bias: Tensor | None, operators: str, transposed: bool) -> Tensor:
+        """The last dimension of `input` times the rows (`transposed`: columns) of A, plus `bias`."""
+        # chosen before the model was moved, perhaps to a device that the compiled ones don't run on
+        operators = operators if values.device.type == "cpu" else "torch"
+        return sparse_linear(input, values, bias, self.active, self.exploring, operators, transposed)
+
+
+@dataclass(frozen=True, eq=False)
+class InBlocks(Packing):
+    """Of a weight that is multiplied by block by block.
+
+    Args:
+        pattern: where the blocks are.
+    """
+
+    pattern: BlockPattern
+
+    @property
+    def device(self) -> torch.device:
+        """Where its indices are."""
+        return self.pattern.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that its indices take."""
+        return self.pattern.nbytes
+
+    def to(self, device: torch.device) -> "InBlocks":
+        """The same on another device."""
+        if device == self.device:
+            return self
+        return replace(self, pattern=self.pattern.to(device))
+
+    def indices(self) -> Tensor:
+        """Flat indices of the packed values."""
+        return self.pattern.flat_indices()
+
+    def product(self, input: Tensor, values: Tensor, bias: Tensor | None, operators: str, transposed: bool) -> Tensor:
+        """The last dimension of `input` times the rows (`transposed`: columns) of A, plus `bias`."""
+        block = self.pattern.block_shape
+        chosen = choose_block_operators(operators, values.device, block, values.dtype)
+        return block_sparse_linear(
+            input, values.view(-1, *block), bias, self.pattern, chosen, **({"transposed": True} if transposed else {})
+        )
+
+
+def pack(tiers: Tensor, shape: torch.Size, units: Entries, products: bool) -> Packing:
+    """The places for these sets.
+
+    Args:
+        tiers: uint8, on CPU, in the shape of the weight's grid of units.
+        shape: of the weight.
+        units: what the sets are made of, which divide the weight.
+        products: whether its layer multiplies by the packed values, with the first dimension as rows.
+    """
+    grid = tiers.reshape(-1)
+    active, exploring = (indices(grid == tier) for tier in (ACTIVE, EXPLORING))
+    size = shape.numel() // max(grid.numel(), 1)
+    both = torch.cat([active, exploring])
+    sets = (shape, active.numel() * size, both.numel() * size, both if size > 1 else None)
+    if not products:
+        narrow = torch.int32 if shape.numel() <= torch.iinfo(torch.int32).max else torch.int64
+        return Listed(*sets, units.entries(both, shape).to(narrow))
+    if isinstance(units, Blocks):
+        return InBlocks(*sets, BlockPattern.from_tiers(tiers.reshape(len(tiers), -1), (units.outputs, units.inputs)))
+    matrix = (shape[0], shape.numel() // max(shape[0], 1))
+    return InRows(*sets, Pattern.from_flat(active, matrix), Pattern.from_flat(exploring, matrix, transpose=False))
 
 
 def _flat_indices(pattern: Pattern) -> Tensor:

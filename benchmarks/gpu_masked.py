@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.optim import SGD, Adam
 
 from lightning_topkast import TopKast
+from lightning_topkast.weights.granularity import Blocks
 
 FORWARD, BACKWARD, EVERY = 0.9, 0.8, 100
 GRANULARITIES: dict[str, dict[str, Any]] = {
@@ -130,6 +131,7 @@ def measure_steps(size: StepSize, device: torch.device) -> Iterator[Row]:
     row["refresh %"] = 100 * row["refresh ms"] / size.every / dense_ms
     row["weights"] = len(topkast.weights)
     torch.backends.cudnn.benchmark = was_benchmarking
+    assert topkast.is_intact, "a parameter is not zero outside its active set"
     yield row
 
 
@@ -197,6 +199,8 @@ def refresh_row(model: nn.Module, options: dict[str, Any], rounds: int, device: 
         changed = [int((old != weight.tiers).sum()) for old, weight in zip(before, weights, strict=True)]
         moved.append(100 * sum(changed) / entries)
         del before
+    check(weights[0])
+    assert topkast.is_intact, "a parameter is not zero outside its active set"
     return {
         "weights": len(weights),
         "entries": entries,
@@ -213,6 +217,15 @@ def choose(weight: Any) -> torch.Tensor:
     counts = [units.units(count, weight.shape) for count in (weight.updated_count, weight.active_count)]
     chosen = units.selection(weight.sharding)(units.scores(weight.magnitudes(), weight.sharding), counts)
     return units.tiers(chosen, weight.sharding)
+
+
+def check(weight: Any) -> None:
+    """See that the sets are those that the CPU chooses."""
+    if isinstance(weight.granularity, Blocks):
+        return  # the order of a norm's sum is the device's own
+    scores, counts = weight.magnitudes().cpu(), (weight.updated_count, weight.active_count)
+    expected = weight.granularity.selection(weight.sharding)(scores, counts)
+    assert torch.equal(weight.tiers.cpu(), expected), "the CPU chooses other sets"
 
 
 def refresh_aims(rows: list[Row]) -> list[Row]:

@@ -27,14 +27,13 @@ class Clock:
         return self._between_events(call, 0)[0]
 
     def queued(self, call: Call) -> float:
-        """With all of it launched before the device begins: it sleeps until then."""
-        if not self.on_gpu:
-            return self.wall(call)
-        while True:
+        """With all of it launched before the device begins: it sleeps until then. In vain if the call waits for it."""
+        while self.on_gpu and self._ahead <= _LONGEST:
             ms, was_late = self._between_events(call, self._ahead)
-            if not was_late or self._ahead >= _LONGEST:
+            if not was_late:
                 return ms
             self._ahead *= 2
+        return self.eager(call)
 
     def wall(self, call: Call) -> float:
         """Until the device is done, the host's own work included."""
@@ -73,10 +72,10 @@ def medians(calls: dict[str, Call], device: torch.device, rounds: int, queued: b
         except Exception as error:  # a rival may fail in any way
             print(f"{name} failed: {in_a_line(error)}", file=sys.stderr)
     times: dict[str, list[float]] = {name: [] for name in usable}
-    clock = Clock(device)
+    clocks = {name: Clock(device) for name in usable}  # each finds out how long its call takes to launch
     for _ in range(rounds):
         for name, call in usable.items():
-            times[name].append(clock.queued(call) if queued else clock.eager(call))
+            times[name].append(clocks[name].queued(call) if queued else clocks[name].eager(call))
     return {name: median(several) for name, several in times.items()}
 
 

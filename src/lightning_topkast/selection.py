@@ -178,7 +178,7 @@ def _tiers_torch(scores: Tensor, counts: Sequence[int]) -> Tensor:
         raise NonFiniteScoresError("scores must be finite")
     size, sample = scores.numel(), None
     if size > 4 * SAMPLE:
-        sample = torch.sort(scores[:: _stride(size)]).values
+        sample = torch.sort(scores[:: _stride(size)]).values.cpu()  # so that bounds are plain numbers to the device
     tiers = torch.zeros_like(scores, dtype=torch.uint8)
     for count in counts:
         if count:

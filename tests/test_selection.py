@@ -75,21 +75,49 @@ def test_selection_equals_sorting_whatever_the_ties(data):
     )
 
 
+@pytest.mark.parametrize("select", [nested_top_k, device_path])
+@pytest.mark.parametrize("counts", [(200_001, 100_003), (1 << 20, 1), ((1 << 20) - 1, 0)])
 @pytest.mark.parametrize(
-    "kind", ["random", "ascending", "sampled entries are the smallest", "sampled entries are the largest"]
-)
-def test_a_large_weight_is_selected_exactly_whatever_its_sample_says(kind):
-    size, updated, active = 1 << 20, 200_001, 100_003
+    "kind",
+    ["random", "ascending", "sampled entries are the smallest", "sampled entries are the largest", "all alike",
+     "mostly zeros", "few levels"],
+)  # fmt: skip
+def test_a_large_weight_is_selected_exactly_whatever_its_sample_says(kind, counts, select):
+    size, (updated, active) = 1 << 20, counts
     scores = torch.rand(size, generator=torch.Generator().manual_seed(0))
     if kind == "ascending":
         scores = scores.sort().values
     elif kind.startswith("sampled"):
         scores[:: size // SAMPLE | 1] = 0.0 if "smallest" in kind else 2.0
+    elif kind == "all alike":
+        scores = torch.full((size,), 0.5)
+    elif kind == "mostly zeros":
+        scores[scores < 0.95] = 0.0
+    elif kind == "few levels":
+        scores = (scores * 7).floor() / 7
     order = torch.sort(scores, descending=True, stable=True).indices  # stable: ties to the lowest index
     expected = torch.zeros(size, dtype=torch.uint8)
     expected[order[:updated]] += 1
     expected[order[:active]] += 1
-    assert torch.equal(nested_top_k(scores, (updated, active)), expected)
+    assert torch.equal(select(scores, counts), expected)
+
+
+@pytest.mark.parametrize("select", [nested_top_k, device_path])
+@pytest.mark.parametrize("size", [6, 1 << 20])
+def test_a_minus_zero_ties_with_zero(select, size):
+    scores = torch.zeros(size)
+    scores[::2] = -0.0
+    assert torch.equal(select(scores, (4, 3)).nonzero().flatten(), torch.arange(4))
+
+
+@pytest.mark.parametrize("select", [nested_top_k, device_path])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_found_wherever_it_is_in_a_large_weight(select, bad):
+    for place in (0, 77_777, (1 << 20) - 1):
+        scores = torch.rand(1 << 20)
+        scores[place] = bad
+        with pytest.raises(NonFiniteScoresError):
+            select(scores, (200_000, 100_000))
 
 
 def test_a_bfloat16_weight_with_a_thousand_ties_at_the_threshold_is_exact():

@@ -6,6 +6,7 @@ A *tier* counts the nested sets an entry belongs to. With the counts of B and A:
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -123,12 +124,20 @@ def _bracket(scores: np.ndarray, count: int) -> tuple[float, float]:
     """Bounds that very likely enclose the `count`-th largest score and few others, from a sample."""
     if scores.size <= 4 * SAMPLE:
         return EVERYTHING
-    # an odd stride, so that it meets every column of the usual widths
-    sample = np.sort(scores[:: scores.size // SAMPLE | 1])
-    below = 1 - count / scores.size
-    margin = 4 * math.sqrt(sample.size * below * (1 - below)) + 1  # four standard deviations of the rank
-    low, high = math.floor(sample.size * below - margin), math.ceil(sample.size * below + margin)
-    return sample[low] if low >= 0 else -math.inf, sample[high] if high < sample.size else math.inf
+    return _around(np.sort(scores[:: _stride(scores.size)]), count / scores.size)
+
+
+def _stride(size: int) -> int:
+    """Of the sample: odd, so that it meets every column of the usual widths."""
+    return size // SAMPLE | 1
+
+
+def _around(sample: Any, share: float) -> tuple[Any, Any]:
+    """Of a sorted sample, bounds that very likely enclose the threshold above which this share of all scores lies."""
+    below, size = 1 - share, len(sample)
+    margin = 4 * math.sqrt(size * below * (1 - below)) + 1  # four standard deviations of the rank
+    low, high = math.floor(size * below - margin), math.ceil(size * below + margin)
+    return sample[low] if low >= 0 else -math.inf, sample[high] if high < size else math.inf
 
 
 def scan(scores: np.ndarray, brackets: Sequence[tuple[float, float]]) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -161,16 +170,29 @@ def _largest(scores: np.ndarray, candidates: np.ndarray, count: int) -> np.ndarr
 
 
 def _tiers_torch(scores: Tensor, counts: Sequence[int]) -> Tensor:
-    """`nested_top_k` of flat scores on any device, without a synchronisation but the check for finiteness."""
-    if not bool(torch.isfinite(scores).all()):
+    """`nested_top_k` of flat scores on any device, in the same way, by as few passes and synchronisations as it takes.
+
+    `torch.topk` would sort them all where so many are wanted.
+    """
+    if not bool(torch.isfinite(torch.stack(torch.aminmax(scores))).all()):  # NaN is the smallest and the largest
         raise NonFiniteScoresError("scores must be finite")
+    size, sample = scores.numel(), None
+    if size > 4 * SAMPLE:
+        sample = torch.sort(scores[:: _stride(size)]).values.cpu()  # so that bounds are plain numbers to the device
     tiers = torch.zeros_like(scores, dtype=torch.uint8)
     for count in counts:
-        if count == 0:
-            continue
-        threshold = torch.topk(scores, count, sorted=False).values.min()
-        greater = scores > threshold
-        tied = scores == threshold
-        within = torch.cumsum(tied, dim=0, dtype=torch.int64) <= count - greater.sum()
-        tiers += greater | (tied & within)
+        if count:
+            tiers += _chosen_torch(scores, count, *(EVERYTHING if sample is None else _around(sample, count / size)))
     return tiers
+
+
+def _chosen_torch(scores: Tensor, count: int, low: float | Tensor, high: float | Tensor) -> Tensor:
+    """Which are the `count` largest, bool; quick if `low` and `high` enclose the smallest of them and few others."""
+    chosen = scores > high
+    candidates = torch.nonzero((scores >= low).logical_xor_(chosen)).squeeze(1)
+    missing = count - int(torch.count_nonzero(chosen))
+    if not 0 <= missing <= candidates.numel():
+        return _chosen_torch(scores, count, *EVERYTHING)  # the sample misled
+    # stable: ties to the lowest index; + 0.0, since a minus zero would come behind zeros that it ties with
+    order = torch.sort(scores[candidates] + 0.0, descending=True, stable=True).indices
+    return chosen.index_fill_(0, candidates[order[:missing]], True)

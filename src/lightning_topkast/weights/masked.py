@@ -131,8 +131,11 @@ class MaskedWeight(SparseWeight):
         changed = indices(new != old)
         before, after = old.index_select(0, changed), new.index_select(0, changed)
         promoted, demoted = where(changed, after == ACTIVE), where(changed, before == ACTIVE)
-        stayed = where(self._exploring, new.index_select(0, self._exploring) == EXPLORING)
-        exploring = merged(stayed, where(changed, after == EXPLORING))
+        if new.device.type == "cpu":
+            stayed = where(self._exploring, new.index_select(0, self._exploring) == EXPLORING)
+            exploring = merged(stayed, where(changed, after == EXPLORING))
+        else:
+            exploring = indices(new == EXPLORING)
         mask = -(after != RESERVOIR).to(torch.int8)
         alpha, reserve = flat(self._alpha), flat(self._reserve)
 

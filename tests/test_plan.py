@@ -68,7 +68,12 @@ def measured(model: nn.Module, topkast: TopKast, optimizer: torch.optim.Optimize
         "masks": sum(weight._mask.nbytes + weight._dormant.nbytes for weight in masked),
         "reserve": sum(weight._reserve.nbytes for weight in masked),
         "indices": sum(weight._exploring.nbytes for weight in masked) + sum(weight.packing.nbytes for weight in packed),
-        "host": sum(weight._theta.nbytes + weight._tiers.nbytes + weight._dormant.nbytes for weight in packed),
+        "host": sum(
+            tensor.nbytes
+            for weight in packed
+            for tensor in (weight._theta, weight._tiers, weight._dormant, weight._scores, weight.packing.units)
+            if tensor is not None
+        ),
     }
 
 
@@ -87,9 +92,10 @@ def measured(model: nn.Module, topkast: TopKast, optimizer: torch.optim.Optimize
         ("auto", torch.optim.Adam, torch.float32),
     ],
 )
-def test_planned_bytes_are_those_that_training_holds(execution, optimizer, dtype):
+@pytest.mark.parametrize("units", [{}, {"granularity": "block", "block_shape": (2, 4)}], ids=["entry", "block"])
+def test_planned_bytes_are_those_that_training_holds(execution, optimizer, dtype, units):
     model = Mixed().to(dtype)
-    topkast = TopKast(model, execution=execution, update_every=2, **SPARSITY)
+    topkast = TopKast(model, execution=execution, update_every=2, **SPARSITY, **units)
     trained = optimizer(model.parameters(), lr=0.01)
     topkast.attach(trained)
     for _ in range(3):  # with a refresh between
@@ -97,7 +103,7 @@ def test_planned_bytes_are_those_that_training_holds(execution, optimizer, dtype
         model(torch.randn(IMAGES, dtype=dtype)).float().square().mean().backward()
         trained.step()
 
-    planned = plan_of(Mixed, IMAGES, optimizer=optimizer, dtype=dtype, execution=execution).bytes
+    planned = plan_of(Mixed, IMAGES, optimizer=optimizer, dtype=dtype, execution=execution, **units).bytes
     for kind, true in measured(model, topkast, trained).items():
         assert getattr(planned, kind) == true, kind
 

@@ -174,7 +174,9 @@ def _tiers_torch(scores: Tensor, counts: Sequence[int]) -> Tensor:
 
     `torch.topk` would sort them all where so many are wanted.
     """
-    if not bool(torch.isfinite(torch.stack(torch.aminmax(scores))).all()):  # NaN is the smallest and the largest
+    if scores.numel() and not bool(
+        torch.isfinite(torch.stack(torch.aminmax(scores))).all()
+    ):  # NaN is the smallest and the largest
         raise NonFiniteScoresError("scores must be finite")
     size, sample = scores.numel(), None
     if size > 4 * SAMPLE:

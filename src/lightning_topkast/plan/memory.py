@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.settings import AllReduce
+from lightning_topkast.weights.granularity import Blocks, Entries
 
 Strategy = Literal["single", "ddp", "fsdp2"]
 
@@ -86,6 +87,7 @@ class Held:
         updated: |B| while exploring, which is the size of a packed parameter.
         present: |B| at present, |A| once exploration has stopped.
         trains: whether it requires a gradient.
+        units: what its sets are made of.
     """
 
     shape: tuple[int, ...]
@@ -95,6 +97,7 @@ class Held:
     updated: int
     present: int
     trains: bool = True
+    units: Entries = Entries()
 
     @property
     def packs(self) -> bool:
@@ -166,7 +169,7 @@ def bytes_of(held: Held, optimizer: OptimizerState, parallel: Parallel) -> Bytes
             indices += held.present  # B's, which the communication hook keeps
         found += Bytes(masks=2 * entries, reserve=entries * itemsize, indices=_INT64 * indices)
     elif held.packs:
-        found += Bytes(indices=_packing(held), host=(itemsize + 2) * prod(held.shape))
+        found += Bytes(indices=_packing(held), host=itemsize * prod(held.shape) + _sets(held))
     return found + _traffic(held, parallel)
 
 
@@ -178,11 +181,24 @@ def _shard(shape: tuple[int, ...], parallel: Parallel) -> tuple[int, ...]:
 
 
 def _packing(held: Held) -> int:
-    """Bytes of a `Packing`: two `Pattern`s, of which A's has a transpose, or flat indices."""
+    """Bytes of a `Packing`: flat indices; blocks along the grid; or two `Pattern`s, of which A's has a transpose."""
     if held.execution == "compact":
         return held.present * (_INT32 if prod(held.shape) <= _LARGEST_INT32 else _INT64)
+    if isinstance(held.units, Blocks):
+        rows, columns = held.units.grid(torch.Size(held.shape))[:2]
+        blocks = (held.active + held.present) // (held.units.outputs * held.units.inputs)
+        return _INT32 * (4 * blocks + 4 * rows + 2 * columns + 3)
     rows, columns = held.shape[0], prod(held.shape[1:])
     return _INT32 * (2 * (rows + 1) + (columns + 1) + 3 * held.active + (held.present - held.active))
+
+
+def _sets(held: Held) -> int:
+    """Bytes of the sets, and of what is kept of blocks beside them: their scores, and which are in B."""
+    units = prod(held.units.grid(torch.Size(held.shape)))
+    if not isinstance(held.units, Blocks):
+        return 2 * units
+    score = torch.promote_types(held.dtype, torch.float32).itemsize
+    return (2 + score) * units + _INT64 * held.present * units // prod(held.shape)
 
 
 def _traffic(held: Held, parallel: Parallel) -> Bytes:

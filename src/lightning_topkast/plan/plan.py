@@ -212,7 +212,7 @@ def _held(
     active, updated = counts[target.name]
     kept, obstacle = kept_as(target, active, updated, cast(Execution, execution), settings)
     present = active if settings.stop_exploration_at == 0 else updated  # nothing explores from the first step on
-    return Held(shape, dtype, kept, active, updated, present, trains), obstacle
+    return Held(shape, dtype, kept, active, updated, present, trains, settings.chosen_granularity), obstacle
 
 
 def _layer(

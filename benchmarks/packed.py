@@ -44,6 +44,12 @@ VARIANTS = {
     "packed, torch": {"execution": "packed", "operators": "torch"},
     "packed, compiled": {"execution": "packed", "operators": "compiled"},
 }
+IN_BLOCKS: dict[str, dict[str, Any]] = {
+    f"packed, blocks of {side}": {
+        "execution": "packed", "operators": "torch", "granularity": "block", "block_shape": (side, side)
+    }
+    for side in (16, 32, 64)
+}  # fmt: skip
 
 
 @dataclass
@@ -72,7 +78,7 @@ class Training:
             self.model = case.build()
         if variant not in ("dense", "sparselab"):
             ends = case.keep_ends_dense
-            options: dict[str, Any] = VARIANTS.get(variant) or {"execution": variant}
+            options: dict[str, Any] = (VARIANTS | IN_BLOCKS).get(variant) or {"execution": variant}
             self.topkast = TopKast(self.model, *case.pair, keep_first_dense=ends, keep_last_dense=ends, **options)
         self.optimizer = OPTIMIZERS[case.optimizer](self.model.parameters())
         if self.topkast is not None:
@@ -182,6 +188,18 @@ def cases(quick: bool, only: list[str]) -> Iterator[Case]:
                             pair,
                             rounds=3 if quick else {1024: 15, 2048: 9, 4096: 3}[width],
                         )
+    if "blocks" in only:
+        for width in (512,) if quick else (1024, 2048, 4096):
+            for pair in PAIRS[1:3] if quick else PAIRS:
+                yield Case(
+                    f"MLP 4 × {width}, batch 128",
+                    lambda width=width: mlp(width),  # type: ignore[misc]
+                    lambda width=width: (torch.randn(128, width), torch.randn(128, width)),  # type: ignore[misc]
+                    "Adam",
+                    pair,
+                    3 if quick else {1024: 15, 2048: 9, 4096: 3}[width],
+                    ["packed, compiled", *IN_BLOCKS],
+                )
     if "transformer" in only:
         width, time, size = (32, 8, 2) if quick else (1024, 128, 4)
         for optimizer in ("SGD", "Adam"):
@@ -346,7 +364,7 @@ def plot(rows: list[Row], path: Path) -> None:
 
 
 def main() -> None:
-    sections = ["MLP", "transformer", "compact", "sparselab", "refresh", "peak"]
+    sections = ["MLP", "blocks", "transformer", "compact", "sparselab", "refresh", "peak"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny networks and few steps: shows that it runs, no more")
     parser.add_argument("--only", nargs="+", choices=sections, default=sections, help="sections")

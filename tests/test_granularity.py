@@ -1,6 +1,8 @@
 """Sets of blocks and of n in m neighbours: what is chosen, how many, and that the method holds for them."""
 
+import copy
 import itertools
+import math
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 from lightning_topkast import NonFiniteWeightError, TopKast, TopKastError
 from lightning_topkast.baselines import SET, GradualPruning, RigL, Static
 from lightning_topkast.weights.granularity import Blocks, NOfM
+from lightning_topkast.weights.packing import pack
 from lightning_topkast.weights.sharding import Sharding
 from tests.helpers import MIDDLE, fit, make_callback, make_net, make_trainer
 
@@ -157,6 +160,85 @@ def test_packed_blocks_train_as_masked_ones(execution):
     assert torch.allclose(masked.theta(), packed.theta(), atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("shape", "block"), [((6, 8), (3, 4)), ((12,), (5, 4)), ((4, 6, 3), (2, 3)), ((4, 4, 3, 2), (4, 1))]
+)
+def test_packed_order_is_block_by_block(shape, block):
+    units = Blocks(*block)
+    blocks = blocks_of(shape, *block)
+    tiers = torch.randint(3, (len(blocks),), dtype=torch.uint8)
+    dense, expected = torch.empty(shape, dtype=torch.uint8), []
+    places = torch.arange(dense.numel()).view(shape)
+    for tier, where in zip(tiers, blocks, strict=True):
+        dense[where] = tier
+    for wanted in (2, 1):
+        expected += [places[where].flatten() for tier, where in zip(tiers, blocks, strict=True) if tier == wanted]
+    assert torch.equal(units.order(dense), torch.cat(expected))
+    for products in (False, True) if len(shape) == 2 else (False,):
+        packing = pack(tiers.view(units.grid(dense.shape)), dense.shape, units, products)
+        assert torch.equal(packing.indices(), torch.cat(expected))
+        counts = int((tiers == 2).sum()) * math.prod(block[-len(shape) :]), len(torch.cat(expected))
+        assert (packing.active_count, packing.updated_count) == counts
+
+
+@pytest.mark.parametrize("execution", ["packed", "compact"])
+@pytest.mark.parametrize("options", [{}, {"refresh_delay": 2}, {"rule": SET(0.5), "backward_sparsity": 0.75}], ids=str)
+def test_scores_that_are_kept_are_those_of_the_weights(execution, options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4))
+    settings = {"forward_sparsity": 0.75, "backward_sparsity": 0.5, "update_every": 4, "operators": "torch"} | options
+    topkast = TopKast(model, granularity="block", block_shape=(4, 2), execution=execution, **settings)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    topkast.attach(optimizer)
+    weight = topkast.weights["2.weight"]
+
+    def agree() -> bool:
+        return torch.equal(weight.scores(), weight.granularity.scores(weight.theta(), weight.sharding))
+
+    for step in range(15):
+        optimizer.zero_grad()
+        model(torch.randn(5, 8, generator=torch.Generator().manual_seed(step))).square().mean().backward()
+        optimizer.step()
+        assert agree(), step
+    assert topkast.refresh_count == 3
+    model.load_state_dict({name: torch.randn_like(value) for name, value in model.state_dict().items()})
+    assert agree()
+    model.bfloat16()
+    assert agree()
+    topkast.refresh()
+    assert agree()
+
+
+@pytest.mark.parametrize("execution", ["masked", "packed"])
+def test_a_state_whose_sets_cut_through_blocks_is_refused(execution):
+    def build():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4))
+        settings = {"granularity": "block", "block_shape": (4, 2), "update_every": 2, "refresh_delay": 1}
+        topkast = TopKast(model, 0.75, 0.5, execution=execution, operators="torch", **settings)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        topkast.attach(optimizer)
+        for _ in range(2):
+            model(torch.ones(1, 8)).sum().backward()
+            optimizer.step()
+        return model, topkast
+
+    model, topkast = build()
+    state, other = topkast.state_dict(), build()
+    other[0].load_state_dict(model.state_dict())
+    other[1].load_state_dict(state)
+    for damage, message in (
+        (lambda s: s["weights"]["1.weight"]["tiers"], "do not consist of whole 4×2 blocks"),
+        (lambda s: s["selections"][0]["tiers"]["1.weight"], "sets to come of '1.weight'"),
+    ):
+        damaged = copy.deepcopy(state)
+        tiers = damage(damaged)
+        here, there = (tiers == 0).nonzero()[0], (tiers == 1).nonzero()[0]
+        tiers[tuple(here)], tiers[tuple(there)] = 1, 0
+        with pytest.raises(TopKastError, match=message):
+            build()[1].load_state_dict(damaged)
+
+
 def test_packed_blocks_must_divide_the_weight():
     model = nn.Sequential(nn.Linear(8, 10), nn.Linear(10, 10), nn.Linear(10, 4))
     with pytest.raises(TopKastError, match=r"'1.weight' of shape \(10, 10\) is no multiple of the 4×4 block"):
@@ -235,6 +317,11 @@ def test_the_start_up_table_says_what_the_sets_are_made_of():
         ({"block_shape": 32}, "block_shape=32 is not valid: expected two ints"),
         ({"block_shape": (0, 4)}, "block_shape=.0, 4. is not valid"),
         ({"block_shape": (4, True)}, "is not valid"),
+        (
+            {"granularity": "block", "operators": "compiled"},
+            "expected one of auto, torch, triton, with granularity='block'",
+        ),
+        ({"operators": "triton"}, "expected one of auto, torch, compiled, with granularity='entry'"),
         ({"granularity": "2:4"}, "expected forward_sparsity=0.5, got 0.75"),
         ({"granularity": "1:4", "overrides": {"*": {"forward_sparsity": 0.5}}}, r"in overrides\['\*'\], got 0.5"),
         ({"granularity": "1:4", "exploration": "random"}, "needs exploration=magnitude, got random"),

@@ -559,7 +559,10 @@ def test_saving_in_the_middle_of_a_refresh_is_whole():
             return None
         if event == "line":
             sys.settrace(None)
-            saved.append(weight.state_dict()["reserve"] + weight.alpha())
+            state = weight.state_dict()
+            assert not state["reserve"][state["tiers"] == 2].any()
+            assert not state["dormant"][state["tiers"] == 2].any()
+            saved.append(state["reserve"] + weight.alpha())
             sys.settrace(trace)
         return trace
 

@@ -1,7 +1,7 @@
 """Bytes that a parameter takes on a device and sends a step: `weights/` and `ops/pattern.py` in figures."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass, field, replace
 from math import prod
 from typing import Any, Literal
 
@@ -97,7 +97,7 @@ class Held:
     updated: int
     present: int
     trains: bool = True
-    units: Entries = Entries()
+    units: Entries = field(default_factory=Entries)
 
     @property
     def packs(self) -> bool:

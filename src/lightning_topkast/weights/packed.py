@@ -104,6 +104,7 @@ class PackedWeight(SparseWeight):
 
     def alpha(self) -> Tensor:
         """θ on A and zero elsewhere, dense, on CPU."""
+        self.match_layout()
         alpha = torch.zeros_like(self._theta)
         count = self._packing.active_count
         alpha.index_copy_(0, self._places()[:count], self._values()[:count])
@@ -111,6 +112,7 @@ class PackedWeight(SparseWeight):
 
     def theta(self) -> Tensor:
         """The stored θ, dense, a copy on CPU."""
+        self.match_layout()
         return _with_values(self._theta, self._places(), self._values()).view(self.shape)
 
     def magnitudes(self) -> Tensor:
@@ -137,6 +139,7 @@ class PackedWeight(SparseWeight):
         if self._scores is not None:
             assert isinstance(self.granularity, Blocks)
             self._settle()
+            self.match_layout()
             values = self._as_theta(self.parameter.detach())[: self._packing.updated_count]
             norms = self.granularity.norms(values.view(-1, self._unit_size))
             self._scores.view(-1).index_copy_(0, self._units(), norms.cpu())
@@ -152,6 +155,7 @@ class PackedWeight(SparseWeight):
 
     def apply(self, tiers: Tensor, state: Sequence[Tensor] = ()) -> None:
         """Take over new sets: values of entries that stay in B are moved, the others come from and go to the host."""
+        self.match_layout()
         prepared, self._prepared = self._prepared, None
         packing = prepared[1] if prepared is not None and prepared[0] is tiers else self._pack(tiers)
         tiers = self._units_of(tiers)
@@ -166,12 +170,11 @@ class PackedWeight(SparseWeight):
         writes = [(self.parameter.detach(), self._values_at(packing.indices().long()))]
         writes += self._moved(state, units, _units_of(packing))
         self._state_units = None
-        active = tiers == ACTIVE
-        self.promoted = int(torch.count_nonzero(active & (self._tiers != ACTIVE))) * self._unit_size
+        promoted = torch.count_nonzero((tiers == ACTIVE) & (self._tiers != ACTIVE))
+        self.promoted = int(promoted) * self._unit_size
         # All is prepared; writing it twice does no harm, so that an interruption is mended by writing it again.
         self._pending = (writes, tiers, packing)
         self._settle()
-        self._dormant &= ~active
 
     def _pack(self, tiers: Tensor) -> Packing:
         return pack(self._units_of(tiers), self.shape, self.granularity, self.execution == "packed")
@@ -209,6 +212,7 @@ class PackedWeight(SparseWeight):
         if pending is None:
             return
         writes, self._tiers, self._packing = pending
+        self._dormant &= self._tiers != ACTIVE
         for tensor, content in writes:
             tensor.copy_(content)
         self._pending = None
@@ -300,6 +304,7 @@ class PackedWeight(SparseWeight):
 
     def state_dict(self, gathered: bool = False) -> dict[str, Any]:
         """Tiers and reserve (dense, contiguous), on CPU: tensors and primitives only."""
+        self._settle()
         return {
             "tiers": self.tiers,
             "reserve": self.theta().masked_fill_(self.active, 0),

@@ -18,9 +18,7 @@ from lightning_topkast.weights.granularity import Blocks
 
 # What a packed product takes for an entry, as a multiple of what a dense one does, and the entries below which the
 # fixed cost of a layer eats the gain: measured on CPUs at batches of 128 and 256 (benchmarks/README.md, packed mode).
-# Blocks cost about as much on a GPU.
 _COST_OF_ENTRY = {"torch": 5.0, "compiled": 3.2}
-_COST_IN_BLOCKS = 2.0
 _LEAST_ENTRIES = 1 << 16
 
 
@@ -87,7 +85,7 @@ def kept_as(
         # what has no memory yet is given some on the CPU
         device = torch.device("cpu") if parameter.is_meta else parameter.device
         if isinstance(settings.chosen_granularity, Blocks):
-            cost = _COST_IN_BLOCKS
+            cost = _cost_in_blocks(settings.block_shape)
         else:
             cost = _COST_OF_ENTRY[_operators_for_entries(settings, device)]
         if not _pays(active, updated, parameter.numel(), cost):
@@ -134,6 +132,11 @@ def _obstacle(target: Target) -> str:
 
 def _operators_for_entries(settings: Settings, device: torch.device) -> str:
     return choose_operators(cast(Operators, settings.operators), device)
+
+
+def _cost_in_blocks(sides: Sequence[int]) -> float:
+    """Fitted to squares of 16, 32 and 64 on a CPU; a GPU takes less where blocks are large."""
+    return 2 + 40 / min(sides)
 
 
 def _pays(active: int, updated: int, size: int, cost: float) -> bool:

@@ -241,8 +241,9 @@ def exploring_blocks_change_no_output_but_have_a_gradient(on: On) -> None:
 
 def values_behind_those_of_b_have_no_gradient(on: On) -> None:
     layer = on.layer((64, 64), (16, 16), tail=3)
-    torch.full((4, 1024, 64), torch.nan, device=on.device)  # what new memory may hold
-    layer.compare(on.random(300, 64), on.random(300, 64))
+    for rows in (20, 300):  # the sum over 300 is split
+        torch.full((4, 1024, 64), torch.nan, device=on.device)  # what new memory may hold
+        layer.compare(on.random(rows, 64), on.random(rows, 64))
 
 
 def a_gradient_is_made_for_what_needs_one(on: On) -> None:
@@ -283,14 +284,28 @@ def few_blocks_split_the_sum_over_the_batch(on: On) -> None:
 
 
 def splits_cover_the_batch_and_depend_on_no_tile(on: On) -> None:
-    from lightning_topkast.ops.blocks.launch import split
+    from lightning_topkast.ops.blocks.launch import _processors, split
 
-    assert split(600, 2, 4)[0] > 1, "the check above splits nothing"
-    for rows, blocks in itertools.product((1, 127, 128, 129, 600, 8192, 100_000), (1, 3, 50, 5000)):
-        splits, each = split(rows, blocks, 132)
+    assert split(300, 1, _processors(torch.device(on.device)))[0] > 1, "the checks above split nothing"
+    for rows, programs in itertools.product((1, 127, 128, 129, 600, 8192, 100_000), (1, 3, 50, 205, 5000)):
+        splits, each = split(rows, programs, 132)
         assert (splits - 1) * each < rows <= splits * each, "some split is empty, or some row left out"
         assert each % 128 == 0
-        assert blocks < 2 * 132 or splits == 1
+
+
+def splits_fill_the_processors(on: On) -> None:
+    from lightning_topkast.ops.blocks.launch import split
+
+    def busiest(programs: int, splits: int, each: int) -> int:
+        """Rows that the busiest of 132 processors sums."""
+        return -(-programs * splits // 132) * each
+
+    assert split(8192, 3, 132)[0] == 16
+    assert split(8192, 205, 132) == (1, 8192), "in two they would take as long, and folding time on top"
+    for programs in range(1, 1000, 7):
+        splits, each = split(8192, programs, 132)
+        assert splits == 1 or busiest(programs, splits, each) < busiest(programs, 1, 8192) or programs < 132
+        assert programs < 20 * 132 / splits, "folding costs more than it gains"
 
 
 def the_operators_are_registered_as_torch_wants_them(on: On) -> None:
@@ -373,7 +388,12 @@ CHECKS = (
     torch_compile_makes_one_graph_of_it,
     autocast_computes_in_its_type,
 )
-OF_TRITON = (*CHECKS, splits_cover_the_batch_and_depend_on_no_tile, float32_is_as_exact_as_torch_is_told)
+OF_TRITON = (
+    *CHECKS,
+    splits_cover_the_batch_and_depend_on_no_tile,
+    splits_fill_the_processors,
+    float32_is_as_exact_as_torch_is_told,
+)
 
 
 def draw_tiles(seed: int) -> None:

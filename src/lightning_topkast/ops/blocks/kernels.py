@@ -62,7 +62,10 @@ def product_kernel(
     else:
         factor = values + broad[None, :] * DEPTH + deep[:, None]
     from_dense = dense + row[:, None] * dense_row_stride + deep[None, :].to(tl.int64) * dense_column_stride
+    column = line * BREADTH + broad
     total = tl.zeros((TILE, BREADTH), tl.float32)
+    if HAS_BIAS:  # first, as nothing waits for it here
+        total += tl.load(bias + column)[None, :].to(tl.float32)
     for turn in range(tl.load(starts + line) * PARTS, tl.load(starts + line + 1) * PARTS):
         at = turn // PARTS
         part = turn % PARTS * DEEP
@@ -72,9 +75,6 @@ def product_kernel(
         b = tl.load(factor + (block + part * (BREADTH if TRANSPOSED else 1)))
         total = _dot(a, b, total, PRECISION, WIDEN)
 
-    column = line * BREADTH + broad
-    if HAS_BIAS:
-        total += tl.load(bias + column)[None, :].to(tl.float32)
     to = result + row[:, None] * (lines * BREADTH) + column[None, :]
     tl.store(to, total.to(result.dtype.element_ty), mask=inside)
 
@@ -136,3 +136,21 @@ def sampled_kernel(
     block = tl.max_contiguous(tl.multiple_of(block, WIDTH), WIDTH)
     to = result + split.to(tl.int64) * split_stride + block[:, None] + down[None, :] * WIDTH
     tl.store(to, total.to(result.dtype.element_ty), mask=present[:, None])
+
+
+@triton.jit
+def fold_kernel(
+    partial,  # (splits, size), contiguous, float32
+    result,  # (count,)
+    size,  # at most count
+    count,
+    splits,
+    CHUNK: tl.constexpr,
+):
+    """The sum of `partial` over its splits, in their order, and zeros up to `count`."""
+    at = tl.program_id(0).to(tl.int64) * CHUNK + tl.arange(0, CHUNK)
+    inside = at < size
+    total = tl.zeros((CHUNK,), tl.float32)
+    for split in range(0, splits):
+        total += tl.load(partial + split * tl.cast(size, tl.int64) + at, mask=inside, other=0.0)
+    tl.store(result + at, total.to(result.dtype.element_ty), mask=at < count)

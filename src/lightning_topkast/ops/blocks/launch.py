@@ -13,7 +13,7 @@ import triton
 import triton.testing
 from torch import Tensor
 
-from lightning_topkast.ops.blocks.kernels import product_kernel, sampled_kernel
+from lightning_topkast.ops.blocks.kernels import fold_kernel, product_kernel, sampled_kernel
 
 # A kernel runs in Python, on CPU tensors, if the variable TRITON_INTERPRET was set when triton was imported.
 INTERPRETED = not isinstance(product_kernel, triton.JITFunction)
@@ -26,13 +26,11 @@ _PRODUCT_TILES = [
         (16, 64, 4, 5),
         (32, 64, 4, 5),
         (64, 32, 4, 5),
+        (64, 64, 4, 3),
         (64, 64, 4, 5),
         (128, 32, 4, 5),
         (128, 64, 4, 5),
         (128, 64, 8, 5),
-        (128, 128, 8, 3),
-        (256, 32, 8, 7),
-        (256, 64, 8, 3),
         (256, 64, 8, 5),
     )
 ]
@@ -40,12 +38,9 @@ _SAMPLED_TILES = [
     triton.Config({"SIDE": side, "STEP": step}, num_warps=warps, num_stages=stages)
     for side, step, warps, stages in (
         (1, 64, 4, 3),
-        (1, 64, 8, 4),
         (2, 64, 4, 4),
-        (2, 64, 8, 3),
         (4, 64, 4, 3),
         (4, 32, 8, 4),
-        (4, 64, 8, 3),
         (8, 64, 4, 3),
         (8, 64, 8, 3),
     )
@@ -57,6 +52,9 @@ _INTERPRETED_SAMPLED = {"SIDE": 2, "STEP": 16}
 # Splits begin at multiples of this many rows, whichever tile tuning chooses: the order of a sum must not depend on it.
 _SPLIT_UNIT = 128
 _MOST_SPLITS = 16
+_ROWS_TO_FOLD = 700  # to write and fold the sums of a split takes as long as summing so many rows; on an H200
+_TYPICAL_COLUMNS = 128  # of the blocks that a program computes side by side, whichever tile tuning chooses
+_FOLD_CHUNK = 2048
 
 
 def product(
@@ -109,8 +107,8 @@ def sampled(
     result = dense.new_empty(count, height, width)
     if rows == 0 or present == 0:
         return result.zero_()
-    result[present:] = 0
-    splits, split_rows = split(rows, present, _processors(dense.device))
+    size = present * height * width
+    splits, split_rows = split(rows, triton.cdiv(present * width, _TYPICAL_COLUMNS), _processors(dense.device))
     partial = result if splits == 1 else dense.new_empty(splits, present, height, width, dtype=torch.float32)
     across = dense.shape[1] // width
 
@@ -130,7 +128,7 @@ def sampled(
             split_rows,
             *grads.stride(),
             *dense.stride(),
-            present * height * width,
+            size,
             _bucket(rows),
             _bucket(present // lines),
             HEIGHT=height,
@@ -138,22 +136,36 @@ def sampled(
             **_numerics(dense),
             **(_INTERPRETED_SAMPLED if INTERPRETED else {}),
         )
-    if splits > 1:
-        result[:present] = partial.sum(0)
+        if splits > 1:
+            chunks = triton.cdiv(result.numel(), _FOLD_CHUNK)
+            fold_kernel[(chunks,)](partial, result, size, result.numel(), splits, CHUNK=_FOLD_CHUNK)
+    if splits == 1 and present < count:
+        result[present:] = 0
     return result
 
 
-def split(rows: int, blocks: int, processors: int) -> tuple[int, int]:
-    """Into how many sums that of `rows` rows is split, and of how many rows each, so that few blocks use the device.
+def split(rows: int, programs: int, processors: int) -> tuple[int, int]:
+    """Into how many sums that of `rows` rows is split, and of how many rows each, so that the device is used evenly.
 
     Args:
         rows: at least 1.
-        blocks: at least 1; each is a program's work.
+        programs: at least 1; how many there are without a split.
         processors: of the device.
     """
-    wanted = min(-(-2 * processors // blocks), _MOST_SPLITS, -(-rows // (2 * _SPLIT_UNIT)))
-    split_rows = -(-rows // (wanted * _SPLIT_UNIT)) * _SPLIT_UNIT
+
+    def cost(splits: int) -> float:
+        """The rows that the busiest processor sums, and what folding costs in rows."""
+        rounds = max(-(-programs * splits // processors), 1.5)  # one program alone does not keep a processor busy
+        folding = programs * splits / processors * _ROWS_TO_FOLD if splits > 1 else 0.0
+        return rounds * _split_rows(rows, splits) + folding
+
+    best = min(range(1, _MOST_SPLITS + 1), key=cost)
+    split_rows = _split_rows(rows, best)
     return -(-rows // split_rows), split_rows
+
+
+def _split_rows(rows: int, splits: int) -> int:
+    return -(-rows // (splits * _SPLIT_UNIT)) * _SPLIT_UNIT
 
 
 def _bucket(size: int) -> int:
@@ -175,7 +187,7 @@ def _numerics(dense: Tensor) -> dict[str, Any]:
 
 def _processors(device: torch.device) -> int:
     if device.type != "cuda":
-        return 4  # the interpreter: small tests are to split too
+        return 64  # the interpreter: small tests are to split too
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 

@@ -295,16 +295,14 @@ def splits_cover_the_batch_and_depend_on_no_tile(on: On) -> None:
 
 def the_operators_are_registered_as_torch_wants_them(on: On) -> None:
     layer = on.layer((64, 96), (16, 32), tail=1)
-    pattern, values = layer.pattern, layer.values.requires_grad_()
-    input, grad = on.random(6, 96).requires_grad_(), on.random(6, 64)
-    turned = input.detach().t().contiguous().t().requires_grad_()
-    indices = library.indices(pattern)
-    torch.library.opcheck(library.block_linear, (input, values, layer.bias, indices, on.operators))
-    torch.library.opcheck(library.block_linear, (turned, values, None, indices, on.operators))
-    constants = values.detach()
-    torch.library.opcheck(library.block_product, (grad, constants, indices[4:8], True, on.operators))
-    torch.library.opcheck(library.block_product, (input.detach(), constants, indices[:4], False, on.operators))
-    torch.library.opcheck(library.block_sampled, (grad, input.detach(), indices[8:], list(values.shape), on.operators))
+    pattern, values, operators = layer.pattern, layer.values, on.operators
+    input, grad = on.random(6, 96), on.random(6, 64)
+    rows, columns, updated = pattern.active_by_row, pattern.active_by_column, pattern.updated_by_row
+    turned = input.t().contiguous().t()
+    torch.library.opcheck(library.block_product, (input, values, layer.bias, *rows, False, operators))
+    torch.library.opcheck(library.block_product, (turned, values, None, *rows, False, operators))
+    torch.library.opcheck(library.block_product, (grad, values, None, *columns, True, operators))
+    torch.library.opcheck(library.block_sampled, (grad, input, *updated, list(values.shape), operators))
 
 
 class Net(nn.Module):

@@ -66,8 +66,10 @@ def sampled(grads: Tensor, dense: Tensor, lines: Lines, shape: Sequence[int]) ->
         if begin < end:
             gathered = cut.index_select(1, lines.others[begin:end]).flatten(1)
             rows = grads[:, line * height : (line + 1) * height]
-            found = (rows.t() @ gathered).view(height, end - begin, width)
-            result.index_copy_(0, lines.blocks[begin:end].long(), found.transpose(0, 1))
+            found = gathered.new_empty(height, gathered.shape[1])
+            torch.mm(rows.t(), gathered, out=found)  # autocast, if on in the backward pass, would change `@`'s dtype
+            found = found.view(height, end - begin, width).transpose(0, 1)
+            result.index_copy_(0, lines.blocks[begin:end].long(), found)
     return result
 
 

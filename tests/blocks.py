@@ -260,6 +260,18 @@ def a_gradient_is_made_for_what_needs_one(on: On) -> None:
         assert [tensor.grad is not None for tensor in tensors] == list(wanted)
 
 
+def gradients_refuse_to_be_differentiated(on: On) -> None:
+    layer = on.layer((32, 64), (16, 16), tiers=torch.full((2, 4), 2))
+    layer.values.requires_grad_()
+    (grad,) = torch.autograd.grad(layer(on.random(5, 64)).square().sum(), layer.values, create_graph=True)
+    refusal = ""
+    try:
+        grad.sum().backward()
+    except RuntimeError as error:
+        refusal = str(error)
+    assert "once_differentiable" in refusal
+
+
 def results_are_the_same_each_time(on: On) -> None:
     layer = on.layer((64, 128), (16, 32), torch.bfloat16)
     layer.values.requires_grad_()
@@ -310,16 +322,14 @@ def splits_fill_the_processors(on: On) -> None:
 
 def the_operators_are_registered_as_torch_wants_them(on: On) -> None:
     layer = on.layer((64, 96), (16, 32), tail=1)
-    pattern, values = layer.pattern, layer.values.requires_grad_()
-    input, grad = on.random(6, 96).requires_grad_(), on.random(6, 64)
-    turned = input.detach().t().contiguous().t().requires_grad_()
-    indices = library.indices(pattern)
-    torch.library.opcheck(library.block_linear, (input, values, layer.bias, indices, on.operators))
-    torch.library.opcheck(library.block_linear, (turned, values, None, indices, on.operators))
-    constants = values.detach()
-    torch.library.opcheck(library.block_product, (grad, constants, indices[4:8], True, on.operators))
-    torch.library.opcheck(library.block_product, (input.detach(), constants, indices[:4], False, on.operators))
-    torch.library.opcheck(library.block_sampled, (grad, input.detach(), indices[8:], list(values.shape), on.operators))
+    pattern, values, operators = layer.pattern, layer.values, on.operators
+    input, grad = on.random(6, 96), on.random(6, 64)
+    rows, columns, updated = pattern.active_by_row, pattern.active_by_column, pattern.updated_by_row
+    turned = input.t().contiguous().t()
+    torch.library.opcheck(library.block_product, (input, values, layer.bias, *rows, False, operators))
+    torch.library.opcheck(library.block_product, (turned, values, None, *rows, False, operators))
+    torch.library.opcheck(library.block_product, (grad, values, None, *columns, True, operators))
+    torch.library.opcheck(library.block_sampled, (grad, input, *updated, list(values.shape), operators))
 
 
 class Net(nn.Module):
@@ -333,17 +343,23 @@ class Net(nn.Module):
             input.relu(), self.values, self.bias, self.layer.pattern, self.layer.operators
         ).square()
 
+    def compare(self, compiled: nn.Module, rows: int) -> None:
+        results = []
+        for forward in (self, compiled):
+            input = torch.linspace(-1, 1, rows * 32, device=self.values.device).view(rows, 32).requires_grad_()
+            output = forward(input)
+            results.append([output, *torch.autograd.grad(output.sum(), (input, self.values, self.bias))])
+        assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
 
 def torch_compile_makes_one_graph_of_it(on: On) -> None:
     net = Net(on)
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
     for rows in (5, 8, 11):
-        results = []
-        for forward in (net, compiled):
-            input = torch.linspace(-1, 1, rows * 32, device=on.device).view(rows, 32).requires_grad_()
-            output = forward(input)
-            results.append([output, *torch.autograd.grad(output.sum(), (input, net.values, net.bias))])
-        assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+        net.compare(compiled, rows)
+    net.layer.pattern = BlockPattern.from_tiers(net.layer.tiers.flip(0), (16, 16))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        net.compare(compiled, 11)
 
 
 def autocast_computes_in_its_type(on: On) -> None:
@@ -360,6 +376,12 @@ def autocast_computes_in_its_type(on: On) -> None:
     for mine, theirs in zip(grads, torch.autograd.grad(expected, narrow, grad), strict=True):
         assert mine.dtype == torch.float32
         assert torch.equal(mine, theirs.float())
+
+    output = layer(leaves[0])
+    outside = torch.autograd.grad(output, leaves, torch.ones_like(output), retain_graph=True)
+    with torch.autocast(on.device, torch.bfloat16):
+        inside = torch.autograd.grad(output, leaves, torch.ones_like(output))
+    assert all(torch.equal(one, other) for one, other in zip(outside, inside, strict=True))
 
 
 def float32_is_as_exact_as_torch_is_told(on: On) -> None:
@@ -382,6 +404,7 @@ CHECKS = (
     exploring_blocks_change_no_output_but_have_a_gradient,
     values_behind_those_of_b_have_no_gradient,
     a_gradient_is_made_for_what_needs_one,
+    gradients_refuse_to_be_differentiated,
     results_are_the_same_each_time,
     few_blocks_split_the_sum_over_the_batch,
     the_operators_are_registered_as_torch_wants_them,
@@ -416,7 +439,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("error")
+    # the exceptions that pyproject.toml makes for torch.compile
     warnings.filterwarnings("ignore", message=".*torch.jit.script_method. is deprecated")
+    warnings.filterwarnings("ignore", message=".*torch.autograd.function.Function.* should not be instantiated")
     if arguments.device == "cuda":
         draw_tiles(arguments.seed)
     failed: dict[str, str] = {}

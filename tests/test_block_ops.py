@@ -100,7 +100,7 @@ def test_lines_lead_to_every_block_once(seed):
         assert torch.equal(places[1][lines.blocks.long()], lines.others)
         assert sorted(lines.longest_first.tolist()) == list(range(len(grid)))
         assert (counts[lines.longest_first.long()].diff() <= 0).all()
-        assert {tensor.dtype for tensor in vars(lines).values()} == {torch.int32}
+        assert {tensor.dtype for tensor in lines} == {torch.int32}
 
 
 def test_flat_indices_are_where_the_values_belong():
@@ -113,7 +113,7 @@ def test_pattern_moves_with_all_its_indices():
     pattern = BlockPattern.from_tiers(torch.tensor([[1, 0], [0, 2]], dtype=torch.uint8), (2, 3))
     moved = pattern.to("meta")
     lines = (moved.active_by_row, moved.active_by_column, moved.updated_by_row)
-    tensors = [moved.rows, moved.columns, *(tensor for each in lines for tensor in vars(each).values())]
+    tensors = [moved.rows, moved.columns, *(tensor for each in lines for tensor in each)]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert pattern.nbytes == 4 * sum(tensor.numel() for tensor in tensors)
 
@@ -258,8 +258,7 @@ def test_tuning_tries_the_tiles_that_fit_once_for_each_shape(monkeypatch):
         monkeypatch.setattr(tuner, "cache", {})
         monkeypatch.setitem(vars(tuner), "do_bench", measure)
     layer = blocks.On("triton", "cpu", 0).layer((256, 256), (64, 64), tiers=torch.full((4, 4), 2))
-    input, rows = torch.ones(500, 256), vars(layer.pattern.active_by_row).values()
-    updated = list(vars(layer.pattern.updated_by_row).values())[:3]
+    input, rows, updated = torch.ones(500, 256), layer.pattern.active_by_row, layer.pattern.updated_by_row
 
     def tried(call) -> list[tuple]:
         launched.clear()
@@ -268,14 +267,14 @@ def test_tuning_tries_the_tiles_that_fit_once_for_each_shape(monkeypatch):
         return [tuple(options[name] for name in names if name in options) for options in launched]
 
     for call, fitting in (
-        (lambda: launch.product(input, layer.values, None, *rows, False), 7),
-        (lambda: launch.sampled(input, input, *updated, layer.values.shape), 4),
+        (lambda: launch.product(input, layer.values, None, rows, False), 7),
+        (lambda: launch.sampled(input, input, updated, layer.values.shape), 4),
     ):
         first = tried(call)
         assert len(set(first)) == len(first) - 1 == fitting, "each is timed, and the best one runs"
         assert first[-1] == first[-2]
         assert tried(call) == [first[-1]]
-    assert len(tried(lambda: launch.product(input[:70], layer.values, None, *rows, False))) > 1, "another shape"
+    assert len(tried(lambda: launch.product(input[:70], layer.values, None, rows, False))) > 1, "another shape"
 
 
 # --- what the compiler makes of the kernels; needs no GPU -------------------------------------------------------------

@@ -14,6 +14,7 @@ import triton.testing
 from torch import Tensor
 
 from lightning_topkast.ops.blocks.kernels import fold_kernel, product_kernel, sampled_kernel
+from lightning_topkast.ops.blocks.pattern import Lines
 
 # A kernel runs in Python, on CPU tensors, if the variable TRITON_INTERPRET was set when triton was imported.
 INTERPRETED = not isinstance(product_kernel, triton.JITFunction)
@@ -57,21 +58,12 @@ _TYPICAL_COLUMNS = 128  # of the blocks that a program computes side by side, wh
 _FOLD_CHUNK = 2048
 
 
-def product(
-    dense: Tensor,
-    values: Tensor,
-    bias: Tensor | None,
-    starts: Tensor,
-    others: Tensor,
-    blocks: Tensor,
-    longest_first: Tensor,
-    transposed: bool,
-) -> Tensor:
+def product(dense: Tensor, values: Tensor, bias: Tensor | None, lines: Lines, transposed: bool) -> Tensor:
     """Same as `portable.product`."""
     height, width = values.shape[1:]
     depth, breadth = (height, width) if transposed else (width, height)
-    rows, lines = dense.shape[0], starts.numel() - 1
-    result = dense.new_empty(rows, lines * breadth)
+    rows, count = dense.shape[0], lines.starts.numel() - 1
+    result = dense.new_empty(rows, count * breadth)
     if result.numel() == 0:
         return result
     values = values.contiguous()
@@ -80,31 +72,26 @@ def product(
         values,
         values if bias is None else bias.contiguous(),
         result,
-        starts,
-        others,
-        blocks,
-        longest_first,
+        *lines,
         rows,
-        lines,
+        count,
         *dense.stride(),
         _bucket(rows),
-        _bucket(others.numel() // lines),
+        _bucket(lines.others.numel() // count),
     )
     constants = {"DEPTH": depth, "BREADTH": breadth, "TRANSPOSED": transposed, "HAS_BIAS": bias is not None}
     with _on(dense):
-        _product[lambda meta: (triton.cdiv(rows, meta["TILE"]) * lines,)](
+        _product[lambda meta: (triton.cdiv(rows, meta["TILE"]) * count,)](
             *arguments, **constants, **_numerics(dense), **(_INTERPRETED_PRODUCT if INTERPRETED else {})
         )
     return result
 
 
-def sampled(
-    grads: Tensor, dense: Tensor, starts: Tensor, others: Tensor, blocks: Tensor, shape: Sequence[int]
-) -> Tensor:
+def sampled(grads: Tensor, dense: Tensor, lines: Lines, shape: Sequence[int]) -> Tensor:
     """Same as `portable.sampled`."""
-    count, height, width = shape
-    rows, lines, present = dense.shape[0], starts.numel() - 1, others.numel()
-    result = dense.new_empty(count, height, width)
+    _, height, width = shape
+    rows, count, present = dense.shape[0], lines.starts.numel() - 1, lines.others.numel()
+    result = dense.new_empty(shape)
     if rows == 0 or present == 0:
         return result.zero_()
     size = present * height * width
@@ -113,16 +100,16 @@ def sampled(
     across = dense.shape[1] // width
 
     def grid(meta: dict[str, Any]) -> tuple[int, int]:
-        return lines * triton.cdiv(across, meta["SIDE"]), splits
+        return count * triton.cdiv(across, meta["SIDE"]), splits
 
     with _on(dense):
         _sampled[grid](
             grads,
             dense,
             partial,
-            starts,
-            others,
-            blocks,
+            lines.starts,
+            lines.others,
+            lines.blocks,
             rows,
             across,
             split_rows,
@@ -130,7 +117,7 @@ def sampled(
             *dense.stride(),
             size,
             _bucket(rows),
-            _bucket(present // lines),
+            _bucket(present // count),
             HEIGHT=height,
             WIDTH=width,
             **_numerics(dense),

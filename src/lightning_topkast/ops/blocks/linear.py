@@ -1,7 +1,11 @@
 """A linear layer whose weight is block-sparse, and whose gradient covers more blocks than its product."""
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.ops.blocks import library
@@ -35,10 +39,8 @@ def block_sparse_linear(
         input, values = input.to(dtype), values.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     _check(input, values, bias, pattern)
-    lead = input.shape[:-1]
-    flat = input.reshape(lead.numel(), input.shape[-1])
-    output: Tensor = library.block_linear(flat, values, bias, library.indices(pattern), operators)
-    return output.view(*lead, output.shape[-1])
+    output: Tensor = _BlockSparseLinear.apply(input, values, bias, pattern, operators)  # type: ignore[no-untyped-call]
+    return output
 
 
 def _check(input: Tensor, values: Tensor, bias: Tensor | None, pattern: BlockPattern) -> None:
@@ -63,3 +65,37 @@ def _check(input: Tensor, values: Tensor, bias: Tensor | None, pattern: BlockPat
             f"input ({input.device}), values ({values.device}), bias and pattern ({pattern.device}) must be on one "
             "device"
         )
+
+
+class _BlockSparseLinear(torch.autograd.Function):
+    """The product and its gradients; torch.compile traces into it, as far as the opaque operators."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, values: Tensor, bias: Tensor | None, pattern: BlockPattern, operators: str
+    ) -> Tensor:
+        ctx.save_for_backward(input, values)
+        ctx.pattern, ctx.operators = pattern, operators
+        output: Tensor = library.block_product(_flat(input), values, bias, *pattern.active_by_row, False, operators)
+        return output.view(*input.shape[:-1], output.shape[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, values = ctx.saved_tensors
+        pattern, operators, grads = ctx.pattern, ctx.operators, _flat(grad)
+        of_input, of_values, of_bias = ctx.needs_input_grad[:3]
+        input_grad = values_grad = None
+        if of_input:
+            input_grad = library.block_product(grads, values, None, *pattern.active_by_column, True, operators)
+            input_grad = input_grad.view(input.shape)
+        if of_values:
+            flat = _flat(input)
+            values_grad = library.block_sampled(grads, flat, *pattern.updated_by_row, values.shape, operators)
+        return input_grad, values_grad, grads.sum(0) if of_bias else None, None, None
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """(..., features) as (batch, features)."""
+    *lead, features = tensor.shape
+    return tensor.reshape(math.prod(lead), features)

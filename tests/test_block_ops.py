@@ -8,7 +8,6 @@ import random
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -240,21 +239,38 @@ def test_every_case_has_tiles_to_choose_from():
         assert all(64 <= each <= 256 for each in columns)
 
 
-@needs_triton
-def test_tuning_tries_the_tiles_that_fit_once_for_each_shape(monkeypatch):
-    """With nothing behind a launch, as there need be no GPU."""
+class Starts(list):
+    """In place of the compiler, so that there need be no GPU: what the kernels were started with."""
+
+    def run(self, *_, **options):
+        self.append(options)
+
+    def __getitem__(self, at):
+        return super().__getitem__(at) if isinstance(at, int) else self.run
+
+
+@pytest.fixture
+def launched(monkeypatch):
     from lightning_topkast.ops.blocks import launch
 
-    launched: list[dict] = []
+    launched = Starts()
 
     def measure(call, quantiles):
         call()
         return [-len(launched)] * 3  # the last is the fastest
 
+    monkeypatch.setattr(launch, "_tiles", {})
     for tuner in (launch._product, launch._sampled):
-        monkeypatch.setattr(tuner, "fn", SimpleNamespace(run=lambda *_, **options: launched.append(options)))
+        monkeypatch.setattr(tuner, "fn", launched)
         monkeypatch.setattr(tuner, "cache", {})
         monkeypatch.setitem(vars(tuner), "do_bench", measure)
+    return launched
+
+
+@needs_triton
+def test_tuning_tries_the_tiles_that_fit_once_for_each_shape(launched):
+    from lightning_topkast.ops.blocks import launch
+
     layer = blocks.On("triton", "cpu", 0).layer((256, 256), (64, 64), tiers=torch.full((4, 4), 2))
     input, rows, updated = torch.ones(500, 256), layer.pattern.active_by_row, layer.pattern.updated_by_row
 
@@ -273,6 +289,34 @@ def test_tuning_tries_the_tiles_that_fit_once_for_each_shape(monkeypatch):
         assert first[-1] == first[-2]
         assert tried(call) == [first[-1]]
     assert len(tried(lambda: launch.product(input[:70], layer.values, None, rows, False))) > 1, "another shape"
+
+
+@needs_triton
+def test_cases_are_told_apart_as_by_triton(launched, monkeypatch):
+    from lightning_topkast.ops.blocks import launch
+
+    on = blocks.On("triton", "cpu", 0)
+    shapes = ((256, 256), (32, 64)), ((256, 256), (64, 32)), ((256, 256), (64, 64)), ((512, 256), (64, 64))
+    layers = [
+        on.layer(*shape, dtype, tiers=on.tiers(shape[0][0] // shape[1][0], shape[0][1] // shape[1][1], active))
+        for shape, dtype, active in itertools.product(shapes, blocks.DTYPES, (0.2, 0.6))
+    ]
+
+    def starts():
+        for layer, rows, splits in itertools.product(layers, (100, 500), (1, 2)):
+            monkeypatch.setattr(launch, "split", lambda *_, splits=splits: (splits, 256))
+            values, pattern = layer.values, layer.pattern
+            input, grad = (torch.ones(rows, side, dtype=values.dtype) for side in reversed(pattern.shape))
+            yield launch.product(input, values, layer.bias, pattern.active_by_row, False)
+            yield launch.product(grad, values, None, pattern.active_by_column, True)
+            yield launch.sampled(grad, input, pattern.updated_by_row, values.shape)
+
+    for _ in starts():
+        launch._tiles.clear()
+    by_triton = len(launch._product.cache) + len(launch._sampled.cache)
+    for _ in starts():
+        pass
+    assert len(launch._tiles) == by_triton
 
 
 # --- what the compiler makes of the kernels; needs no GPU -------------------------------------------------------------

@@ -3,9 +3,9 @@
 Importing it imports triton, which not every environment has; `choice` looks whether it can be had.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -52,8 +52,9 @@ _SAMPLED_TILES = [
     )
 ]
 _SUMS_PER_THREAD = 128  # so many float32 sums at most, or its registers spill
-_INTERPRETED_PRODUCT = {"TILE": 16, "STEP": 32, "GROUP": 2}
-_INTERPRETED_SAMPLED = {"SIDE": 2, "STEP": 16}
+_FIXED_PRODUCT = {"TILE": 16, "STEP": 32, "GROUP": 2} if INTERPRETED else {}
+_FIXED_SAMPLED = {"SIDE": 2, "STEP": 16} if INTERPRETED else {}
+_tiles: dict[tuple[object, ...], dict[str, Any]] = {}  # what tuning chose, by case
 
 # Splits begin at multiples of this many rows, whichever tile tuning chooses: the order of a sum must not depend on it.
 _SPLIT_UNIT = 128
@@ -69,6 +70,7 @@ def product(dense: Tensor, values: Tensor, bias: Tensor | None, lines: Lines, tr
     if result.numel() == 0:
         return result
     values = values.contiguous()
+    buckets = _bucket(rows), _bucket(lines.others.numel() // count)
     arguments = (
         dense,
         values,
@@ -78,14 +80,12 @@ def product(dense: Tensor, values: Tensor, bias: Tensor | None, lines: Lines, tr
         rows,
         count,
         *dense.stride(),
-        _bucket(rows),
-        _bucket(lines.others.numel() // count),
+        *buckets,
     )
     constants = {"DEPTH": depth, "BREADTH": breadth, "TRANSPOSED": transposed, "HAS_BIAS": bias is not None}
-    with _on(dense):
-        _product[lambda meta: (triton.cdiv(rows, meta["TILE"]) * count,)](
-            *arguments, **constants, **_numerics(dense), **(_INTERPRETED_PRODUCT if INTERPRETED else {})
-        )
+    constants |= _FIXED_PRODUCT
+    case = (*buckets, count, depth, breadth, transposed)
+    _start(_product, case, lambda meta: (-(-rows // meta["TILE"]) * count,), dense, arguments, constants)
     return result
 
 
@@ -101,30 +101,25 @@ def sampled(grads: Tensor, dense: Tensor, lines: Lines, shape: Sequence[int]) ->
     partial = result if splits == 1 else dense.new_empty(splits, present, height, width, dtype=torch.float32)
     across = dense.shape[1] // width
 
-    def grid(meta: dict[str, Any]) -> tuple[int, int]:
-        return count * triton.cdiv(across, meta["SIDE"]), splits
-
-    with _on(dense):
-        _sampled[grid](
-            grads,
-            dense,
-            partial,
-            lines.starts,
-            lines.others,
-            lines.blocks,
-            rows,
-            across,
-            split_rows,
-            *grads.stride(),
-            *dense.stride(),
-            present * height * width,
-            _bucket(rows),
-            _bucket(present // count),
-            HEIGHT=height,
-            WIDTH=width,
-            **_numerics(dense),
-            **(_INTERPRETED_SAMPLED if INTERPRETED else {}),
-        )
+    buckets = _bucket(rows), _bucket(present // count)
+    arguments = (
+        grads,
+        dense,
+        partial,
+        lines.starts,
+        lines.others,
+        lines.blocks,
+        rows,
+        across,
+        split_rows,
+        *grads.stride(),
+        *dense.stride(),
+        present * height * width,
+        *buckets,
+    )
+    case = (*buckets, across, height, width, partial.dtype)
+    constants = {"HEIGHT": height, "WIDTH": width, **_FIXED_SAMPLED}
+    _start(_sampled, case, lambda meta: (-(-across // meta["SIDE"]) * count, splits), dense, arguments, constants)
     if splits > 1:
         result[:present] = partial.sum(0)
     return result
@@ -143,6 +138,29 @@ def split(rows: int, blocks: int, processors: int) -> tuple[int, int]:
     return -(-rows // split_rows), split_rows
 
 
+def _start(
+    kernel: Any,
+    case: tuple[object, ...],
+    grid: Callable[[dict[str, Any]], tuple[int, ...]],
+    dense: Tensor,
+    arguments: tuple[Any, ...],
+    constants: dict[str, Any],
+) -> None:
+    """Start a kernel in the tiling that was found the best for its case.
+
+    Triton's tuner knows the case from the arguments, but to look through them at each start takes as long as starting.
+    """
+    constants |= _numerics(dense)
+    key = (kernel, *case, dense.dtype, constants["PRECISION"])
+    with _on(dense):
+        if key in _tiles:
+            kernel.fn[grid](*arguments, **constants, **_tiles[key])
+        else:
+            kernel[grid](*arguments, **constants)
+            if not INTERPRETED:
+                _tiles[key] = kernel.best_config.all_kwargs()
+
+
 def _bucket(size: int) -> int:
     """Sizes that are tuned together."""
     return 1 << max(size - 1, 0).bit_length()
@@ -150,16 +168,20 @@ def _bucket(size: int) -> int:
 
 def _numerics(dense: Tensor) -> dict[str, Any]:
     """float32 as torch's own products: TensorFloat-32 where they may use it."""
-    settings = torch.backends.cuda.matmul
-    # the newer of the two settings never raises, whichever of them was written
-    tf32 = settings.fp32_precision == "tf32" if hasattr(settings, "fp32_precision") else settings.allow_tf32
     return {
-        "PRECISION": "tf32" if tf32 else "ieee",
+        "PRECISION": "tf32" if dense.dtype == torch.float32 and _may_use_tf32() else "ieee",
         "WIDEN": INTERPRETED and dense.dtype == torch.bfloat16,
         "enable_fp_fusion": True,  # Triton's default until 3.9, which warns that it will change
     }
 
 
+def _may_use_tf32() -> bool:
+    settings = torch.backends.cuda.matmul
+    # the newer of the two settings never raises, whichever of them was written
+    return settings.fp32_precision == "tf32" if hasattr(settings, "fp32_precision") else settings.allow_tf32
+
+
+@cache
 def _processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 4  # the interpreter: small tests are to split too
@@ -168,7 +190,8 @@ def _processors(device: torch.device) -> int:
 
 def _on(tensor: Tensor) -> Any:
     """Triton starts kernels on the current device, whichever the tensors are on."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    elsewhere = tensor.is_cuda and tensor.get_device() != torch.cuda.current_device()
+    return torch.cuda.device(tensor.device) if elsewhere else nullcontext()
 
 
 def _product_tiles(configs: list[Any], arguments: dict[str, Any], **constants: Any) -> list[Any]:

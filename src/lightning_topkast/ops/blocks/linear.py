@@ -1,6 +1,5 @@
 """A linear layer whose weight is block-sparse, and whose gradient covers more blocks than its product."""
 
-import math
 from typing import Any
 
 import torch
@@ -59,8 +58,7 @@ def _check(input: Tensor, values: Tensor, bias: Tensor | None, pattern: BlockPat
             f"input ({input.dtype}), values ({values.dtype}) and bias must have one dtype; convert the input, or run "
             "under torch.autocast"
         )
-    others = [values.device, pattern.device, *([] if bias is None else [bias.device])]
-    if any(device != input.device for device in others):
+    if not (input.device == values.device == pattern.device == (pattern if bias is None else bias).device):
         raise TopKastError(
             f"input ({input.device}), values ({values.device}), bias and pattern ({pattern.device}) must be on one "
             "device"
@@ -77,7 +75,7 @@ class _BlockSparseLinear(torch.autograd.Function):
         ctx.save_for_backward(input, values)
         ctx.pattern, ctx.operators = pattern, operators
         output: Tensor = library.block_product(_flat(input), values, bias, *pattern.active_by_row, False, operators)
-        return output.view(*input.shape[:-1], output.shape[1])
+        return output.view(input.shape[:-1] + output.shape[1:])
 
     @staticmethod
     @once_differentiable
@@ -97,5 +95,4 @@ class _BlockSparseLinear(torch.autograd.Function):
 
 def _flat(tensor: Tensor) -> Tensor:
     """(..., features) as (batch, features)."""
-    *lead, features = tensor.shape
-    return tensor.reshape(math.prod(lead), features)
+    return tensor.flatten(0, -2) if tensor.dim() > 1 else tensor[None]

@@ -44,7 +44,13 @@ def compile_kernel(kernel, constants: dict, architecture: int, warps: int, stage
 
 def main() -> None:
     made = {}
-    for architecture, side, transposed in ((90, 128, False), (90, 64, True), (90, 32, False), (80, 32, False), (80, 128, True)):
+    for architecture, side, transposed in (
+        (90, 128, False),
+        (90, 64, True),
+        (90, 32, False),
+        (80, 32, False),
+        (80, 128, True),
+    ):
         product = {"DEPTH": side, "BREADTH": side, "TRANSPOSED": transposed, "HAS_BIAS": True}
         product |= {"DEEP": min(side, 64), "TILE": 128, "GROUP": 8}
         boxes = {"dense": (128, min(side, 64)), "result": (128, side)}

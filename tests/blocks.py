@@ -15,7 +15,8 @@ import random
 import sys
 import traceback
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -59,13 +60,14 @@ class On:
         drawn = torch.rand(rows, columns, generator=self.generator)
         return ((drawn < updated).to(torch.uint8) + (drawn < active).to(torch.uint8)).to(self.device)
 
-    def layer(self, shape, block, dtype=torch.float32, tail=0, bias=True, tiers=None) -> "Layer":
+    def layer(self, shape, block, dtype=torch.float32, tail=0, bias=True, tiers=None, transposed=False) -> "Layer":
         if tiers is None:
             tiers = self.tiers(shape[0] // block[0], shape[1] // block[1])
         tiers = tiers.to(self.device)
         pattern = BlockPattern.from_tiers(tiers, block)
         values = self.random(pattern.updated_count + tail, *block, dtype=dtype)
-        return Layer(pattern, values, self.random(shape[0], dtype=dtype) if bias else None, tiers, self.operators)
+        bias = self.random(shape[1 if transposed else 0], dtype=dtype) if bias else None
+        return Layer(pattern, values, bias, tiers, self.operators, transposed)
 
     def __post_init__(self) -> None:
         self.generator = torch.Generator().manual_seed(self.seed)
@@ -78,9 +80,10 @@ class Layer:
     bias: Tensor | None
     tiers: Tensor
     operators: str
+    transposed: bool = False
 
     def __call__(self, input: Tensor) -> Tensor:
-        return block_sparse_linear(input, self.values, self.bias, self.pattern, self.operators)
+        return block_sparse_linear(input, self.values, self.bias, self.pattern, self.operators, self.transposed)
 
     def weight(self) -> Tensor:
         """A, float64, from the tiers alone."""
@@ -100,17 +103,17 @@ class Layer:
         """Output and gradients against dense float64 ones."""
         ours = [tensor for tensor in (self.values, self.bias) if tensor is not None]
         leaves = [tensor.detach().requires_grad_() for tensor in (input, *ours)]
-        shadow = Layer(
-            self.pattern, leaves[1], leaves[2] if self.bias is not None else None, self.tiers, self.operators
-        )
+        shadow = replace(self, values=leaves[1], bias=leaves[2] if self.bias is not None else None)
         output = shadow(leaves[0])
         found = [output, *torch.autograd.grad(output, leaves, grad)]
 
         wide, weight = input.detach().double().flatten(0, -2), self.weight()
+        weight = weight.t() if self.transposed else weight
         wide_grad = grad.double().flatten(0, -2)
         bias = None if self.bias is None else self.bias.double()
         values_grad = torch.zeros_like(self.values, dtype=torch.float64)
-        updated = self.blocks_of(wide_grad.t() @ wide)
+        weight_grad = wide_grad.t() @ wide
+        updated = self.blocks_of(weight_grad.t() if self.transposed else weight_grad)
         values_grad[: len(updated)] = updated
         expected = [F.linear(wide, weight, bias), wide_grad @ weight, values_grad]
         expected += [] if bias is None else [wide_grad.sum(0)]
@@ -143,8 +146,10 @@ def output_and_gradients_are_those_of_the_dense_weight(on: On) -> None:
     dtypes = (*DTYPES, torch.float64) if on.operators == "torch" else DTYPES
     for number, (shape, block, rows) in enumerate(SHAPES):
         for dtype in dtypes:
-            layer = on.layer(shape, block, dtype, bias=number % 3 < 2)
-            layer.compare(on.random(rows, shape[1], dtype=dtype), on.random(rows, shape[0], dtype=dtype))
+            transposed = (number + dtypes.index(dtype)) % 2 == 1
+            layer = on.layer(shape, block, dtype, bias=number % 3 < 2, transposed=transposed)
+            ends = [on.random(rows, side, dtype=dtype) for side in shape]
+            layer.compare(*(ends if transposed else reversed(ends)))
 
 
 def sums_are_made_in_float32(on: On) -> None:
@@ -170,12 +175,14 @@ def any_leading_shape_and_any_strides_will_do(on: On) -> None:
     close("vector", layer(input := on.random(96)), F.linear(input.double(), layer.weight(), layer.bias.double()))
     inputs = (
         on.random(96, 20).t(),
+        on.random(20, 97)[:, :96],
         on.random(20, 200)[:, 3:99],
         on.random(20, 192)[:, ::2],
         on.random(96).expand(20, 96),
     )
     grads = (
         on.random(64, 20).t(),
+        on.random(20, 72)[:, 4:68],
         on.random(20, 70)[:, 5:69],
         on.random(20, 128)[:, 1::2],
         on.random(1).expand(20, 64),
@@ -333,15 +340,13 @@ def the_operators_are_registered_as_torch_wants_them(on: On) -> None:
 
 
 class Net(nn.Module):
-    def __init__(self, on: On) -> None:
+    def __init__(self, on: On, transposed: bool) -> None:
         super().__init__()
-        self.layer = on.layer((64, 32), (16, 16))
+        self.layer = on.layer((32, 64) if transposed else (64, 32), (16, 16), transposed=transposed)
         self.values, self.bias = nn.Parameter(self.layer.values), nn.Parameter(self.layer.bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        return block_sparse_linear(
-            input.relu(), self.values, self.bias, self.layer.pattern, self.layer.operators
-        ).square()
+        return replace(self.layer, values=self.values, bias=self.bias)(input.relu()).square()
 
     def compare(self, compiled: nn.Module, rows: int) -> None:
         results = []
@@ -353,13 +358,14 @@ class Net(nn.Module):
 
 
 def torch_compile_makes_one_graph_of_it(on: On) -> None:
-    net = Net(on)
-    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
-    for rows in (5, 8, 11):
-        net.compare(compiled, rows)
-    net.layer.pattern = BlockPattern.from_tiers(net.layer.tiers.flip(0), (16, 16))
-    with torch.compiler.set_stance("fail_on_recompile"):
-        net.compare(compiled, 11)
+    for transposed in (False, True):
+        net = Net(on, transposed)
+        compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+        for rows in (5, 8, 11):
+            net.compare(compiled, rows)
+        net.layer.pattern = BlockPattern.from_tiers(net.layer.tiers.flip(0), (16, 16))
+        with torch.compiler.set_stance("fail_on_recompile"):
+            net.compare(compiled, 11)
 
 
 def autocast_computes_in_its_type(on: On) -> None:
@@ -394,6 +400,16 @@ def float32_is_as_exact_as_torch_is_told(on: On) -> None:
     torch.set_float32_matmul_precision(before)
 
 
+def without_tensor_descriptors_it_holds_too(on: On) -> None:
+    """As on GPUs before Hopper."""
+    from lightning_topkast.ops.blocks import launch
+
+    with mock.patch.object(launch, "_describes", return_value=False):
+        output_and_gradients_are_those_of_the_dense_weight(on)
+        nothing_is_read_beside_the_inputs(on)
+        few_blocks_split_the_sum_over_the_batch(on)
+
+
 CHECKS = (
     output_and_gradients_are_those_of_the_dense_weight,
     sums_are_made_in_float32,
@@ -413,6 +429,7 @@ CHECKS = (
 )
 OF_TRITON = (
     *CHECKS,
+    without_tensor_descriptors_it_holds_too,
     splits_cover_the_batch_and_depend_on_no_tile,
     splits_fill_the_processors,
     float32_is_as_exact_as_torch_is_told,

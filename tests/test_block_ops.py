@@ -5,11 +5,11 @@ import itertools
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -149,6 +149,14 @@ def test_arguments_that_do_not_fit_are_refused_in_one_line(wrong, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_transposed_weight_swaps_the_sides():
+    arguments = layer_of_48_by_64() | {"transposed": True}
+    with pytest.raises(TopKastError, match=r"input must be \(\.\.\., 48\), got \(2, 64\)"):
+        block_sparse_linear(**arguments)
+    with pytest.raises(TopKastError, match=r"bias must be \(64,\), got \(48,\)"):
+        block_sparse_linear(**arguments | {"input": torch.ones(2, 48)})
+
+
 @pytest.mark.parametrize(
     ("shape", "block", "message"),
     [((4,), (16, 16), r"2-D grid .* got a grid of shape \(4,\)"), ((2, 2), (0, 16), r"blocks of \(0, 16\)")],
@@ -187,15 +195,30 @@ def test_unknown_operators_are_refused():
     ],
 )
 def test_triton_that_cannot_be_had_is_refused_with_the_way_out(monkeypatch, has_triton, device, block, dtype, message):
-    monkeypatch.setattr(choice, "_has_triton", lambda: has_triton)
+    monkeypatch.setattr(choice, "_triton_version", lambda: "3.4.0" if has_triton else "")
     message = message if has_triton else "triton is not installed"
     with pytest.raises(TopKastError, match=rf"operators='triton' can't be had: .*{message}.*; use operators='auto'"):
         choose_block_operators("triton", torch.device(device), block, dtype)
 
 
 def test_auto_falls_back_to_torch_on_a_gpu_without_triton(monkeypatch):
-    monkeypatch.setattr(choice, "_has_triton", lambda: False)
+    monkeypatch.setattr(choice, "_triton_version", lambda: "")
     assert choose_block_operators("auto", torch.device("cuda"), (32, 32), torch.float32) == "torch"
+
+
+@pytest.mark.parametrize("version", ["3.3.1", "2.10.0", "3.3.0+git1234"])
+def test_triton_without_tensor_descriptors_is_too_old(monkeypatch, version):
+    monkeypatch.setattr(choice, "_triton_version", lambda: version)
+    assert choose_block_operators("auto", torch.device("cuda"), (32, 32), torch.float32) == "torch"
+    with pytest.raises(TopKastError, match=rf"triton 3\.4 or newer is needed, this is {re.escape(version)}; use"):
+        choose_block_operators("triton", torch.device("cuda"), (32, 32), torch.float32)
+
+
+@pytest.mark.parametrize("version", ["3.4.0", "3.10.0", "4.0", "3.4.0+git1234"])
+def test_triton_with_tensor_descriptors_is_new_enough(monkeypatch, version):
+    monkeypatch.setattr(choice, "_triton_version", lambda: version)
+    with pytest.raises(TopKastError, match="it runs on CUDA devices, not on meta"):
+        choose_block_operators("triton", torch.device("meta"), (32, 32), torch.float32)
 
 
 @needs_triton
@@ -238,25 +261,46 @@ def test_every_case_has_tiles_to_choose_from():
             config.kwargs["SIDE"] * width for config in launch._sampled_tiles(launch._SAMPLED_TILES, {}, **sizes)
         ]
         assert columns
-        assert all(64 <= each <= 256 for each in columns)
+        assert all(128 <= each <= 256 for each in columns)
 
 
-@needs_triton
-def test_tuning_tries_the_tiles_that_fit_once_for_each_shape(monkeypatch):
-    """With nothing behind a launch, as there need be no GPU."""
+class Starts(list):
+    """In place of the compiler, so that there need be no GPU: what the kernels were started with."""
+
+    def run(self, **options):
+        if options["DESCRIBED"]:
+            down = options["TILE"] if "TILE" in options else options["STEP"] // options["ITEM"]
+            across = options["DEEP"] if "TILE" in options else options["WIDTH"]
+            assert options["dense"].block_shape == [down, across], "boxes of another tile"
+        self.append(options)
+
+    def __getitem__(self, at):
+        return super().__getitem__(at) if isinstance(at, int) else self.run
+
+
+@pytest.fixture
+def launched(monkeypatch):
     from lightning_topkast.ops.blocks import launch
 
-    launched: list[dict] = []
+    launched = Starts()
 
     def measure(call, quantiles):
         call()
         return [-len(launched)] * 3  # the last is the fastest
 
     monkeypatch.setattr(launch, "fold_kernel", defaultdict(lambda: lambda *_, **__: None))
+    monkeypatch.setattr(launch, "_tiles", {})
     for tuner in (launch._product, launch._sampled):
-        monkeypatch.setattr(tuner, "fn", SimpleNamespace(run=lambda *_, **options: launched.append(options)))
+        monkeypatch.setattr(tuner, "fn", launched)
         monkeypatch.setattr(tuner, "cache", {})
         monkeypatch.setitem(vars(tuner), "do_bench", measure)
+    return launched
+
+
+@needs_triton
+def test_tuning_tries_the_tiles_that_fit_once_for_each_shape(launched):
+    from lightning_topkast.ops.blocks import launch
+
     layer = blocks.On("triton", "cpu", 0).layer((256, 256), (64, 64), tiers=torch.full((4, 4), 2))
     input, rows, updated = torch.ones(500, 256), layer.pattern.active_by_row, layer.pattern.updated_by_row
 
@@ -267,14 +311,42 @@ def test_tuning_tries_the_tiles_that_fit_once_for_each_shape(monkeypatch):
         return [tuple(options[name] for name in names if name in options) for options in launched]
 
     for call, fitting in (
-        (lambda: launch.product(input, layer.values, None, rows, False), 7),
-        (lambda: launch.sampled(input, input, updated, layer.values.shape), 4),
+        (lambda: launch.product(input, layer.values, None, rows, False), 4),
+        (lambda: launch.sampled(input, input, updated, layer.values.shape), 5),
     ):
         first = tried(call)
         assert len(set(first)) == len(first) - 1 == fitting, "each is timed, and the best one runs"
         assert first[-1] == first[-2]
         assert tried(call) == [first[-1]]
     assert len(tried(lambda: launch.product(input[:70], layer.values, None, rows, False))) > 1, "another shape"
+
+
+@needs_triton
+def test_cases_are_told_apart_as_by_triton(launched, monkeypatch):
+    from lightning_topkast.ops.blocks import launch
+
+    on = blocks.On("triton", "cpu", 0)
+    shapes = ((256, 256), (32, 64)), ((256, 256), (64, 32)), ((256, 256), (64, 64)), ((512, 256), (64, 64))
+    layers = [
+        on.layer(*shape, dtype, tiers=on.tiers(shape[0][0] // shape[1][0], shape[0][1] // shape[1][1], active))
+        for shape, dtype, active in itertools.product(shapes, (torch.float32, torch.bfloat16), (0.2, 0.6))
+    ]
+
+    def starts():
+        for layer, rows, splits in itertools.product(layers, (100, 500), (1, 2)):
+            monkeypatch.setattr(launch, "split", lambda *_, splits=splits: (splits, 256))
+            values, pattern = layer.values, layer.pattern
+            input, grad = (torch.ones(rows, side, dtype=values.dtype) for side in reversed(pattern.shape))
+            yield launch.product(input, values, layer.bias, pattern.active_by_row, False)
+            yield launch.product(grad, values, None, pattern.active_by_column, True)
+            yield launch.sampled(grad, input, pattern.updated_by_row, values.shape)
+
+    for _ in starts():
+        launch._tiles.clear()
+    by_triton = len(launch._product.cache) + len(launch._sampled.cache)
+    for _ in starts():
+        pass
+    assert len(launch._tiles) == by_triton
 
 
 # --- what the compiler makes of the kernels; needs no GPU -------------------------------------------------------------
@@ -287,6 +359,7 @@ def test_kernels_compile_to_tensor_core_instructions_and_wide_copies(tmp_path):
     for name, counts in made.items():
         tensor_core = "wgmma" if "sm_90" in name else "mma"
         assert counts[tensor_core] > 0, f"{name}: no tensor core"
-        assert counts["copies of 16 bytes"] > 0, f"{name}: narrow copies"
+        boxes = "sm_90" in name and name != "sampled sm_90 32"
+        assert counts["copies of boxes" if boxes else "copies of 16 bytes"] > 0, f"{name}: narrow copies"
         assert counts["atomics"] == 0
         assert counts["shared"] <= (227 if "sm_90" in name else 163) * 1024

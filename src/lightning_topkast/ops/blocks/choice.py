@@ -1,6 +1,5 @@
 """Which of the two implementations computes: Triton's kernels, or torch's own operators."""
 
-import importlib.util
 from functools import cache
 from types import ModuleType
 from typing import Literal, get_args
@@ -14,6 +13,7 @@ BlockOperators = Literal["auto", "torch", "triton"]
 
 _SIDES = (16, 32, 64, 128)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_TRITON = (3, 4)  # the first with tensor descriptors
 _CAPABILITY = (8, 0)  # NVIDIA's first with bfloat16 and TensorFloat-32
 
 
@@ -53,8 +53,11 @@ def implementation(operators: str) -> ModuleType:
 
 
 def _obstacle(device: torch.device, block_shape: tuple[int, int], dtype: torch.dtype) -> str:
-    if not _has_triton():
+    found = _triton_version()
+    if not found:
         return "triton is not installed"
+    if tuple(map(int, found.split(".")[:2])) < _TRITON:
+        return f"triton {'.'.join(map(str, _TRITON))} or newer is needed, this is {found}"
     if not set(block_shape) <= set(_SIDES):
         return f"a block's sides must be of {_SIDES}, these are {tuple(block_shape)}"
     if dtype not in _DTYPES:
@@ -72,5 +75,10 @@ def _obstacle(device: torch.device, block_shape: tuple[int, int], dtype: torch.d
 
 
 @cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _triton_version() -> str:
+    """Empty where it can't be imported."""
+    try:
+        import triton
+    except ImportError:
+        return ""
+    return str(triton.__version__)

@@ -152,13 +152,13 @@ def sampled_kernel(
         totals = ()
         columns = ()
         for i in tl.static_range(SIDE):
-            columns = columns + (tl.load(others + min(begin + i, end - 1)) * WIDTH,)
-            totals = totals + (tl.zeros((HEIGHT, WIDTH), tl.float32),)
+            columns += (tl.load(others + min(begin + i, end - 1)) * WIDTH,)
+            totals += (tl.zeros((HEIGHT, WIDTH), tl.float32),)
         for row in range(top, bottom, DOWN):
             a = grads.load([row, height]).T
             sums = ()
             for i in tl.static_range(SIDE):
-                sums = sums + (_dot(a, dense.load([row, columns[i]]), totals[i], PRECISION, WIDEN),)
+                sums += (_dot(a, dense.load([row, columns[i]]), totals[i], PRECISION, WIDEN),)
             totals = sums
         element = tl.arange(0, HEIGHT)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
         for i in tl.static_range(SIDE):

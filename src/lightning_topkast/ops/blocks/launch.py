@@ -3,9 +3,9 @@
 Importing it imports triton, which not every environment has; `choice` looks whether it can be had.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -70,8 +70,9 @@ _SAMPLED_TILES = [
 ]
 _TERMS = 128  # bytes of a row of `dense` that a product sums at a time: as the shared memory of a tensor core lies
 _SUMS_PER_THREAD = 128  # so many float32 sums at most, or its registers spill
-_INTERPRETED_PRODUCT = {"TILE": 16, "GROUP": 2}
-_INTERPRETED_SAMPLED = {"SIDE": 2, "STEP": 64}
+_FIXED_PRODUCT = {"TILE": 16, "GROUP": 2} if INTERPRETED else {}
+_FIXED_SAMPLED = {"SIDE": 2, "STEP": 64} if INTERPRETED else {}
+_tiles: dict[tuple[object, ...], dict[str, Any]] = {}  # what tuning chose, by case
 
 # Splits begin at multiples of this many rows, whichever tile tuning chooses: the order of a sum must not depend on it.
 _SPLIT_UNIT = 128
@@ -111,11 +112,7 @@ def product(dense: Tensor, values: Tensor, bias: Tensor | None, lines: Lines, tr
         "DESCRIBED": described,
         **_numerics(dense),
     }
-    if INTERPRETED:
-        arguments |= _INTERPRETED_PRODUCT
-        _shape_product_boxes(arguments)
-    with _on(dense):
-        _product[lambda meta: (triton.cdiv(rows, meta["TILE"]) * count,)](**arguments)
+    _start(_product, lambda meta: (-(-rows // meta["TILE"]) * count,), arguments | _FIXED_PRODUCT, _shape_product_boxes)
     return result
 
 
@@ -127,7 +124,7 @@ def sampled(grads: Tensor, dense: Tensor, lines: Lines, shape: Sequence[int]) ->
     if rows == 0 or present == 0:
         return result.zero_()
     size = present * height * width
-    splits, split_rows = split(rows, triton.cdiv(present * width, _TYPICAL_COLUMNS), _processors(dense.device))
+    splits, split_rows = split(rows, -(-present * width // _TYPICAL_COLUMNS), _processors(dense.device))
     partial = result if splits == 1 else dense.new_empty(splits, present, height, width, dtype=torch.float32)
     # narrower blocks need several side by side, as one box can't hold them, to keep tensor cores busy
     described = _describes(dense.device) and (INTERPRETED or min(height, width) >= 64)
@@ -153,21 +150,18 @@ def sampled(grads: Tensor, dense: Tensor, lines: Lines, shape: Sequence[int]) ->
         "DESCRIBED": described,
         **_numerics(dense),
     }
-    if INTERPRETED:
-        arguments |= _INTERPRETED_SAMPLED
-        _shape_sampled_boxes(arguments)
 
     def grid(meta: dict[str, Any]) -> tuple[int, int]:
         """As many programs as lines of any lengths may need."""
         side = meta["SIDE"]
         return min(present, (present + count * (side - 1)) // side), splits
 
-    with _on(dense):
-        _sampled[grid](**arguments)
-        if splits > 1:
-            chunks = triton.cdiv(result.numel(), _FOLD_CHUNK)
+    _start(_sampled, grid, arguments | _FIXED_SAMPLED, _shape_sampled_boxes)
+    if splits > 1:
+        with _on(result):
+            chunks = -(-result.numel() // _FOLD_CHUNK)
             fold_kernel[(chunks,)](partial, result, size, result.numel(), splits, CHUNK=_FOLD_CHUNK)
-    if splits == 1 and present < packed:
+    elif present < packed:
         result[present:] = 0
     return result
 
@@ -196,6 +190,33 @@ def _split_rows(rows: int, splits: int) -> int:
     return -(-rows // (splits * _SPLIT_UNIT)) * _SPLIT_UNIT
 
 
+def _start(
+    kernel: Any,
+    grid: Callable[[dict[str, Any]], tuple[int, ...]],
+    arguments: dict[str, Any],
+    shape_boxes: Callable[[dict[str, Any]], None],
+) -> None:
+    """Start a kernel in the tiling that was found the best for its case.
+
+    Triton's tuner knows the case from the arguments, but to look through them at each start takes as long as starting.
+    """
+    described = arguments["result"]
+    result = described.base if isinstance(described, TensorDescriptor) else described
+    with _on(result):
+        if INTERPRETED:
+            shape_boxes(arguments)
+            kernel[grid](**arguments)
+            return
+        case = (kernel, result.dtype, *[arguments[name] for name in kernel.keys])
+        if case in _tiles:
+            arguments |= _tiles[case]
+            shape_boxes(arguments)
+            kernel.fn[grid](**arguments)
+        else:
+            kernel[grid](**arguments)
+            _tiles[case] = kernel.best_config.all_kwargs()
+
+
 def _bucket(size: int) -> int:
     """Sizes that are tuned together."""
     return 1 << max(size - 1, 0).bit_length()
@@ -203,16 +224,20 @@ def _bucket(size: int) -> int:
 
 def _numerics(dense: Tensor) -> dict[str, Any]:
     """float32 as torch's own products: TensorFloat-32 where they may use it."""
-    settings = torch.backends.cuda.matmul
-    # the newer of the two settings never raises, whichever of them was written
-    tf32 = settings.fp32_precision == "tf32" if hasattr(settings, "fp32_precision") else settings.allow_tf32
     return {
-        "PRECISION": "tf32" if tf32 else "ieee",
+        "PRECISION": "tf32" if dense.dtype == torch.float32 and _may_use_tf32() else "ieee",
         "WIDEN": INTERPRETED and dense.dtype == torch.bfloat16,
         "enable_fp_fusion": True,  # Triton's default until 3.9, which warns that it will change
     }
 
 
+def _may_use_tf32() -> bool:
+    settings = torch.backends.cuda.matmul
+    # the newer of the two settings never raises, whichever of them was written
+    return settings.fp32_precision == "tf32" if hasattr(settings, "fp32_precision") else settings.allow_tf32
+
+
+@cache
 def _processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 64  # the interpreter: small tests are to split too
@@ -221,9 +246,11 @@ def _processors(device: torch.device) -> int:
 
 def _on(tensor: Tensor) -> Any:
     """Triton starts kernels on the current device, whichever the tensors are on."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    elsewhere = tensor.is_cuda and tensor.get_device() != torch.cuda.current_device()
+    return torch.cuda.device(tensor.device) if elsewhere else nullcontext()
 
 
+@cache
 def _describes(device: torch.device) -> bool:
     if device.type != "cuda":
         return True  # the interpreter
@@ -257,12 +284,12 @@ def _product_tiles(configs: list[Any], arguments: dict[str, Any], **constants: A
 
 
 def _sampled_tiles(configs: list[Any], arguments: dict[str, Any], **constants: Any) -> list[Any]:
-    """Tiles of 64 to 256 columns that fit into registers."""
+    """Tiles of 128 to 256 columns that fit into registers."""
     height, width = constants["HEIGHT"], constants["WIDTH"]
     return [
         config
         for config in configs
-        if 64 <= config.kwargs["SIDE"] * width <= 256
+        if 128 <= config.kwargs["SIDE"] * width <= 256
         and config.kwargs["SIDE"] * width * height <= _SUMS_PER_THREAD * 32 * config.num_warps
     ]
 

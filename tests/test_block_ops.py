@@ -311,7 +311,7 @@ def test_tuning_tries_the_tiles_that_fit_once_for_each_shape(launched):
         return [tuple(options[name] for name in names if name in options) for options in launched]
 
     for call, fitting in (
-        (lambda: launch.product(input, layer.values, None, rows, False), 4),
+        (lambda: launch.product(input, layer.values, None, rows, False), 5),
         (lambda: launch.sampled(input, input, updated, layer.values.shape), 5),
     ):
         first = tried(call)

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from lightning_topkast.ops import BlockPattern, block_sparse_linear, choose_block_operators
 from lightning_topkast.ops.blocks import library
+from lightning_topkast.ops.blocks.pattern import Lines
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Of an element itself, and of the largest one. The interpreter cuts bfloat16 off, where a GPU rounds.
@@ -200,12 +201,16 @@ def nothing_is_read_beside_the_inputs(on: On) -> None:
         part = memory[tuple(slice(100, 100 + size) for size in tensor.shape)]
         return part.copy_(tensor)
 
+    tiers = on.tiers(4, 3)
+    tiers[3] = torch.tensor([0, 2, 0])  # a line of one block, at the end
     for rows in (1, 23, 300):
-        layer = on.layer((64, 96), (16, 32))
+        layer = on.layer((64, 96), (16, 32), tiers=tiers)
         layer.bias = amid_nans(layer.bias)
         layer.compare(amid_nans(on.random(rows, 96)), amid_nans(on.random(rows, 64)))
         if on.device == "cpu" and sys.platform != "win32":  # to read on is to crash
             layer.values, layer.bias = at_the_end_of_memory(layer.values), at_the_end_of_memory(layer.bias)
+            lines = Lines(*map(at_the_end_of_memory, layer.pattern.updated_by_row))
+            layer.pattern = replace(layer.pattern, updated_by_row=lines)
             layer.compare(at_the_end_of_memory(on.random(rows, 96)), at_the_end_of_memory(on.random(rows, 64)))
 
 

@@ -127,7 +127,7 @@ def sampled(grads: Tensor, dense: Tensor, lines: Lines, shape: Sequence[int]) ->
     size = present * height * width
     splits, split_rows = split(rows, -(-present * width // _TYPICAL_COLUMNS), _processors(dense.device))
     partial = result if splits == 1 else dense.new_empty(splits, present, height, width, dtype=torch.float32)
-    # narrower blocks need several side by side, as one box can't hold them, to keep tensor cores busy
+    # A tensor core multiplies 64 rows at least: of narrower blocks it takes several, which no box holds.
     described = _describes(dense.device) and (INTERPRETED or min(height, width) >= 64)
     matrices = [_aligned(grads), _aligned(dense)]
     arguments = {

@@ -86,11 +86,10 @@ class Sparse:
         """What is timed."""
         dense, pattern, operators = self.dense, self.pattern, self.operators
         input, values, bias = dense.input.detach(), self.values.detach(), dense.bias.detach()
-        indices = library.indices(pattern)
         return {
             "forward": lambda: block_sparse_linear(input, values, bias, pattern, operators),
-            "dx": lambda: library.block_product(dense.grad, values, indices[4:8], True, operators),
-            "dW": lambda: library.block_sampled(dense.grad, input, indices[8:], values.shape, operators),
+            "dx": lambda: library.block_product(dense.grad, values, None, *pattern.active_by_column, True, operators),
+            "dW": lambda: library.block_sampled(dense.grad, input, *pattern.updated_by_row, values.shape, operators),
             "step": self.step,
         }
 

@@ -15,7 +15,8 @@ import random
 import sys
 import traceback
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from torch.nn import functional as F
 
 from lightning_topkast.ops import BlockPattern, block_sparse_linear, choose_block_operators
 from lightning_topkast.ops.blocks import library
+from lightning_topkast.ops.blocks.pattern import Lines
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Of an element itself, and of the largest one. The interpreter cuts bfloat16 off, where a GPU rounds.
@@ -59,13 +61,14 @@ class On:
         drawn = torch.rand(rows, columns, generator=self.generator)
         return ((drawn < updated).to(torch.uint8) + (drawn < active).to(torch.uint8)).to(self.device)
 
-    def layer(self, shape, block, dtype=torch.float32, tail=0, bias=True, tiers=None) -> "Layer":
+    def layer(self, shape, block, dtype=torch.float32, tail=0, bias=True, tiers=None, transposed=False) -> "Layer":
         if tiers is None:
             tiers = self.tiers(shape[0] // block[0], shape[1] // block[1])
         tiers = tiers.to(self.device)
         pattern = BlockPattern.from_tiers(tiers, block)
         values = self.random(pattern.updated_count + tail, *block, dtype=dtype)
-        return Layer(pattern, values, self.random(shape[0], dtype=dtype) if bias else None, tiers, self.operators)
+        bias = self.random(shape[1 if transposed else 0], dtype=dtype) if bias else None
+        return Layer(pattern, values, bias, tiers, self.operators, transposed)
 
     def __post_init__(self) -> None:
         self.generator = torch.Generator().manual_seed(self.seed)
@@ -78,9 +81,10 @@ class Layer:
     bias: Tensor | None
     tiers: Tensor
     operators: str
+    transposed: bool = False
 
     def __call__(self, input: Tensor) -> Tensor:
-        return block_sparse_linear(input, self.values, self.bias, self.pattern, self.operators)
+        return block_sparse_linear(input, self.values, self.bias, self.pattern, self.operators, self.transposed)
 
     def weight(self) -> Tensor:
         """A, float64, from the tiers alone."""
@@ -100,17 +104,17 @@ class Layer:
         """Output and gradients against dense float64 ones."""
         ours = [tensor for tensor in (self.values, self.bias) if tensor is not None]
         leaves = [tensor.detach().requires_grad_() for tensor in (input, *ours)]
-        shadow = Layer(
-            self.pattern, leaves[1], leaves[2] if self.bias is not None else None, self.tiers, self.operators
-        )
+        shadow = replace(self, values=leaves[1], bias=leaves[2] if self.bias is not None else None)
         output = shadow(leaves[0])
         found = [output, *torch.autograd.grad(output, leaves, grad)]
 
         wide, weight = input.detach().double().flatten(0, -2), self.weight()
+        weight = weight.t() if self.transposed else weight
         wide_grad = grad.double().flatten(0, -2)
         bias = None if self.bias is None else self.bias.double()
         values_grad = torch.zeros_like(self.values, dtype=torch.float64)
-        updated = self.blocks_of(wide_grad.t() @ wide)
+        weight_grad = wide_grad.t() @ wide
+        updated = self.blocks_of(weight_grad.t() if self.transposed else weight_grad)
         values_grad[: len(updated)] = updated
         expected = [F.linear(wide, weight, bias), wide_grad @ weight, values_grad]
         expected += [] if bias is None else [wide_grad.sum(0)]
@@ -143,8 +147,10 @@ def output_and_gradients_are_those_of_the_dense_weight(on: On) -> None:
     dtypes = (*DTYPES, torch.float64) if on.operators == "torch" else DTYPES
     for number, (shape, block, rows) in enumerate(SHAPES):
         for dtype in dtypes:
-            layer = on.layer(shape, block, dtype, bias=number % 3 < 2)
-            layer.compare(on.random(rows, shape[1], dtype=dtype), on.random(rows, shape[0], dtype=dtype))
+            transposed = (number + dtypes.index(dtype)) % 2 == 1
+            layer = on.layer(shape, block, dtype, bias=number % 3 < 2, transposed=transposed)
+            ends = [on.random(rows, side, dtype=dtype) for side in shape]
+            layer.compare(*(ends if transposed else reversed(ends)))
 
 
 def sums_are_made_in_float32(on: On) -> None:
@@ -170,12 +176,14 @@ def any_leading_shape_and_any_strides_will_do(on: On) -> None:
     close("vector", layer(input := on.random(96)), F.linear(input.double(), layer.weight(), layer.bias.double()))
     inputs = (
         on.random(96, 20).t(),
+        on.random(20, 97)[:, :96],
         on.random(20, 200)[:, 3:99],
         on.random(20, 192)[:, ::2],
         on.random(96).expand(20, 96),
     )
     grads = (
         on.random(64, 20).t(),
+        on.random(20, 72)[:, 4:68],
         on.random(20, 70)[:, 5:69],
         on.random(20, 128)[:, 1::2],
         on.random(1).expand(20, 64),
@@ -193,12 +201,16 @@ def nothing_is_read_beside_the_inputs(on: On) -> None:
         part = memory[tuple(slice(100, 100 + size) for size in tensor.shape)]
         return part.copy_(tensor)
 
+    tiers = on.tiers(4, 3)
+    tiers[3] = torch.tensor([0, 2, 0])  # a line of one block, at the end
     for rows in (1, 23, 300):
-        layer = on.layer((64, 96), (16, 32))
+        layer = on.layer((64, 96), (16, 32), tiers=tiers)
         layer.bias = amid_nans(layer.bias)
         layer.compare(amid_nans(on.random(rows, 96)), amid_nans(on.random(rows, 64)))
         if on.device == "cpu" and sys.platform != "win32":  # to read on is to crash
             layer.values, layer.bias = at_the_end_of_memory(layer.values), at_the_end_of_memory(layer.bias)
+            lines = Lines(*map(at_the_end_of_memory, layer.pattern.updated_by_row))
+            layer.pattern = replace(layer.pattern, updated_by_row=lines)
             layer.compare(at_the_end_of_memory(on.random(rows, 96)), at_the_end_of_memory(on.random(rows, 64)))
 
 
@@ -241,8 +253,9 @@ def exploring_blocks_change_no_output_but_have_a_gradient(on: On) -> None:
 
 def values_behind_those_of_b_have_no_gradient(on: On) -> None:
     layer = on.layer((64, 64), (16, 16), tail=3)
-    torch.full((4, 1024, 64), torch.nan, device=on.device)  # what new memory may hold
-    layer.compare(on.random(300, 64), on.random(300, 64))
+    for rows in (20, 300):  # the sum over 300 is split
+        torch.full((4, 1024, 64), torch.nan, device=on.device)  # what new memory may hold
+        layer.compare(on.random(rows, 64), on.random(rows, 64))
 
 
 def a_gradient_is_made_for_what_needs_one(on: On) -> None:
@@ -257,6 +270,18 @@ def a_gradient_is_made_for_what_needs_one(on: On) -> None:
         ]
         block_sparse_linear(*tensors, layer.pattern, on.operators).sum().backward()
         assert [tensor.grad is not None for tensor in tensors] == list(wanted)
+
+
+def gradients_refuse_to_be_differentiated(on: On) -> None:
+    layer = on.layer((32, 64), (16, 16), tiers=torch.full((2, 4), 2))
+    layer.values.requires_grad_()
+    (grad,) = torch.autograd.grad(layer(on.random(5, 64)).square().sum(), layer.values, create_graph=True)
+    refusal = ""
+    try:
+        grad.sum().backward()
+    except RuntimeError as error:
+        refusal = str(error)
+    assert "once_differentiable" in refusal
 
 
 def results_are_the_same_each_time(on: On) -> None:
@@ -283,52 +308,69 @@ def few_blocks_split_the_sum_over_the_batch(on: On) -> None:
 
 
 def splits_cover_the_batch_and_depend_on_no_tile(on: On) -> None:
-    from lightning_topkast.ops.blocks.launch import split
+    from lightning_topkast.ops.blocks.launch import _processors, split
 
-    assert split(600, 2, 4)[0] > 1, "the check above splits nothing"
-    for rows, blocks in itertools.product((1, 127, 128, 129, 600, 8192, 100_000), (1, 3, 50, 5000)):
-        splits, each = split(rows, blocks, 132)
+    assert split(300, 1, _processors(torch.device(on.device)))[0] > 1, "the checks above split nothing"
+    for rows, programs in itertools.product((1, 127, 128, 129, 600, 8192, 100_000), (1, 3, 50, 205, 5000)):
+        splits, each = split(rows, programs, 132)
         assert (splits - 1) * each < rows <= splits * each, "some split is empty, or some row left out"
         assert each % 128 == 0
-        assert blocks < 2 * 132 or splits == 1
+
+
+def splits_fill_the_processors(on: On) -> None:
+    from lightning_topkast.ops.blocks.launch import split
+
+    def busiest(programs: int, splits: int, each: int) -> int:
+        """Rows that the busiest of 132 processors sums."""
+        return -(-programs * splits // 132) * each
+
+    assert split(8192, 3, 132)[0] == 16
+    assert split(8192, 205, 132) == (1, 8192), "in two they would take as long, and folding time on top"
+    for programs in range(1, 1000, 7):
+        splits, each = split(8192, programs, 132)
+        assert splits == 1 or busiest(programs, splits, each) < busiest(programs, 1, 8192) or programs < 132
+        assert programs < 20 * 132 / splits, "folding costs more than it gains"
 
 
 def the_operators_are_registered_as_torch_wants_them(on: On) -> None:
     layer = on.layer((64, 96), (16, 32), tail=1)
-    pattern, values = layer.pattern, layer.values.requires_grad_()
-    input, grad = on.random(6, 96).requires_grad_(), on.random(6, 64)
-    turned = input.detach().t().contiguous().t().requires_grad_()
-    indices = library.indices(pattern)
-    torch.library.opcheck(library.block_linear, (input, values, layer.bias, indices, on.operators))
-    torch.library.opcheck(library.block_linear, (turned, values, None, indices, on.operators))
-    constants = values.detach()
-    torch.library.opcheck(library.block_product, (grad, constants, indices[4:8], True, on.operators))
-    torch.library.opcheck(library.block_product, (input.detach(), constants, indices[:4], False, on.operators))
-    torch.library.opcheck(library.block_sampled, (grad, input.detach(), indices[8:], list(values.shape), on.operators))
+    pattern, values, operators = layer.pattern, layer.values, on.operators
+    input, grad = on.random(6, 96), on.random(6, 64)
+    rows, columns, updated = pattern.active_by_row, pattern.active_by_column, pattern.updated_by_row
+    turned = input.t().contiguous().t()
+    torch.library.opcheck(library.block_product, (input, values, layer.bias, *rows, False, operators))
+    torch.library.opcheck(library.block_product, (turned, values, None, *rows, False, operators))
+    torch.library.opcheck(library.block_product, (grad, values, None, *columns, True, operators))
+    torch.library.opcheck(library.block_sampled, (grad, input, *updated, list(values.shape), operators))
 
 
 class Net(nn.Module):
-    def __init__(self, on: On) -> None:
+    def __init__(self, on: On, transposed: bool) -> None:
         super().__init__()
-        self.layer = on.layer((64, 32), (16, 16))
+        self.layer = on.layer((32, 64) if transposed else (64, 32), (16, 16), transposed=transposed)
         self.values, self.bias = nn.Parameter(self.layer.values), nn.Parameter(self.layer.bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        return block_sparse_linear(
-            input.relu(), self.values, self.bias, self.layer.pattern, self.layer.operators
-        ).square()
+        return replace(self.layer, values=self.values, bias=self.bias)(input.relu()).square()
+
+    def compare(self, compiled: nn.Module, rows: int) -> None:
+        results = []
+        for forward in (self, compiled):
+            input = torch.linspace(-1, 1, rows * 32, device=self.values.device).view(rows, 32).requires_grad_()
+            output = forward(input)
+            results.append([output, *torch.autograd.grad(output.sum(), (input, self.values, self.bias))])
+        assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
 def torch_compile_makes_one_graph_of_it(on: On) -> None:
-    net = Net(on)
-    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
-    for rows in (5, 8, 11):
-        results = []
-        for forward in (net, compiled):
-            input = torch.linspace(-1, 1, rows * 32, device=on.device).view(rows, 32).requires_grad_()
-            output = forward(input)
-            results.append([output, *torch.autograd.grad(output.sum(), (input, net.values, net.bias))])
-        assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    for transposed in (False, True):
+        net = Net(on, transposed)
+        compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+        for rows in (5, 8, 11):
+            net.compare(compiled, rows)
+        net.layer.pattern = BlockPattern.from_tiers(net.layer.tiers.flip(0), (16, 16))
+        with torch.compiler.set_stance("fail_on_recompile"):
+            net.compare(compiled, 11)
 
 
 def autocast_computes_in_its_type(on: On) -> None:
@@ -346,6 +388,12 @@ def autocast_computes_in_its_type(on: On) -> None:
         assert mine.dtype == torch.float32
         assert torch.equal(mine, theirs.float())
 
+    output = layer(leaves[0])
+    outside = torch.autograd.grad(output, leaves, torch.ones_like(output), retain_graph=True)
+    with torch.autocast(on.device, torch.bfloat16):
+        inside = torch.autograd.grad(output, leaves, torch.ones_like(output))
+    assert all(torch.equal(one, other) for one, other in zip(outside, inside, strict=True))
+
 
 def float32_is_as_exact_as_torch_is_told(on: On) -> None:
     from lightning_topkast.ops.blocks.launch import _numerics
@@ -355,6 +403,16 @@ def float32_is_as_exact_as_torch_is_told(on: On) -> None:
         torch.set_float32_matmul_precision(precision)
         assert _numerics(on.random(1))["PRECISION"] == expected
     torch.set_float32_matmul_precision(before)
+
+
+def without_tensor_descriptors_it_holds_too(on: On) -> None:
+    """As on GPUs before Hopper."""
+    from lightning_topkast.ops.blocks import launch
+
+    with mock.patch.object(launch, "_describes", return_value=False):
+        output_and_gradients_are_those_of_the_dense_weight(on)
+        nothing_is_read_beside_the_inputs(on)
+        few_blocks_split_the_sum_over_the_batch(on)
 
 
 CHECKS = (
@@ -367,13 +425,20 @@ CHECKS = (
     exploring_blocks_change_no_output_but_have_a_gradient,
     values_behind_those_of_b_have_no_gradient,
     a_gradient_is_made_for_what_needs_one,
+    gradients_refuse_to_be_differentiated,
     results_are_the_same_each_time,
     few_blocks_split_the_sum_over_the_batch,
     the_operators_are_registered_as_torch_wants_them,
     torch_compile_makes_one_graph_of_it,
     autocast_computes_in_its_type,
 )
-OF_TRITON = (*CHECKS, splits_cover_the_batch_and_depend_on_no_tile, float32_is_as_exact_as_torch_is_told)
+OF_TRITON = (
+    *CHECKS,
+    without_tensor_descriptors_it_holds_too,
+    splits_cover_the_batch_and_depend_on_no_tile,
+    splits_fill_the_processors,
+    float32_is_as_exact_as_torch_is_told,
+)
 
 
 def draw_tiles(seed: int) -> None:
@@ -396,7 +461,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("error")
+    # the exceptions that pyproject.toml makes for torch.compile
     warnings.filterwarnings("ignore", message=".*torch.jit.script_method. is deprecated")
+    warnings.filterwarnings("ignore", message=".*torch.autograd.function.Function.* should not be instantiated")
     if arguments.device == "cuda":
         draw_tiles(arguments.seed)
     failed: dict[str, str] = {}

@@ -5,10 +5,11 @@ import itertools
 import json
 import os
 import random
+import re
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -99,7 +100,7 @@ def test_lines_lead_to_every_block_once(seed):
         assert torch.equal(places[1][lines.blocks.long()], lines.others)
         assert sorted(lines.longest_first.tolist()) == list(range(len(grid)))
         assert (counts[lines.longest_first.long()].diff() <= 0).all()
-        assert {tensor.dtype for tensor in vars(lines).values()} == {torch.int32}
+        assert {tensor.dtype for tensor in lines} == {torch.int32}
 
 
 def test_flat_indices_are_where_the_values_belong():
@@ -112,7 +113,7 @@ def test_pattern_moves_with_all_its_indices():
     pattern = BlockPattern.from_tiers(torch.tensor([[1, 0], [0, 2]], dtype=torch.uint8), (2, 3))
     moved = pattern.to("meta")
     lines = (moved.active_by_row, moved.active_by_column, moved.updated_by_row)
-    tensors = [moved.rows, moved.columns, *(tensor for each in lines for tensor in vars(each).values())]
+    tensors = [moved.rows, moved.columns, *(tensor for each in lines for tensor in each)]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert pattern.nbytes == 4 * sum(tensor.numel() for tensor in tensors)
 
@@ -146,6 +147,14 @@ def test_arguments_that_do_not_fit_are_refused_in_one_line(wrong, message):
     with pytest.raises(TopKastError, match=message) as caught:
         block_sparse_linear(**(arguments | wrong))
     assert "\n" not in str(caught.value)
+
+
+def test_a_transposed_weight_swaps_the_sides():
+    arguments = layer_of_48_by_64() | {"transposed": True}
+    with pytest.raises(TopKastError, match=r"input must be \(\.\.\., 48\), got \(2, 64\)"):
+        block_sparse_linear(**arguments)
+    with pytest.raises(TopKastError, match=r"bias must be \(64,\), got \(48,\)"):
+        block_sparse_linear(**arguments | {"input": torch.ones(2, 48)})
 
 
 @pytest.mark.parametrize(
@@ -186,15 +195,30 @@ def test_unknown_operators_are_refused():
     ],
 )
 def test_triton_that_cannot_be_had_is_refused_with_the_way_out(monkeypatch, has_triton, device, block, dtype, message):
-    monkeypatch.setattr(choice, "_has_triton", lambda: has_triton)
+    monkeypatch.setattr(choice, "_triton_version", lambda: "3.4.0" if has_triton else "")
     message = message if has_triton else "triton is not installed"
     with pytest.raises(TopKastError, match=rf"operators='triton' can't be had: .*{message}.*; use operators='auto'"):
         choose_block_operators("triton", torch.device(device), block, dtype)
 
 
 def test_auto_falls_back_to_torch_on_a_gpu_without_triton(monkeypatch):
-    monkeypatch.setattr(choice, "_has_triton", lambda: False)
+    monkeypatch.setattr(choice, "_triton_version", lambda: "")
     assert choose_block_operators("auto", torch.device("cuda"), (32, 32), torch.float32) == "torch"
+
+
+@pytest.mark.parametrize("version", ["3.3.1", "2.10.0", "3.3.0+git1234"])
+def test_triton_without_tensor_descriptors_is_too_old(monkeypatch, version):
+    monkeypatch.setattr(choice, "_triton_version", lambda: version)
+    assert choose_block_operators("auto", torch.device("cuda"), (32, 32), torch.float32) == "torch"
+    with pytest.raises(TopKastError, match=rf"triton 3\.4 or newer is needed, this is {re.escape(version)}; use"):
+        choose_block_operators("triton", torch.device("cuda"), (32, 32), torch.float32)
+
+
+@pytest.mark.parametrize("version", ["3.4.0", "3.10.0", "4.0", "3.4.0+git1234"])
+def test_triton_with_tensor_descriptors_is_new_enough(monkeypatch, version):
+    monkeypatch.setattr(choice, "_triton_version", lambda: version)
+    with pytest.raises(TopKastError, match="it runs on CUDA devices, not on meta"):
+        choose_block_operators("triton", torch.device("meta"), (32, 32), torch.float32)
 
 
 @needs_triton
@@ -237,27 +261,48 @@ def test_every_case_has_tiles_to_choose_from():
             config.kwargs["SIDE"] * width for config in launch._sampled_tiles(launch._SAMPLED_TILES, {}, **sizes)
         ]
         assert columns
-        assert all(64 <= each <= 256 for each in columns)
+        assert all(128 <= each <= 256 for each in columns)
 
 
-@needs_triton
-def test_tuning_tries_the_tiles_that_fit_once_for_each_shape(monkeypatch):
-    """With nothing behind a launch, as there need be no GPU."""
+class Starts(list):
+    """In place of the compiler, so that there need be no GPU: what the kernels were started with."""
+
+    def run(self, **options):
+        if options["DESCRIBED"]:
+            down = options["TILE"] if "TILE" in options else options["STEP"] // options["ITEM"]
+            across = options["DEEP"] if "TILE" in options else options["WIDTH"]
+            assert options["dense"].block_shape == [down, across], "boxes of another tile"
+        self.append(options)
+
+    def __getitem__(self, at):
+        return super().__getitem__(at) if isinstance(at, int) else self.run
+
+
+@pytest.fixture
+def launched(monkeypatch):
     from lightning_topkast.ops.blocks import launch
 
-    launched: list[dict] = []
+    launched = Starts()
 
     def measure(call, quantiles):
         call()
         return [-len(launched)] * 3  # the last is the fastest
 
+    monkeypatch.setattr(launch, "fold_kernel", defaultdict(lambda: lambda *_, **__: None))
+    monkeypatch.setattr(launch, "_tiles", {})
     for tuner in (launch._product, launch._sampled):
-        monkeypatch.setattr(tuner, "fn", SimpleNamespace(run=lambda *_, **options: launched.append(options)))
+        monkeypatch.setattr(tuner, "fn", launched)
         monkeypatch.setattr(tuner, "cache", {})
         monkeypatch.setitem(vars(tuner), "do_bench", measure)
+    return launched
+
+
+@needs_triton
+def test_tuning_tries_the_tiles_that_fit_once_for_each_shape(launched):
+    from lightning_topkast.ops.blocks import launch
+
     layer = blocks.On("triton", "cpu", 0).layer((256, 256), (64, 64), tiers=torch.full((4, 4), 2))
-    input, rows = torch.ones(500, 256), vars(layer.pattern.active_by_row).values()
-    updated = list(vars(layer.pattern.updated_by_row).values())[:3]
+    input, rows, updated = torch.ones(500, 256), layer.pattern.active_by_row, layer.pattern.updated_by_row
 
     def tried(call) -> list[tuple]:
         launched.clear()
@@ -266,14 +311,42 @@ def test_tuning_tries_the_tiles_that_fit_once_for_each_shape(monkeypatch):
         return [tuple(options[name] for name in names if name in options) for options in launched]
 
     for call, fitting in (
-        (lambda: launch.product(input, layer.values, None, *rows, False), 8),
-        (lambda: launch.sampled(input, input, *updated, layer.values.shape), 7),
+        (lambda: launch.product(input, layer.values, None, rows, False), 5),
+        (lambda: launch.sampled(input, input, updated, layer.values.shape), 5),
     ):
         first = tried(call)
         assert len(set(first)) == len(first) - 1 == fitting, "each is timed, and the best one runs"
         assert first[-1] == first[-2]
         assert tried(call) == [first[-1]]
-    assert len(tried(lambda: launch.product(input[:70], layer.values, None, *rows, False))) > 1, "another shape"
+    assert len(tried(lambda: launch.product(input[:70], layer.values, None, rows, False))) > 1, "another shape"
+
+
+@needs_triton
+def test_cases_are_told_apart_as_by_triton(launched, monkeypatch):
+    from lightning_topkast.ops.blocks import launch
+
+    on = blocks.On("triton", "cpu", 0)
+    shapes = ((256, 256), (32, 64)), ((256, 256), (64, 32)), ((256, 256), (64, 64)), ((512, 256), (64, 64))
+    layers = [
+        on.layer(*shape, dtype, tiers=on.tiers(shape[0][0] // shape[1][0], shape[0][1] // shape[1][1], active))
+        for shape, dtype, active in itertools.product(shapes, (torch.float32, torch.bfloat16), (0.2, 0.6))
+    ]
+
+    def starts():
+        for layer, rows, splits in itertools.product(layers, (100, 500), (1, 2)):
+            monkeypatch.setattr(launch, "split", lambda *_, splits=splits: (splits, 256))
+            values, pattern = layer.values, layer.pattern
+            input, grad = (torch.ones(rows, side, dtype=values.dtype) for side in reversed(pattern.shape))
+            yield launch.product(input, values, layer.bias, pattern.active_by_row, False)
+            yield launch.product(grad, values, None, pattern.active_by_column, True)
+            yield launch.sampled(grad, input, pattern.updated_by_row, values.shape)
+
+    for _ in starts():
+        launch._tiles.clear()
+    by_triton = len(launch._product.cache) + len(launch._sampled.cache)
+    for _ in starts():
+        pass
+    assert len(launch._tiles) == by_triton
 
 
 # --- what the compiler makes of the kernels; needs no GPU -------------------------------------------------------------
@@ -286,6 +359,7 @@ def test_kernels_compile_to_tensor_core_instructions_and_wide_copies(tmp_path):
     for name, counts in made.items():
         tensor_core = "wgmma" if "sm_90" in name else "mma"
         assert counts[tensor_core] > 0, f"{name}: no tensor core"
-        assert counts["copies of 16 bytes"] > 0, f"{name}: narrow copies"
+        boxes = "sm_90" in name and name != "sampled sm_90 32"
+        assert counts["copies of boxes" if boxes else "copies of 16 bytes"] > 0, f"{name}: narrow copies"
         assert counts["atomics"] == 0
         assert counts["shared"] <= (227 if "sm_90" in name else 163) * 1024

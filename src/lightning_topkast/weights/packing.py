@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_topkast.errors import TopKastError
-from lightning_topkast.ops import BlockPattern, Pattern, block_sparse_linear, choose_block_operators, sparse_linear
+from lightning_topkast.ops import BlockPattern, Pattern, block_sparse_linear, sparse_linear
 from lightning_topkast.selection import ACTIVE, EXPLORING
 from lightning_topkast.weights.entries import indices
 from lightning_topkast.weights.granularity import Blocks, Entries
@@ -162,11 +162,8 @@ class InBlocks(Packing):
 
     def product(self, input: Tensor, values: Tensor, bias: Tensor | None, operators: str, transposed: bool) -> Tensor:
         """The last dimension of `input` times the rows (`transposed`: columns) of A, plus `bias`."""
-        block = self.pattern.block_shape
-        chosen = choose_block_operators(operators, values.device, block, values.dtype)
-        return block_sparse_linear(
-            input, values.view(-1, *block), bias, self.pattern, chosen, **({"transposed": True} if transposed else {})
-        )
+        blocks = values.view(-1, *self.pattern.block_shape)
+        return block_sparse_linear(input, blocks, bias, self.pattern, operators, transposed)
 
 
 def pack(tiers: Tensor, shape: torch.Size, units: Entries, products: bool) -> Packing:

@@ -1,11 +1,11 @@
 """Which of the two implementations computes: Triton's kernels, or torch's own operators."""
 
-import importlib.util
 from functools import cache
 from types import ModuleType
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
+from torch import Tensor
 
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.ops.blocks import portable
@@ -14,6 +14,7 @@ BlockOperators = Literal["auto", "torch", "triton"]
 
 _SIDES = (16, 32, 64, 128)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_TRITON = (3, 4)  # the first with tensor descriptors
 _CAPABILITY = (8, 0)  # NVIDIA's first with bfloat16 and TensorFloat-32
 
 
@@ -43,9 +44,10 @@ def choose_block_operators(
     return "torch"
 
 
-def implementation(operators: str) -> ModuleType:
-    """The module with the products, of which there are two."""
-    if operators == "torch":
+def implementation(operators: str, dense: Tensor, block_shape: tuple[int, int]) -> ModuleType:
+    """The module with the products, of which there are two, for these operators (see `choose_block_operators`)."""
+    chosen = choose_block_operators(cast(BlockOperators, operators), dense.device, block_shape, dense.dtype)
+    if chosen == "torch":
         return portable
     from lightning_topkast.ops.blocks import launch
 
@@ -53,8 +55,11 @@ def implementation(operators: str) -> ModuleType:
 
 
 def _obstacle(device: torch.device, block_shape: tuple[int, int], dtype: torch.dtype) -> str:
-    if not _has_triton():
+    found = _triton_version()
+    if not found:
         return "triton is not installed"
+    if tuple(map(int, found.split(".")[:2])) < _TRITON:
+        return f"triton {'.'.join(map(str, _TRITON))} or newer is needed, this is {found}"
     if not set(block_shape) <= set(_SIDES):
         return f"a block's sides must be of {_SIDES}, these are {tuple(block_shape)}"
     if dtype not in _DTYPES:
@@ -65,12 +70,22 @@ def _obstacle(device: torch.device, block_shape: tuple[int, int], dtype: torch.d
         return "" if launch.INTERPRETED else "on CPU it needs TRITON_INTERPRET=1 in the environment"
     if device.type != "cuda":
         return f"it runs on CUDA devices, not on {device.type}"
-    capability = torch.cuda.get_device_capability(device)
+    capability = _capability(device)
     if torch.version.hip is None and capability < _CAPABILITY:
         return f"it needs compute capability {_CAPABILITY}, this device has {capability}"
     return ""
 
 
 @cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@cache
+def _triton_version() -> str:
+    """Empty where it can't be imported."""
+    try:
+        import triton
+    except ImportError:
+        return ""
+    return str(triton.__version__)

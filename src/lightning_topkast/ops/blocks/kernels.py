@@ -16,10 +16,22 @@ def _dot(a, b, total, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
     return tl.dot(a, b, total, input_precision=PRECISION)
 
 
+@triton.jit
+def _load(matrix, stride, row, column, rows, TALL: tl.constexpr, BROAD: tl.constexpr, DESCRIBED: tl.constexpr):
+    """TALL × BROAD elements of a matrix; zero behind its last row."""
+    if DESCRIBED:
+        box = matrix.load([row, column])
+    else:
+        down = row + tl.arange(0, TALL)
+        at = matrix + down[:, None].to(tl.int64) * stride + (column + tl.arange(0, BROAD))[None, :]
+        box = tl.load(at, mask=down[:, None] < rows, other=0.0)
+    return box
+
+
 @triton.jit(do_not_specialize=["batch_bucket", "length_bucket"])
 def product_kernel(
     dense,  # (rows, others × DEPTH)
-    values,  # (blocks, height, width), contiguous
+    values,  # (blocks × height, width), contiguous
     bias,  # (lines × BREADTH,)
     result,  # (rows, lines × BREADTH), contiguous
     starts,
@@ -28,18 +40,19 @@ def product_kernel(
     longest_first,
     rows,
     lines,
-    dense_row_stride,
-    dense_column_stride,
+    value_rows,
+    dense_stride,
     batch_bucket,  # these two tell autotuning's cases apart
     length_bucket,
     DEPTH: tl.constexpr,  # side of a block that is summed over
     BREADTH: tl.constexpr,  # its other side
+    DEEP: tl.constexpr,  # so many terms are summed at a time; divides DEPTH
     TRANSPOSED: tl.constexpr,  # blocks lie as (DEPTH, BREADTH), else as (BREADTH, DEPTH)
     HAS_BIAS: tl.constexpr,
+    DESCRIBED: tl.constexpr,  # dense, values and result are tensor descriptors, else pointers
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
     TILE: tl.constexpr,  # rows of the result that a program computes
-    STEP: tl.constexpr,  # at most so many terms are summed at a time
     GROUP: tl.constexpr,  # tiles that go through the lines together
 ):
     """`dense` times the blocks of one line, for one tile of rows."""
@@ -50,33 +63,51 @@ def product_kernel(
     width = min(tiles - first, GROUP)
     within = program % (GROUP * lines)
     line = tl.load(longest_first + within // width)
-    row = (first + within % width).to(tl.int64) * TILE + tl.arange(0, TILE)
-    inside = row[:, None] < rows
+    row = (first + within % width) * TILE
 
-    DEEP: tl.constexpr = STEP if STEP < DEPTH else DEPTH
     PARTS: tl.constexpr = DEPTH // DEEP
-    deep = tl.arange(0, DEEP)
-    broad = tl.arange(0, BREADTH)
-    if TRANSPOSED:
-        factor = values + deep[:, None] * BREADTH + broad[None, :]
-    else:
-        factor = values + broad[None, :] * DEPTH + deep[:, None]
-    from_dense = dense + row[:, None] * dense_row_stride + deep[None, :].to(tl.int64) * dense_column_stride
+    column = line * BREADTH
+    broad = column + tl.arange(0, BREADTH)
     total = tl.zeros((TILE, BREADTH), tl.float32)
+    if HAS_BIAS:  # first, as nothing waits for it here
+        total += tl.load(bias + broad)[None, :].to(tl.float32)
     for turn in range(tl.load(starts + line) * PARTS, tl.load(starts + line + 1) * PARTS):
         at = turn // PARTS
         part = turn % PARTS * DEEP
-        across = tl.load(others + at).to(tl.int64) * DEPTH + part
-        block = tl.load(blocks + at).to(tl.int64) * (DEPTH * BREADTH)
-        a = tl.load(from_dense + across * dense_column_stride, mask=inside, other=0.0)
-        b = tl.load(factor + (block + part * (BREADTH if TRANSPOSED else 1)))
+        across = tl.load(others + at) * DEPTH + part
+        block = tl.load(blocks + at)
+        a = _load(dense, dense_stride, row, across, rows, TILE, DEEP, DESCRIBED)
+        if TRANSPOSED:
+            b = _load(values, BREADTH, block * DEPTH + part, 0, value_rows, DEEP, BREADTH, DESCRIBED)
+        else:
+            b = _load(values, DEPTH, block * BREADTH, part, value_rows, BREADTH, DEEP, DESCRIBED).T
         total = _dot(a, b, total, PRECISION, WIDEN)
 
-    column = line * BREADTH + broad
-    if HAS_BIAS:
-        total += tl.load(bias + column)[None, :].to(tl.float32)
-    to = result + row[:, None] * (lines * BREADTH) + column[None, :]
-    tl.store(to, total.to(result.dtype.element_ty), mask=inside)
+    if DESCRIBED:
+        result.store([row, column], total.to(result.dtype))
+    else:
+        down = row + tl.arange(0, TILE)
+        to = result + down[:, None].to(tl.int64) * (lines * BREADTH) + broad[None, :]
+        tl.store(to, total.to(result.dtype.element_ty), mask=down[:, None] < rows)
+
+
+@triton.jit
+def _find(starts, lines, SIDE: tl.constexpr, LINES: tl.constexpr):
+    """This program's line, where in it its SIDE neighbouring blocks begin, and where the line ends.
+
+    Behind the last of them begin and end are equal.
+    """
+    program = tl.program_id(0)
+    line = tl.arange(0, LINES)
+    begins = tl.load(starts + line, mask=line < lines, other=0)
+    ends = tl.load(starts + line + 1, mask=line < lines, other=0)
+    programs = tl.cdiv(ends - begins, SIDE)
+    passed = tl.cumsum(programs) <= program
+    found = tl.sum(passed.to(tl.int32))
+    within = program - tl.sum(tl.where(passed, programs, 0))
+    end = tl.load(starts + min(found + 1, lines))
+    begin = tl.load(starts + min(found, lines)) + within * SIDE
+    return found, min(begin, end), end
 
 
 @triton.jit(do_not_specialize=["batch_bucket", "length_bucket"])
@@ -88,51 +119,86 @@ def sampled_kernel(
     others,
     blocks,
     rows,
-    across,  # blocks of a whole line
+    lines,
     split_rows,  # rows that a split sums over
-    grads_row_stride,
-    grads_column_stride,
-    dense_row_stride,
-    dense_column_stride,
+    grads_stride,
+    dense_stride,
     split_stride,
     batch_bucket,
     length_bucket,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
+    LINES: tl.constexpr,  # a power of two, `lines` at least
+    ITEM: tl.constexpr,  # bytes of an element
+    DESCRIBED: tl.constexpr,  # grads and dense are tensor descriptors, else pointers
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
     SIDE: tl.constexpr,  # blocks that a program computes side by side
-    STEP: tl.constexpr,  # rows that are summed at a time
+    STEP: tl.constexpr,  # bytes of a column that are summed at a time
 ):
     """SIDE neighbouring blocks of one line of gradsᵀ @ dense, summed over one split of the rows."""
-    chunks = tl.cdiv(across, SIDE)
-    line = tl.program_id(0) // chunks
-    begin = tl.load(starts + line) + tl.program_id(0) % chunks * SIDE
-    end = tl.load(starts + line + 1)
+    line, begin, end = _find(starts, lines, SIDE, LINES)
     if begin >= end:
         return
-    # The blocks' columns side by side are the result's rows, of which a tensor core wants 64 at least.
-    lane = tl.arange(0, SIDE * WIDTH)
-    at = begin + lane // WIDTH
-    present = at < end
-    column = tl.load(others + at, mask=present, other=0) * WIDTH + lane % WIDTH
-    column = tl.max_contiguous(tl.multiple_of(column, WIDTH), WIDTH)
-    down = tl.arange(0, HEIGHT)
-    from_dense = dense + column[:, None].to(tl.int64) * dense_column_stride
-    from_grads = grads + (line * HEIGHT + down)[None, :].to(tl.int64) * grads_column_stride
-
+    DOWN: tl.constexpr = STEP // ITEM
+    height = line * HEIGHT
     split = tl.program_id(1)
-    bottom = tl.minimum(rows, (split + 1) * split_rows)
-    total = tl.zeros((SIDE * WIDTH, HEIGHT), tl.float32)
-    for top in range(split * split_rows, bottom, STEP):
-        row = top + tl.arange(0, STEP)
-        inside = row < bottom
-        far = row.to(tl.int64)
-        a = tl.load(from_dense + far[None, :] * dense_row_stride, mask=present[:, None] & inside[None, :], other=0.0)
-        b = tl.load(from_grads + far[:, None] * grads_row_stride, mask=inside[:, None], other=0.0)
-        total = _dot(a, b, total, PRECISION, WIDEN)
+    top = split * split_rows
+    bottom = tl.minimum(rows, top + split_rows)
+    result += split.to(tl.int64) * split_stride
+    type = result.dtype.element_ty
+    if DESCRIBED:
+        # A sum for each block: tensor cores multiply 64 rows of it at a time.
+        totals = ()
+        columns = ()
+        for i in tl.static_range(SIDE):
+            columns += (tl.load(others + min(begin + i, end - 1)) * WIDTH,)
+            totals += (tl.zeros((HEIGHT, WIDTH), tl.float32),)
+        for row in range(top, bottom, DOWN):
+            a = grads.load([row, height]).T
+            sums = ()
+            for i in tl.static_range(SIDE):
+                sums += (_dot(a, dense.load([row, columns[i]]), totals[i], PRECISION, WIDEN),)
+            totals = sums
+        element = tl.arange(0, HEIGHT)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+        for i in tl.static_range(SIDE):
+            if begin + i < end:
+                block = tl.load(blocks + begin + i).to(tl.int64) * (HEIGHT * WIDTH)
+                tl.store(result + block + element, totals[i].to(type))
+    else:
+        # The blocks' columns side by side are the sum's rows, of which a tensor core wants 64 at least.
+        lane = tl.arange(0, SIDE * WIDTH)
+        at = begin + lane // WIDTH
+        present = at < end
+        column = tl.load(others + at, mask=present, other=0) * WIDTH + lane % WIDTH
+        column = tl.max_contiguous(tl.multiple_of(column, WIDTH), WIDTH)
+        total = tl.zeros((SIDE * WIDTH, HEIGHT), tl.float32)
+        for row in range(top, bottom, DOWN):
+            down = row + tl.arange(0, DOWN)
+            inside = down < bottom
+            from_dense = dense + down[None, :].to(tl.int64) * dense_stride + column[:, None]
+            a = tl.load(from_dense, mask=present[:, None] & inside[None, :], other=0.0)
+            b = _load(grads, grads_stride, row, height, bottom, DOWN, HEIGHT, DESCRIBED)
+            total = _dot(a, b, total, PRECISION, WIDEN)
+        block = tl.load(blocks + at, mask=present, other=0).to(tl.int64) * (HEIGHT * WIDTH) + lane % WIDTH
+        block = tl.max_contiguous(tl.multiple_of(block, WIDTH), WIDTH)
+        to = result + block[:, None] + (tl.arange(0, HEIGHT) * WIDTH)[None, :]
+        tl.store(to, total.to(type), mask=present[:, None])
 
-    block = tl.load(blocks + at, mask=present, other=0).to(tl.int64) * (HEIGHT * WIDTH) + lane % WIDTH
-    block = tl.max_contiguous(tl.multiple_of(block, WIDTH), WIDTH)
-    to = result + split.to(tl.int64) * split_stride + block[:, None] + down[None, :] * WIDTH
-    tl.store(to, total.to(result.dtype.element_ty), mask=present[:, None])
+
+@triton.jit
+def fold_kernel(
+    partial,  # (splits, size), contiguous, float32
+    result,  # (count,)
+    size,  # at most count
+    count,
+    splits,
+    CHUNK: tl.constexpr,
+):
+    """The sum of `partial` over its splits, in their order, and zeros up to `count`."""
+    at = tl.program_id(0).to(tl.int64) * CHUNK + tl.arange(0, CHUNK)
+    inside = at < size
+    total = tl.zeros((CHUNK,), tl.float32)
+    for split in range(0, splits):
+        total += tl.load(partial + split * tl.cast(size, tl.int64) + at, mask=inside, other=0.0)
+    tl.store(result + at, total.to(result.dtype.element_ty), mask=at < count)

@@ -1,6 +1,7 @@
 """Where the blocks of a block-sparse matrix are."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,8 +12,7 @@ from lightning_topkast.selection import ACTIVE, EXPLORING
 _LARGEST = torch.iinfo(torch.int32).max
 
 
-@dataclass(frozen=True, eq=False)
-class Lines:
+class Lines(NamedTuple):
     """Blocks in the order of the grid's rows, or of its columns: its *lines*.
 
     Attributes:
@@ -45,15 +45,12 @@ class Lines:
 
     def to(self, device: torch.device | str) -> "Lines":
         """The same on another device."""
-        return Lines(*(tensor.to(device) for tensor in self._tensors()))
+        return Lines(*(tensor.to(device) for tensor in self))
 
     @property
     def nbytes(self) -> int:
         """The memory that the indices take."""
-        return sum(tensor.nbytes for tensor in self._tensors())
-
-    def _tensors(self) -> list[Tensor]:
-        return [getattr(self, field.name) for field in fields(self)]
+        return sum(tensor.nbytes for tensor in self)
 
 
 @dataclass(frozen=True, eq=False)

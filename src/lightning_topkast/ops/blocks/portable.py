@@ -10,24 +10,17 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from lightning_topkast.ops.blocks.pattern import Lines
 
-def product(
-    dense: Tensor,
-    values: Tensor,
-    bias: Tensor | None,
-    starts: Tensor,
-    others: Tensor,
-    blocks: Tensor,
-    longest_first: Tensor,
-    transposed: bool,
-) -> Tensor:
+
+def product(dense: Tensor, values: Tensor, bias: Tensor | None, lines: Lines, transposed: bool) -> Tensor:
     """`dense` times the blocks of each line, plus `bias`.
 
     Args:
         dense: (M, in), or `transposed` (M, out).
         values: (blocks, height, width).
         bias: (columns of the result,).
-        starts, others, blocks, longest_first: the rows of the grid, or `transposed` its columns; see `Lines`.
+        lines: the rows of the grid, or `transposed` its columns.
         transposed: multiply by the blocks as they are, else by their transposes.
 
     Returns:
@@ -35,16 +28,16 @@ def product(
     """
     height, width = values.shape[1:]
     depth, breadth = (height, width) if transposed else (width, height)
-    rows, lines = dense.shape[0], starts.numel() - 1
+    rows = dense.shape[0]
     cut = dense.reshape(rows, dense.shape[1] // depth, depth)
-    result = dense.new_empty(rows, lines * breadth)
-    for line, begin, end in _spans(starts):
+    result = dense.new_empty(rows, (lines.starts.numel() - 1) * breadth)
+    for line, begin, end in _spans(lines):
         part = slice(line * breadth, (line + 1) * breadth)
         if begin == end:
             result[:, part] = 0 if bias is None else bias[part]
             continue
-        gathered = cut.index_select(1, others[begin:end]).flatten(1)
-        factors = values.index_select(0, blocks[begin:end])
+        gathered = cut.index_select(1, lines.others[begin:end]).flatten(1)
+        factors = values.index_select(0, lines.blocks[begin:end])
         matrix = factors.flatten(0, 1) if transposed else factors.transpose(0, 1).flatten(1).t()
         if bias is None:
             torch.mm(gathered, matrix, out=result[:, part])
@@ -53,15 +46,13 @@ def product(
     return result
 
 
-def sampled(
-    grads: Tensor, dense: Tensor, starts: Tensor, others: Tensor, blocks: Tensor, shape: Sequence[int]
-) -> Tensor:
+def sampled(grads: Tensor, dense: Tensor, lines: Lines, shape: Sequence[int]) -> Tensor:
     """The blocks of gradsᵀ @ dense.
 
     Args:
         grads: (M, out).
         dense: (M, in).
-        starts, others, blocks: the rows of the grid; see `Lines`.
+        lines: the rows of the grid.
         shape: of the result.
 
     Returns:
@@ -69,17 +60,19 @@ def sampled(
     """
     count, height, width = shape
     result = dense.new_empty(count, height, width)
-    result[others.numel() :] = 0
+    result[lines.others.numel() :] = 0
     cut = dense.reshape(dense.shape[0], dense.shape[1] // width, width)
-    for line, begin, end in _spans(starts):
+    for line, begin, end in _spans(lines):
         if begin < end:
-            gathered = cut.index_select(1, others[begin:end]).flatten(1)
+            gathered = cut.index_select(1, lines.others[begin:end]).flatten(1)
             rows = grads[:, line * height : (line + 1) * height]
-            found = (rows.t() @ gathered).view(height, end - begin, width)
-            result.index_copy_(0, blocks[begin:end].long(), found.transpose(0, 1))
+            found = gathered.new_empty(height, gathered.shape[1])
+            torch.mm(rows.t(), gathered, out=found)  # autocast, if on in the backward pass, would change `@`'s dtype
+            found = found.view(height, end - begin, width).transpose(0, 1)
+            result.index_copy_(0, lines.blocks[begin:end].long(), found)
     return result
 
 
-def _spans(starts: Tensor) -> Iterator[tuple[int, int, int]]:
-    bounds = starts.tolist()
+def _spans(lines: Lines) -> Iterator[tuple[int, int, int]]:
+    bounds = lines.starts.tolist()
     return zip(range(len(bounds) - 1), bounds[:-1], bounds[1:], strict=True)

@@ -142,8 +142,8 @@ class TorchBSR:
         """What is timed; the bias is left out."""
         input, grad = self.dense.input.detach(), self.dense.grad
         return {
-            "forward": lambda: self.ops.bsr_dense_mm(self.weight, input.t()),
-            "dx": lambda: self.ops.bsr_dense_mm(self.transposed, grad.t()),
+            "forward": lambda: self.ops.bsr_dense_mm(self.weight, input.t()).t(),
+            "dx": lambda: self.ops.bsr_dense_mm(self.transposed, grad.t()).t(),
             "dW": lambda: self.ops.sampled_addmm(self.updated, grad.t(), input, beta=0.0),
         }
 

@@ -3,6 +3,7 @@
 Importing it imports triton, which not every environment has; `choice` looks whether it can be had.
 """
 
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cache, partial
@@ -74,6 +75,7 @@ _SUMS_PER_THREAD = 128  # so many float32 sums at most, or its registers spill
 _FIXED_PRODUCT = {"TILE": 16, "GROUP": 2} if INTERPRETED else {}
 _FIXED_SAMPLED = {"SIDE": 2, "STEP": 64} if INTERPRETED else {}
 _tiles: dict[tuple[object, ...], dict[str, Any]] = {}  # what tuning chose, by case
+_entered = threading.local()
 
 # Splits begin at multiples of this many rows, whichever tile tuning chooses: the order of a sum must not depend on it.
 _SPLIT_UNIT = 128
@@ -247,8 +249,14 @@ def _processors(device: torch.device) -> int:
 
 def _on(tensor: Tensor) -> Any:
     """Triton starts kernels on the current device, whichever the tensors are on."""
-    elsewhere = tensor.is_cuda and tensor.get_device() != torch.cuda.current_device()
-    return torch.cuda.device(tensor.device) if elsewhere else nullcontext()
+    if not tensor.is_cuda:
+        return nullcontext()
+    device = tensor.get_device()
+    if device not in _entered.__dict__.setdefault("devices", set()):
+        # A thread of autograd's may not have entered the device's context yet, which describing a matrix needs.
+        torch.cuda.mem_get_info(device)
+        _entered.devices.add(device)
+    return torch.cuda.device(device) if device != torch.cuda.current_device() else nullcontext()
 
 
 @cache

@@ -20,6 +20,8 @@ from lightning_topkast.ops.blocks import choice
 from tests import blocks
 from tests.helpers import plain_path
 
+pytestmark = pytest.mark.timeout(500)
+
 CPU = torch.device("cpu")
 has_triton = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not has_triton, reason="triton is not installed")
@@ -33,7 +35,7 @@ def run_python(*arguments, **variables) -> str:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=450,  # the interpreter takes one minute, on a busy machine several
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -1,0 +1,169 @@
+"""A transformer far larger than dense training has room for takes steps with Adam on one device.
+
+    python benchmarks/giant.py [--blocks 26] [--width 8192] [--pair 0.98 0.95] [--steps 10] [--json FILE]
+
+Weights are float32 and computed with in bfloat16; all of θ lies in host memory, and the device holds the updated set's
+blocks, their gradients and Adam's state. Dense training with Adam holds 16 bytes a parameter (weight, gradient and two
+moments in float32), which with nothing else in it bounds what a device's memory is enough for. Every step sees the same
+random tokens, so that a falling loss shows that it learns. The first weights are drawn on the device and brought to the
+host one at a time.
+"""
+
+import argparse
+import json
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from gpu_block import Block
+from gpu_timing import device_name
+from tables import Row, table
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Adam
+
+from lightning_topkast import TopKast
+
+TOKENS = 256
+DENSE_BYTES = 16  # a parameter's
+
+
+class Transformer(nn.Module):
+    """A causal language model over bytes."""
+
+    def __init__(self, width: int, blocks: int, heads: int, time: int) -> None:
+        super().__init__()
+        self.embed, self.place = nn.Embedding(TOKENS, width), nn.Embedding(time, width)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(blocks))
+        self.norm, self.output = nn.LayerNorm(width), nn.Linear(width, TOKENS)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens) + self.place.weight[: tokens.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        output: Tensor = self.output(self.norm(x))
+        return output
+
+
+@torch.no_grad()
+def draw(model: nn.Module, device: torch.device) -> None:
+    """Give a model on the meta device its first values, in host memory."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            values = torch.empty(parameter.shape, device=device)
+            if parameter.dim() == 1:
+                values.fill_(isinstance(module, nn.LayerNorm) and name == "weight")
+            else:
+                values.normal_(std=0.02)
+            module._parameters[name] = nn.Parameter(values.cpu())
+
+
+class Watch:
+    """Seconds of what is done, printed as it goes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu = device.type == "cuda"
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, name: str, work: Callable[[], Any]) -> Any:
+        start = perf_counter()
+        done = work()
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        self.seconds[name] = perf_counter() - start
+        print(f"{name}: {self.seconds[name]:.1f} s", flush=True)
+        return done
+
+
+def run(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Build, train, refresh, and train on."""
+    torch.manual_seed(0)
+    watch = Watch(device)
+    with torch.device("meta"):
+        model = Transformer(arguments.width, arguments.blocks, arguments.width // 128, arguments.time)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{parameters / 1e9:.2f} B parameters", flush=True)
+    watch("drawing the weights", lambda: draw(model, device))
+    topkast = watch(
+        "choosing and packing",
+        lambda: TopKast(
+            model, *arguments.pair, execution="packed", granularity="block", block_shape=(arguments.side,) * 2,
+            include=["blocks.*"], keep_first_dense=False, keep_last_dense=False, update_every=10**6, strict=True,
+            penalty_shrinkage=None, penalty_strength=0.0,
+        ),
+    )  # fmt: skip
+    watch("moving to the device", lambda: model.to(device))
+    optimizer = Adam(model.parameters(), lr=arguments.lr, fused=True)
+    topkast.attach(optimizer)
+    tokens = torch.randint(TOKENS, (arguments.batch, arguments.time + 1), device=device)
+
+    def step() -> float:
+        optimizer.zero_grad()
+        with torch.autocast(device.type, torch.bfloat16):
+            logits = model(tokens[:, :-1])
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        return float(loss.detach())
+
+    losses: list[float] = []
+    watch("first step, with tuning", lambda: losses.append(step()))
+    times: list[float] = []
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            start = perf_counter()
+            losses.append(step())
+            times.append(perf_counter() - start)
+
+    steps(arguments.steps)
+    watch("a refresh of all weights", topkast.refresh)
+    promoted = sum(weight.promoted for weight in topkast.weights.values())
+    steps(arguments.steps)
+    on_gpu = device.type == "cuda"
+    memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else 0
+    held = sum(p.nbytes + (0 if p.grad is None else p.grad.nbytes) for p in model.parameters())
+    held += sum(v.nbytes for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))
+    row: Row = {
+        "B parameters": parameters / 1e9,
+        "sparsity": "{:.0%} / {:.0%}".format(*arguments.pair),
+        "block": arguments.side,
+        "tokens a step": tokens[:, 1:].numel(),
+        "weights, gradients, Adam GB": held / 1e9,
+        "peak GB": torch.cuda.max_memory_allocated() / 1e9 if on_gpu else None,
+        "dense Adam GB": DENSE_BYTES * parameters / 1e9,
+        "dense Adam's limit, B parameters": memory / DENSE_BYTES / 1e9 if on_gpu else None,
+        "host peak GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+        "ms a step": sorted(times)[len(times) // 2] * 1e3,
+        "promoted": promoted,
+        "first loss": losses[0],
+        "last loss": losses[-1],
+    }
+    return {"row": row, "seconds": watch.seconds, "losses": losses, "step seconds": times}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--blocks", type=int, default=26, help="of the transformer (default: %(default)s)")
+    parser.add_argument("--width", type=int, default=8192, help="a multiple of 128 (default: %(default)s)")
+    parser.add_argument("--side", type=int, default=128, help="of the sets' blocks (default: %(default)s)")
+    parser.add_argument("--pair", type=float, nargs=2, default=(0.98, 0.95), help="forward and backward sparsity")
+    parser.add_argument("--batch", type=int, default=2, help="sequences a step (default: %(default)s)")
+    parser.add_argument("--time", type=int, default=2048, help="tokens of each (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=10, help="before and after a refresh (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=1e-4, help="learning rate (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="also write all figures to this file")
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = run(arguments, device)
+    table(f"Training on {device_name(device) if device.type == 'cuda' else 'CPU'}", [found["row"]])
+    print("loss: " + " ".join(f"{loss:.3f}" for loss in found["losses"]))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found | {"device": device_name(device)}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

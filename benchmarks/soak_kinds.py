@@ -148,7 +148,7 @@ class Observer(Callback):
         for name, parameter in pl_module.named_parameters():
             gradient, sets = parameter.grad, self.oracle.sets.get(name)
             if gradient is not None and sets is not None and gradient.shape != sets[0].shape:
-                gradient = spread(gradient, *sets)
+                gradient = spread(gradient, *sets, self.oracle.rules.units)
             gradients[name] = None if gradient is None else gradient.clone()
         self.seen = gradients, [group["lr"] for group in optimizer.param_groups]
 

@@ -57,15 +57,6 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def spread(packed: Tensor, active: Tensor, updated: Tensor) -> Tensor:
-    r"""Dense entries of packed ones: first those of A, then of B\A, in flat order each."""
-    order = [i for i, member in enumerate(active.flatten().tolist()) if member]
-    order += [i for i, member in enumerate((updated & ~active).flatten().tolist()) if member]
-    dense = packed.new_zeros(active.numel())
-    dense[torch.tensor(order)] = packed[: len(order)]
-    return dense.view(active.shape)
-
-
 def naive_counts(shapes: Mapping[str, tuple[int, ...]], density: float, distribution: str) -> dict[str, float]:
     """|set| of every weight, not yet rounded."""
     if distribution == "uniform":
@@ -94,6 +85,16 @@ def block_of(shape: tuple[int, ...], units: tuple[str, tuple[int, int]]) -> Tens
         along = (torch.arange(size) // side).view([-1 if d == dim else 1 for d in range(len(shape))])
         number = number * count + along
     return number
+
+
+def spread(packed: Tensor, active: Tensor, updated: Tensor, units: tuple[str, tuple[int, int]]) -> Tensor:
+    r"""Dense entries of packed ones: first those of A, then of B\A, block by block, and in flat order in a block."""
+    members, blocks = updated.flatten().tolist(), block_of(tuple(active.shape), units).flatten().tolist()
+    exploring = (updated & ~active).flatten().tolist()
+    order = sorted((i for i, member in enumerate(members) if member), key=lambda i: (exploring[i], blocks[i], i))
+    dense = packed.new_zeros(active.numel())
+    dense[torch.tensor(order)] = packed[: len(order)]
+    return dense.view(active.shape)
 
 
 def norms_of(theta: Tensor, block: Tensor) -> list[float]:
@@ -341,7 +342,7 @@ class Oracle:
                     continue
                 dense = whole(value)
                 if name in self.sets and dense.shape != mine[key].shape:
-                    dense = spread(dense, *self.sets[name])
+                    dense = spread(dense, *self.sets[name], self.rules.units)
                 if name in self.sets and key in STATE and self.rules.reset_optimizer_state:
                     expect(not dense[~self.sets[name][1]].any(), f"{name}: {key} outside B")
                 self._same(f"{name}: {key}", mine[key], dense, exact)

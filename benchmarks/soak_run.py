@@ -159,7 +159,7 @@ class Run:
             gradient, sets = parameter.grad, self.oracle.sets.get(name)
             if gradient is not None and sets is not None:
                 if gradient.shape != sets[0].shape:
-                    gradient = spread(gradient, *sets)
+                    gradient = spread(gradient, *sets, self.oracle.rules.units)
                 elif not masked:
                     gradient = gradient.masked_fill(~sets[1], 0)
             found[name] = None if gradient is None else gradient.clone()

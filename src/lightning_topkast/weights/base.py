@@ -276,10 +276,6 @@ class SparseWeight(ABC):
     def _in_model(self) -> Tensor:
         """The weight as the model holds it, dense; of a sharded one this process' part."""
 
-    def _order(self) -> Tensor:
-        """Flat indices of B in packed order."""
-        return self.granularity.order(self.tiers)
-
     def _counts(self) -> dict[str, Any]:
         return {
             "execution": self.execution,

@@ -342,7 +342,7 @@ class MaskedWeight(SparseWeight):
         """A packed one is spread out, with zeros outside B."""
         if value.shape == self.shape or value.shape != (self.updated_count,):
             return value
-        order = self._order()
+        order = self.granularity.order(self.tiers)
         dense = value.new_zeros(self.size)
         dense[order] = value[: order.numel()]
         # in the parameter's memory format, by which fused optimizers go

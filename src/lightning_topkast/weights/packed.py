@@ -315,7 +315,7 @@ class PackedWeight(SparseWeight):
         """A dense one is gathered on B."""
         if value.shape == self.parameter.shape or value.shape != self.shape:
             return value
-        order = self._order().to(value.device)
+        order = self._places().to(value.device)
         packed = value.new_zeros(self.parameter.shape)
         packed[: order.numel()] = value.reshape(-1)[order]
         return packed

@@ -160,15 +160,16 @@ class PackedWeight(SparseWeight):
         packing = prepared[1] if prepared is not None and prepared[0] is tiers else self._pack(tiers)
         tiers = self._units_of(tiers)
         self._note_scores()
-        units = self._units() if self._state_units is None else self._state_units
-        self._theta.index_copy_(0, self._places(), self._values())
+        places, new_places = self._places(), packing.indices().long()
+        units = _units_of(self._packing, places) if self._state_units is None else self._state_units
+        self._theta.index_copy_(0, places, self._values())
         if self.forgets:
             forgotten = (tiers == RESERVOIR) & (self._tiers != RESERVOIR)
             self._theta.masked_fill_(self.granularity.tiers(forgotten, self.sharding).view(-1), 0)
             if self._scores is not None:
                 self._scores.masked_fill_(forgotten, 0)
-        writes = [(self.parameter.detach(), self._values_at(packing.indices().long()))]
-        writes += self._moved(state, units, _units_of(packing))
+        writes = [(self.parameter.detach(), self._values_at(new_places))]
+        writes += self._moved(state, units, _units_of(packing, new_places))
         self._state_units = None
         promoted = torch.count_nonzero((tiers == ACTIVE) & (self._tiers != ACTIVE))
         self.promoted = int(promoted) * self._unit_size
@@ -197,7 +198,8 @@ class PackedWeight(SparseWeight):
         for tensor in state:
             on = tensor.device
             moved = torch.zeros_like(tensor)
-            by_unit = tensor.view(-1, self._unit_size)
+            # single entries in one dimension, in which torch selects them four times as fast
+            by_unit = tensor.view(-1, self._unit_size) if self._unit_size > 1 else tensor
             moved.view_as(by_unit).index_copy_(0, kept.to(on), by_unit.index_select(0, source.to(on)))
             writes.append((tensor, moved))
         return writes
@@ -235,7 +237,7 @@ class PackedWeight(SparseWeight):
 
     def _units(self) -> Tensor:
         self._settle()
-        return _units_of(self._packing)
+        return self._packing.units if self._packing.units is not None else self._places()
 
     def _values(self) -> Tensor:
         self.match_layout()
@@ -388,9 +390,9 @@ class PackedWeight(SparseWeight):
         self._settle()
 
 
-def _units_of(packing: Packing) -> Tensor:
-    """Where in the grid its units are."""
-    return packing.indices().cpu().long() if packing.units is None else packing.units
+def _units_of(packing: Packing, places: Tensor) -> Tensor:
+    """Where in the grid its units are: its values' places, where entries are the units."""
+    return places if packing.units is None else packing.units
 
 
 def _with_values(theta: Tensor, places: Tensor, values: Tensor) -> Tensor:

@@ -435,6 +435,38 @@ def test_assigning_a_state_dict_keeps_the_packed_parameter():
         run.model.load_state_dict(state)
 
 
+@executions
+def test_masked_state_may_be_loaded_in_two_orders_and_in_no_third(execution):
+    masked = Run("masked")
+    masked.step(12)
+    states = [copy.deepcopy(each.state_dict()) for each in (masked.model, masked.optimizer, masked.topkast)]
+    masked.step(15)
+
+    def resumed(*order):
+        run = Run(execution)
+        run.topkast.detach()
+        run.model.load_state_dict(states[0])
+        for act in order:
+            act(run)
+        run.done = 12
+        run.step(15)
+        return run
+
+    def optimizer(run):
+        run.optimizer.load_state_dict(copy.deepcopy(states[1]))
+
+    def engine(run):
+        run.topkast.load_state_dict(copy.deepcopy(states[2]))
+
+    def attach(run):
+        run.topkast.attach(run.optimizer)
+
+    for order in ((optimizer, engine, attach), (attach, optimizer, engine)):
+        check_alike(resumed(*order), masked)
+    with pytest.raises(TopKastError, match=r"'2.weight' comes from a masked run, and attach\(\) has taken it over"):
+        resumed(optimizer, attach, engine)
+
+
 def test_a_dense_checkpoint_with_its_optimizer_goes_on_packed():
     plain = mlp().double()
     optimizer = OPTIMIZERS["adamw"](plain.parameters())

@@ -340,6 +340,16 @@ class TopKast:
     def _state_of(self, weight: SparseWeight) -> list[Tensor]:
         return [tensor for attachment in self._attachments for tensor in attachment.state_of(weight)]
 
+    def _check_order(self, weight: SparseWeight, saved: Mapping[str, Any]) -> None:
+        """Refuse sets that an optimizer's dense state, gathered by others, can't follow any more."""
+        gathered = isinstance(weight, PackedWeight) and weight.has_gathered and bool(self._state_of(weight))
+        if gathered and saved.get("execution", "masked") == "masked" and not torch.equal(weight.tiers, saved["tiers"]):
+            raise TopKastError(
+                f"the optimizer's state of '{weight.name}' comes from a masked run, and attach() has taken it over for "
+                "other sets than the saved ones: load the saved Top-KAST state before attach(), or load the "
+                "optimizer's after it"
+            )
+
     def _set_strength(self) -> None:
         peaks = strength.peak_learning_rates(self._weights, [attachment.optimizer for attachment in self._attachments])
         for name, weight in self._weights.items():
@@ -410,6 +420,7 @@ class TopKast:
         _reshard(self.model)
         for name, weight in self._weights.items():
             weight.check_state(saved[name])
+            self._check_order(weight, saved[name])
         selections = [Selection.from_state(each, self._weights) for each in pending]
         # A strength worked out from the learning rate's peak is kept: the peak may not be known any more.
         keep_strength = shrinkage is not None and shrinkage == self.settings.penalty_shrinkage

@@ -60,12 +60,15 @@ class PackedWeight(SparseWeight):
         self._dormant = torch.zeros(grid, dtype=torch.bool)
         self._packing = pack(torch.zeros_like(self._tiers), self.shape, units, products)
         self._unit_size = self.size // max(grid.numel(), 1)
-        # The scores of units larger than an entry: few, and those of C stay until a refresh.
-        self._scores = self._scores_of(dense.detach())
+        # The scores of units larger than an entry: few, and those of C stay until a refresh. All are computed on the
+        # host, so that a resumed run has the same bits.
+        self._scores = self._scores_of(self._theta)
         # what a refresh is about to write: tensors and their new content, and the new sets
         self._pending: tuple[list[tuple[Tensor, Tensor]], Tensor, Packing] | None = None
         # sets that `apply` is likely to take over, with their indices
         self._prepared: tuple[Tensor, Packing] | None = None
+        # whether dense state of an optimizer was taken over by the present sets
+        self.has_gathered = False
         # units that the optimizer's state belongs to, where weights were loaded since
         self._state_units: Tensor | None = None
 
@@ -138,16 +141,13 @@ class PackedWeight(SparseWeight):
         """Bring the scores of B's units up to date."""
         if self._scores is not None:
             assert isinstance(self.granularity, Blocks)
-            self._settle()
-            self.match_layout()
-            values = self._as_theta(self.parameter.detach())[: self._packing.updated_count]
-            norms = self.granularity.norms(values.view(-1, self._unit_size))
-            self._scores.view(-1).index_copy_(0, self._units(), norms.cpu())
+            norms = self.granularity.norms(self._values().view(-1, self._unit_size))
+            self._scores.view(-1).index_copy_(0, self._units(), norms)
 
     def _scores_of(self, theta: Tensor) -> Tensor | None:
         if not isinstance(self.granularity, Blocks):
             return None
-        return self.granularity.scores(theta.view(self.shape), self.sharding).cpu()
+        return self.granularity.scores(theta.view(self.shape), self.sharding)
 
     def prepare(self, tiers: Tensor) -> None:
         """Make the indices of these sets, which takes longer than choosing them."""
@@ -158,7 +158,7 @@ class PackedWeight(SparseWeight):
         self.match_layout()
         prepared, self._prepared = self._prepared, None
         packing = prepared[1] if prepared is not None and prepared[0] is tiers else self._pack(tiers)
-        tiers = self._units_of(tiers)
+        tiers = self._on_grid(tiers)
         self._note_scores()
         places, new_places = self._places(), packing.indices().long()
         units = _units_of(self._packing, places) if self._state_units is None else self._state_units
@@ -176,11 +176,13 @@ class PackedWeight(SparseWeight):
         # All is prepared; writing it twice does no harm, so that an interruption is mended by writing it again.
         self._pending = (writes, tiers, packing)
         self._settle()
+        self.has_gathered = False
 
     def _pack(self, tiers: Tensor) -> Packing:
-        return pack(self._units_of(tiers), self.shape, self.granularity, self.execution == "packed")
+        return pack(self._on_grid(tiers), self.shape, self.granularity, self.execution == "packed")
 
-    def _units_of(self, tiers: Tensor) -> Tensor:
+    def _on_grid(self, tiers: Tensor) -> Tensor:
+        """The units' tiers."""
         return self.granularity.units_of(tiers.cpu()).contiguous()
 
     def _moved(self, state: Sequence[Tensor], before: Tensor, after: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -320,6 +322,7 @@ class PackedWeight(SparseWeight):
         order = self._places().to(value.device)
         packed = value.new_zeros(self.parameter.shape)
         packed[: order.numel()] = value.reshape(-1)[order]
+        self.has_gathered = True
         return packed
 
     def _in_model(self) -> Tensor:
@@ -327,8 +330,8 @@ class PackedWeight(SparseWeight):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state that `check_state` has accepted; the model already holds the saved α."""
-        self._take_over(self.alpha() + state["reserve"].cpu(), state["tiers"].cpu().contiguous().clone())
-        self._dormant = self._units_of(state["dormant"]).clone()
+        self._take_over(self.alpha() + state["reserve"].cpu(), state["tiers"].cpu())
+        self._dormant = self._on_grid(state["dormant"]).clone()
         self._load_counts(state)
         self.forget_order()
         self.is_open = False
@@ -386,7 +389,7 @@ class PackedWeight(SparseWeight):
         self._scores = self._scores_of(self._theta)
         packing = self._pack(tiers)
         values = self._values_at(packing.indices().long())
-        self._pending = ([(self.parameter.detach(), values)], self._units_of(tiers).clone(), packing)
+        self._pending = ([(self.parameter.detach(), values)], self._on_grid(tiers).clone(), packing)
         self._settle()
 
 

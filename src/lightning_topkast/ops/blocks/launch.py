@@ -210,7 +210,7 @@ def _start(
             shape_boxes(arguments)
             kernel[grid](**arguments)
             return
-        case = (kernel, result.dtype, *[arguments[name] for name in kernel.keys])
+        case = (kernel, result.get_device(), result.dtype, *[arguments[name] for name in kernel.keys])
         if case in _tiles:
             arguments |= _tiles[case]
             shape_boxes(arguments)

@@ -84,7 +84,9 @@ class _BlockSparseLinear(torch.autograd.Function):
         operators: str,
         transposed: bool,
     ) -> Tensor:
-        ctx.save_for_backward(input, values)
+        of_input, of_values = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(input if of_values else None, values if of_input else None)
+        ctx.shapes = input.shape, values.shape
         ctx.pattern, ctx.operators, ctx.transposed = pattern, operators, transposed
         lines = pattern.active_by_column if transposed else pattern.active_by_row
         output: Tensor = library.block_product(_flat(input), values, bias, *lines, transposed, operators)
@@ -100,11 +102,11 @@ class _BlockSparseLinear(torch.autograd.Function):
         if of_input:
             lines = pattern.active_by_row if transposed else pattern.active_by_column
             input_grad = library.block_product(grads, values, None, *lines, not transposed, operators)
-            input_grad = input_grad.view(input.shape)
+            input_grad = input_grad.view(ctx.shapes[0])
         if of_values:
             flat = _flat(input)
             factors = (flat, grads) if transposed else (grads, flat)
-            values_grad = library.block_sampled(*factors, *pattern.updated_by_row, values.shape, operators)
+            values_grad = library.block_sampled(*factors, *pattern.updated_by_row, ctx.shapes[1], operators)
         return input_grad, values_grad, grads.sum(0) if of_bias else None, None, None, None
 
 

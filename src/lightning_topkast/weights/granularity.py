@@ -93,8 +93,7 @@ class Entries:
 
     def order(self, tiers: Tensor) -> Tensor:
         r"""Flat indices of B in packed order: the units of A, then those of B\A, each by their place in the grid."""
-        grid = self.units_of(tiers).reshape(-1)
-        return self.entries(torch.cat([indices(grid == tier) for tier in (ACTIVE, EXPLORING)]), tiers.shape)
+        return self.entries(torch.cat(units_in_order(self.units_of(tiers))), tiers.shape)
 
     def selection(self, sharding: Sharding) -> TopK:
         """How the largest units of a weight are found, whose parts may be on several devices."""
@@ -280,6 +279,12 @@ class NOfM(Entries):
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"
+
+
+def units_in_order(grid: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Flat indices of A's units and of those of B\A, by the tiers of a grid."""
+    flat = grid.reshape(-1)
+    return indices(flat == ACTIVE), indices(flat == EXPLORING)
 
 
 def _squares(values: Tensor) -> Tensor:

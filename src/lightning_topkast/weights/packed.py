@@ -119,7 +119,7 @@ class PackedWeight(SparseWeight):
         return _with_values(self._theta, self._places(), self._values()).view(self.shape)
 
     def magnitudes(self) -> Tensor:
-        """|θ|, on CPU in the weight's shape: the scores of the selection."""
+        """|θ|, on CPU in the weight's shape."""
         return self.theta().abs_()
 
     def scores(self) -> Tensor:

@@ -9,9 +9,7 @@ from torch import Tensor
 
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.ops import BlockPattern, Pattern, block_sparse_linear, sparse_linear
-from lightning_topkast.selection import ACTIVE, EXPLORING
-from lightning_topkast.weights.entries import indices
-from lightning_topkast.weights.granularity import Blocks, Entries
+from lightning_topkast.weights.granularity import Blocks, Entries, units_in_order
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,9 +173,8 @@ def pack(tiers: Tensor, shape: torch.Size, units: Entries, products: bool) -> Pa
         units: what the sets are made of, which divide the weight.
         products: whether its layer multiplies by the packed values, with the first dimension as rows.
     """
-    grid = tiers.reshape(-1)
-    active, exploring = (indices(grid == tier) for tier in (ACTIVE, EXPLORING))
-    size = shape.numel() // max(grid.numel(), 1)
+    active, exploring = units_in_order(tiers)
+    size = shape.numel() // max(tiers.numel(), 1)
     both = torch.cat([active, exploring])
     sets = (shape, active.numel() * size, both.numel() * size, both if size > 1 else None)
     if not products:

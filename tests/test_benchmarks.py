@@ -217,6 +217,17 @@ def test_gpu_multiplies_by_2_to_4_weights_where_a_gpu_can(gpu_rehearsal):
     assert all("Only CUDA tensors" in row["failed"] for row in gpu_rehearsal["semi"])
 
 
+def test_giant_trains_and_says_what_it_holds(tmp_path):
+    size = ("--blocks", "1", "--width", "256", "--side", "16", "--batch", "1", "--time", "16", "--steps", "3")
+    run_benchmark("giant.py", *size, "--json", tmp_path / "figures.json")
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    row = figures["row"]
+    assert row["B parameters"] * 1e9 == pytest.approx(12 * 256**2 + (256 + 16 + 256) * 256, rel=0.01)
+    assert row["weights, gradients, Adam GB"] < 0.3 * row["dense Adam GB"]
+    assert row["last loss"] < row["first loss"]
+    assert len(figures["losses"]) == 7
+
+
 def test_gpu_takes_only_the_parts_that_are_asked_for(tmp_path):
     run_benchmark("gpu.py", "--rehearse", "--parts", "semi", "--json", tmp_path / "figures.json")
     assert list(json.loads((tmp_path / "figures.json").read_text())["parts"]) == ["semi"]

@@ -151,14 +151,14 @@ class PackedWeight(SparseWeight):
 
     def prepare(self, tiers: Tensor) -> None:
         """Make the indices of these sets, which takes longer than choosing them."""
-        self._prepared = tiers, self._pack(tiers)
+        self._prepared = tiers, self._pack(self._on_grid(tiers))
 
     def apply(self, tiers: Tensor, state: Sequence[Tensor] = ()) -> None:
         """Take over new sets: values of entries that stay in B are moved, the others come from and go to the host."""
         self.match_layout()
         prepared, self._prepared = self._prepared, None
-        packing = prepared[1] if prepared is not None and prepared[0] is tiers else self._pack(tiers)
-        tiers = self._on_grid(tiers)
+        given, tiers = tiers, self._on_grid(tiers)
+        packing = prepared[1] if prepared is not None and prepared[0] is given else self._pack(tiers)
         self._note_scores()
         places, new_places = self._places(), packing.indices().long()
         units = _units_of(self._packing, places) if self._state_units is None else self._state_units
@@ -179,7 +179,7 @@ class PackedWeight(SparseWeight):
         self.has_gathered = False
 
     def _pack(self, tiers: Tensor) -> Packing:
-        return pack(self._on_grid(tiers), self.shape, self.granularity, self.execution == "packed")
+        return pack(tiers, self.shape, self.granularity, self.execution == "packed")
 
     def _on_grid(self, tiers: Tensor) -> Tensor:
         """The units' tiers."""
@@ -387,9 +387,10 @@ class PackedWeight(SparseWeight):
     def _take_over(self, theta: Tensor, tiers: Tensor) -> None:
         self._theta = theta.to(self._theta.dtype).contiguous().clone().view(-1)
         self._scores = self._scores_of(self._theta)
+        tiers = self._on_grid(tiers).clone()
         packing = self._pack(tiers)
         values = self._values_at(packing.indices().long())
-        self._pending = ([(self.parameter.detach(), values)], self._on_grid(tiers).clone(), packing)
+        self._pending = ([(self.parameter.detach(), values)], tiers, packing)
         self._settle()
 
 

@@ -1,7 +1,7 @@
 """Which entries of a weight its packed values are, and products by them."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -36,13 +36,20 @@ class Packing(ABC):
         """Where its indices are."""
 
     @property
-    @abstractmethod
     def nbytes(self) -> int:
         """Bytes that its indices take."""
+        return sum(part.nbytes for part in self._parts().values())
 
-    @abstractmethod
     def to(self, device: torch.device) -> "Packing":
         """The same on another device."""
+        if device == self.device:
+            return self
+        return replace(self, **{name: part.to(device) for name, part in self._parts().items()})
+
+    def _parts(self) -> dict[str, Any]:
+        """What is on the device, which each kind of packing adds to the fields of all."""
+        own = fields(self)[len(fields(Packing)) :]
+        return {field.name: getattr(self, field.name) for field in own}
 
     @abstractmethod
     def indices(self) -> Tensor:
@@ -73,17 +80,6 @@ class Listed(Packing):
         """Where its indices are."""
         return self.entries.device
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that its indices take."""
-        return self.entries.nbytes
-
-    def to(self, device: torch.device) -> "Listed":
-        """The same on another device."""
-        if device == self.device:
-            return self
-        return replace(self, entries=self.entries.to(device))
-
     def indices(self) -> Tensor:
         """Flat indices of the packed values."""
         return self.entries
@@ -105,17 +101,6 @@ class InRows(Packing):
     def device(self) -> torch.device:
         """Where its indices are."""
         return self.active.col.device
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that its indices take."""
-        return self.active.nbytes + self.exploring.nbytes
-
-    def to(self, device: torch.device) -> "InRows":
-        """The same on another device."""
-        if device == self.device:
-            return self
-        return replace(self, active=self.active.to(device), exploring=self.exploring.to(device))
 
     def indices(self) -> Tensor:
         """Flat indices of the packed values."""
@@ -142,17 +127,6 @@ class InBlocks(Packing):
     def device(self) -> torch.device:
         """Where its indices are."""
         return self.pattern.device
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that its indices take."""
-        return self.pattern.nbytes
-
-    def to(self, device: torch.device) -> "InBlocks":
-        """The same on another device."""
-        if device == self.device:
-            return self
-        return replace(self, pattern=self.pattern.to(device))
 
     def indices(self) -> Tensor:
         """Flat indices of the packed values."""

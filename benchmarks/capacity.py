@@ -23,8 +23,8 @@ from torch.optim import Adam
 
 from lightning_topkast import TopKast
 from lightning_topkast.app.models import TransformerLM
+from lightning_topkast.engine.materialize import materialize
 from lightning_topkast.layers import packed_weights
-from lightning_topkast.materialize import materialize
 
 KINDS: dict[str, tuple[float, float] | None] = {"dense": None, "90/80": (0.9, 0.8), "95/90": (0.95, 0.9)}
 

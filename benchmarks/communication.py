@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_topkast import TopKast
-from lightning_topkast.all_reduce import INNER_HOOKS, sparse_all_reduce
+from lightning_topkast.training.all_reduce import INNER_HOOKS, sparse_all_reduce
 
 DENSITIES = (0.5, 0.2, 0.1, 0.05)  # backward; forward is half of it
 LINKS = {"unlimited": None, "1 Gbit/s": "1gbit", "100 Mbit/s": "100mbit"}

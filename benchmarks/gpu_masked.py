@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.optim import SGD, Adam
 
 from lightning_topkast import TopKast
-from lightning_topkast.weights.granularity import Blocks
+from lightning_topkast.method.structure import Blocks
 
 FORWARD, BACKWARD, EVERY = 0.9, 0.8, 100
 GRANULARITIES: dict[str, dict[str, Any]] = {

@@ -21,7 +21,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from lightning_topkast import AtomicCheckpointIO, TopKastCallback, WholeStepCheckpoint
-from lightning_topkast.refresh import Refresher
+from lightning_topkast.engine.refresh import Refresher
 from lightning_topkast.weights import MaskedWeight, PackedWeight
 
 BATCHES, EPOCHS, SAVE_EVERY = 13, 5, 3

@@ -14,7 +14,7 @@ from tables import Row, table
 
 import lightning_topkast.app  # noqa: F401  (makes torchvision importable)
 from lightning_topkast.app.models import resnet
-from lightning_topkast.plan import OptimizerState, Parallel, Plan, make_plan
+from lightning_topkast.costs import OptimizerState, Parallel, Plan, make_plan
 from lightning_topkast.settings import Settings
 
 # (distribution, sparsity) → inference FLOPs over those of a dense ResNet-50

@@ -21,7 +21,7 @@ from lightning_topkast import TopKast
 from lightning_topkast.app.models import MLP
 from lightning_topkast.app.vision import load_torchvision
 from lightning_topkast.baselines import RigL
-from lightning_topkast.selection import drop_and_grow
+from lightning_topkast.method.selection import drop_and_grow
 
 SPARSITY, UPDATE_EVERY, STOP = 0.9, 100, 0.75
 

@@ -10,7 +10,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_topkast import TopKast
-from lightning_topkast.all_reduce import INNER_HOOKS, Hook, sparse_all_reduce
+from lightning_topkast.training.all_reduce import INNER_HOOKS, Hook, sparse_all_reduce
 
 STEPS = 7
 FIRST, SECOND = "convolution.weight", "middle.weight"

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 from torch.futures import Future
 
-from lightning_topkast import TopKast, all_reduce
-from lightning_topkast.all_reduce import sparse_all_reduce
+from lightning_topkast import TopKast
+from lightning_topkast.training import all_reduce
+from lightning_topkast.training.all_reduce import sparse_all_reduce
 
 
 class Bucket:

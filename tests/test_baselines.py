@@ -9,8 +9,8 @@ from torch import nn
 
 from lightning_topkast import NonFiniteWeightError, Rule, TopKast, TopKastError
 from lightning_topkast.baselines import SET, GradualPruning, RigL, Static
-from lightning_topkast.refresh import Choice, choose
-from lightning_topkast.selection import drop_and_grow
+from lightning_topkast.engine.refresh import Choice, choose
+from lightning_topkast.method.selection import drop_and_grow
 from lightning_topkast.settings import Settings
 from tests.helpers import OPTIMIZERS, batches, make_callback, make_net, make_trainer, same
 

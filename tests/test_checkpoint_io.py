@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from lightning_topkast import AtomicCheckpointIO
-from lightning_topkast.checkpoint_io import _temporary_file
+from lightning_topkast.training.atomic_checkpoint import _temporary_file
 from tests.helpers import make_trainer, same
 
 OLD, NEW = {"weight": torch.zeros(100_000)}, {"weight": torch.ones(100_000)}

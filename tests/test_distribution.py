@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_topkast import TopKast, TopKastError
-from lightning_topkast.distribution import erdos_renyi_kernel, uniform
+from lightning_topkast.method.distribution import erdos_renyi_kernel, uniform
 
 shapes_of_a_model = st.dictionaries(
     st.text("abc", min_size=1, max_size=3),

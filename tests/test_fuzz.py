@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_topkast import TopKast, TopKastError
-from lightning_topkast.distribution import DISTRIBUTIONS
-from lightning_topkast.schedule import RefreshSchedule, step_of
-from lightning_topkast.selection import _tiers_torch, nested_top_k, top_k_then_random
+from lightning_topkast.method.distribution import DISTRIBUTIONS
+from lightning_topkast.method.schedule import RefreshSchedule, step_of
+from lightning_topkast.method.selection import _tiers_torch, nested_top_k, top_k_then_random
 from tests.helpers import check_sparse, same
 
 drawn = settings(deadline=None, derandomize=True, database=None)

@@ -10,9 +10,9 @@ from torch import nn
 
 from lightning_topkast import NonFiniteWeightError, TopKast, TopKastError
 from lightning_topkast.baselines import SET, GradualPruning, RigL, Static
-from lightning_topkast.weights.granularity import Blocks, NOfM
-from lightning_topkast.weights.packing import pack
-from lightning_topkast.weights.sharding import Sharding
+from lightning_topkast.method.structure import Blocks, NOfM
+from lightning_topkast.sharding import Sharding
+from lightning_topkast.weights.layouts import pack
 from tests.helpers import MIDDLE, fit, make_callback, make_net, make_trainer
 
 SHAPES = [(6, 8), (7, 10), (5,), (4, 6, 3), (5, 4, 3, 2), (3, 2, 2, 2, 2), (1, 9), (9, 1)]

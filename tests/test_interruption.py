@@ -10,9 +10,9 @@ from lightning.pytorch import Callback
 from torch import nn
 
 from lightning_topkast import TopKast, TopKastError
-from lightning_topkast.selection import nested_top_k
+from lightning_topkast.method.selection import nested_top_k
+from lightning_topkast.method.structure import Entries
 from lightning_topkast.weights import MaskedWeight, PackedWeight
-from lightning_topkast.weights.granularity import Entries
 from tests.helpers import MIDDLE, check_sparse, fit, make_callback, make_net, make_trainer, same, zero_outside
 
 # --- inside one weight --------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_topkast import NonFiniteWeightError, TopKast, TopKastError
-from lightning_topkast.selection import nested_top_k
+from lightning_topkast.method.selection import nested_top_k
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.1),

@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_topkast.errors import TopKastError
-from lightning_topkast.ops import Pattern, choose_operators, compiled, sparse_linear
-from lightning_topkast.ops.linear import _batch_last
+from lightning_topkast.ops import Pattern, choose_operators, sparse_linear
+from lightning_topkast.ops.csr import compiled
+from lightning_topkast.ops.csr.linear import _batch_last
 
 CPU = torch.device("cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}

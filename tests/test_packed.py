@@ -12,11 +12,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_topkast import TopKast, TopKastError, to_csr, to_dense
+from lightning_topkast.engine.materialize import materialize
 from lightning_topkast.layers.csr import CsrLinear
-from lightning_topkast.materialize import materialize
-from lightning_topkast.selection import nested_top_k
+from lightning_topkast.method.selection import nested_top_k
+from lightning_topkast.method.structure import Entries
 from lightning_topkast.weights import PackedWeight
-from lightning_topkast.weights.granularity import Entries
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05, weight_decay=0.1),

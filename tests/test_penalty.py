@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lightning_topkast import TopKast, TopKastError
-from lightning_topkast.penalty import penalty_of, shrink_
+from lightning_topkast.method.penalty import penalty_of, shrink_
 
 
 @pytest.mark.parametrize("penalty", ["l2", "l1", "norm"])

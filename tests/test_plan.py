@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_topkast import SparsityRamp, TopKast, TopKastError
 from lightning_topkast.baselines import RigL
-from lightning_topkast.course import Course
-from lightning_topkast.plan import OptimizerState, Parallel, Plan, make_plan
+from lightning_topkast.costs import OptimizerState, Parallel, Plan, make_plan
+from lightning_topkast.method.course import Course
 from lightning_topkast.settings import Settings
 
 SPARSITY = {"forward_sparsity": 0.9, "backward_sparsity": 0.7, "operators": "torch"}

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from lightning_topkast import TopKast, TopKastError
+from lightning_topkast.method.powerpropagation import Reparametrised
 from lightning_topkast.settings import Settings
-from lightning_topkast.weights.reparametrised import Reparametrised
 from tests.helpers import OPTIMIZERS, same
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lightning_topkast import TopKast, TopKastError
-from lightning_topkast.schedule import RefreshSchedule, step_of
+from lightning_topkast.method.schedule import RefreshSchedule, step_of
 
 
 def test_refreshes_come_every_n_steps_and_when_exploration_stops():

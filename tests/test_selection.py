@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_topkast.selection import (
+from lightning_topkast.method.selection import (
     SAMPLE,
     NonFiniteScoresError,
     _tiers_torch,

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_topkast import sharded_selection
-from lightning_topkast.selection import SAMPLE, NonFiniteScoresError, nested_top_k
-from lightning_topkast.sharded_selection import nested_top_k_of_shards
+from lightning_topkast.method import sharded_selection
+from lightning_topkast.method.selection import SAMPLE, NonFiniteScoresError, nested_top_k
+from lightning_topkast.method.sharded_selection import nested_top_k_of_shards
 
 
 class Parts:

@@ -11,7 +11,7 @@ import torch
 
 from lightning_topkast import TopKastError
 from lightning_topkast.app.consolidate import main
-from lightning_topkast.sharded_checkpoint import consolidate, with_shards
+from lightning_topkast.training.sharded_checkpoint import consolidate, with_shards
 from tests.helpers import MIDDLE, fit, make_callback, make_net, make_trainer, parameters_of, plain_path, same
 
 pytestmark = pytest.mark.timeout(400)

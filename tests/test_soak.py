@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lightning_topkast import TopKast
-from lightning_topkast.refresh import Refresher
+from lightning_topkast.engine.refresh import Refresher
 from lightning_topkast.weights import MaskedWeight, PackedWeight
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -85,14 +85,14 @@ def break_ties(monkeypatch):
 
 def break_norms(monkeypatch):
     """Blocks go by the sum of their magnitudes."""
-    from lightning_topkast.weights.granularity import Blocks
+    from lightning_topkast.method.structure import Blocks
 
     monkeypatch.setattr(Blocks, "scores", lambda self, values, sharding: self._sums(values.float(), sharding))
 
 
 def break_groups(monkeypatch):
     """Groups begin anew at every second neighbour."""
-    from lightning_topkast.weights.granularity import NOfM
+    from lightning_topkast.method.structure import NOfM
 
     winners = NOfM._winners
     monkeypatch.setattr(NOfM, "_winners", lambda self, scores: winners(self, scores.roll(2, -1)).roll(-2, -1))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_topkast import TopKast, TopKastError
-from lightning_topkast.targets import find_targets
+from lightning_topkast.method.targets import find_targets
 
 
 class Net(nn.Module):

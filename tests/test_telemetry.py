@@ -9,7 +9,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_topkast.telemetry import Telemetry
+from lightning_topkast.telemetry.log import Telemetry
 from tests.helpers import MIDDLE, Net, SaveAfter, fit, make_callback, make_net, make_trainer, parameters_of
 
 pytestmark = pytest.mark.usefixtures("execution")

@@ -9,9 +9,9 @@ from lightning.pytorch.loggers import WandbLogger
 from PIL import Image
 
 from lightning_topkast import TopKast
-from lightning_topkast.media import Lines, Media, Picture, _Columns, pictured, split_histogram
-from lightning_topkast.pictures import SET_COLOURS, heatmap, histogram_picture, mask_picture, on_white
-from lightning_topkast.wandb_media import WandbMedia
+from lightning_topkast.telemetry.media import Lines, Media, Picture, _Columns, pictured, split_histogram
+from lightning_topkast.telemetry.pictures import SET_COLOURS, heatmap, histogram_picture, mask_picture, on_white
+from lightning_topkast.telemetry.wandb import WandbMedia
 from tests.helpers import MIDDLE, fit, make_callback, make_net, make_trainer
 from tests.test_telemetry import STRENGTH, ByHand
 from tests.wandb_files import history, records_of

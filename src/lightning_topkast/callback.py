@@ -11,17 +11,17 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from lightning_topkast.all_reduce import Hook, register, sparse_all_reduce_of
-from lightning_topkast.averaging import SparseAverages, callbacks_of, copy_again
 from lightning_topkast.errors import TopKastError
+from lightning_topkast.method.penalty import Penalty
+from lightning_topkast.method.rule import Exploration, Rule
+from lightning_topkast.method.schedule import Moment, SparsityRamp
 from lightning_topkast.ops import BlockOperators, Operators
-from lightning_topkast.penalty import Penalty
-from lightning_topkast.rule import Exploration, Rule
-from lightning_topkast.schedule import Moment, SparsityRamp
 from lightning_topkast.settings import AllReduce, Distribution, Execution, Settings, check_all_reduce
-from lightning_topkast.sharded_checkpoint import move_shards_out, saves_shards, with_shards
-from lightning_topkast.telemetry import Telemetry
+from lightning_topkast.telemetry.log import Telemetry
 from lightning_topkast.topkast import TopKast
+from lightning_topkast.training.all_reduce import Hook, register, sparse_all_reduce_of
+from lightning_topkast.training.averages import SparseAverages, callbacks_of, copy_again
+from lightning_topkast.training.sharded_checkpoint import move_shards_out, saves_shards, with_shards
 from lightning_topkast.weights import own_part
 
 

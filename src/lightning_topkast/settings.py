@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal, get_args
 
-from lightning_topkast.distribution import DISTRIBUTIONS
 from lightning_topkast.errors import TopKastError
+from lightning_topkast.method.distribution import DISTRIBUTIONS
+from lightning_topkast.method.penalty import Penalty
+from lightning_topkast.method.rule import Exploration, Rule
+from lightning_topkast.method.schedule import Moment, SparsityRamp
+from lightning_topkast.method.structure import Blocks, Entries, NOfM, granularity_of
 from lightning_topkast.ops import BlockOperators, Operators
-from lightning_topkast.penalty import Penalty
-from lightning_topkast.rule import Exploration, Rule
-from lightning_topkast.schedule import Moment, SparsityRamp
-from lightning_topkast.weights.granularity import Blocks, Entries, NOfM, granularity_of
 
 Distribution = Literal["uniform", "erk", "global"]
 Execution = Literal["masked", "packed", "compact", "auto"]

@@ -12,19 +12,19 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lightning_topkast import strength
-from lightning_topkast.allocation import allocate
-from lightning_topkast.attachment import Attachment
-from lightning_topkast.course import Course
+from lightning_topkast.engine.materialize import materialize
+from lightning_topkast.engine.refresh import Refresher, Selection
+from lightning_topkast.engine.step_hooks import Attachment
+from lightning_topkast.engine.storage import install, make_weights, release
+from lightning_topkast.engine.summary import Summary, summarize
 from lightning_topkast.errors import TopKastError
-from lightning_topkast.execution import install, make_weights, release
 from lightning_topkast.layers import packed_weights
-from lightning_topkast.materialize import materialize
-from lightning_topkast.refresh import Refresher, Selection
-from lightning_topkast.schedule import RefreshSchedule
+from lightning_topkast.method import strength
+from lightning_topkast.method.course import Course
+from lightning_topkast.method.density import allocate
+from lightning_topkast.method.schedule import RefreshSchedule
+from lightning_topkast.method.targets import find_targets
 from lightning_topkast.settings import Settings
-from lightning_topkast.summary import Summary, summarize
-from lightning_topkast.targets import find_targets
 from lightning_topkast.weights import PackedWeight, SparseWeight
 
 STATE_VERSION = 1

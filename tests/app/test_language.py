@@ -23,7 +23,7 @@ from lightning_topkast.app.models import TransformerLM
 from lightning_topkast.app.models.transformer import rotate
 from lightning_topkast.app.task import ClassificationTask
 from lightning_topkast.app.train import train
-from lightning_topkast.targets import find_targets
+from lightning_topkast.method.targets import find_targets
 from tests.app.data_files import WIKITEXT_WORDS, write_wikitext
 from tests.app.test_recipes import rates
 from tests.helpers import plain_path

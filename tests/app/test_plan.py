@@ -13,7 +13,7 @@ import torch
 
 from lightning_topkast.app import plan as plan_module
 from lightning_topkast.app.train import build_model
-from lightning_topkast.plan import OptimizerState, Parallel
+from lightning_topkast.costs import OptimizerState, Parallel
 
 GIANT = """
 import sys

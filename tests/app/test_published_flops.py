@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_topkast.app.models import resnet
-from lightning_topkast.distribution import erdos_renyi_kernel
+from lightning_topkast.method.distribution import erdos_renyi_kernel
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 

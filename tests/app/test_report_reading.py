@@ -8,7 +8,7 @@ from PIL import Image
 from lightning_topkast.app.report.curves import on_grid, read_curves, thinned
 from lightning_topkast.app.report.masks import SavedWeight, picture, read_masks
 from lightning_topkast.app.report.run import is_run
-from lightning_topkast.pictures import SET_COLOURS
+from lightning_topkast.telemetry.pictures import SET_COLOURS
 
 
 def log(folder, text):

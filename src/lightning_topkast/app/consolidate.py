@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from lightning_topkast import TopKastError
-from lightning_topkast.sharded_checkpoint import consolidate
+from lightning_topkast.training.sharded_checkpoint import consolidate
 
 
 def main() -> None:

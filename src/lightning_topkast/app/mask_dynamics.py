@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_topkast import TopKastCallback
 from lightning_topkast.app.errors import AppError
-from lightning_topkast.metrics import MaskChange, ReservoirActivation
+from lightning_topkast.telemetry.metrics import MaskChange, ReservoirActivation
 from lightning_topkast.weights import SparseWeight
 
 

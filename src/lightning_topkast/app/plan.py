@@ -30,8 +30,8 @@ from lightning_topkast.app.global_batch import accumulation
 from lightning_topkast.app.plan_tables import print_tables
 from lightning_topkast.app.small_dense import SmallDense
 from lightning_topkast.app.task import ClassificationTask
-from lightning_topkast.plan import OptimizerState, Parallel, Plan, make_plan
-from lightning_topkast.plan.memory import Strategy
+from lightning_topkast.costs import OptimizerState, Parallel, Plan, make_plan
+from lightning_topkast.costs.memory import Strategy
 from lightning_topkast.settings import Settings
 
 CONFIG_NAME = "plan"

@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from lightning_topkast.plan import Bytes, Layer, Plan
+from lightning_topkast.costs import Bytes, Layer, Plan
 
 _WIDTH = 100  # where the output is no terminal
 _KINDS = {

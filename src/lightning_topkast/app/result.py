@@ -29,7 +29,7 @@ from lightning_topkast.app.last_lines import WeightCount
 from lightning_topkast.app.plan import plan
 from lightning_topkast.app.small_dense import is_small_dense
 from lightning_topkast.errors import TopKastError
-from lightning_topkast.media import weight_table
+from lightning_topkast.telemetry.media import weight_table
 
 RESULT_FILE = "result.json"
 FORMAT = 1

@@ -10,10 +10,10 @@ from lightning import Callback, LightningModule
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from lightning_topkast.allocation import allocate
 from lightning_topkast.app.errors import AppError
+from lightning_topkast.method.density import allocate
+from lightning_topkast.method.targets import find_targets
 from lightning_topkast.settings import Settings
-from lightning_topkast.targets import find_targets
 
 _HALVINGS = 16  # of the range of factors: as fine as a channel of 32,000
 

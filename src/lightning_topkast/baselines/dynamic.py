@@ -7,8 +7,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from lightning_topkast.baselines.static import Static
-from lightning_topkast.rule import Candidates, Exploration
-from lightning_topkast.selection import ACTIVE, drop_and_grow
+from lightning_topkast.method.rule import Candidates, Exploration
+from lightning_topkast.method.selection import ACTIVE, drop_and_grow
 
 
 @dataclass(frozen=True)

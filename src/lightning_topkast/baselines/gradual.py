@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lightning_topkast.rule import Rule
-from lightning_topkast.schedule import Moment, SparsityRamp
+from lightning_topkast.method.rule import Rule
+from lightning_topkast.method.schedule import Moment, SparsityRamp
 
 
 @dataclass(frozen=True)

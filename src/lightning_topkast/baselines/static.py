@@ -6,8 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_topkast.rule import Candidates, Exploration, Rule
-from lightning_topkast.selection import ACTIVE
+from lightning_topkast.method.rule import Candidates, Exploration, Rule
+from lightning_topkast.method.selection import ACTIVE
 
 
 @dataclass(frozen=True)

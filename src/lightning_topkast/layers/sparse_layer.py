@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_topkast.errors import TopKastError
-from lightning_topkast.selection import NonFiniteScoresError
+from lightning_topkast.method.selection import NonFiniteScoresError
 from lightning_topkast.weights.packed import PackedWeight
 
 

@@ -1,7 +1,7 @@
 from lightning_topkast.ops.blocks import BlockOperators, BlockPattern, block_sparse_linear, choose_block_operators
-from lightning_topkast.ops.compiled import Operators, choose_operators
-from lightning_topkast.ops.linear import sparse_linear
-from lightning_topkast.ops.pattern import Pattern
+from lightning_topkast.ops.csr.compiled import Operators, choose_operators
+from lightning_topkast.ops.csr.linear import sparse_linear
+from lightning_topkast.ops.csr.pattern import Pattern
 
 __all__ = [
     "BlockOperators",

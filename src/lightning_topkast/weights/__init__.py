@@ -1,8 +1,8 @@
 """How a sparse weight is kept."""
 
+from lightning_topkast.sharding import Sharding, own_part
 from lightning_topkast.weights.base import SparseWeight
 from lightning_topkast.weights.masked import MaskedWeight
 from lightning_topkast.weights.packed import PackedWeight
-from lightning_topkast.weights.sharding import Sharding, own_part
 
 __all__ = ["MaskedWeight", "PackedWeight", "Sharding", "SparseWeight", "own_part"]

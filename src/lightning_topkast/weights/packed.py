@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_topkast.penalty import Penalty, penalty_of, shrink_
-from lightning_topkast.selection import ACTIVE, RESERVOIR, nested_top_k, ranked
+from lightning_topkast.method.penalty import Penalty, penalty_of, shrink_
+from lightning_topkast.method.selection import ACTIVE, RESERVOIR, nested_top_k, ranked
+from lightning_topkast.method.structure import Blocks, Entries
+from lightning_topkast.ops.flat import indices
+from lightning_topkast.sharding import Sharding
 from lightning_topkast.weights.base import SparseWeight
-from lightning_topkast.weights.entries import indices
-from lightning_topkast.weights.granularity import Blocks, Entries
-from lightning_topkast.weights.packing import Packing, pack
-from lightning_topkast.weights.sharding import Sharding
+from lightning_topkast.weights.layouts import Packing, pack
 
 
 class PackedWeight(SparseWeight):

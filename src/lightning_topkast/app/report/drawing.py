@@ -12,7 +12,7 @@ from matplotlib import color_sequences, rc_context
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from lightning_topkast.pictures import SET_COLOURS, SET_NAMES
+from lightning_topkast.telemetry.pictures import SET_COLOURS, SET_NAMES
 
 # What the page has as CSS variables; the values are those of its light scheme, and those of the PNG files.
 COLOURS = {"ink": "#1f2530", "muted": "#5d6777", "line": "#d5dae2", "third": "#2a9d6f"} | {

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_topkast import TopKastCallback
 from lightning_topkast.app.checkpoint import Checkpoint
 from lightning_topkast.app.errors import AppError
-from lightning_topkast.pictures import mask_picture
+from lightning_topkast.telemetry.pictures import mask_picture
 
 ACTIVE, EXPLORING, RESERVOIR = 2, 1, 0  # tiers, as weights keep them
 _MOST_PIXELS = 256  # of a picture's side

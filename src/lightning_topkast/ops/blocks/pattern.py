@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_topkast.errors import TopKastError
-from lightning_topkast.selection import ACTIVE, EXPLORING
+from lightning_topkast.method.selection import ACTIVE, EXPLORING
 
 _LARGEST = torch.iinfo(torch.int32).max
 

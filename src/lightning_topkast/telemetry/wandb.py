@@ -8,7 +8,7 @@ from typing import Any, cast
 import numpy as np
 from lightning.pytorch.loggers import Logger, WandbLogger
 
-from lightning_topkast.media import Lines, Picture, Table
+from lightning_topkast.telemetry.media import Lines, Picture, Table
 
 _STEP = "trainer/global_step"  # WandbLogger's own name for the x axis
 _LONGEST = 160  # bytes of a part of a name: W&B names files by it, to which it adds step, digest and suffix

@@ -6,14 +6,14 @@ from typing import Any, cast
 
 from torch import nn
 
-from lightning_topkast.allocation import allocate
-from lightning_topkast.course import Course
+from lightning_topkast.costs.flops import Products, count_products
+from lightning_topkast.costs.memory import Bytes, Held, OptimizerState, Parallel, bytes_of
+from lightning_topkast.engine.storage import kept_as
 from lightning_topkast.errors import TopKastError
-from lightning_topkast.execution import kept_as
-from lightning_topkast.plan.flops import Products, count_products
-from lightning_topkast.plan.memory import Bytes, Held, OptimizerState, Parallel, bytes_of
+from lightning_topkast.method.course import Course
+from lightning_topkast.method.density import allocate
+from lightning_topkast.method.targets import Target, find_targets
 from lightning_topkast.settings import Execution, Settings
-from lightning_topkast.targets import Target, find_targets
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from lightning_topkast.media import Media
-from lightning_topkast.metrics import MaskChange, ReservoirActivation, Sparsity
-from lightning_topkast.tensorboard_media import TensorBoardMedia
+from lightning_topkast.telemetry.media import Media
+from lightning_topkast.telemetry.metrics import MaskChange, ReservoirActivation, Sparsity
+from lightning_topkast.telemetry.tensorboard import TensorBoardMedia
+from lightning_topkast.telemetry.wandb import WandbMedia
 from lightning_topkast.topkast import TopKast
-from lightning_topkast.wandb_media import WandbMedia
 
 PREFIX = "topkast"
 

@@ -21,9 +21,9 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_topkast.errors import TopKastError
+from lightning_topkast.ops.flat import flat, indices
 from lightning_topkast.topkast import TopKast
 from lightning_topkast.weights import SparseWeight
-from lightning_topkast.weights.entries import flat, indices
 
 Hook = Callable[[Any, Any], Future[Tensor]]
 

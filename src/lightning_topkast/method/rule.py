@@ -6,8 +6,8 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from lightning_topkast.schedule import Moment, SparsityRamp
-from lightning_topkast.selection import TopK, nested_top_k, top_k_then_random
+from lightning_topkast.method.schedule import Moment, SparsityRamp
+from lightning_topkast.method.selection import TopK, nested_top_k, top_k_then_random
 
 Exploration = Literal["magnitude", "random"]
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_topkast.errors import TopKastError
+from lightning_topkast.method.structure import Blocks, Entries, units_in_order
 from lightning_topkast.ops import BlockPattern, Pattern, block_sparse_linear, sparse_linear
-from lightning_topkast.weights.granularity import Blocks, Entries, units_in_order
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_topkast.selection import EVERYTHING, SAMPLE, NonFiniteScoresError, scan
+from lightning_topkast.method.selection import EVERYTHING, SAMPLE, NonFiniteScoresError, scan
 
 _DIGIT = 11  # bits a round
 _BINS = 1 << _DIGIT

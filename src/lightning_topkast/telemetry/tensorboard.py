@@ -7,7 +7,7 @@ from typing import Any, cast
 import numpy as np
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
-from lightning_topkast.media import Lines, Picture, Table
+from lightning_topkast.telemetry.media import Lines, Picture, Table
 
 
 class TensorBoardMedia:

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_topkast.errors import TopKastError
-from lightning_topkast.ops import library
-from lightning_topkast.ops.pattern import Pattern
+from lightning_topkast.ops.csr import library
+from lightning_topkast.ops.csr.pattern import Pattern
 
 
 def sparse_linear(

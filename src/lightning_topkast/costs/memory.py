@@ -10,8 +10,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_topkast.errors import TopKastError
+from lightning_topkast.method.structure import Blocks, Entries
 from lightning_topkast.settings import AllReduce
-from lightning_topkast.weights.granularity import Blocks, Entries
 
 Strategy = Literal["single", "ddp", "fsdp2"]
 

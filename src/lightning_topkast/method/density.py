@@ -5,8 +5,8 @@ from fnmatch import fnmatchcase
 
 import torch
 
-from lightning_topkast.distribution import DISTRIBUTIONS
 from lightning_topkast.errors import TopKastError
+from lightning_topkast.method.distribution import DISTRIBUTIONS
 from lightning_topkast.settings import Settings
 
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from lightning_topkast.schedule import RefreshSchedule
+from lightning_topkast.method.schedule import RefreshSchedule
+from lightning_topkast.method.strength import describe, peak_learning_rates
+from lightning_topkast.method.targets import Target
 from lightning_topkast.settings import Settings
-from lightning_topkast.strength import describe, peak_learning_rates
-from lightning_topkast.targets import Target
 from lightning_topkast.weights import SparseWeight
 
 _KEPT = {"masked": "sparse", "packed": "sparse, packed", "compact": "sparse, compact"}

@@ -10,7 +10,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_topkast.errors import TopKastError
-from lightning_topkast.penalty import Penalty
+from lightning_topkast.method.penalty import Penalty
 from lightning_topkast.weights import PackedWeight, SparseWeight
 
 Hook = tuple[tuple[Any, ...], dict[str, Any]] | None

@@ -19,7 +19,7 @@ from typing import Literal, get_args
 import torch
 
 from lightning_topkast.errors import TopKastError
-from lightning_topkast.ops import library  # noqa: F401  the kernels implement its operators
+from lightning_topkast.ops.csr import library  # noqa: F401  the kernels implement its operators
 
 Operators = Literal["auto", "torch", "compiled"]
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from lightning_topkast.pictures import heatmap, histogram_picture, mask_picture, on_white
+from lightning_topkast.telemetry.pictures import heatmap, histogram_picture, mask_picture, on_white
 from lightning_topkast.topkast import TopKast
 from lightning_topkast.weights import SparseWeight, own_part
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from lightning_topkast.allocation import allocate
 from lightning_topkast.errors import TopKastError
-from lightning_topkast.schedule import RefreshSchedule, is_known, step_of
+from lightning_topkast.method.density import allocate
+from lightning_topkast.method.schedule import RefreshSchedule, is_known, step_of
 from lightning_topkast.settings import Settings
 
 Counts = dict[str, tuple[int, int]]  # weight name → sizes of A and B

@@ -10,11 +10,11 @@ from torch import nn
 from lightning_topkast.distributed import from_rank_0_
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.layers import SparseLayer, pack_layer, product_of, unpack_layer
+from lightning_topkast.method.structure import Blocks
+from lightning_topkast.method.targets import Target
 from lightning_topkast.ops import Operators, choose_operators
 from lightning_topkast.settings import Execution, Settings
-from lightning_topkast.targets import Target
 from lightning_topkast.weights import MaskedWeight, PackedWeight, SparseWeight
-from lightning_topkast.weights.granularity import Blocks
 
 # What a packed product takes for an entry, as a multiple of what a dense one does, and the entries below which the
 # fixed cost of a layer eats the gain: measured on CPUs at batches of 128 and 256 (benchmarks/README.md, packed mode).

@@ -1,0 +1,1 @@
+"""The method: which entries, how many, and when."""

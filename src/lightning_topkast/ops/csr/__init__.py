@@ -1,0 +1,1 @@
+"""Products with unstructured sparse matrices on CPU."""

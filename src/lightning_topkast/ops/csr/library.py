@@ -1,0 +1,76 @@
+"""What a sparse layer computes, as operators of torch, each in two implementations: `torch_*` and `compiled_*`.
+
+`*_product` is A @ dense + bias, and `*_gradients` what the backward pass needs. Both work on matrices whose last
+dimension is the batch. They are opaque to torch.compile, which needs their fakes only, and not differentiable
+themselves.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_topkast.ops.csr import portable
+from lightning_topkast.ops.library import LIBRARY
+
+_PRODUCT = (
+    "_product(Tensor values, Tensor crow, Tensor col, Tensor? order, Tensor dense, Tensor? bias, SymInt[] lead)"
+    " -> Tensor"
+)
+_GRADIENTS = (
+    "_gradients(Tensor values, Tensor crow, Tensor col, Tensor t_crow, Tensor t_col, Tensor t_order, Tensor crow2, "
+    "Tensor col2, Tensor inputs, Tensor grads, SymInt[] lead, bool transposed, bool of_input, bool of_values)"
+    " -> (Tensor, Tensor)"
+)
+
+
+def _fake_product(
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    order: Tensor | None,
+    dense: Tensor,
+    bias: Tensor | None,
+    lead: Sequence[int],
+) -> Tensor:
+    return portable.batch_last(dense, lead, crow.shape[0] - 1)
+
+
+def _fake_gradients(
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    t_crow: Tensor,
+    t_col: Tensor,
+    t_order: Tensor,
+    crow2: Tensor,
+    col2: Tensor,
+    inputs: Tensor,
+    grads: Tensor,
+    lead: Sequence[int],
+    transposed: bool,
+    of_input: bool,
+    of_values: bool,
+) -> tuple[Tensor, Tensor]:
+    return (
+        portable.batch_last(inputs, lead, inputs.shape[0]) if of_input else inputs.new_empty(0),
+        torch.empty_like(values) if of_values else values.new_empty(0),
+    )
+
+
+for _operators in ("torch", "compiled"):
+    for _schema, _fake in ((_PRODUCT, _fake_product), (_GRADIENTS, _fake_gradients)):
+        LIBRARY.define(_operators + _schema)
+        torch.library.register_fake(f"topkast::{_operators}{_schema.partition('(')[0]}", _fake, lib=LIBRARY)
+LIBRARY.impl("torch_product", portable.product, "CompositeExplicitAutograd")
+LIBRARY.impl("torch_gradients", portable.gradients, "CompositeExplicitAutograd")
+
+
+def product(operators: str) -> Callable[..., Tensor]:
+    """The operator A @ dense + bias; see `portable.product`."""
+    return torch.ops.topkast.compiled_product if operators == "compiled" else torch.ops.topkast.torch_product
+
+
+def gradients(operators: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The operator for the gradients of the input and the values; see `portable.gradients`."""
+    return torch.ops.topkast.compiled_gradients if operators == "compiled" else torch.ops.topkast.torch_gradients

@@ -1,0 +1,1 @@
+"""What surrounds a Trainer: averages, gradient reduction and checkpoints."""

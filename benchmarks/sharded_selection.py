@@ -19,9 +19,9 @@ from tables import table
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from lightning_topkast.distributed import Sharding, own_part
 from lightning_topkast.method.selection import nested_top_k
 from lightning_topkast.method.sharded_selection import nested_top_k_of_shards
-from lightning_topkast.weights import Sharding, own_part
 
 
 def seconds(work) -> float:

@@ -27,8 +27,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from lightning_topkast import NonFiniteWeightError, SparsityRamp, TopKast, TopKastError
 from lightning_topkast.baselines import SET, RigL, Static
 from lightning_topkast.costs import OptimizerState, Parallel, make_plan
+from lightning_topkast.distributed import own_part
 from lightning_topkast.settings import Settings
-from lightning_topkast.weights import own_part
 from tests.helpers import (
     MIDDLE,
     OPTIMIZERS,

@@ -10,8 +10,8 @@ from torch import nn
 
 from lightning_topkast import NonFiniteWeightError, TopKast, TopKastError
 from lightning_topkast.baselines import SET, GradualPruning, RigL, Static
+from lightning_topkast.distributed import Sharding
 from lightning_topkast.method.structure import Blocks, NOfM
-from lightning_topkast.sharding import Sharding
 from lightning_topkast.weights.layouts import pack
 from tests.helpers import MIDDLE, fit, make_callback, make_net, make_trainer
 

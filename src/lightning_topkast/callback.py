@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from lightning_topkast.distributed import own_part
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.method.penalty import Penalty
 from lightning_topkast.method.rule import Exploration, Rule
@@ -22,7 +23,6 @@ from lightning_topkast.topkast import TopKast
 from lightning_topkast.training.all_reduce import Hook, register, sparse_all_reduce_of
 from lightning_topkast.training.averages import SparseAverages, callbacks_of, copy_again
 from lightning_topkast.training.sharded_checkpoint import move_shards_out, saves_shards, with_shards
-from lightning_topkast.weights import own_part
 
 
 class TopKastCallback(Callback):

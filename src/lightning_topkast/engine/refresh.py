@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_topkast.distributed import check_ranks_agree
+from lightning_topkast.distributed import check_ranks_agree, own_part
 from lightning_topkast.errors import NonFiniteWeightError, TopKastError
 from lightning_topkast.method.course import Course
 from lightning_topkast.method.density import overridden_densities
 from lightning_topkast.method.rule import Candidates
 from lightning_topkast.method.selection import ACTIVE, EXPLORING, NonFiniteScoresError
 from lightning_topkast.settings import Settings
-from lightning_topkast.weights import SparseWeight, own_part
+from lightning_topkast.weights import SparseWeight
 from lightning_topkast.weights.state import holds_values
 
 # One thread for all: selection is bound by memory, and the training goes on beside it.

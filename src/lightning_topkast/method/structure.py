@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_topkast.distributed import Sharding, own_part
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.method.selection import ACTIVE, EXPLORING, TopK, nested_top_k, ranked
 from lightning_topkast.method.sharded_selection import nested_top_k_of_shards
 from lightning_topkast.ops.flat import indices
-from lightning_topkast.sharding import Sharding, own_part
 
 
 @dataclass(frozen=True)

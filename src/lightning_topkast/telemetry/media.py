@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from lightning_topkast.distributed import own_part
 from lightning_topkast.telemetry.pictures import heatmap, histogram_picture, mask_picture, on_white
 from lightning_topkast.topkast import TopKast
-from lightning_topkast.weights import SparseWeight, own_part
+from lightning_topkast.weights import SparseWeight
 
 _BINS = 64
 _COLUMNS = 1000  # of a heatmap, and up to twice as many

@@ -1,6 +1,5 @@
 """How a sparse weight is kept."""
 
-from lightning_topkast.sharding import Sharding, own_part
 from lightning_topkast.weights.base import SparseWeight
 from lightning_topkast.weights.masked import MaskedWeight
 from lightning_topkast.weights.packed import PackedWeight

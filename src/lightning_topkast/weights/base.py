@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_topkast.distributed import Sharding, own_part
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.method.penalty import Penalty
 from lightning_topkast.method.powerpropagation import Reparametrised
 from lightning_topkast.method.selection import ACTIVE
 from lightning_topkast.method.structure import Entries
-from lightning_topkast.sharding import Sharding, own_part
 from lightning_topkast.weights.state import problem_with
 
 

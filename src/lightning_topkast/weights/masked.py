@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lightning_topkast.distributed import Sharding, own_part
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.method.penalty import Penalty, Total, penalty_of, shrink_
 from lightning_topkast.method.selection import ACTIVE, EXPLORING, RESERVOIR
 from lightning_topkast.ops.flat import copied, flat, indices, mask_outside_, merged, where
-from lightning_topkast.sharding import Sharding, own_part
 from lightning_topkast.weights.base import SparseWeight
 
 

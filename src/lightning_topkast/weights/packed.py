@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_topkast.distributed import Sharding
 from lightning_topkast.method.penalty import Penalty, penalty_of, shrink_
 from lightning_topkast.method.selection import ACTIVE, RESERVOIR, nested_top_k, ranked
 from lightning_topkast.method.structure import Blocks, Entries
 from lightning_topkast.ops.flat import indices
-from lightning_topkast.sharding import Sharding
 from lightning_topkast.weights.base import SparseWeight
 from lightning_topkast.weights.layouts import Packing, pack
 

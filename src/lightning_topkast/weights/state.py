@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_topkast.distributed import Sharding
 from lightning_topkast.method.selection import ACTIVE
-from lightning_topkast.sharding import Sharding
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

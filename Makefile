@@ -1,4 +1,4 @@
-# make train | test | soak | docs | docs-serve | lint | types | format | clean, from a fresh clone. Needs Python >= 3.10 with pip, and make.
+# make train | test | test-all | soak | docs | docs-serve | lint | types | format | clean, from a fresh clone. Needs Python >= 3.10 with pip, and make.
 PYTHON ?= python3
 # More overrides for the run: make train ARGS="model=cnn sparsity.forward_sparsity=0.95"
 ARGS ?=
@@ -9,20 +9,27 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --progress-bar off -c constraints.txt
-SOURCES := src tests $(wildcard examples benchmarks docs)
+SOURCES := src tests $(wildcard examples benchmarks reliability docs)
 
-.PHONY: train test soak docs docs-serve lint types format clean
+.PHONY: train test test-slow test-all soak docs docs-serve lint types format clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.installed
 	$(BIN)/topkast-train $(ARGS)
 
+# At most five minutes on two free cores.
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS) $(ARGS)
+
+# What that leaves out: sweeps, several processes, interpreted kernels, benchmarks, whole pages.
+test-slow: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(PYTEST_ARGS) $(ARGS)
+
+test-all: test test-slow
 
 # Half an hour of randomised runs, or so long: make soak ARGS="--minutes 1"
 soak: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python reliability/soak.py $(ARGS)
 
 # The documentation, in build/site; any warning is an error. The variable silences its theme's announcement.
 docs: $(VENV)/.installed-dev
@@ -53,7 +60,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
-	$(INSTALL) -e .
+	$(INSTALL) -e '.[report]'
 	@touch $@
 
 # A torchvision built for another torch (PyPI's, beside a CPU-only torch) makes `import lightning` fail.

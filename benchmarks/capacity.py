@@ -48,7 +48,7 @@ def train(depth: int, width: int, pair: tuple[float, float] | None, time: int) -
     if pair is None:
         materialize(model)
     else:
-        topkast = TopKast(model, *pair, execution="packed")
+        topkast = TopKast(model, *pair, storage="packed")
     parameters = sum(tensor.numel() for tensor in model.state_dict().values())
     optimizer = Adam(model.parameters(), lr=1e-4, fused=True)
     if pair is not None:
@@ -72,7 +72,7 @@ def train(depth: int, width: int, pair: tuple[float, float] | None, time: int) -
     packed = list(packed_weights(model).values())
     host = sum(value.nbytes for w in packed for value in vars(w).values() if isinstance(value, torch.Tensor))
     host -= sum(w.parameter.nbytes for w in packed)
-    return Measured(parameters, peak, sum(w.packing.nbytes for w in packed), host, loss)
+    return Measured(parameters, peak, sum(w.layout.nbytes for w in packed), host, loss)
 
 
 def deepest(measure: Callable[[int], int], limit: int) -> int:

@@ -41,7 +41,7 @@ VARIANTS = ("dense", "sparse", "sparse_bf16", "packed")
 INTERFACE = "topkast"
 REFRESH_EVERY = 4
 ROUNDS = {"unlimited": 13, "1 Gbit/s": 13, "100 Mbit/s": 7}
-LIMIT_S = 100  # for all densities on one link
+LIMIT_S = 900  # for all densities on one link
 
 
 # --- one of the two processes -------------------------------------------------------------------------------------
@@ -56,10 +56,8 @@ class Variant:
         layers = [layer for ends in pairwise(sizes) for layer in (nn.Linear(*ends), nn.ReLU())]
         self.model = nn.Sequential(*layers[:-1])
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        execution = "packed" if name == "packed" else "masked"
-        self.topkast = TopKast(
-            self.model, 1 - density / 2, 1 - density, update_every=REFRESH_EVERY, execution=execution
-        )
+        storage = "packed" if name == "packed" else "masked"
+        self.topkast = TopKast(self.model, 1 - density / 2, 1 - density, update_every=REFRESH_EVERY, storage=storage)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
         self.topkast.attach(self.optimizer)
         self.ddp = DistributedDataParallel(self.model)
@@ -150,7 +148,7 @@ def obstacle() -> str | None:
 
 
 def run(*command: str) -> None:
-    subprocess.run(command, check=True, timeout=20)
+    subprocess.run(command, check=True, timeout=60)
 
 
 @contextmanager
@@ -169,7 +167,7 @@ def namespaces() -> Iterator[tuple[str, str]]:
         yield names
     finally:
         for name in names:
-            subprocess.run(["ip", "netns", "delete", name], check=False, timeout=20, stderr=subprocess.DEVNULL)
+            subprocess.run(["ip", "netns", "delete", name], check=False, timeout=60, stderr=subprocess.DEVNULL)
 
 
 def limit(name: str, rate: str) -> None:

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Adam
 
-from lightning_topkast import TopKast
+from lightning_topkast import Packed, Targets, TopKast
+from lightning_topkast.method import structure
 
 TOKENS = 256
 DENSE_BYTES = 16  # a parameter's
@@ -90,11 +91,15 @@ def run(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     topkast = watch(
         "choosing and packing",
         lambda: TopKast(
-            model, *arguments.pair, execution="packed", granularity="block", block_shape=(arguments.side,) * 2,
-            include=["blocks.*"], keep_first_dense=False, keep_last_dense=False, update_every=10**6, strict=True,
-            penalty_shrinkage=None, penalty_strength=0.0,
+            model,
+            *arguments.pair,
+            targets=Targets(include=["blocks.*"], keep_first_dense=False, keep_last_dense=False),
+            update_every=10**6,
+            penalty=None,
+            structure=structure.Block(arguments.side, arguments.side),
+            storage=Packed(unsupported="error"),
         ),
-    )  # fmt: skip
+    )
     watch("moving to the device", lambda: model.to(device))
     optimizer = Adam(model.parameters(), lr=arguments.lr, fused=True)
     topkast.attach(optimizer)

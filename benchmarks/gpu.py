@@ -76,7 +76,7 @@ def run_checks(device: str, quick: bool) -> list[Row]:
         environment["TRITON_INTERPRET"] = "1"
     command = [sys.executable, ROOT / "tests" / "blocks.py", str(torch.seed() % 2**31), "--device", device]
     command += ["--only", *QUICK_CHECKS] if quick else []
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800, check=False)
     if done.returncode:
         sys.exit(f"the checks could not run: {done.stderr}")
     failures: dict[str, str] = json.loads(done.stdout)

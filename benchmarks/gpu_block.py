@@ -3,7 +3,6 @@
 import gc
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from gpu_timing import PAIRS, Clock, aim, in_a_line, medians, pair_name, peak_memory
@@ -12,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Adam
 
-from lightning_topkast import TopKast
+from lightning_topkast import Packed, Targets, TopKast
+from lightning_topkast.method import structure
 
 # Weights, gradients and Adam's state, as a share of the dense ones: what packed mode is to hold on CPU.
 AIMS = {(0.9, 0.8): 0.45, (0.95, 0.9): 0.25, (0.98, 0.95): 0.13}
@@ -65,10 +65,14 @@ class Training:
         with torch.device(x.device):
             self.model = Block(size.width, size.heads).to(torch.bfloat16)
         if pair is not None:
-            options: dict[str, Any] = {"keep_first_dense": False, "keep_last_dense": False, "update_every": 10**6}
-            options |= {"execution": "packed", "granularity": "block", "block_shape": (size.block, size.block)}
-            options["operators"] = "auto" if x.is_cuda else "torch"  # no rehearsal waits for a compiler
-            self.topkast = TopKast(self.model, *pair, **options)
+            self.topkast = TopKast(
+                self.model,
+                *pair,
+                targets=Targets(keep_first_dense=False, keep_last_dense=False),
+                update_every=10**6,
+                structure=structure.Block(size.block, size.block),
+                storage=Packed(kernels="auto" if x.is_cuda else "torch"),  # no rehearsal waits for a compiler
+            )
         self.optimizer = Adam(self.model.parameters(), lr=1e-4, fused=True)
         if self.topkast is not None:
             self.topkast.attach(self.optimizer)
@@ -123,7 +127,7 @@ def measure(size: Size, device: torch.device) -> Iterator[Row]:
             row |= {"dense peak MB": dense_peak, "sparse peak MB": peak_memory(sparse.step, device)}
             for key in ("held MB", "counted MB"):
                 row |= {f"dense {key}": dense_bytes[key], f"sparse {key}": sparse_bytes[key]}
-            row["index MB"] = sum(weight.packing.nbytes for weight in sparse.topkast.weights.values()) / 1e6  # type: ignore[attr-defined]
+            row["index MB"] = sum(weight.layout.nbytes for weight in sparse.topkast.weights.values()) / 1e6  # type: ignore[attr-defined]
             row["bytes"] = sparse_bytes["counted MB"] / dense_bytes["counted MB"]
             if device.type == "cuda":
                 row["held"] = sparse_bytes["held MB"] / dense_bytes["held MB"]

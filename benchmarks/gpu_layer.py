@@ -11,7 +11,7 @@ from tables import Row
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_topkast.ops import BlockPattern, block_sparse_linear, choose_block_operators
+from lightning_topkast.ops import BlockPattern, block_sparse_linear, choose_block_kernels
 from lightning_topkast.ops.blocks import library
 
 AIMS = {(0.9, 0.8): 4, (0.95, 0.9): 7, (0.98, 0.95): 12}  # times dense, a step at width 8192 and block 64 or 128
@@ -76,27 +76,30 @@ class Dense:
 class Sparse:
     """The same layer with some of its blocks."""
 
-    def __init__(self, dense: Dense, tiers: Tensor, block: int, operators: str) -> None:
-        self.dense, self.operators = dense, operators
-        self.pattern = BlockPattern.from_tiers(tiers.to(dense.input.device), (block, block))
+    def __init__(self, dense: Dense, tiers: Tensor, block: int, kernels: str) -> None:
+        self.dense, self.kernels = dense, kernels
+        active, exploring = (torch.nonzero(tiers.reshape(-1) == tier).squeeze(1) for tier in (2, 1))
+        self.pattern = BlockPattern.from_flat(active, exploring, tuple(tiers.shape), (block, block)).to(
+            dense.input.device
+        )
         values = dense.weight.detach().view(-1)[self.pattern.flat_indices()]
         self.values = values.view(-1, block, block).requires_grad_()
 
     def parts(self) -> dict[str, Call]:
         """What is timed."""
-        dense, pattern, operators = self.dense, self.pattern, self.operators
+        dense, pattern, kernels = self.dense, self.pattern, self.kernels
         input, values, bias = dense.input.detach(), self.values.detach(), dense.bias.detach()
         return {
-            "forward": lambda: block_sparse_linear(input, values, bias, pattern, operators),
-            "dx": lambda: library.block_product(dense.grad, values, None, *pattern.active_by_column, True, operators),
-            "dW": lambda: library.block_sampled(dense.grad, input, *pattern.updated_by_row, values.shape, operators),
+            "forward": lambda: block_sparse_linear(input, values, bias, pattern, kernels),
+            "dx": lambda: library.block_product(dense.grad, values, None, *pattern.active_by_column, True, kernels),
+            "dW": lambda: library.block_sampled(dense.grad, input, *pattern.updated_by_row, values.shape, kernels),
             "step": self.step,
         }
 
     def step(self) -> tuple[Tensor, ...]:
         """The forward pass and all gradients."""
         leaves = (self.dense.input, self.values, self.dense.bias)
-        output = block_sparse_linear(*leaves, self.pattern, self.operators)
+        output = block_sparse_linear(*leaves, self.pattern, self.kernels)
         return (output, *torch.autograd.grad(output, leaves, self.dense.grad))
 
     def error(self) -> float:
@@ -207,9 +210,9 @@ def measure(size: Size, device: torch.device) -> Iterator[Row]:
         dense = Dense(width, size.rows, device)
         dense_peak = peak_memory(dense.step, device)
         for block in size.blocks:
-            operators = choose_block_operators(name, device, (block, block), torch.bfloat16)  # type: ignore[arg-type]
+            kernels = choose_block_kernels(name, device, (block, block), torch.bfloat16)  # type: ignore[arg-type]
             for pair in PAIRS:
-                sparse = Sparse(dense, sets(width, block, pair), block, operators)
+                sparse = Sparse(dense, sets(width, block, pair), block, kernels)
                 error = sparse.error()
                 assert error < 0.02, f"width {width}, block {block}, {pair}: relative error {error:.3f}"
                 variants = {"dense": dense.parts(), "sparse": sparse.parts()} | rivals(sparse, block, device)

@@ -13,14 +13,14 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim import SGD, Adam
 
-from lightning_topkast import TopKast
-from lightning_topkast.method.structure import Blocks
+from lightning_topkast import Targets, TopKast
+from lightning_topkast.method import structure
 
 FORWARD, BACKWARD, EVERY = 0.9, 0.8, 100
-GRANULARITIES: dict[str, dict[str, Any]] = {
-    "entry": {"forward_sparsity": FORWARD, "backward_sparsity": BACKWARD, "granularity": "entry"},
-    "block": {"forward_sparsity": FORWARD, "backward_sparsity": BACKWARD, "granularity": "block"},
-    "2:4": {"forward_sparsity": 0.5, "backward_sparsity": 0.4, "granularity": "2:4"},
+STRUCTURES: dict[str, dict[str, Any]] = {
+    "unstructured": {"forward_sparsity": FORWARD, "backward_sparsity": BACKWARD, "structure": "unstructured"},
+    "block": {"forward_sparsity": FORWARD, "backward_sparsity": BACKWARD, "structure": "block"},
+    "2:4": {"forward_sparsity": 0.5, "backward_sparsity": 0.4, "structure": "2:4"},
 }
 
 
@@ -163,23 +163,24 @@ REFRESH_SIZES = {
 
 
 def measure_refreshes(size: RefreshSize, device: torch.device) -> Iterator[Row]:
-    """One row for each model and granularity, with Adam's state to reset."""
+    """One row for each model and structure, with Adam's state to reset."""
     outputs, inputs = size.shape
     models: dict[str, Callable[[], nn.Module]] = {
         "a weight": lambda: nn.Linear(inputs, outputs, bias=False),
         "a transformer": lambda: nn.Sequential(*(Block(size.width, 1) for _ in range(size.depth))),
     }
     for name, build in models.items():
-        for granularity, options in GRANULARITIES.items():
+        for kind, options in STRUCTURES.items():
             with torch.device(device):
                 model = build()
-            options = options | {"block_shape": (size.block, size.block)}
-            yield {"of": name, "granularity": granularity} | refresh_row(model, options, size.rounds, device)
+            if kind == "block":
+                options = options | {"structure": structure.Block(size.block, size.block)}
+            yield {"of": name, "structure": kind} | refresh_row(model, options, size.rounds, device)
 
 
 def refresh_row(model: nn.Module, options: dict[str, Any], rounds: int, device: torch.device) -> Row:
     """Refreshes after steps on random gradients, by which a few entries change their set."""
-    topkast = TopKast(model, **options, keep_first_dense=False, keep_last_dense=False)
+    topkast = TopKast(model, targets=Targets(keep_first_dense=False, keep_last_dense=False), **options)
     optimizer = Adam(model.parameters(), lr=1e-3, fused=True)
     topkast.attach(optimizer)
     weights = list(topkast.weights.values())
@@ -213,7 +214,7 @@ def refresh_row(model: nn.Module, options: dict[str, Any], rounds: int, device: 
 
 def choose(weight: Any) -> torch.Tensor:
     """The sets that a refresh would choose now."""
-    units = weight.granularity
+    units = weight.structure
     counts = [units.units(count, weight.shape) for count in (weight.updated_count, weight.active_count)]
     chosen = units.selection(weight.sharding)(units.scores(weight.magnitudes(), weight.sharding), counts)
     return units.tiers(chosen, weight.sharding)
@@ -221,17 +222,17 @@ def choose(weight: Any) -> torch.Tensor:
 
 def check(weight: Any) -> None:
     """See that the sets are those that the CPU chooses."""
-    if isinstance(weight.granularity, Blocks):
+    if isinstance(weight.structure, structure.Block):
         return  # the order of a norm's sum is the device's own
     scores, counts = weight.magnitudes().cpu(), (weight.updated_count, weight.active_count)
-    expected = weight.granularity.selection(weight.sharding)(scores, counts)
+    expected = weight.structure.selection(weight.sharding)(scores, counts)
     assert torch.equal(weight.tiers.cpu(), expected), "the CPU chooses other sets"
 
 
 def refresh_aims(rows: list[Row]) -> list[Row]:
     """A single weight of 100 M entries."""
     return [
-        aim(f"refresh of 100 M entries, {row['granularity']}: ≤ 10 ms", row["refresh ms"], 10)
+        aim(f"refresh of 100 M entries, {row['structure']}: ≤ 10 ms", row["refresh ms"], 10)
         for row in rows
         if row["of"] == "a weight" and row["entries"] > 100_000_000
     ]

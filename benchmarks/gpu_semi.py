@@ -1,4 +1,4 @@
-"""The 2:4 weights that `granularity="2:4"` trains, multiplied by the GPU's sparse tensor cores through torch."""
+"""The 2:4 weights that `structure="2:4"` trains, multiplied by the GPU's sparse tensor cores through torch."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
 
-from lightning_topkast import TopKast
+from lightning_topkast import Targets, TopKast
 
 BACKENDS = {"cuSPARSELt": SparseSemiStructuredTensorCUSPARSELT, "CUTLASS": SparseSemiStructuredTensorCUTLASS}
 
@@ -31,7 +31,7 @@ SIZES = {"full": Size(8192, 8192, 15), "quick": Size(1024, 1024, 3), "rehearsal"
 def measure(size: Size, device: torch.device) -> Iterator[Row]:
     """The forward pass by either of the libraries that torch can use, and by `to_sparse_semi_structured`'s choice."""
     model = nn.Linear(size.width, size.width, bias=False, device=device, dtype=torch.bfloat16)
-    TopKast(model, 0.5, 0.4, granularity="2:4", keep_first_dense=False, keep_last_dense=False)
+    TopKast(model, 0.5, 0.4, targets=Targets(keep_first_dense=False, keep_last_dense=False), structure="2:4")
     alpha = model.weight.detach()
     groups = alpha.view(-1, 4).count_nonzero(dim=1)
     assert int(groups.max()) <= 2, "a group of four has more than two entries"

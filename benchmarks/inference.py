@@ -7,7 +7,7 @@ else the machine does meets them all; a ratio is the median of those within a tu
 
 - csr: `to_csr`, with the compiled operators where there is a compiler, and with torch's own
 - torch's csr: `torch.sparse.mm` of what `topkast-export --format csr` writes
-- packed: the layer as it is trained under `execution="packed"`, with gradients switched off
+- packed: the layer as it is trained under `storage="packed"`, with gradients switched off
 - onnx, onnx-sparse: onnxruntime on the exported files
 """
 
@@ -24,9 +24,9 @@ import torch
 from tables import Row, table
 from torch import Tensor, nn
 
-from lightning_topkast import TopKast, to_csr
+from lightning_topkast import Targets, TopKast, to_csr
 from lightning_topkast.export import OnnxModel, load_csr, save_csr, save_dense, save_onnx, save_sparse
-from lightning_topkast.ops import choose_operators
+from lightning_topkast.ops import choose_kernels
 
 SPARSITIES = (0.80, 0.90, 0.95, 0.98)
 BATCHES = (1, 8, 128)
@@ -62,20 +62,20 @@ def ways(width: int, sparsity: float, folder: Path) -> dict[str, Forward]:
     state = load_csr(folder / "csr")
     matrix, bias = state["0.weight"], state["0.bias"].unsqueeze(1)
     packed = sparse_layer(width, sparsity)
-    TopKast(packed, sparsity, sparsity, execution="packed", keep_first_dense=False, keep_last_dense=False).attach(
-        torch.optim.SGD(packed.parameters(), 0.1)
-    )
+    TopKast(
+        packed, sparsity, sparsity, targets=Targets(keep_first_dense=False, keep_last_dense=False), storage="packed"
+    ).attach(torch.optim.SGD(packed.parameters(), 0.1))
     found: dict[str, Forward] = {
         "dense": sparse_layer(width, sparsity),
         "dense again": sparse_layer(width, sparsity),
-        "csr, torch": to_csr(sparse_layer(width, sparsity), operators="torch"),
+        "csr, torch": to_csr(sparse_layer(width, sparsity), kernels="torch"),
         "torch's csr": lambda input: torch.addmm(bias, matrix, input.t()).t(),
         "packed": packed.eval(),
         "onnx": OnnxModel(folder / "onnx", threads),
         "onnx-sparse": OnnxModel(folder / "onnx-sparse", threads),
     }
-    if choose_operators("auto", torch.device("cpu")) == "compiled":
-        found["csr, compiled"] = to_csr(sparse_layer(width, sparsity), operators="compiled")
+    if choose_kernels("auto", torch.device("cpu")) == "compiled":
+        found["csr, compiled"] = to_csr(sparse_layer(width, sparsity), kernels="compiled")
     return found
 
 

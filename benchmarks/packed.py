@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from workloads import ResNet18
 
-from lightning_topkast import TopKast
+from lightning_topkast import Block, Packed, Schedule, Targets, TopKast
 from lightning_topkast.app.models import TransformerLM
 from lightning_topkast.layers import packed_weights
 
@@ -40,16 +40,14 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "AdamW, fused": lambda p: AdamW(p, lr=1e-4, fused=True),
 }
 VARIANTS = {
-    "masked": {"execution": "masked"},
-    "packed, torch": {"execution": "packed", "operators": "torch"},
-    "packed, compiled": {"execution": "packed", "operators": "compiled"},
+    "masked": {"storage": "masked"},
+    "packed, torch": {"storage": Packed(kernels="torch")},
+    "packed, compiled": {"storage": Packed(kernels="compiled")},
 }
 IN_BLOCKS: dict[str, dict[str, Any]] = {
-    f"packed, blocks of {side}": {
-        "execution": "packed", "operators": "torch", "granularity": "block", "block_shape": (side, side)
-    }
+    f"packed, blocks of {side}": {"storage": Packed(kernels="torch"), "structure": Block(side, side)}
     for side in (16, 32, 64)
-}  # fmt: skip
+}
 
 
 @dataclass
@@ -78,8 +76,9 @@ class Training:
             self.model = case.build()
         if variant not in ("dense", "sparselab"):
             ends = case.keep_ends_dense
-            options: dict[str, Any] = (VARIANTS | IN_BLOCKS).get(variant) or {"execution": variant}
-            self.topkast = TopKast(self.model, *case.pair, keep_first_dense=ends, keep_last_dense=ends, **options)
+            options: dict[str, Any] = (VARIANTS | IN_BLOCKS).get(variant) or {"storage": variant}
+            targets = Targets(keep_first_dense=ends, keep_last_dense=ends)
+            self.topkast = TopKast(self.model, *case.pair, targets=targets, **options)
         self.optimizer = OPTIMIZERS[case.optimizer](self.model.parameters())
         if self.topkast is not None:
             self.topkast.attach(self.optimizer)
@@ -104,12 +103,12 @@ class Training:
         tensors += [v for s in self.optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
         packed = packed_weights(self.model).values()
         # a compact layer's dense α lives while autograd needs it, which is from the forward to the backward pass
-        dense_alpha = sum(w.size * w.parameter.element_size() for w in packed if w.execution == "compact")
+        dense_alpha = sum(w.size * w.parameter.element_size() for w in packed if w.storage == "compact")
         host = sum(value.nbytes for w in packed for value in vars(w).values() if isinstance(value, Tensor))
         host -= sum(w.parameter.nbytes for w in packed)
         return {
             "bytes": sum(t.nbytes for t in tensors) + dense_alpha,
-            "index bytes": sum(w.packing.nbytes for w in packed),
+            "index bytes": sum(w.layout.nbytes for w in packed),
             "host bytes": host,
         }
 
@@ -243,13 +242,19 @@ def cases(quick: bool, only: list[str]) -> Iterator[Case]:
 
 def refreshes(quick: bool) -> list[Row]:
     """The steps at which a refresh is chosen and takes effect, waited for or in the background; wall time."""
-    width, interval, delay = (64, 5, 2) if quick else (2048, 20, 10)
+    width, interval, latest = (64, 5, 2) if quick else (2048, 20, 10)
     rows: list[Row] = []
-    for refresh_delay in (0, delay):
+    for delay in (0, latest):
         torch.manual_seed(0)
         model = mlp(width)
-        options: dict[str, Any] = {"keep_first_dense": False, "keep_last_dense": False, "execution": "packed"}
-        topkast = TopKast(model, 0.9, 0.8, update_every=interval, refresh_delay=refresh_delay, **options)
+        topkast = TopKast(
+            model,
+            0.9,
+            0.8,
+            targets=Targets(keep_first_dense=False, keep_last_dense=False),
+            schedule=Schedule(interval, delay),
+            storage="packed",
+        )
         optimizer = OPTIMIZERS["Adam"](model.parameters())
         topkast.attach(optimizer)
         times: dict[int, list[float]] = {}
@@ -260,9 +265,9 @@ def refreshes(quick: bool) -> list[Row]:
             model(x).square().mean().backward()
             optimizer.step()
             times.setdefault(step % interval, []).append((perf_counter() - start) * 1e3)
-        special = {0: "step that chooses, ms", refresh_delay: "step that applies, ms"}
+        special = {0: "step that chooses, ms", delay: "step that applies, ms"}
         plain = [ms for at, several in times.items() if at not in special for ms in several]
-        row: Row = {"refresh_delay": refresh_delay, "median step, ms": median(plain)}
+        row: Row = {"delay": delay, "median step, ms": median(plain)}
         row |= {name: median(times[at][1:]) for at, name in special.items()}
         row["an interval, ms"] = sum(median(several[1:]) for several in times.values())
         rows.append(row)

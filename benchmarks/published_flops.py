@@ -13,6 +13,7 @@ import torch
 from tables import Row, table
 
 import lightning_topkast.app  # noqa: F401  (makes torchvision importable)
+from lightning_topkast import Targets
 from lightning_topkast.app.models import resnet
 from lightning_topkast.costs import OptimizerState, Parallel, Plan, make_plan
 from lightning_topkast.settings import Settings
@@ -32,9 +33,9 @@ PUBLISHED = {
 DENSE_FLOPS = 8.2e9  # of one image
 
 
-def plan_resnet50(distribution: str, sparsity: float, **options: Any) -> Plan:
+def plan_resnet50(distribution: str, sparsity: float, targets: Targets | None = None) -> Plan:
     """Plan a ResNet-50 on one image of 224 by 224 pixels, with B = A."""
-    settings = Settings(sparsity, sparsity, distribution=distribution, **options)
+    settings = Settings(sparsity, sparsity, distribution=distribution, targets=targets)
     with torch.device("meta"):
         net, images = resnet(50, (3, 224, 224), 1000), torch.zeros(1, 3, 224, 224)
         return make_plan(net, [images], settings, OptimizerState(lambda p: torch.optim.SGD(p, lr=0.1)), Parallel())
@@ -43,7 +44,7 @@ def plan_resnet50(distribution: str, sparsity: float, **options: Any) -> Plan:
 def as_rigl(distribution: str, sparsity: float) -> dict[str, Any]:
     """Totals with the dense layers that RigL has."""
     keep_first = distribution == "uniform" or sparsity >= 0.99
-    return plan_resnet50(distribution, sparsity, keep_first_dense=keep_first, keep_last_dense=False).totals()
+    return plan_resnet50(distribution, sparsity, Targets(keep_first_dense=keep_first, keep_last_dense=False)).totals()
 
 
 def rows() -> list[Row]:

@@ -17,7 +17,7 @@ from hydra.utils import instantiate
 from tables import table
 from torch import nn
 
-from lightning_topkast import TopKast
+from lightning_topkast import Schedule, Targets, TopKast
 from lightning_topkast.app.models import MLP
 from lightning_topkast.app.vision import load_torchvision
 from lightning_topkast.baselines import RigL
@@ -70,9 +70,14 @@ def accuracy(which: str, seed: int, data, epochs: int) -> tuple[float, float]:
         )  # fmt: skip
     elif which == "ours":
         TopKast(
-            model, SPARSITY, SPARSITY, rule=RigL(0.3), update_every=UPDATE_EVERY, stop_refreshing_at=STOP,
-            total_steps=total, keep_last_dense=False, seed=seed,
-        ).attach(optimizer)  # fmt: skip
+            model,
+            SPARSITY,
+            SPARSITY,
+            targets=Targets(keep_last_dense=False),
+            schedule=Schedule(update_every=UPDATE_EVERY, stop_updating_at=STOP),
+            rule=RigL(0.3),
+            seed=seed,
+        ).attach(optimizer, total_steps=total)
     start = time.perf_counter()
     for _ in range(epochs):
         for x, y in loader:

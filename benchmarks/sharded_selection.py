@@ -19,7 +19,7 @@ from tables import table
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from lightning_topkast.distributed import Sharding, own_part
+from lightning_topkast.distributed import Sharding, to_local
 from lightning_topkast.method.selection import nested_top_k
 from lightning_topkast.method.sharded_selection import nested_top_k_of_shards
 
@@ -46,10 +46,10 @@ def rank(index: int, folder: Path, options: argparse.Namespace) -> None:
         found = {}
         for dim in (0, 1):
             weight = distribute_tensor(values, mesh, [Shard(dim)])
-            sharding, part = Sharding("weight", weight), own_part(weight)
+            sharding, part = Sharding("weight", weight), to_local(weight)
             select = partial(nested_top_k_of_shards, part, counts, values.numel(), sharding.sum, sharding.flat_indices)
             found[f"Shard({dim}) ms"] = 1000 * median(seconds(select) for _ in range(options.rounds))
-            alike = torch.equal(select(), sharding.part_of(nested_top_k(values, counts)))
+            alike = torch.equal(select(), sharding.to_local(nested_top_k(values, counts)))
             assert alike, "the sharded sets are not those of the whole weight"
         alone = 1000 * median(seconds(partial(nested_top_k, values, counts)) for _ in range(options.rounds))
         rows.append({"scores": name, "entries": values.numel(), "whole, each rank ms": alone} | found)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from variants import BACKWARD, EVERY, FORWARD, VARIANTS, Dense, Masked
 from workloads import Workload, adamw, workloads
 
-from lightning_topkast import TopKast
+from lightning_topkast import Targets, TopKast, storage
 
 
 def main() -> None:
@@ -184,7 +184,11 @@ def large_refreshes(side: int, rounds: int) -> list[Row]:
         for reset in (False, True):
             model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(count)))
             topkast = TopKast(
-                model, FORWARD, BACKWARD, keep_first_dense=False, keep_last_dense=False, reset_optimizer_state=reset
+                model,
+                FORWARD,
+                BACKWARD,
+                targets=Targets(keep_first_dense=False, keep_last_dense=False),
+                storage=storage.Masked(reset_optimizer_state=reset),
             )
             optimizer = adamw(model.parameters())
             topkast.attach(optimizer)

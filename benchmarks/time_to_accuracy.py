@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Adam
 
-from lightning_topkast import TopKast
+from lightning_topkast import L2, Targets, TopKast
 from lightning_topkast.app.data import FashionMNIST
 
 METHODS = {
@@ -40,8 +40,15 @@ def train(method: str, data: FashionMNIST, width: int, goal: float, most_epochs:
     )
     topkast = None
     if METHODS[method] is not None:
-        forward, backward, execution = METHODS[method]  # type: ignore[misc]
-        topkast = TopKast(model, forward, backward, execution=execution, keep_first_dense=False, penalty_shrinkage=1e-3)
+        forward, backward, storage = METHODS[method]  # type: ignore[misc]
+        topkast = TopKast(
+            model,
+            forward,
+            backward,
+            targets=Targets(keep_first_dense=False),
+            penalty=L2(shrinkage=1e-3),
+            storage=storage,
+        )
     optimizer = Adam(model.parameters(), lr=1e-3, fused=True)
     if topkast is not None:
         topkast.attach(optimizer)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from workloads import Batch, Workload
 
-from lightning_topkast import TopKast
+from lightning_topkast import Targets, TopKast
 
 FORWARD, BACKWARD, EVERY = 0.9, 0.8, 100
 
@@ -71,7 +71,11 @@ class Masked(Dense):
 
     def prepare(self) -> None:
         self.topkast = TopKast(
-            self.model, FORWARD, BACKWARD, update_every=EVERY, keep_first_dense=self.workload.keep_first_dense
+            self.model,
+            FORWARD,
+            BACKWARD,
+            targets=Targets(keep_first_dense=self.workload.keep_first_dense),
+            update_every=EVERY,
         )
         super().prepare()
         self.own = 0.0  # seconds that our hooks took in the last step
@@ -146,7 +150,7 @@ class WeightNorm(Dense):
         from torch.ao.pruning import WeightNormSparsifier
 
         weights = TopKast(
-            self.workload.build(), FORWARD, BACKWARD, keep_first_dense=self.workload.keep_first_dense
+            self.workload.build(), FORWARD, BACKWARD, targets=Targets(keep_first_dense=self.workload.keep_first_dense)
         ).weights
         self.sparsifier = WeightNormSparsifier(sparsity_level=FORWARD, sparse_block_shape=(1, 1))
         self.sparsifier.prepare(self.model, [{"tensor_fqn": name} for name in weights])

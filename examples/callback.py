@@ -6,7 +6,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_topkast import TopKastCallback
+from lightning_topkast import Targets, TopKastCallback
 
 
 class Digits(L.LightningModule):
@@ -35,7 +35,10 @@ if __name__ == "__main__":
     train, test = torch.utils.data.random_split(data, [1500, 297])
 
     topkast = TopKastCallback(
-        forward_sparsity=0.9, backward_sparsity=0.8, penalty_shrinkage=1e-3, keep_first_dense=False, update_every=25
+        targets=Targets(keep_first_dense=False),
+        update_every=25,
+        forward_sparsity=0.9,
+        backward_sparsity=0.8,
     )
     trainer = L.Trainer(max_epochs=15, callbacks=[topkast], accelerator="cpu", logger=False, enable_checkpointing=False)
     trainer.fit(model := Digits(), DataLoader(train, batch_size=64, shuffle=True))

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_topkast import TopKastCallback
+from lightning_topkast import Targets, TopKastCallback
 
 
 class Digits(L.LightningModule):
@@ -39,14 +39,23 @@ if __name__ == "__main__":
     data = TensorDataset(torch.tensor(images, dtype=torch.float32) / 16, torch.tensor(labels))
 
     topkast = TopKastCallback(
-        forward_sparsity=0.9, backward_sparsity=0.8, penalty_shrinkage=1e-3, keep_first_dense=False, update_every=25
+        targets=Targets(keep_first_dense=False),
+        update_every=25,
+        forward_sparsity=0.9,
+        backward_sparsity=0.8,
     )
     # the mesh has to be one of data parallelism: Lightning's default is tensor parallelism over all devices
     strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
     trainer = L.Trainer(
-        accelerator="cpu", devices=2, strategy=strategy, max_epochs=5, callbacks=[topkast], logger=False,
-        enable_checkpointing=False, enable_progress_bar=False,
-    )  # fmt: skip
+        accelerator="cpu",
+        devices=2,
+        strategy=strategy,
+        max_epochs=5,
+        callbacks=[topkast],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+    )
     trainer.fit(model := Digits(), DataLoader(data, batch_size=32, shuffle=True))
 
     weight = topkast.topkast.weights["net.2.weight"]

@@ -5,16 +5,20 @@ import time
 import torch
 from torch import nn
 
-from lightning_topkast import TopKast, to_csr
+from lightning_topkast import Targets, TopKast, to_csr
 
 if __name__ == "__main__":
     torch.manual_seed(0)
     with torch.device("meta"):  # no memory yet: the weights are drawn on the host and packed before they go anywhere
         model = nn.Sequential(nn.Linear(512, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 16))
     topkast = TopKast(
-        model, forward_sparsity=0.95, backward_sparsity=0.9, penalty_shrinkage=1e-3, keep_first_dense=False,
-        update_every=20, execution="packed",
-    )  # fmt: skip
+        model,
+        targets=Targets(keep_first_dense=False),
+        update_every=20,
+        forward_sparsity=0.95,
+        backward_sparsity=0.9,
+        storage="packed",
+    )
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)  # after TopKast, which changed the layers
     topkast.attach(optimizer)
     print(topkast.summary())

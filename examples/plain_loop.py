@@ -4,7 +4,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from lightning_topkast import TopKast
+from lightning_topkast import Targets, TopKast
 
 if __name__ == "__main__":
     torch.manual_seed(0)
@@ -16,9 +16,8 @@ if __name__ == "__main__":
     model = nn.Sequential(nn.Linear(64, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     topkast = TopKast(
-        model, forward_sparsity=0.9, backward_sparsity=0.8, penalty_shrinkage=1e-3, keep_first_dense=False,
-        update_every=25,
-    )  # fmt: skip
+        model, targets=Targets(keep_first_dense=False), update_every=25, forward_sparsity=0.9, backward_sparsity=0.8
+    )
     topkast.attach(optimizer)
     print(topkast.summary())
 

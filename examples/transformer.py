@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lightning_topkast import TopKastCallback
+from lightning_topkast import Targets, TopKastCallback
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 200
 
@@ -38,9 +38,11 @@ if __name__ == "__main__":
 
     # GPT-2 computes with its own Conv1D, so name the type; the embedding, which is the output layer too, stays dense.
     topkast = TopKastCallback(
-        0.8, 0.5, include_types=["Conv1D"], keep_first_dense=False, keep_last_dense=False, update_every=20,
-        penalty_shrinkage=1e-3,
-    )  # fmt: skip
+        0.8,
+        0.5,
+        targets=Targets(include_types=["Conv1D"], keep_first_dense=False, keep_last_dense=False),
+        update_every=20,
+    )
     trainer = L.Trainer(max_epochs=6, callbacks=[topkast], accelerator="cpu", logger=False, enable_checkpointing=False)
     trainer.fit(LanguageModel(), DataLoader(windows, batch_size=16, shuffle=True))
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_topkast.ops import BlockPattern, block_sparse_linear, choose_block_operators
+from lightning_topkast.ops import BlockPattern, block_sparse_linear, choose_block_kernels
 from lightning_topkast.ops.blocks import library
 from lightning_topkast.ops.blocks.pattern import Lines
 
@@ -46,11 +46,17 @@ SHAPES = (
 )
 
 
+def pattern_of(tiers: Tensor, block: tuple[int, int]) -> BlockPattern:
+    """The pattern of a grid of tiers: 0 neither, 1 gets a gradient only, 2 is active."""
+    active, exploring = (torch.nonzero(tiers.reshape(-1) == tier).squeeze(1) for tier in (2, 1))
+    return BlockPattern.from_flat(active, exploring, tuple(tiers.shape), block)
+
+
 @dataclass
 class On:
     """The operators under check, where they run, and whence their random inputs come."""
 
-    operators: str
+    kernels: str
     device: str
     seed: int
 
@@ -65,10 +71,10 @@ class On:
         if tiers is None:
             tiers = self.tiers(shape[0] // block[0], shape[1] // block[1])
         tiers = tiers.to(self.device)
-        pattern = BlockPattern.from_tiers(tiers, block)
+        pattern = pattern_of(tiers, block)
         values = self.random(pattern.updated_count + tail, *block, dtype=dtype)
         bias = self.random(shape[1 if transposed else 0], dtype=dtype) if bias else None
-        return Layer(pattern, values, bias, tiers, self.operators, transposed)
+        return Layer(pattern, values, bias, tiers, self.kernels, transposed)
 
     def __post_init__(self) -> None:
         self.generator = torch.Generator().manual_seed(self.seed)
@@ -80,11 +86,11 @@ class Layer:
     values: Tensor
     bias: Tensor | None
     tiers: Tensor
-    operators: str
+    kernels: str
     transposed: bool = False
 
     def __call__(self, input: Tensor) -> Tensor:
-        return block_sparse_linear(input, self.values, self.bias, self.pattern, self.operators, self.transposed)
+        return block_sparse_linear(input, self.values, self.bias, self.pattern, self.kernels, self.transposed)
 
     def weight(self) -> Tensor:
         """A, float64, from the tiers alone."""
@@ -144,7 +150,7 @@ def at_the_end_of_memory(tensor: Tensor) -> Tensor:
 
 
 def output_and_gradients_are_those_of_the_dense_weight(on: On) -> None:
-    dtypes = (*DTYPES, torch.float64) if on.operators == "torch" else DTYPES
+    dtypes = (*DTYPES, torch.float64) if on.kernels == "torch" else DTYPES
     for number, (shape, block, rows) in enumerate(SHAPES):
         for dtype in dtypes:
             transposed = (number + dtypes.index(dtype)) % 2 == 1
@@ -268,7 +274,7 @@ def a_gradient_is_made_for_what_needs_one(on: On) -> None:
             tensor.detach().requires_grad_(on_)
             for tensor, on_ in zip((input, layer.values, layer.bias), wanted, strict=True)
         ]
-        block_sparse_linear(*tensors, layer.pattern, on.operators).sum().backward()
+        block_sparse_linear(*tensors, layer.pattern, on.kernels).sum().backward()
         assert [tensor.grad is not None for tensor in tensors] == list(wanted)
 
 
@@ -334,14 +340,14 @@ def splits_fill_the_processors(on: On) -> None:
 
 def the_operators_are_registered_as_torch_wants_them(on: On) -> None:
     layer = on.layer((64, 96), (16, 32), tail=1)
-    pattern, values, operators = layer.pattern, layer.values, on.operators
+    pattern, values, kernels = layer.pattern, layer.values, on.kernels
     input, grad = on.random(6, 96), on.random(6, 64)
     rows, columns, updated = pattern.active_by_row, pattern.active_by_column, pattern.updated_by_row
     turned = input.t().contiguous().t()
-    torch.library.opcheck(library.block_product, (input, values, layer.bias, *rows, False, operators))
-    torch.library.opcheck(library.block_product, (turned, values, None, *rows, False, operators))
-    torch.library.opcheck(library.block_product, (grad, values, None, *columns, True, operators))
-    torch.library.opcheck(library.block_sampled, (grad, input, *updated, list(values.shape), operators))
+    torch.library.opcheck(library.block_product, (input, values, layer.bias, *rows, False, kernels))
+    torch.library.opcheck(library.block_product, (turned, values, None, *rows, False, kernels))
+    torch.library.opcheck(library.block_product, (grad, values, None, *columns, True, kernels))
+    torch.library.opcheck(library.block_sampled, (grad, input, *updated, list(values.shape), kernels))
 
 
 class Net(nn.Module):
@@ -368,7 +374,7 @@ def torch_compile_makes_one_graph_of_it(on: On) -> None:
         compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
         for rows in (5, 8, 11):
             net.compare(compiled, rows)
-        net.layer.pattern = BlockPattern.from_tiers(net.layer.tiers.flip(0), (16, 16))
+        net.layer.pattern = pattern_of(net.layer.tiers.flip(0), (16, 16))
         with torch.compiler.set_stance("fail_on_recompile"):
             net.compare(compiled, 11)
 
@@ -382,7 +388,7 @@ def autocast_computes_in_its_type(on: On) -> None:
     assert output.dtype == torch.bfloat16
     grads = torch.autograd.grad(output, leaves, grad)
     narrow = [tensor.detach().bfloat16().requires_grad_() for tensor in leaves]
-    expected = block_sparse_linear(*narrow, layer.pattern, on.operators)
+    expected = block_sparse_linear(*narrow, layer.pattern, on.kernels)
     assert torch.equal(output, expected)
     for mine, theirs in zip(grads, torch.autograd.grad(expected, narrow, grad), strict=True):
         assert mine.dtype == torch.float32
@@ -467,7 +473,7 @@ def main() -> None:
     if arguments.device == "cuda":
         draw_tiles(arguments.seed)
     failed: dict[str, str] = {}
-    choose_block_operators("triton", torch.device(arguments.device), (16, 16), torch.float32)
+    choose_block_kernels("triton", torch.device(arguments.device), (16, 16), torch.float32)
     for check in OF_TRITON:
         if arguments.only and check.__name__ not in arguments.only:
             continue

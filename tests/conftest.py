@@ -8,8 +8,15 @@ from tests import helpers
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items):
+    """Slow tests take up to three minutes on a free machine."""
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.timeout(3000))
+
+
 @pytest.fixture(params=["masked", "packed"])
-def execution(request, monkeypatch):
-    """Every `make_callback()` of the test makes a callback of this execution."""
-    monkeypatch.setitem(helpers.DEFAULTS, "execution", request.param)
+def storage(request, monkeypatch):
+    """Every `make_callback()` of the test makes a callback of this storage."""
+    monkeypatch.setitem(helpers.DEFAULTS, "storage", request.param)
     return request.param

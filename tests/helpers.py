@@ -5,9 +5,13 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from reliability.nouns import nouns
 from torch import Tensor, nn
 
-from lightning_topkast import TopKast, TopKastCallback
+from lightning_topkast import (
+    TopKast,
+    TopKastCallback,
+)
 
 OPTIMIZERS = {
     "sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr),
@@ -88,19 +92,19 @@ def batches(count: int = 4, size: int = 8, seed: int = 1) -> Batches:
     return Batches(zip(x, y, strict=True))
 
 
-# PyTorch's own operators, so that no test waits for a compiler or differs without one; tests/test_ops.py has both
+# PyTorch's own kernels, so that no test waits for a compiler or differs without one; tests/test_ops.py has both
 DEFAULTS = {
     "forward_sparsity": 0.75,
     "backward_sparsity": 0.5,
     "update_every": 3,
-    "penalty_strength": 0.0,
-    "operators": "torch",
+    "strength": 0.0,
+    "kernels": "torch",
 }
 
 
 def make_callback(**changes) -> TopKastCallback:
     """75 % forward, 50 % backward sparsity, refreshed every third step, without penalty."""
-    return TopKastCallback(**(DEFAULTS | changes))
+    return TopKastCallback(**nouns(**(DEFAULTS | changes)))
 
 
 def make_trainer(folder, *callbacks, **changes) -> Trainer:

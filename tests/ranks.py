@@ -15,15 +15,15 @@ from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from lightning_topkast import MaskChange, ReservoirActivation, Sparsity, SparsityRamp, TopKastError
+from lightning_topkast import MaskChange, Ramp, ReservoirActivation, Sparsity, TopKastError
 from lightning_topkast.baselines import RigL
 from lightning_topkast.distributed import check_ranks_agree
 from tests import reductions
 from tests.helpers import MIDDLE, Batches, batches, make_callback, make_net, make_trainer, parameters_of
 
 # looks at the whole gradient every third step, of which the ranks send the active entries only in between
-RIGL = {"rule": RigL(0.5), "backward_sparsity": 0.75, "stop_refreshing_at": 100}
-VARYING = {"ramp": SparsityRamp(0.25, 0.0, begin=0, end=4), "powerpropagation": 2.0}
+RIGL = {"rule": RigL(0.5), "backward_sparsity": 0.75, "stop_updating_at": 100, "strength": None}
+VARYING = {"ramp": Ramp(0.25, 0.0, begin=0, end=4), "powerpropagation": 2.0}
 
 
 class Shares(Batches):
@@ -89,7 +89,7 @@ def train(
     folder: Path, world: int, *others, accumulate: int = 1, first: tuple = (), strategy_of=None, **changes
 ) -> None:
     folder.mkdir(exist_ok=True)
-    callback = make_callback(keep_last_dense=False, penalty_strength=1e-2, **changes)
+    callback = make_callback(**({"keep_last_dense": False, "strength": 1e-2} | changes))
     callbacks = [*first, callback, Note(folder, callback), *(other() for other in others)]
     model = make_net(optimizer="adamw", lr=0.02)
     strategy = "ddp_fork" if strategy_of is None else strategy_of(callback)
@@ -168,13 +168,13 @@ def main(folder: Path, world: int) -> None:
     warnings.simplefilter("ignore")
     mp.start_processes(ranks, (folder, world), nprocs=world, start_method="fork")
     train(folder / "masked", world)
-    train(folder / "packed", world, execution="packed")
+    train(folder / "packed", world, storage="packed")
     train(folder / "accumulated", world, accumulate=2, update_every=2, exploration="random")
     train(folder / "sparse", world, all_reduce="sparse")
     if world == 3:
         return
-    train(folder / "unalike", world, first=(Unalike(),), execution="packed")
-    train(folder / "compact", world, accumulate=2, update_every=2, execution="compact")
+    train(folder / "unalike", world, first=(Unalike(),), storage="packed")
+    train(folder / "compact", world, accumulate=2, update_every=2, storage="compact")
     train(folder / "rigl", world, all_reduce="sparse", **RIGL)
     train(folder / "varying", world, all_reduce="sparse", **VARYING)
     train(folder / "composed", world, strategy_of=lambda callback: Hooked(callback.all_reduce_hook(noting)))

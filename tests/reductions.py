@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_topkast import TopKast
 from lightning_topkast.training.all_reduce import INNER_HOOKS, Hook, sparse_all_reduce
+from tests.helpers import nouns
 
 STEPS = 7
 FIRST, SECOND = "convolution.weight", "middle.weight"
@@ -69,7 +70,7 @@ def train(
     torch.manual_seed(0)
     model = Mixed().to(memory_format=torch.channels_last if channels_last else torch.preserve_format)
     engines = [
-        TopKast(model, 0.75, 0.5, update_every=3, penalty_strength=1e-2, include=include, **(options or {}))
+        TopKast(model, 0.75, 0.5, **nouns(update_every=3, strength=1e-2, include=include, **(options or {})))
         for include in targets
     ]
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.1)
@@ -79,7 +80,7 @@ def train(
     ddp = model if alone else DistributedDataParallel(model, find_unused_parameters=seldom, **of_ddp)
     if hook is not None:
         ddp.register_comm_hook(state, hook(engines))
-    masked = [w for engine in engines for w in engine.weights.values() if w.execution == "masked"]
+    masked = [w for engine in engines for w in engine.weights.values() if w.storage == "masked"]
     norms, outside = [], []
     for step in range(STEPS):
         if step == refresh_at:
@@ -128,10 +129,10 @@ ALIKE: dict[str, dict[str, Any]] = {
     "views of buckets": {"gradient_as_bucket_view": True},
     "overflow": {"scaler": True},
     "refreshed between": {"refresh_at": 4},
-    "stopped": {"options": {"stop_exploration_at": 4}},
+    "stopped": {"options": {"stop_exploring_at": 4}},
     "two engines": {"targets": ([FIRST], [SECOND])},
-    "packed": {"options": {"execution": "packed", "operators": "torch"}},
-    "compact": {"options": {"execution": "compact"}, "seldom": True},
+    "packed": {"options": {"storage": "packed", "kernels": "torch"}},
+    "compact": {"options": {"storage": "compact"}, "seldom": True},
 }
 ALIKE_OF_3 = ("plain", "accumulated", "unused parameters", "two engines", "packed", "compact")
 OF_DDP = {"bucket_cap_mb", "static_graph", "gradient_as_bucket_view"}

@@ -17,13 +17,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from lightning.pytorch import Callback
 
-from lightning_topkast import AtomicCheckpointIO, WholeStepCheckpoint
+from lightning_topkast import AtomicCheckpointIO, StepBoundaryCheckpoint
 from tests.helpers import Resumable, batches, make_callback, make_net, make_trainer, parameters_of
 
 WAYS = [
-    (execution, ranks, accumulate)
+    (storage, ranks, accumulate)
     for ranks in (2, 1)  # ranks are forked: before autograd has run in this process
-    for execution, accumulate in itertools.product(("masked", "packed"), (1, 2))
+    for storage, accumulate in itertools.product(("masked", "packed"), (1, 2))
 ]
 
 
@@ -63,7 +63,7 @@ class Saves(Callback):
 
 def train(
     folder: Path,
-    execution: str,
+    storage: str,
     ranks: int,
     accumulate: int,
     ckpt_path: Path | None = None,
@@ -72,7 +72,7 @@ def train(
     **options,
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    callback = make_callback(update_every=4, penalty_strength=1e-2, keep_last_dense=False, execution=execution)
+    callback = make_callback(update_every=4, strength=1e-2, keep_last_dense=False, storage=storage)
     model = make_net(seed=seed, optimizer="adamw", lr=0.02)
     changes = {"strategy": "ddp_fork", "devices": 2, "use_distributed_sampler": False} if ranks == 2 else {}
     trainer = make_trainer(
@@ -97,7 +97,7 @@ def requeued_rank(rank: int, folder: Path, port: int, seed: int, *others) -> Non
     os.environ |= {f"SLURM_{name}": str(value) for name, value in own.items()}
     os.environ |= {"SLURM_JOB_ID": "4217", "SLURM_JOB_NAME": "train", "SLURM_NODELIST": "127.0.0.1"}
     os.environ |= {"MASTER_PORT": str(port), "PATH": f"{folder.parent}{os.pathsep}{os.environ['PATH']}"}
-    saving = WholeStepCheckpoint(folder / "checkpoints", "last", enable_version_counter=False)
+    saving = StepBoundaryCheckpoint(folder / "checkpoints", "last", enable_version_counter=False)
     train(folder, "masked", 2, 1, others=[saving, *others], seed=seed, strategy="ddp", enable_checkpointing=True)
 
 

@@ -24,10 +24,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from lightning_topkast import NonFiniteWeightError, SparsityRamp, TopKast, TopKastError
+from lightning_topkast import NonFiniteWeightError, Ramp, TopKast, TopKastError
 from lightning_topkast.baselines import SET, RigL, Static
 from lightning_topkast.costs import OptimizerState, Parallel, make_plan
-from lightning_topkast.distributed import own_part
+from lightning_topkast.distributed import to_local
 from lightning_topkast.settings import Settings
 from tests.helpers import (
     MIDDLE,
@@ -38,6 +38,7 @@ from tests.helpers import (
     batches,
     make_callback,
     make_trainer,
+    nouns,
     same,
 )
 
@@ -77,7 +78,7 @@ def gathered(topkast: TopKast) -> dict:
         name: (
             whole(weight.theta()).clone(), whole(weight.tiers).clone(), whole(weight.parameter.detach()).clone(),
             whole(weight.active).clone(), whole(weight.updated).clone(),
-            int(weight.active_entries), int(weight.updated_entries), int(weight.dormant_entries), weight.promoted,
+            int(weight.active_entries), int(weight.updated_entries), int(weight.never_active_entries), weight.promoted,
             weight.first_reservoir, weight.forward_density, weight.backward_density, weight.is_exploring,
         )
         for name, weight in topkast.weights.items()
@@ -97,7 +98,7 @@ def train(bag: Bag, topkast: TopKast, optimizer, steps: int, first: int = 0) -> 
 
 
 def run(bag: Bag, steps: int, optimizer: str = "adamw", **options):
-    topkast = TopKast(bag, **(OPTIONS | {"update_every": 3, "penalty_strength": 0.1} | options))
+    topkast = TopKast(bag, **nouns(**(OPTIONS | {"update_every": 3, "strength": 0.1} | options)))
     made = OPTIMIZERS[optimizer](bag.parameters(), 0.05)
     topkast.attach(made)
     train(bag, topkast, made, steps)
@@ -118,11 +119,11 @@ def meshes(world: int):
 
 def check_placements(world: int) -> dict:
     found = {}
-    cases = [{}, {"exploration": "random"}, {"stop_exploration_at": 5, "optimizer": "momentum"}, {"penalty": "l1"}]
-    alone = {"backward_sparsity": 0.75, "stop_refreshing_at": 100}
+    cases = [{}, {"exploration": "random"}, {"stop_exploring_at": 5, "optimizer": "momentum"}, {"penalty": "l1"}]
+    alone = {"backward_sparsity": 0.75, "stop_updating_at": 100, "strength": None}
     cases += [alone | {"rule": rule} for rule in (Static(), SET(0.4), RigL(0.6))]
-    cases += [{"powerpropagation": 2.0}, {"ramp": SparsityRamp(0.25, 0.0, begin=1, end=7)}]
-    cases += [{"granularity": "block", "block_shape": [2, 3]}]
+    cases += [{"powerpropagation": 2.0}, {"ramp": Ramp(0.25, 0.0, begin=1, end=7)}]
+    cases += [{"structure": "block", "block": [2, 3]}]
     plain = [gathered(run(Bag(ties=i == 0), 8, **case)[0]) for i, case in enumerate(cases)]
     for j, (name, (mesh, placements_of)) in enumerate(meshes(world).items()):
         for i, case in enumerate(cases):
@@ -142,13 +143,13 @@ def check_norm_penalty(mesh) -> float:
 
 def check_refusals(mesh, rank: int) -> dict:
     found = {}
-    for options in ({"execution": "packed"}, {"refresh_delay": 1}):
+    for options in ({"storage": "packed"}, {"delay": 1}):
         try:
-            TopKast(shard(Bag(), mesh, lambda dims: [Shard(0)]), **OPTIONS, **options)
+            TopKast(shard(Bag(), mesh, lambda dims: [Shard(0)]), **nouns(**OPTIONS, **options))
         except TopKastError as error:
             found[str(options)] = str(error)
     bag = shard(Bag(), mesh, lambda dims: [Shard(0)])
-    topkast = TopKast(bag, **OPTIONS)
+    topkast = TopKast(bag, **nouns(**OPTIONS))
     before = {name: weight.tiers.to_local().clone() for name, weight in topkast.weights.items()}
     if rank == 0:
         bag.layer1.weight.detach().to_local()[0, 0] = float("nan")
@@ -179,7 +180,7 @@ def check_replicas(world: int, rank: int) -> str:
     """Two copies of two shards, of which one drifts."""
     mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("copies", "shards"))
     bag = shard(Bag(), mesh, lambda dims: [Replicate(), Shard(0)])
-    topkast = TopKast(bag, **OPTIONS)
+    topkast = TopKast(bag, **nouns(**OPTIONS))
     if rank == world - 1:
         bag.layer1.weight.detach().to_local().copy_(bag.layer1.weight.detach().to_local().flip(0))
         bag.layer1.weight.detach().to_local().mul_(torch.rand(12, generator=torch.Generator().manual_seed(5)))
@@ -212,7 +213,7 @@ def check_state(folder: Path, world: int, mesh) -> dict:
     dist.barrier()
     for name, placements_of in (("same", lambda dims: [Shard(0)]), ("other", lambda dims: [Shard(1)])):
         again = shard(Bag(seed=9), mesh, placements_of)
-        resumed = TopKast(again, **OPTIONS, update_every=3, penalty_strength=0.1)
+        resumed = TopKast(again, **nouns(update_every=3, strength=0.1, **OPTIONS))
         new = {"model": again.state_dict(), "topkast": resumed.state_dict()}
         dcp.load(new, checkpoint_id=folder / f"of-{world}")
         again.load_state_dict(new["model"])
@@ -220,7 +221,7 @@ def check_state(folder: Path, world: int, mesh) -> dict:
         found[f"shards, {name}"] = same(gathered(topkast), gathered(resumed))
 
         again = shard(Bag(seed=9), mesh, placements_of)
-        resumed = TopKast(again, **OPTIONS, update_every=3, penalty_strength=0.1)
+        resumed = TopKast(again, **nouns(update_every=3, strength=0.1, **OPTIONS))
         model = torch.load(folder / f"model-of-{world}.pt", weights_only=True)
         for key, parameter in again.named_parameters():
             parameter.detach().copy_(distribute_tensor(model[key], parameter.device_mesh, parameter.placements))
@@ -239,7 +240,7 @@ def fit_mlp(model, mesh=None, steps: int = 9):
     """Train on random data, of which the ranks along `mesh` see a share each."""
     with torch.no_grad():
         model(torch.zeros(8, 6))  # a forward pass alone, after which FSDP2 leaves the root's weights gathered
-    topkast = TopKast(model, **(OPTIONS | {"backward_sparsity": 0.6}), update_every=3, penalty_strength=1e-2)
+    topkast = TopKast(model, **nouns(update_every=3, strength=1e-2, **(OPTIONS | {"backward_sparsity": 0.6})))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
     topkast.attach(optimizer)
     generator = torch.Generator().manual_seed(1)
@@ -313,24 +314,24 @@ def check_bytes(world: int, mesh) -> dict:
 
     with torch.device("meta"):
         planned = make_plan(
-            build(), [torch.zeros(1, 64)], Settings(**OPTIONS), OptimizerState(torch.optim.Adam),
+            build(), [torch.zeros(1, 64)], Settings(**nouns(**OPTIONS)), OptimizerState(torch.optim.Adam),
             Parallel(world, "fsdp2"),
         ).bytes  # fmt: skip
     torch.manual_seed(0)
     model = fully_shard(build(), mesh=mesh)
-    topkast = TopKast(model, **OPTIONS)
+    topkast = TopKast(model, **nouns(**OPTIONS))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     topkast.attach(optimizer)
     model(torch.randn(4, 64)).square().sum().backward()
     optimizer.step()
     weights, parameters = topkast.weights.values(), list(model.parameters())
-    state = [own_part(value).nbytes for entry in optimizer.state.values() for value in entry.values()]
+    state = [to_local(value).nbytes for entry in optimizer.state.values() for value in entry.values()]
     return {
-        "weights": (planned.weights, sum(own_part(parameter).nbytes for parameter in parameters)),
-        "gradients": (planned.gradients, sum(own_part(parameter.grad).nbytes for parameter in parameters)),
+        "weights": (planned.weights, sum(to_local(parameter).nbytes for parameter in parameters)),
+        "gradients": (planned.gradients, sum(to_local(parameter.grad).nbytes for parameter in parameters)),
         "optimizer": (planned.optimizer, sum(state)),
-        "masks": (planned.masks, sum(weight._mask.nbytes + weight._dormant.nbytes for weight in weights)),
-        "reserve": (planned.reserve, sum(weight._reserve.nbytes for weight in weights)),
+        "masks": (planned.masks, sum(weight._mask.nbytes + weight._never_active.nbytes for weight in weights)),
+        "latent": (planned.latent, sum(weight._latent.nbytes for weight in weights)),
         "indices": (planned.indices, sum(weight._exploring.nbytes for weight in weights)),
     }
 
@@ -366,7 +367,7 @@ class Share(Batches):
 def fit_with_lightning(folder: Path, *others, ckpt_path=None, seed=0, distributed=True, apart=False):
     world = dist.get_world_size()
     sizes = (1, world) if apart else (world, 1)
-    callback = make_callback(penalty_strength=1e-2)
+    callback = make_callback(strength=1e-2)
     torch.manual_seed(seed)
     model = ShardedNet(optimizer="adamw", lr=0.02)
     trainer = make_trainer(
@@ -418,11 +419,11 @@ def as_torchrun_does(rank: int, world: int) -> None:
 
 
 def ranks(rank: int, folder: Path, world: int, later: bool) -> None:
-    faulthandler.dump_traceback_later(150, exit=True)
+    faulthandler.dump_traceback_later(1500, exit=True)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     store = f"file://{folder}/rendezvous-{world}-{later}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=timedelta(seconds=30))
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=timedelta(seconds=300))
     as_torchrun_does(rank, world)
     mesh = init_device_mesh("cpu", (world,))
     if later:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.futures import Future
 
-from lightning_topkast import TopKast
+from lightning_topkast import Targets, TopKast
 from lightning_topkast.training import all_reduce
 from lightning_topkast.training.all_reduce import sparse_all_reduce
 
@@ -56,7 +56,7 @@ def convolution():
 
 
 def engine_of(module) -> TopKast:
-    topkast = TopKast(module, 0.75, 0.5, keep_first_dense=False, keep_last_dense=False, penalty_strength=0.0)
+    topkast = TopKast(module, 0.75, 0.5, targets=Targets(keep_first_dense=False, keep_last_dense=False), penalty=None)
     return topkast.attach(torch.optim.SGD(module.parameters(), lr=0.1))
 
 

@@ -20,7 +20,7 @@ from tests.helpers import (
     zero_outside,
 )
 
-pytestmark = pytest.mark.usefixtures("execution")
+pytestmark = pytest.mark.usefixtures("storage")
 
 
 averaging = pytest.importorskip("lightning.pytorch.callbacks.weight_averaging", reason="came with Lightning 2.6")
@@ -117,7 +117,7 @@ def test_order_of_the_callbacks_makes_no_difference(tmp_path, average):
 @pytest.mark.parametrize("average", ["mean", "ema", "rare ema", "swa"])
 def test_averaged_run_resumes_bit_for_bit(tmp_path, average, topkast_first):
     def start():
-        callback = make_callback(penalty_strength=1e-2)
+        callback = make_callback(strength=1e-2)
         return callback, AVERAGES[average](), make_net(optimizer="adamw", lr=0.05)
 
     whole, average_of_whole, model = start()

@@ -7,14 +7,21 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_topkast import NonFiniteWeightError, Rule, TopKast, TopKastError
-from lightning_topkast.baselines import SET, GradualPruning, RigL, Static
+from lightning_topkast import NonFiniteWeightError, Ramp, Rule, TopKast, TopKastError
+from lightning_topkast.baselines import SET, RigL, Static
 from lightning_topkast.engine.refresh import Choice, choose
 from lightning_topkast.method.selection import drop_and_grow
+from lightning_topkast.method.structure import Unstructured
 from lightning_topkast.settings import Settings
-from tests.helpers import OPTIMIZERS, batches, make_callback, make_net, make_trainer, same
+from tests.helpers import OPTIMIZERS, batches, make_callback, make_net, make_trainer, nouns, same
 
-RULES = {"static": Static(), "set": SET(), "rigl": RigL(), "gradual": GradualPruning(end=30)}
+
+def gradual(begin=0, end=30):
+    """Gradual magnitude pruning: magnitude with a ramp, after which the sets stay."""
+    return {"ramp": Ramp(begin=begin, end=end), "stop_updating_at": end, "penalty": None}
+
+
+RULES = {"static": Static(), "set": SET(), "rigl": RigL(), "gradual": gradual()}
 rules = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 
 
@@ -76,9 +83,10 @@ class Run:
         self.model = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 4))
         self.model.load_state_dict(state_dict or self.model.state_dict())
         self.optimizer = OPTIMIZERS[optimizer](self.model.parameters(), 0.05)
-        options = {"update_every": 5} | options
-        self.topkast = TopKast(self.model, sparsity, sparsity, rule=rule, total_steps=total_steps, **options)
-        self.topkast.attach(self.optimizer)
+        rule = rule if isinstance(rule, dict) else {"rule": rule or "magnitude"}
+        options = {"update_every": 5} | rule | options
+        self.topkast = TopKast(self.model, sparsity, sparsity, **nouns(**options))
+        self.topkast.attach(self.optimizer, total_steps=total_steps)
         self.weight = self.topkast.weights["2.weight"]
         self.done = 0
 
@@ -105,7 +113,7 @@ def test_counts_are_exact_and_the_weight_is_zero_outside_the_active_set_at_every
         active = run.weight.active
         assert torch.equal(active, run.weight.updated)
         assert not run.weight.parameter.detach()[~active].any()
-        if not isinstance(rule, GradualPruning) or step + 1 >= 30:
+        if not isinstance(rule, dict) or step + 1 >= 30:
             assert int(active.sum()) == 120
 
 
@@ -154,7 +162,7 @@ def test_a_grown_entry_starts_from_zero_and_a_dropped_one_is_forgotten(rule):
 def test_set_drops_the_smallest_of_the_active_set_and_grows_at_random():
     run = Run(SET(0.25)).step(4)
     before = run.weight.active
-    run.topkast.close()
+    run.topkast.recover()
     reference = Run(SET(0.25), update_every=1000).step(5)  # the same training without the refresh
     reference_before = reference.weight.active
     assert torch.equal(before, reference_before)
@@ -215,7 +223,7 @@ def test_rigl_refuses_a_gradient_that_is_not_finite_and_leaves_the_sets_alone():
 
 
 def test_sets_stand_still_from_where_refreshes_stop():
-    run = Run(RigL(0.5), stop_refreshing_at=0.5, total_steps=40)
+    run = Run(RigL(0.5), stop_updating_at=0.5, total_steps=40)
     changes = []
     for _ in range(40):
         before = run.weight.active
@@ -225,7 +233,7 @@ def test_sets_stand_still_from_where_refreshes_stop():
 
 
 def test_gradual_pruning_follows_the_cubic_schedule():
-    run = Run(GradualPruning(begin=10, end=30), sparsity=0.9)
+    run = Run(gradual(begin=10), sparsity=0.9)
     sizes = []
     for _ in range(40):
         run.step()
@@ -238,7 +246,7 @@ def test_gradual_pruning_follows_the_cubic_schedule():
 
 
 def test_gradual_pruning_keeps_the_largest_and_leaves_pruned_values_alone():
-    run = Run(GradualPruning(begin=0, end=30), optimizer="adamw").step(10)
+    run = Run(gradual(), optimizer="adamw").step(10)
     active, theta = run.weight.active, run.weight.theta()
     assert theta[active].abs().min() >= theta[~active].abs().max()
     run.step(4)
@@ -280,7 +288,9 @@ def test_a_run_resumed_with_a_model_that_was_loaded_before_equals_the_whole_one(
 @rules
 def test_a_resumed_fit_equals_the_whole_one(rule, tmp_path):
     def fit(epochs, ckpt_path=None):
-        callback = make_callback(backward_sparsity=0.75, rule=rule, update_every=2, stop_refreshing_at=20)
+        rule_or_ramp = rule if isinstance(rule, dict) else {"rule": rule, "strength": None}
+        changes = {"backward_sparsity": 0.75, "update_every": 2} | rule_or_ramp | {"stop_updating_at": 20}
+        callback = make_callback(**changes)
         model, trainer = make_net(optimizer="adamw", lr=0.02), make_trainer(tmp_path, callback, max_epochs=epochs)
         trainer.fit(model, batches(), batches(2, seed=2), ckpt_path=ckpt_path)
         trainer.save_checkpoint(tmp_path / f"{epochs}.ckpt")
@@ -300,21 +310,21 @@ def test_a_sparse_network_keeps_its_connections_and_zeros_are_drawn_at_random():
     assert zeros.any(dim=1).sum() > 20, "not the first rows"
 
 
-@rules
-def test_no_penalty_is_applied(rule):
-    run = Run(rule, penalty_strength=1.0).step(3)
+@pytest.mark.parametrize("rule", ["static", "set", "rigl"])
+def test_no_penalty_is_applied_unless_the_rule_explores(rule):
+    run = Run(rule).step(3)
     assert run.weight.strength == 0
     assert float(run.topkast.penalty()) == 0
 
 
 @pytest.mark.parametrize("rule", [Static(), SET()], ids=["static", "set"])
 def test_packed_training_is_masked_training(rule):
-    def trained(execution):
+    def trained(storage):
         run = Run.__new__(Run)
         torch.manual_seed(0)
         run.model = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 4))
-        options = {"update_every": 5, "total_steps": 40, "execution": execution, "operators": "torch"}
-        run.topkast = TopKast(run.model, 0.8, 0.8, rule=rule, **options)
+        options = {"update_every": 5, "storage": storage, "kernels": "torch"}
+        run.topkast = TopKast(run.model, 0.8, 0.8, **nouns(rule=rule, **options))
         run.optimizer = OPTIMIZERS["momentum"](run.model.parameters(), 0.05)
         run.topkast.attach(run.optimizer)
         run.weight, run.done = run.topkast.weights["2.weight"], 0
@@ -328,7 +338,7 @@ def test_packed_training_is_masked_training(rule):
 
 def test_a_rule_of_ones_own_decides_the_sets():
     class Corner(Rule):
-        def choose(self, candidates, exploration):
+        def choose(self, candidates):
             tiers = torch.zeros_like(candidates.scores, dtype=torch.uint8)
             tiers.view(-1)[: candidates.updated_count] = 1
             tiers.view(-1)[: candidates.active_count] = 2
@@ -340,7 +350,7 @@ def test_a_rule_of_ones_own_decides_the_sets():
 
 def test_choosing_alone_and_together_draws_the_same_for_the_same_seed():
     run = Run(SET())
-    choice = Choice(Settings(0.8, 0.8, rule=SET(), seed=3), step=5, counts={"2.weight": (120, 120)})
+    choice = Choice(SET(), Unstructured(), seed=3, step=5, counts={"2.weight": (120, 120)})
     first, second = (choose([run.weight], choice)["2.weight"] for _ in range(2))
     assert torch.equal(first, second)
 
@@ -348,32 +358,36 @@ def test_choosing_alone_and_together_draws_the_same_for_the_same_seed():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rule": RigL(), "backward_sparsity": 0.5}, "expected backward_sparsity=forward_sparsity, got 0.5 and 0.8"),
+        (
+            {"rule": RigL(), "backward_sparsity": 0.5},
+            "expected backward_sparsity to equal forward_sparsity, got 0.5 and 0.8",
+        ),
         ({"rule": SET(), "powerpropagation": 2.0}, "SET grows entries from zero, where powerpropagation=2.0 leaves no"),
-        ({"rule": RigL(), "execution": "packed"}, "needs the gradient of every entry"),
-        ({"rule": SET(), "refresh_delay": 3}, "SET needs 0"),
-        ({"rule": Static(), "penalty_shrinkage": 1e-3}, "leave out exploration, stop_exploration_at and penalty"),
-        ({"rule": Static(), "exploration": "random"}, "Static does not explore"),
-        ({"rule": "rigl"}, "expected a rule such as RigL"),
-        ({"rule": GradualPruning(), "execution": "packed"}, "a ramp changes the size"),
-        ({"rule": GradualPruning(begin=0.5, end=0.25)}, "it ends after its begin"),
-        ({"rule": GradualPruning(begin=-1)}, "ramp: begin=-1"),
+        ({"rule": RigL(), "storage": "packed"}, "needs the gradient of every entry"),
+        ({"rule": SET(), "delay": 3}, "expected delay=0 with SET, got 3"),
+        (
+            {"rule": Static(), "shrinkage": 1e-3},
+            "Static does not explore: expected penalty=None and stop_expl",
+        ),
+        ({"rule": "rigl", "stop_exploring_at": 3}, "RigL does not explore"),
+        ({"rule": "pruning"}, "expected rule to be 'magnitude' or 'set' or 'rigl' or 'static' or an object of Rule"),
+        ({"ramp": Ramp(), "storage": "packed"}, "a ramp changes the sizes"),
         ({"rule": SET(), "overrides": {"*": {"backward_sparsity": 0.1}}}, r"forward_sparsity in overrides\['\*'\]"),
-        ({"rule": SET(), "stop_refreshing_at": 1.5}, "stop_refreshing_at=1.5"),
+        ({"rule": SET(), "stop_updating_at": 1.5}, "expected stop_updating_at to be .*, got 1.5"),
     ],
 )
 def test_what_a_rule_cannot_do_is_refused_with_the_way_out(options, message):
     with pytest.raises(TopKastError, match=message):
-        Settings(**({"forward_sparsity": 0.8, "backward_sparsity": 0.8} | options))
+        Settings(**nouns(**({"forward_sparsity": 0.8, "backward_sparsity": 0.8} | options)))
 
 
 @pytest.mark.parametrize("fraction", [0, 1, -0.1, "half", True])
 def test_a_drop_fraction_out_of_range_is_refused(fraction):
-    with pytest.raises(ValueError, match=r"expected a number in \(0, 1\)"):
+    with pytest.raises(ValueError, match=r"expected drop_fraction to be a number in \(0, 1\)"):
         SET(fraction)
 
 
 def test_rigl_refuses_a_run_whose_length_is_not_known():
-    with pytest.raises(TopKastError, match="drops ever fewer entries until the end of the run"):
+    with pytest.raises(TopKastError, match="RigL depends on the progress of the run, but its length is not known"):
         Run(RigL(), total_steps=None)
-    Run(RigL(), total_steps=None, stop_refreshing_at=30).step(10)
+    Run(RigL(), total_steps=None, stop_updating_at=30).step(10)

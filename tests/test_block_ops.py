@@ -6,7 +6,6 @@ import json
 import os
 import random
 import re
-import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -15,12 +14,11 @@ import pytest
 import torch
 
 from lightning_topkast.errors import TopKastError
-from lightning_topkast.ops import BlockPattern, block_sparse_linear, choose_block_operators
+from lightning_topkast.ops import BlockPattern, block_sparse_linear, choose_block_kernels
 from lightning_topkast.ops.blocks import choice
-from tests import blocks
+from tests import blocks, processes
+from tests.blocks import pattern_of
 from tests.helpers import plain_path
-
-pytestmark = pytest.mark.timeout(500)
 
 CPU = torch.device("cpu")
 has_triton = importlib.util.find_spec("triton") is not None
@@ -30,13 +28,9 @@ needs_triton = pytest.mark.skipif(not has_triton, reason="triton is not installe
 def run_python(*arguments, **variables) -> str:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
     environment |= {"PYTHONPATH": os.pathsep.join(plain_path()), "OMP_NUM_THREADS": "1", **variables}
-    done = subprocess.run(
+    done = processes.run(
         [sys.executable, *map(str, arguments)],
         env=environment,
-        capture_output=True,
-        text=True,
-        timeout=450,  # the interpreter takes one minute, on a busy machine several
-        check=False,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -59,6 +53,7 @@ def test_with_torchs_operators(check, seed):
     check(blocks.On("torch", "cpu", seed))
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("check", blocks.OF_TRITON, ids=lambda check: check.__name__)
 def test_with_interpreted_triton(check, seed, failures_of_triton):
@@ -77,7 +72,7 @@ def test_with_interpreted_triton(check, seed, failures_of_triton):
     ],
 )
 def test_active_blocks_come_first_each_set_by_rows(tiers, rows, columns):
-    pattern = BlockPattern.from_tiers(torch.tensor(tiers, dtype=torch.uint8), (2, 4))
+    pattern = pattern_of(torch.tensor(tiers, dtype=torch.uint8), (2, 4))
     assert (pattern.rows.tolist(), pattern.columns.tolist()) == (rows, columns)
     assert pattern.shape == (4, 12)
     assert pattern.active_count == sum(row.count(2) for row in tiers)
@@ -87,7 +82,7 @@ def test_active_blocks_come_first_each_set_by_rows(tiers, rows, columns):
 def test_lines_lead_to_every_block_once(seed):
     tiers = torch.randint(3, (13, 7), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     tiers[4], tiers[:, 2] = 0, 0
-    pattern = BlockPattern.from_tiers(tiers, (16, 32))
+    pattern = pattern_of(tiers, (16, 32))
     for lines, grid in (
         (pattern.active_by_row, tiers == 2),
         (pattern.active_by_column, tiers.t() == 2),
@@ -106,13 +101,13 @@ def test_lines_lead_to_every_block_once(seed):
 
 
 def test_flat_indices_are_where_the_values_belong():
-    pattern = BlockPattern.from_tiers(torch.tensor([[1, 0], [0, 2]], dtype=torch.uint8), (2, 3))
+    pattern = pattern_of(torch.tensor([[1, 0], [0, 2]], dtype=torch.uint8), (2, 3))
     # the active block is at the lower right of 4 × 6
     assert pattern.flat_indices().tolist() == [15, 16, 17, 21, 22, 23, 0, 1, 2, 6, 7, 8]
 
 
 def test_pattern_moves_with_all_its_indices():
-    pattern = BlockPattern.from_tiers(torch.tensor([[1, 0], [0, 2]], dtype=torch.uint8), (2, 3))
+    pattern = pattern_of(torch.tensor([[1, 0], [0, 2]], dtype=torch.uint8), (2, 3))
     moved = pattern.to("meta")
     lines = (moved.active_by_row, moved.active_by_column, moved.updated_by_row)
     tensors = [moved.rows, moved.columns, *(tensor for each in lines for tensor in each)]
@@ -124,23 +119,23 @@ def test_pattern_moves_with_all_its_indices():
 
 
 def layer_of_48_by_64():
-    pattern = BlockPattern.from_tiers(torch.full((3, 2), 2, dtype=torch.uint8), (16, 32))
+    pattern = pattern_of(torch.full((3, 2), 2, dtype=torch.uint8), (16, 32))
     return {"input": torch.ones(2, 64), "values": torch.ones(6, 16, 32), "bias": torch.ones(48), "pattern": pattern}
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"input": torch.ones(2, 48)}, r"input must be \(\.\.\., 64\), got \(2, 48\)"),
-        ({"input": torch.ones(())}, r"input must be \(\.\.\., 64\), got \(\)"),
-        ({"values": torch.ones(5, 16, 32)}, r"values must be at least \(6, 16, 32\), got \(5, 16, 32\)"),
-        ({"values": torch.ones(6, 32, 16)}, r"values must be at least \(6, 16, 32\), got \(6, 32, 16\)"),
-        ({"values": torch.ones(6 * 16 * 32)}, r"values must be at least \(6, 16, 32\), got \(3072,\)"),
-        ({"bias": torch.ones(64)}, r"bias must be \(48,\), got \(64,\)"),
-        ({"input": torch.ones(2, 64).half()}, r"input \(torch.float16\), values \(torch.float32\).* one dtype"),
-        ({"bias": torch.ones(48).double()}, "one dtype; convert the input, or run under torch.autocast"),
-        ({"values": torch.ones(6, 16, 32, device="meta")}, r"values \(meta\).* must be on one device"),
-        ({"bias": torch.ones(48, device="meta")}, "must be on one device"),
+        ({"input": torch.ones(2, 48)}, r"expected input to be \(\.\.\., 64\), got \(2, 48\)"),
+        ({"input": torch.ones(())}, r"expected input to be \(\.\.\., 64\), got \(\)"),
+        ({"values": torch.ones(5, 16, 32)}, r"expected values to be at least \(6, 16, 32\), got \(5, 16, 32\)"),
+        ({"values": torch.ones(6, 32, 16)}, r"expected values to be at least \(6, 16, 32\), got \(6, 32, 16\)"),
+        ({"values": torch.ones(6 * 16 * 32)}, r"expected values to be at least \(6, 16, 32\), got \(3072,\)"),
+        ({"bias": torch.ones(64)}, r"expected bias to be \(48,\), got \(64,\)"),
+        ({"input": torch.ones(2, 64).half()}, r"input \(torch.float16\), values \(torch.float32\).* the same dtype"),
+        ({"bias": torch.ones(48).double()}, "the same dtype; convert the input, or run under torch.autocast"),
+        ({"values": torch.ones(6, 16, 32, device="meta")}, r"values \(meta\).* must be on the same device"),
+        ({"bias": torch.ones(48, device="meta")}, "must be on the same device"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused_in_one_line(wrong, message):
@@ -153,9 +148,9 @@ def test_arguments_that_do_not_fit_are_refused_in_one_line(wrong, message):
 
 def test_a_transposed_weight_swaps_the_sides():
     arguments = layer_of_48_by_64() | {"transposed": True}
-    with pytest.raises(TopKastError, match=r"input must be \(\.\.\., 48\), got \(2, 64\)"):
+    with pytest.raises(TopKastError, match=r"expected input to be \(\.\.\., 48\), got \(2, 64\)"):
         block_sparse_linear(**arguments)
-    with pytest.raises(TopKastError, match=r"bias must be \(64,\), got \(48,\)"):
+    with pytest.raises(TopKastError, match=r"expected bias to be \(64,\), got \(48,\)"):
         block_sparse_linear(**arguments | {"input": torch.ones(2, 48)})
 
 
@@ -165,71 +160,72 @@ def test_a_transposed_weight_swaps_the_sides():
 )
 def test_grids_that_are_no_matrix_are_refused(shape, block, message):
     with pytest.raises(TopKastError, match=message):
-        BlockPattern.from_tiers(torch.zeros(shape, dtype=torch.uint8), block)
+        pattern_of(torch.zeros(shape, dtype=torch.uint8), block)
 
 
 def test_grids_too_large_for_their_indices_are_refused():
-    tiers = torch.zeros((), dtype=torch.uint8).expand(2**20, 2**11)
-    with pytest.raises(TopKastError, match="int32 counts to 2147483647; use larger blocks"):
-        BlockPattern.from_tiers(tiers, (1, 1))
+    none = torch.empty(0, dtype=torch.int64)
+    with pytest.raises(TopKastError, match="exceed the int32 limit of 2147483647; use larger blocks"):
+        BlockPattern.from_flat(none, none, (2**20, 2**11), (1, 1))
 
 
 # --- the choice -------------------------------------------------------------------------------------------------------
 
 
 def test_cpu_uses_torchs_operators_unless_told_otherwise():
-    assert choose_block_operators("auto", CPU, (32, 32), torch.float32) == "torch"
-    assert choose_block_operators("torch", CPU, (5, 7), torch.float64) == "torch"
+    assert choose_block_kernels("auto", CPU, (32, 32), torch.float32) == "torch"
+    assert choose_block_kernels("torch", CPU, (5, 7), torch.float64) == "torch"
 
 
 def test_unknown_operators_are_refused():
-    with pytest.raises(TopKastError, match="operators must be one of auto, torch, triton, got 'cuda'"):
-        choose_block_operators("cuda", CPU, (32, 32), torch.float32)
+    with pytest.raises(TopKastError, match="expected kernels to be one of auto, torch, triton, got 'cuda'"):
+        choose_block_kernels("cuda", CPU, (32, 32), torch.float32)
 
 
 @pytest.mark.parametrize("has_triton", [False, True])
 @pytest.mark.parametrize(
     ("device", "block", "dtype", "message"),
     [
-        ("cpu", (32, 24), torch.float32, r"a block's sides must be of \(16, 32, 64, 128\), these are \(32, 24\)"),
-        ("cpu", (32, 32), torch.float64, "not in torch.float64"),
-        ("meta", (32, 32), torch.float32, "it runs on CUDA devices, not on meta"),
+        ("cpu", (32, 24), torch.float32, r"expected block sides from \(16, 32, 64, 128\), got \(32, 24\)"),
+        ("cpu", (32, 32), torch.float64, "got torch.float64"),
+        ("meta", (32, 32), torch.float32, "expected a CUDA device, got meta"),
     ],
 )
 def test_triton_that_cannot_be_had_is_refused_with_the_way_out(monkeypatch, has_triton, device, block, dtype, message):
     monkeypatch.setattr(choice, "_triton_version", lambda: "3.4.0" if has_triton else "")
     message = message if has_triton else "triton is not installed"
-    with pytest.raises(TopKastError, match=rf"operators='triton' can't be had: .*{message}.*; use operators='auto'"):
-        choose_block_operators("triton", torch.device(device), block, dtype)
+    with pytest.raises(TopKastError, match=rf"kernels='triton' is not available: .*{message}.*; use kernels='auto'"):
+        choose_block_kernels("triton", torch.device(device), block, dtype)
 
 
 def test_auto_falls_back_to_torch_on_a_gpu_without_triton(monkeypatch):
     monkeypatch.setattr(choice, "_triton_version", lambda: "")
-    assert choose_block_operators("auto", torch.device("cuda"), (32, 32), torch.float32) == "torch"
+    assert choose_block_kernels("auto", torch.device("cuda"), (32, 32), torch.float32) == "torch"
 
 
 @pytest.mark.parametrize("version", ["3.3.1", "2.10.0", "3.3.0+git1234"])
 def test_triton_without_tensor_descriptors_is_too_old(monkeypatch, version):
     monkeypatch.setattr(choice, "_triton_version", lambda: version)
-    assert choose_block_operators("auto", torch.device("cuda"), (32, 32), torch.float32) == "torch"
-    with pytest.raises(TopKastError, match=rf"triton 3\.4 or newer is needed, this is {re.escape(version)}; use"):
-        choose_block_operators("triton", torch.device("cuda"), (32, 32), torch.float32)
+    assert choose_block_kernels("auto", torch.device("cuda"), (32, 32), torch.float32) == "torch"
+    with pytest.raises(TopKastError, match=rf"expected triton 3\.4 or newer, got {re.escape(version)}; use"):
+        choose_block_kernels("triton", torch.device("cuda"), (32, 32), torch.float32)
 
 
 @pytest.mark.parametrize("version", ["3.4.0", "3.10.0", "4.0", "3.4.0+git1234"])
 def test_triton_with_tensor_descriptors_is_new_enough(monkeypatch, version):
     monkeypatch.setattr(choice, "_triton_version", lambda: version)
-    with pytest.raises(TopKastError, match="it runs on CUDA devices, not on meta"):
-        choose_block_operators("triton", torch.device("meta"), (32, 32), torch.float32)
+    with pytest.raises(TopKastError, match="expected a CUDA device, got meta"):
+        choose_block_kernels("triton", torch.device("meta"), (32, 32), torch.float32)
 
 
+@pytest.mark.slow
 @needs_triton
 def test_triton_on_cpu_asks_for_its_interpreter():
     script = """if True:
         import torch
-        from lightning_topkast.ops import choose_block_operators
+        from lightning_topkast.ops import choose_block_kernels
         try:
-            choose_block_operators("triton", torch.device("cpu"), (32, 32), torch.float32)
+            choose_block_kernels("triton", torch.device("cpu"), (32, 32), torch.float32)
         except Exception as error:
             print(type(error).__name__, error)
     """
@@ -238,6 +234,7 @@ def test_triton_on_cpu_asks_for_its_interpreter():
     assert "on CPU it needs TRITON_INTERPRET=1 in the environment" in said
 
 
+@pytest.mark.slow
 def test_the_package_imports_without_triton():
     script = "import sys; sys.modules['triton'] = None; import lightning_topkast; import lightning_topkast.ops"
     run_python("-W", "error", "-c", script)
@@ -354,6 +351,7 @@ def test_cases_are_told_apart_as_by_triton(launched, monkeypatch):
 # --- what the compiler makes of the kernels; needs no GPU -------------------------------------------------------------
 
 
+@pytest.mark.slow
 @needs_triton
 def test_kernels_compile_to_tensor_core_instructions_and_wide_copies(tmp_path):
     made = json.loads(run_python(Path(__file__).with_name("block_assembly.py"), TRITON_CACHE_DIR=str(tmp_path)))

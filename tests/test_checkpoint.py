@@ -3,7 +3,6 @@
 import copy
 import importlib.util
 import os
-import subprocess
 import sys
 import textwrap
 
@@ -12,6 +11,7 @@ import torch
 from lightning.pytorch import Callback
 from torch import nn
 
+from tests import processes
 from tests.helpers import (
     MIDDLE,
     Net,
@@ -35,7 +35,7 @@ def run(folder, callback, model, epochs, ckpt_path=None, others=(), **changes):
     fit(trainer, model, ckpt_path=ckpt_path)
     return {
         "parameters": parameters_of(model),
-        "sets and reserves": callback.topkast.state_dict(),
+        "sets and latent values": callback.topkast.state_dict(),
         "θ": {name: weight.theta() for name, weight in callback.topkast.weights.items()},
         "optimizer": copy.deepcopy(trainer.optimizers[0].state_dict()),
         "steps": (trainer.global_step, callback.topkast.step_count),
@@ -63,7 +63,7 @@ def test_resumed_run_equals_the_whole_run_bit_for_bit(tmp_path, optimizer, updat
     """Four batches an epoch: 3 and 5 put the checkpoint in the middle of a refresh interval."""
     whole = check_resumes_exactly(
         tmp_path,
-        {"update_every": update_every, "penalty_strength": 1e-2},
+        {"update_every": update_every, "strength": 1e-2},
         lambda seed=0: make_net(seed=seed, optimizer=optimizer, lr=0.05),
         accumulate_grad_batches=accumulate,
     )
@@ -74,20 +74,20 @@ def test_resumed_run_equals_the_whole_run_bit_for_bit(tmp_path, optimizer, updat
     "options",
     [
         {"exploration": "random", "seed": 3},
-        {"stop_exploration_at": 0.25},
-        {"stop_exploration_at": 0.75},
-        {"stop_exploration_at": 8},
-        {"penalty": "l1", "penalty_strength": 1e-2},
-        {"penalty": "norm", "penalty_strength": 1e-2},
-        {"penalty_shrinkage": 1e-2},
+        {"stop_exploring_at": 0.25},
+        {"stop_exploring_at": 0.75},
+        {"stop_exploring_at": 8},
+        {"penalty": "l1", "strength": 1e-2},
+        {"penalty": "norm", "strength": 1e-2},
+        {"shrinkage": 1e-2},
         {"reset_optimizer_state": False},
         {"distribution": "erk", "keep_first_dense": False, "keep_last_dense": False},
-        {"refresh_delay": 2},
-        {"execution": "packed"},
-        {"execution": "packed", "refresh_delay": 1, "update_every": 5},
-        {"execution": "packed", "stop_exploration_at": 0.25, "penalty_shrinkage": 1e-2},
-        {"execution": "packed", "exploration": "random", "distribution": "erk", "keep_last_dense": False},
-        {"execution": "compact"},
+        {"delay": 2},
+        {"storage": "packed"},
+        {"storage": "packed", "delay": 1, "update_every": 5},
+        {"storage": "packed", "stop_exploring_at": 0.25, "shrinkage": 1e-2},
+        {"storage": "packed", "exploration": "random", "distribution": "erk", "keep_last_dense": False},
+        {"storage": "compact"},
     ],
     ids=str,
 )
@@ -102,7 +102,7 @@ class Scheduled(Net):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-@pytest.mark.parametrize("options", [{"penalty_strength": 1e-2}, {"penalty_shrinkage": 1e-2}], ids=str)
+@pytest.mark.parametrize("options", [{"strength": 1e-2}, {"shrinkage": 1e-2}], ids=str)
 def test_run_with_a_scheduler_resumes_bit_for_bit(tmp_path, options):
     def model(seed=0):
         torch.manual_seed(seed)
@@ -116,7 +116,7 @@ def test_run_with_a_scheduler_resumes_bit_for_bit(tmp_path, options):
 def test_packed_run_resumes_bit_for_bit(tmp_path, optimizer, accumulate):
     check_resumes_exactly(
         tmp_path,
-        {"update_every": 3, "penalty_strength": 1e-2, "execution": "packed"},
+        {"update_every": 3, "strength": 1e-2, "storage": "packed"},
         lambda seed=0: make_net(seed=seed, optimizer=optimizer, lr=0.05),
         accumulate_grad_batches=accumulate,
     )
@@ -124,16 +124,18 @@ def test_packed_run_resumes_bit_for_bit(tmp_path, optimizer, accumulate):
 
 @pytest.mark.parametrize(("saved", "resumed"), [("masked", "packed"), ("packed", "compact"), ("compact", "masked")])
 def test_run_resumes_in_another_execution(tmp_path, saved, resumed):
-    options = {"update_every": 3, "penalty_strength": 1e-2}
+    options = {"update_every": 3, "strength": 1e-2}
     whole = run(tmp_path, make_callback(**options), make_net(optimizer="adamw", lr=0.02), 4)
     save = SaveAfter(tmp_path / "half.ckpt", epoch=1)
-    run(tmp_path, make_callback(execution=saved, **options), make_net(optimizer="adamw", lr=0.02), 4, others=[save])
-    callback = make_callback(execution=resumed, **options)
+    run(tmp_path, make_callback(storage=saved, **options), make_net(optimizer="adamw", lr=0.02), 4, others=[save])
+    callback = make_callback(storage=resumed, **options)
     other = run(tmp_path, callback, make_net(seed=7, optimizer="adamw", lr=0.02), 4, ckpt_path=tmp_path / "half.ckpt")
     for part in ("parameters", "θ"):
         for name, value in whole[part].items():
             torch.testing.assert_close(other[part][name], value, rtol=1e-4, atol=1e-6)
-    assert torch.equal(callback.topkast.weights[MIDDLE].tiers, whole["sets and reserves"]["weights"][MIDDLE]["tiers"])
+    assert torch.equal(
+        callback.topkast.weights[MIDDLE].tiers, whole["sets and latent values"]["weights"][MIDDLE]["tiers"]
+    )
 
 
 def test_bfloat16_run_resumes_bit_for_bit(tmp_path):
@@ -157,7 +159,7 @@ def test_run_resumes_bit_for_bit_from_the_middle_of_an_epoch(tmp_path):
 
     results = []
     for path, others in ((None, [Save()]), (tmp_path / "middle.ckpt", [])):
-        callback, model = make_callback(update_every=4, penalty_strength=1e-2), make_net(optimizer="adamw", lr=0.05)
+        callback, model = make_callback(update_every=4, strength=1e-2), make_net(optimizer="adamw", lr=0.05)
         trainer = make_trainer(tmp_path, callback, *others, max_epochs=3)
         fit(trainer, model, Resumable(batches()), ckpt_path=path)
         results.append((parameters_of(model), callback.topkast.state_dict(), trainer.optimizers[0].state_dict()))
@@ -171,7 +173,7 @@ def test_several_optimizers_resume_bit_for_bit(tmp_path):
     results = []
     for path, others in ((None, [SaveAfter(tmp_path / "half.ckpt", 1)]), (tmp_path / "half.ckpt", [])):
         torch.manual_seed(0)
-        model, callback = Gan(), make_callback(update_every=3, penalty_strength=1e-2)
+        model, callback = Gan(), make_callback(update_every=3, strength=1e-2)
         fit(make_trainer(tmp_path, callback, *others, max_epochs=4), model, ckpt_path=path)
         assert callback.topkast.state_dict()["steps"] == [16, 8]
         results.append((parameters_of(model), callback.topkast.state_dict()))
@@ -245,14 +247,15 @@ def python(folder, source: str, *paths) -> str:
         "PYTHONPATH": os.pathsep.join(map(str, [*paths, *plain_path()])),
         "OMP_NUM_THREADS": "1",
     }
-    done = subprocess.run(
+    done = processes.run(
         [sys.executable, "-W", "ignore", "-c", textwrap.dedent(source)],
-        cwd=folder, env=environment, capture_output=True, text=True, timeout=120,
+        cwd=folder, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
+@pytest.mark.slow
 def test_checkpoint_is_the_sparse_network_without_this_package(tmp_path):
     (tmp_path / "plain.py").write_text(PLAIN)
     spec = importlib.util.spec_from_file_location("plain", tmp_path / "plain.py")
@@ -278,7 +281,7 @@ def test_checkpoint_holds_tensors_and_primitives_only(tmp_path):
     state = saved["callbacks"][callback.state_key]
     assert same(state, callback.topkast.state_dict())
     weight = callback.topkast.weights[MIDDLE]
-    assert torch.equal(state["weights"][MIDDLE]["reserve"] + saved["state_dict"][MIDDLE], weight.theta())
+    assert torch.equal(state["weights"][MIDDLE]["latent"] + saved["state_dict"][MIDDLE], weight.theta())
     assert saved["state_dict"].keys() == make_net().state_dict().keys()
 
 
@@ -291,7 +294,7 @@ import sys, torch
 from pathlib import Path
 from tests.helpers import fit, make_callback, make_net, make_trainer, parameters_of
 
-callback, model = make_callback(update_every=3, penalty_strength=1e-2), make_net(seed=5, optimizer="adamw", lr=0.05)
+callback, model = make_callback(update_every=3, strength=1e-2), make_net(seed=5, optimizer="adamw", lr=0.05)
 folder = Path.cwd()
 fit(make_trainer(folder, callback, max_epochs=4), model, ckpt_path=folder / "half.ckpt")
 torch.save((parameters_of(model), callback.topkast.state_dict()), "resumed.pt")
@@ -300,7 +303,7 @@ torch.save((parameters_of(model), callback.topkast.state_dict()), "resumed.pt")
 
 def test_run_resumes_bit_for_bit_in_a_new_process(tmp_path):
     def parts():
-        return make_callback(update_every=3, penalty_strength=1e-2), make_net(optimizer="adamw", lr=0.05)
+        return make_callback(update_every=3, strength=1e-2), make_net(optimizer="adamw", lr=0.05)
 
     callback, model = parts()
     fit(make_trainer(tmp_path, callback, SaveAfter(tmp_path / "half.ckpt", 1), max_epochs=4), model)

@@ -13,8 +13,9 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from lightning_topkast import AtomicCheckpointIO
-from lightning_topkast.training.atomic_checkpoint import _temporary_file
+from lightning_topkast.files import atomic_file
 from tests.helpers import make_trainer, same
+from tests.processes import forked
 
 OLD, NEW = {"weight": torch.zeros(100_000)}, {"weight": torch.ones(100_000)}
 
@@ -37,7 +38,10 @@ def killed_while_saving(path, plugin, patches) -> None:
             plugin.save_checkpoint(NEW, path)
         finally:
             os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    with forked() as children:
+        children.append(child)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        children.clear()
 
 
 def half_then_die(source, target, *_):
@@ -107,35 +111,33 @@ def test_temporary_folder_on_another_file_system_endangers_no_checkpoint(path, p
 
 
 def test_two_writers_in_a_folder_leave_each_other_alone(path):
-    with _temporary_file(path.parent) as file:
+    with atomic_file(path.with_name("other.ckpt")) as partial:
         AtomicCheckpointIO().save_checkpoint(NEW, path.with_name("best.ckpt"))
-        file.write(path.read_bytes())
-        file.flush()
-        os.replace(file.name, path.with_name("other.ckpt"))
+        partial.write_bytes(path.read_bytes())
     assert same(load(path.with_name("best.ckpt")), NEW)
     assert same(load(path.with_name("other.ckpt")), OLD)
     assert len(os.listdir(path.parent)) == 3
 
 
 def test_two_writers_of_one_file_never_leave_it_half_written(path):
-    children = []
-    for content in (OLD, NEW):
-        children.append(os.fork())
-        if children[-1] == 0:
-            try:
-                for _ in range(30):
-                    AtomicCheckpointIO().save_checkpoint(content, path)
-            except BaseException:
-                os._exit(1)
-            os._exit(0)
     reads, seen = 0, set()
-    while children:
-        ended, status = os.waitpid(children[0], os.WNOHANG)
-        if ended:
-            assert status == 0
-            children.pop(0)
-        seen.add(load(path)["weight"].unique().tolist()[0])
-        reads += 1
+    with forked() as children:
+        for content in (OLD, NEW):
+            children.append(os.fork())
+            if children[-1] == 0:
+                try:
+                    for _ in range(30):
+                        AtomicCheckpointIO().save_checkpoint(content, path)
+                except BaseException:
+                    os._exit(1)
+                os._exit(0)
+        while children:
+            ended, status = os.waitpid(children[0], os.WNOHANG)
+            if ended:
+                assert status == 0
+                children.pop(0)
+            seen.add(load(path)["weight"].unique().tolist()[0])
+            reads += 1
     assert seen == {0.0, 1.0}
     assert reads > 10
     assert os.listdir(path.parent) == ["last.ckpt"]

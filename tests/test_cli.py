@@ -4,7 +4,7 @@ import pytest
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
 
-from lightning_topkast import TopKastCallback
+from lightning_topkast import L2, Magnitude, Masked, Packed, Schedule, Targets, TopKastCallback
 from tests.helpers import Net, batches
 
 pytest.importorskip("jsonargparse")
@@ -23,14 +23,9 @@ def build(*args: str) -> TopKastCallback:
 SPARSITIES = ["--trainer.callbacks.forward_sparsity=0.9", "--trainer.callbacks.backward_sparsity=0.8"]
 
 
-def option(callback: TopKastCallback, name: str):
-    return callback._options[name]
-
-
 def test_cli_needs_the_two_sparsities_only():
     callback = build(*SPARSITIES)
-    assert (option(callback, "forward_sparsity"), option(callback, "backward_sparsity")) == (0.9, 0.8)
-    assert callback._options == TopKastCallback(0.9, 0.8)._options
+    assert callback.settings == TopKastCallback(0.9, 0.8).settings
 
 
 @pytest.mark.parametrize(
@@ -38,7 +33,8 @@ def test_cli_needs_the_two_sparsities_only():
 )
 def test_step_and_fraction_stay_apart(text, expected):
     """A step of 1 and a fraction of 1.0 are opposite ends of a run."""
-    value = option(build(*SPARSITIES, f"--trainer.callbacks.stop_exploration_at={text}"), "stop_exploration_at")
+    callback = build(*SPARSITIES, f"--trainer.callbacks.schedule={{stop_exploring_at: {text}}}")
+    value = callback.settings.schedule.stop_exploring_at
     assert value == expected
     assert type(value) is type(expected)
 
@@ -59,26 +55,32 @@ trainer:
       init_args:
         forward_sparsity: 0.75
         backward_sparsity: 0.5
-        update_every: 2
-        refresh_delay: 1
         distribution: erk
         overrides:
           layers.2.*: {forward_sparsity: 0.5}
           "layers.4.weight": {forward_sparsity: 0.25, backward_sparsity: 0}
-        exploration: random
-        stop_exploration_at: 0.5
-        penalty: l2
-        penalty_shrinkage: 1e-3
-        include: ["layers.*.weight"]
-        exclude: ["layers.0.*"]
-        include_types: [Linear, torch.nn.Bilinear]
-        exclude_types: null
-        keep_first_dense: false
-        keep_last_dense: false
-        reset_optimizer_state: false
-        execution: masked
-        operators: auto
-        strict: false
+        targets:
+          include: ["layers.*.weight"]
+          exclude: ["layers.0.*"]
+          include_types: [Linear, torch.nn.Bilinear]
+          exclude_types: null
+          keep_first_dense: false
+          keep_last_dense: false
+        schedule:
+          update_every: 2
+          delay: 1
+          stop_exploring_at: 0.5
+          stop_updating_at: null
+        ramp: null
+        rule:
+          class_path: lightning_topkast.Magnitude
+          init_args: {exploration: random}
+        structure: unstructured
+        penalty:
+          class_path: lightning_topkast.L2
+          init_args: {shrinkage: 1e-3}
+        powerpropagation: 1.0
+        storage: {reset_optimizer_state: false}
         seed: 7
 """
 
@@ -88,17 +90,21 @@ def test_yaml_with_every_argument_builds_a_callback(tmp_path):
     cli = LightningCLI(Net, run=False, save_config_callback=None, args=[f"--config={tmp_path}/config.yaml"])
     (callback,) = (callback for callback in cli.trainer.callbacks if isinstance(callback, TopKastCallback))
     expected = TopKastCallback(
-        0.75, 0.5, update_every=2, refresh_delay=1, distribution="erk",
+        0.75,
+        0.5,
+        distribution="erk",
         overrides={
             "layers.2.*": {"forward_sparsity": 0.5},
             "layers.4.weight": {"forward_sparsity": 0.25, "backward_sparsity": 0},
         },
-        exploration="random", stop_exploration_at=0.5, penalty="l2", penalty_shrinkage=1e-3,
-        include=["layers.*.weight"], exclude=["layers.0.*"], include_types=["Linear"],
-        keep_first_dense=False, keep_last_dense=False,
-        reset_optimizer_state=False, seed=7,
-    )  # fmt: skip
-    assert callback._options == expected._options
+        targets=Targets(["layers.*.weight"], ["layers.0.*"], ["Linear"], None, False, False),
+        schedule=Schedule(2, delay=1, stop_exploring_at=0.5),
+        rule=Magnitude("random"),
+        penalty=L2(shrinkage=1e-3),
+        storage=Masked(reset_optimizer_state=False),
+        seed=7,
+    )
+    assert callback.settings == expected.settings
     cli.trainer.fit(cli.model, batches(), batches(1))
     assert {name: weight.active_count for name, weight in callback.topkast.weights.items()} == {
         "layers.2.weight": 128,
@@ -108,7 +114,7 @@ def test_yaml_with_every_argument_builds_a_callback(tmp_path):
 
 @pytest.mark.parametrize(
     "wrong",
-    ["distribution=even", "exploration=greedy", "penalty=l3", "execution=folded", "update_every=often", "include=3"],
+    ["distribution=even", "rule=greedy", "penalty=l3", "storage=folded", "update_every=often", "include=3"],
 )
 def test_cli_refuses_what_is_no_choice(wrong, capsys):
     with pytest.raises(SystemExit):
@@ -116,7 +122,18 @@ def test_cli_refuses_what_is_no_choice(wrong, capsys):
     assert wrong.split("=")[0] in capsys.readouterr().err
 
 
+def test_cli_takes_strings_for_nouns_and_fields_of_them():
+    arguments = ["rule=rigl", "storage=masked", "penalty=null", "structure=2:4", "backward_sparsity=0.5"]
+    callback = build(
+        "--trainer.callbacks.forward_sparsity=0.5",
+        *(f"--trainer.callbacks.{each}" for each in arguments if each not in ("structure=2:4",)),
+    )
+    assert callback.settings == TopKastCallback(0.5, 0.5, rule="rigl", penalty=None).settings
+    callback = build(*SPARSITIES, "--trainer.callbacks.storage.kernels=torch", "--trainer.callbacks.update_every=7")
+    assert callback.settings == TopKastCallback(0.9, 0.8, storage=Packed(kernels="torch"), update_every=7).settings
+
+
 def test_cli_says_why_a_value_is_out_of_range(capsys):
     with pytest.raises((SystemExit, ValueError)) as raised:
         build("--trainer.callbacks.forward_sparsity=0.5", "--trainer.callbacks.backward_sparsity=0.8")
-    assert "exceeds forward_sparsity" in capsys.readouterr().err + str(raised.value)
+    assert "expected backward_sparsity <= forward_sparsity" in capsys.readouterr().err + str(raised.value)

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_topkast import TopKast, TopKastError
-from lightning_topkast.method.distribution import erdos_renyi_kernel, uniform
+from lightning_topkast import Targets, TopKast, TopKastError
+from lightning_topkast.method.density import erdos_renyi_kernel, uniform
 
 shapes_of_a_model = st.dictionaries(
     st.text("abc", min_size=1, max_size=3),
@@ -68,9 +68,13 @@ def test_sets_hold_the_rounded_share_of_each_weight():
 
 def test_an_override_applies_to_what_it_matches_and_erk_shares_the_rest():
     topkast = TopKast(
-        mlp(), 0.9, 0.8, distribution="erk", keep_first_dense=False,
+        mlp(),
+        0.9,
+        0.8,
+        targets=Targets(keep_first_dense=False),
+        distribution="erk",
         overrides={"2.*": {"forward_sparsity": 0.5}},
-    )  # fmt: skip
+    )
     weights = topkast.weights
     assert (weights["2.weight"].active_count, weights["2.weight"].updated_count) == (1600, 1600)
     assert weights["0.weight"].active_count + weights["1.weight"].active_count == pytest.approx(400, abs=1)

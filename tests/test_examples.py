@@ -3,7 +3,6 @@
 import os
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +10,8 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_topkast.app.mask_dynamics import MaskDynamics
+from lightning_topkast.app.run.mask_dynamics import MaskDynamics
+from tests import processes
 from tests.helpers import fit, make_callback, make_net, make_trainer, plain_path
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -48,12 +48,11 @@ def test_a_packed_network_is_born_without_memory_and_compressed_at_the_end(monke
     assert "CsrLinear(in_features=1024, out_features=1024, density=0.0500)" in output
 
 
+@pytest.mark.slow
 def test_two_processes_shard_weights_and_masks(tmp_path):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(plain_path()), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, EXAMPLES / "fsdp2.py"]
-    output = subprocess.run(
-        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True
-    )
+    output = processes.run(command, env=environment, cwd=tmp_path, check=True)
     expected = "rank 0 holds 15,000 of 30,000 entries of net.2.weight; 3,000 are in use, 3,000 were asked for"
     assert expected in output.stdout
 
@@ -62,6 +61,7 @@ def test_lightning_cli_builds_the_callback_from_yaml(monkeypatch, tmp_path, caps
     run(monkeypatch, tmp_path, capsys, "cli/main.py", "fit", "--config", EXAMPLES / "cli/config.yaml")
 
 
+@pytest.mark.slow
 def test_a_gpt2_trains_sparse(monkeypatch, tmp_path, capsys):
     output = run(monkeypatch, tmp_path, capsys, "transformer.py")
     found = re.search(r"loss (\d\.\d+), 8 weights at sparsity 0\.800", output)

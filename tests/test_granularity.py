@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_topkast import NonFiniteWeightError, TopKast, TopKastError
-from lightning_topkast.baselines import SET, GradualPruning, RigL, Static
+from lightning_topkast import Block, NonFiniteWeightError, Targets, TopKast, TopKastError
+from lightning_topkast.baselines import SET, RigL, Static
 from lightning_topkast.distributed import Sharding
-from lightning_topkast.method.structure import Blocks, NOfM
-from lightning_topkast.weights.layouts import pack
-from tests.helpers import MIDDLE, fit, make_callback, make_net, make_trainer
+from lightning_topkast.method.structure import NOfM
+from lightning_topkast.weights.layouts import make_layout
+from tests.helpers import MIDDLE, fit, make_callback, make_net, make_trainer, nouns
 
 SHAPES = [(6, 8), (7, 10), (5,), (4, 6, 3), (5, 4, 3, 2), (3, 2, 2, 2, 2), (1, 9), (9, 1)]
 BLOCKS = [(2, 2), (3, 4), (1, 4), (4, 1), (16, 16)]
@@ -26,7 +26,7 @@ class Holder(nn.Module):
 
 
 def sparse(module: nn.Module, forward: float = 0.5, backward: float = 0.25, **options):
-    return TopKast(module, forward, backward, include=["theta"], **options).weights["theta"]
+    return TopKast(module, forward, backward, **nouns(include=["theta"], **options)).weights["theta"]
 
 
 def blocks_of(shape, outputs, inputs):
@@ -48,9 +48,9 @@ def test_sets_are_the_blocks_with_the_largest_norms(shape, block):
     norms = [float(theta[place].double().norm()) for place in places]
     if round(0.5 * len(places)) == 0:
         with pytest.raises(TopKastError, match=r"has 1 blocks, too few for one active block"):
-            sparse(module, granularity="block", block_shape=block)
+            sparse(module, structure="block", block=block)
         return
-    weight = sparse(module, granularity="block", block_shape=block)
+    weight = sparse(module, structure="block", block=block)
     by_norm = sorted(range(len(places)), key=lambda i: -norms[i])
     tiers = torch.zeros(shape, dtype=torch.uint8)
     for count in (round(0.75 * len(places)), round(0.5 * len(places))):
@@ -67,7 +67,7 @@ def test_sets_are_the_blocks_with_the_largest_norms(shape, block):
 def test_equal_blocks_go_by_their_place():
     module = Holder(8, 8)
     nn.init.ones_(module.theta)
-    weight = sparse(module, granularity="block", block_shape=(4, 2), forward=0.75, backward=0.5)
+    weight = sparse(module, structure="block", block=(4, 2), forward=0.75, backward=0.5)
     assert weight.tiers[::4, ::2].tolist() == [[2, 2, 1, 1], [0, 0, 0, 0]]
 
 
@@ -75,7 +75,7 @@ def test_edge_blocks_compete_by_the_entries_they_have():
     module = Holder(4, 5)
     nn.init.ones_(module.theta)
     # norms: 2, 2 and at the edge √2
-    weight = sparse(module, granularity="block", block_shape=(2, 2), forward=0.5, backward=0.0)
+    weight = sparse(module, structure="block", block=(2, 2), forward=0.5, backward=0.0)
     assert not weight.active[:, 4].any()
 
 
@@ -83,9 +83,13 @@ def test_edge_blocks_compete_by_the_entries_they_have():
 def test_counts_are_whole_numbers_of_blocks_under_every_distribution(distribution):
     model = nn.Sequential(nn.Linear(32, 64), nn.Conv2d(16, 32, 3), nn.Linear(64, 16))
     topkast = TopKast(
-        model, 0.9, 0.8, granularity="block", block_shape=[8, 4], distribution=distribution,
-        keep_first_dense=False, keep_last_dense=False,
-    )  # fmt: skip
+        model,
+        0.9,
+        0.8,
+        targets=Targets(keep_first_dense=False, keep_last_dense=False),
+        structure=Block(8, 4),
+        distribution=distribution,
+    )
     blocks = {name: weight.size // 32 for name, weight in topkast.weights.items()}
     active = {name: int(weight.active_entries) for name, weight in topkast.weights.items()}
     updated = {name: int(weight.updated_entries) for name, weight in topkast.weights.items()}
@@ -96,16 +100,22 @@ def test_counts_are_whole_numbers_of_blocks_under_every_distribution(distributio
     assert sum(updated.values()) / 32 == pytest.approx(0.2 * sum(blocks.values()), abs=1.5)
 
 
-@pytest.mark.parametrize("rule", [Static(), SET(0.5), RigL(0.5), GradualPruning()])
+@pytest.mark.parametrize("rule", [Static(), SET(0.5), RigL(0.5)])
 def test_baselines_choose_among_blocks(rule):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
     topkast = TopKast(
-        model, 0.75, 0.75, rule=rule, granularity="block", block_shape=(2, 2), update_every=2, penalty_strength=0.0,
-        keep_first_dense=False, keep_last_dense=False, total_steps=20,
-    )  # fmt: skip
+        model,
+        0.75,
+        0.75,
+        targets=Targets(keep_first_dense=False, keep_last_dense=False),
+        update_every=2,
+        penalty=None,
+        structure=Block(2, 2),
+        rule=rule,
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    topkast.attach(optimizer)
+    topkast.attach(optimizer, total_steps=20)
     seen = []
     for step in range(20):
         optimizer.zero_grad()
@@ -121,15 +131,15 @@ def test_baselines_choose_among_blocks(rule):
 
 def test_gradients_of_half_precision_weights_do_not_overflow_in_norms():
     values = torch.full((4, 4), 300.0, dtype=torch.float16)
-    assert Blocks(4, 4).scores(values, Sharding("w", values)).tolist() == [[1200.0]]
+    assert Block(4, 4).scores(values, Sharding("w", values)).tolist() == [[1200.0]]
 
 
-@pytest.mark.parametrize("granularity", ["block", "2:4"])
+@pytest.mark.parametrize("structure", ["block", "2:4"])
 @pytest.mark.parametrize("backward", [0.25, 0.5])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_stops_the_refresh_with_the_weights_name(granularity, backward, value):
+def test_what_is_not_finite_stops_the_refresh_with_the_weights_name(structure, backward, value):
     module = Holder(8, 8)
-    topkast = TopKast(module, 0.5, backward, include=["theta"], granularity=granularity, block_shape=(4, 4))
+    topkast = TopKast(module, 0.5, backward, **nouns(include=["theta"], structure=structure, block=(4, 4)))
     before = topkast.weights["theta"].tiers.clone()
     with torch.no_grad():
         module.theta[topkast.weights["theta"].active] = value
@@ -138,15 +148,17 @@ def test_what_is_not_finite_stops_the_refresh_with_the_weights_name(granularity,
     assert torch.equal(topkast.weights["theta"].tiers, before)
 
 
-@pytest.mark.parametrize("execution", ["packed", "compact"])
-def test_packed_blocks_train_as_masked_ones(execution):
+@pytest.mark.parametrize("storage", ["packed", "compact"])
+def test_packed_blocks_train_as_masked_ones(storage):
     def train(kept):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4))
         topkast = TopKast(
-            model, 0.75, 0.5, granularity="block", block_shape=(4, 8), update_every=3, penalty_strength=0.1,
-            execution=kept, operators="torch",
-        )  # fmt: skip
+            model,
+            0.75,
+            0.5,
+            **nouns(structure="block", block=(4, 8), update_every=3, strength=0.1, storage=kept, kernels="torch"),
+        )
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
         topkast.attach(optimizer)
         for step in range(10):
@@ -155,7 +167,7 @@ def test_packed_blocks_train_as_masked_ones(execution):
             optimizer.step()
         return topkast.weights["2.weight"]
 
-    masked, packed = train("masked"), train(execution)
+    masked, packed = train("masked"), train(storage)
     assert torch.equal(masked.tiers, packed.tiers)
     assert torch.allclose(masked.theta(), packed.theta(), atol=1e-6)
 
@@ -164,7 +176,7 @@ def test_packed_blocks_train_as_masked_ones(execution):
     ("shape", "block"), [((6, 8), (3, 4)), ((12,), (5, 4)), ((4, 6, 3), (2, 3)), ((4, 4, 3, 2), (4, 1))]
 )
 def test_packed_order_is_block_by_block(shape, block):
-    units = Blocks(*block)
+    units = Block(*block)
     blocks = blocks_of(shape, *block)
     tiers = torch.randint(3, (len(blocks),), dtype=torch.uint8)
     dense, expected = torch.empty(shape, dtype=torch.uint8), []
@@ -175,25 +187,25 @@ def test_packed_order_is_block_by_block(shape, block):
         expected += [places[where].flatten() for tier, where in zip(tiers, blocks, strict=True) if tier == wanted]
     assert torch.equal(units.order(dense), torch.cat(expected))
     for products in (False, True) if len(shape) == 2 else (False,):
-        packing = pack(tiers.view(units.grid(dense.shape)), dense.shape, units, products)
+        packing = make_layout(tiers.view(units.grid(dense.shape)), dense.shape, units, products)
         assert torch.equal(packing.indices(), torch.cat(expected))
         counts = int((tiers == 2).sum()) * math.prod(block[-len(shape) :]), len(torch.cat(expected))
         assert (packing.active_count, packing.updated_count) == counts
 
 
-@pytest.mark.parametrize("execution", ["packed", "compact"])
-@pytest.mark.parametrize("options", [{}, {"refresh_delay": 2}, {"rule": SET(0.5), "backward_sparsity": 0.75}], ids=str)
-def test_scores_that_are_kept_are_those_of_the_weights(execution, options):
+@pytest.mark.parametrize("storage", ["packed", "compact"])
+@pytest.mark.parametrize("options", [{}, {"delay": 2}, {"rule": SET(0.5), "backward_sparsity": 0.75}], ids=str)
+def test_scores_that_are_kept_are_those_of_the_weights(storage, options):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4))
-    settings = {"forward_sparsity": 0.75, "backward_sparsity": 0.5, "update_every": 4, "operators": "torch"} | options
-    topkast = TopKast(model, granularity="block", block_shape=(4, 2), execution=execution, **settings)
+    settings = {"forward_sparsity": 0.75, "backward_sparsity": 0.5, "update_every": 4, "kernels": "torch"} | options
+    topkast = TopKast(model, **nouns(structure="block", block=(4, 2), storage=storage, **settings))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
     topkast.attach(optimizer)
     weight = topkast.weights["2.weight"]
 
     def agree() -> bool:
-        return torch.equal(weight.scores(), weight.granularity.scores(weight.theta(), weight.sharding))
+        return torch.equal(weight.scores(), weight.structure.scores(weight.theta(), weight.sharding))
 
     for step in range(15):
         optimizer.zero_grad()
@@ -209,13 +221,13 @@ def test_scores_that_are_kept_are_those_of_the_weights(execution, options):
     assert agree()
 
 
-@pytest.mark.parametrize("execution", ["masked", "packed"])
-def test_a_state_whose_sets_cut_through_blocks_is_refused(execution):
+@pytest.mark.parametrize("storage", ["masked", "packed"])
+def test_a_state_whose_sets_cut_through_blocks_is_refused(storage):
     def build():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4))
-        settings = {"granularity": "block", "block_shape": (4, 2), "update_every": 2, "refresh_delay": 1}
-        topkast = TopKast(model, 0.75, 0.5, execution=execution, operators="torch", **settings)
+        settings = {"structure": "block", "block": (4, 2), "update_every": 2, "delay": 1}
+        topkast = TopKast(model, 0.75, 0.5, **nouns(storage=storage, kernels="torch", **settings))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         topkast.attach(optimizer)
         for _ in range(2):
@@ -229,7 +241,7 @@ def test_a_state_whose_sets_cut_through_blocks_is_refused(execution):
     other[1].load_state_dict(state)
     for damage, message in (
         (lambda s: s["weights"]["1.weight"]["tiers"], "do not consist of whole 4×2 blocks"),
-        (lambda s: s["selections"][0]["tiers"]["1.weight"], "sets to come of '1.weight'"),
+        (lambda s: s["selections"][0]["tiers"]["1.weight"], "next sets of '1.weight'"),
     ):
         damaged = copy.deepcopy(state)
         tiers = damage(damaged)
@@ -241,8 +253,8 @@ def test_a_state_whose_sets_cut_through_blocks_is_refused(execution):
 
 def test_packed_blocks_must_divide_the_weight():
     model = nn.Sequential(nn.Linear(8, 10), nn.Linear(10, 10), nn.Linear(10, 4))
-    with pytest.raises(TopKastError, match=r"'1.weight' of shape \(10, 10\) is no multiple of the 4×4 block"):
-        TopKast(model, 0.5, 0.25, granularity="block", block_shape=(4, 4), execution="packed")
+    with pytest.raises(TopKastError, match=r"'1.weight' of shape \(10, 10\) is not a multiple of the 4×4 block"):
+        TopKast(model, 0.5, 0.25, structure=Block(4, 4), storage="packed")
 
 
 # --- n of m neighbours --------------------------------------------------------------------------------------------
@@ -253,7 +265,7 @@ def test_packed_blocks_must_divide_the_weight():
 def test_active_are_the_largest_of_each_group_and_exploring_the_largest_of_the_rest(shape, n, m):
     module = Holder(*shape)
     theta = module.theta.detach().abs().reshape(shape[0] if len(shape) > 1 else 1, -1)
-    weight = sparse(module, 1 - n / m, 0.1, granularity=f"{n}:{m}")
+    weight = sparse(module, 1 - n / m, 0.1, structure=f"{n}:{m}")
     active = weight.active.reshape(theta.shape)
     for row, chosen in zip(theta, active, strict=True):
         for begin in range(0, len(row), m):
@@ -277,7 +289,7 @@ def test_ties_within_a_group_go_to_the_first():
 
 @pytest.mark.parametrize(
     ("options", "sparsity"),
-    [({"granularity": "block", "block_shape": (4, 8)}, 0.75), ({"granularity": "2:4", "forward_sparsity": 0.5}, 0.5)],
+    [({"structure": "block", "block": (4, 8)}, 0.75), ({"structure": "2:4", "forward_sparsity": 0.5}, 0.5)],
 )
 def test_a_run_is_resumed_with_its_granularity_and_with_no_other(options, sparsity, tmp_path):
     arguments = {"forward_sparsity": 0.75, "backward_sparsity": 0.25, "update_every": 3} | options
@@ -291,42 +303,44 @@ def test_a_run_is_resumed_with_its_granularity_and_with_no_other(options, sparsi
     assert torch.equal(one.tiers, other.tiers)
     assert torch.equal(one.theta(), other.theta())
 
-    other = make_callback(**(arguments | {"granularity": "entry"}))
-    with pytest.raises(TopKastError, match="resume with the granularity and block_shape it had"):
+    other = make_callback(**(arguments | {"structure": "unstructured"}))
+    with pytest.raises(TopKastError, match="resume with the structure it was saved with"):
         fit(make_trainer(tmp_path, other, max_epochs=3), make_net(1), ckpt_path=tmp_path / "two.ckpt")
 
 
 def test_the_start_up_table_says_what_the_sets_are_made_of():
     said = [
-        str(TopKast(Holder(*shape), 0.5, 0.25, include=["theta"], granularity=kind, block_shape=(2, 4)).summary())
-        for kind, shape in (("block", (7, 8)), ("block", (8, 8)), ("2:4", (8, 8)), ("entry", (8, 8)))
+        str(TopKast(Holder(*shape), 0.5, 0.25, **nouns(include=["theta"], structure=kind, block=(2, 4))).summary())
+        for kind, shape in (("block", (7, 8)), ("block", (8, 8)), ("2:4", (8, 8)), ("unstructured", (8, 8)))
     ]
-    assert "blocks of 2×4; those at the edges are smaller" in said[0]
-    assert "blocks of 2×4" in said[1]
+    assert "blocks of 2×4 entries; blocks at the edges are smaller" in said[0]
+    assert "blocks of 2×4 entries" in said[1]
     assert "edges" not in said[1]
-    assert "2 of each 4 neighbours are active" in said[2]
+    assert "2 of every 4 consecutive entries are active" in said[2]
     assert "blocks" not in said[3]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"granularity": "blocks"}, "granularity='blocks' is not valid: expected entry, block, or N:M"),
-        ({"granularity": "4:2"}, "expected entry, block, or N:M with N below M"),
-        ({"granularity": 3}, "granularity=3 is not valid"),
-        ({"block_shape": 32}, "block_shape=32 is not valid: expected two ints"),
-        ({"block_shape": (0, 4)}, "block_shape=.0, 4. is not valid"),
-        ({"block_shape": (4, True)}, "is not valid"),
+        ({"structure": "blocks"}, "expected structure to be 'unstructured', 'block', N:M.*, got 'blocks'"),
+        ({"structure": "4:2"}, "expected structure to be N:M with 1 <= N < M <= 99, such as 2:4, got '4:2'"),
+        ({"structure": 3}, "expected structure to be 'unstructured', 'block', N:M.*, got 3"),
+        ({"structure": "block", "block": (0, 4)}, "expected Block.outputs to be an int of at least 1, got 0"),
+        ({"structure": "block", "block": (4, True)}, "expected Block.inputs to be an int of at least 1, got True"),
         (
-            {"granularity": "block", "operators": "compiled"},
-            "expected one of auto, torch, triton, with granularity='block'",
+            {"structure": "block", "storage": "packed", "kernels": "compiled"},
+            "expected kernels to be one of 'auto', 'torch', 'triton' with structure='32×32 block', got 'compiled'",
         ),
-        ({"operators": "triton"}, "expected one of auto, torch, compiled, with granularity='entry'"),
-        ({"granularity": "2:4"}, "expected forward_sparsity=0.5, got 0.75"),
-        ({"granularity": "1:4", "overrides": {"*": {"forward_sparsity": 0.5}}}, r"in overrides\['\*'\], got 0.5"),
-        ({"granularity": "1:4", "exploration": "random"}, "needs exploration=magnitude, got random"),
-        ({"granularity": "1:4", "distribution": "erk"}, "needs distribution=uniform, got erk"),
-        ({"granularity": "1:4", "rule": Static(), "backward_sparsity": 0.75}, "needs rule=None"),
+        (
+            {"storage": "packed", "kernels": "triton"},
+            "expected kernels to be one of 'auto', 'torch', 'compiled' with structure='unstructured', got 'triton'",
+        ),
+        ({"structure": "2:4"}, "expected forward_sparsity=0.5, got 0.75"),
+        ({"structure": "1:4", "overrides": {"*": {"forward_sparsity": 0.5}}}, r"in overrides\['\*'\], got 0.5"),
+        ({"structure": "1:4", "exploration": "random"}, "needs rule=Magnitude"),
+        ({"structure": "1:4", "distribution": "erk"}, "needs distribution='uniform'"),
+        ({"structure": "1:4", "rule": Static(), "backward_sparsity": 0.75}, "needs rule=Magnitude"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_with_the_way_out(options, message):

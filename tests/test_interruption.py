@@ -9,10 +9,9 @@ import torch
 from lightning.pytorch import Callback
 from torch import nn
 
-from lightning_topkast import TopKast, TopKastError
+from lightning_topkast import L2, Schedule, Targets, TopKast, TopKastError
 from lightning_topkast.method.selection import nested_top_k
-from lightning_topkast.method.structure import Entries
-from lightning_topkast.weights import MaskedWeight, PackedWeight
+from lightning_topkast.weights import MaskedWeight, PackedWeight, Traits
 from tests.helpers import MIDDLE, check_sparse, fit, make_callback, make_net, make_trainer, same, zero_outside
 
 # --- inside one weight --------------------------------------------------------------------------------------------
@@ -21,7 +20,7 @@ from tests.helpers import MIDDLE, check_sparse, fit, make_callback, make_net, ma
 def weight_in_training() -> MaskedWeight:
     """A weight after its first selection, with values outside A."""
     torch.manual_seed(0)
-    weight = MaskedWeight("weight", nn.Parameter(torch.randn(12, 12)), 20, 50)
+    weight = MaskedWeight("weight", nn.Parameter(torch.randn(12, 12)), 20, 50, Traits(penalty=L2(strength=0.1)))
     weight.apply(nested_top_k(weight.magnitudes(), (50, 20)))
     weight.strength = 0.1
     return weight
@@ -98,7 +97,7 @@ def test_interrupted_closing_keeps_the_update_of_every_entry():
         weight.open()
         weight.parameter.detach()[weight.updated] += 1.0
         updated = weight.theta()
-        if not interrupt_at(line, weight.close, "l2", 0.5):
+        if not interrupt_at(line, weight.close, 0.5):
             break
         weight.recover()
         check_recovered(weight)
@@ -112,7 +111,7 @@ def test_interrupted_closing_keeps_the_update_of_every_entry():
 def packed_in_training() -> PackedWeight:
     """The same, packed."""
     torch.manual_seed(0)
-    weight = PackedWeight("weight", nn.Parameter(torch.randn(12, 12)), 20, 50, Entries(), products=False)
+    weight = PackedWeight("weight", nn.Parameter(torch.randn(12, 12)), 20, 50, Traits(), products=False)
     weight.apply(nested_top_k(weight.magnitudes(), (50, 20)))
     return weight
 
@@ -149,7 +148,7 @@ def test_checkpoint_saved_at_any_line_of_a_refresh_holds_every_value(new_weight)
             break
         ((alpha, state),) = saved
         resumed = new_weight()
-        if resumed.execution == "masked":
+        if resumed.storage == "masked":
             resumed.parameter.detach().copy_(alpha)
         else:
             resumed.load_alpha(alpha)
@@ -227,7 +226,7 @@ def test_refused_start_leaves_the_model_as_it_was(tmp_path):
     model = make_net()
     before = model.layers[2].weight.detach().clone()
     with pytest.raises(TopKastError, match="past zero"):
-        fit(make_trainer(tmp_path, make_callback(penalty_strength=1e3)), model)
+        fit(make_trainer(tmp_path, make_callback(strength=1e3)), model)
     assert torch.equal(model.layers[2].weight, before)
 
 
@@ -250,7 +249,7 @@ def test_checkpoint_written_in_the_middle_of_a_step_is_sparse_and_resumes(tmp_pa
     saved = torch.load(path, weights_only=True)
     state = saved["callbacks"][callback.state_key]["weights"][MIDDLE]
     assert zero_outside(saved["state_dict"][MIDDLE], state["tiers"] == 2)
-    assert not torch.equal(state["reserve"], callback.topkast.weights[MIDDLE].state_dict()["reserve"])
+    assert not torch.equal(state["latent"], callback.topkast.weights[MIDDLE].state_dict()["latent"])
 
     resumed = make_callback(update_every=100)
     fit(make_trainer(tmp_path, resumed), make_net(optimizer="momentum"), ckpt_path=path)
@@ -301,7 +300,7 @@ def test_parameter_group_added_later_is_trained_sparse():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 4))
     optimizer = torch.optim.SGD([*model[0].parameters(), *model[2].parameters()], lr=0.1)
-    topkast = TopKast(model, 0.75, 0.5, update_every=3, keep_first_dense=False).attach(optimizer)
+    topkast = TopKast(model, 0.75, 0.5, targets=Targets(keep_first_dense=False), update_every=3).attach(optimizer)
     optimizer.add_param_group({"params": model[1].parameters()})
     assert topkast.unattached == []
     before = topkast.weights["1.weight"].theta()
@@ -314,7 +313,7 @@ def test_weights_that_no_attached_optimizer_holds_are_warned_of_once():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 4))
     optimizer = torch.optim.SGD(model[1].parameters(), lr=0.1)
-    TopKast(model, 0.75, 0.5, update_every=2, keep_first_dense=False).attach(optimizer)
+    TopKast(model, 0.75, 0.5, targets=Targets(keep_first_dense=False), update_every=2).attach(optimizer)
     with pytest.warns(UserWarning, match=r"no attached optimizer holds 0\.weight") as seen:
         step(model, optimizer, 6)
     assert len(seen) == 1
@@ -340,7 +339,7 @@ def test_a_copy_of_model_and_engine_is_attached_anew_and_goes_on(copied):
 def test_a_second_engine_on_the_same_optimizer_is_refused():
     model, optimizer, topkast = plain()
     topkast.attach(optimizer)
-    with pytest.raises(TopKastError, match=r"attached already.*detach\(\)"):
+    with pytest.raises(TopKastError, match=r"already attached.*detach\(\)"):
         TopKast(model, 0.75, 0.5).attach(optimizer)
     topkast.detach()
     TopKast(model, 0.75, 0.5).attach(optimizer)
@@ -352,7 +351,7 @@ def test_attach_takes_all_optimizers_or_none():
         topkast.attach(optimizer, torch.optim.LBFGS(model.parameters()))
     assert not topkast.is_attached
     assert not optimizer._optimizer_step_pre_hooks
-    with pytest.raises(TopKastError, match="needs the optimizers"):
+    with pytest.raises(TopKastError, match="expected at least one optimizer"):
         topkast.attach()
 
 
@@ -369,7 +368,7 @@ def test_release_gives_the_dense_weights_back():
 def test_an_optimizer_without_learning_rate_is_refused():
     _, optimizer, topkast = plain()
     optimizer.param_groups[0]["lr"] = None
-    with pytest.raises(TopKastError, match=r"no learning rate.*lr=None"):
+    with pytest.raises(TopKastError, match=r"scaled by the learning rate.*lr=None"):
         topkast.attach(optimizer)
 
 
@@ -409,7 +408,7 @@ def test_sets_follow_a_schedule_that_changes_on_resume():
     model, optimizer, topkast = plain()
     topkast.attach(optimizer)
     step(model, optimizer, 4)
-    stopped = TopKast(model, 0.75, 0.5, stop_exploration_at=2)
+    stopped = TopKast(model, 0.75, 0.5, schedule=Schedule(stop_exploring_at=2))
     stopped.load_state_dict(topkast.state_dict())
     assert not stopped.exploring
     check_sparse(stopped)
@@ -419,7 +418,7 @@ def test_sets_follow_a_schedule_that_changes_on_resume():
 def test_another_shrinkage_on_resume_is_heard():
     model, optimizer, topkast = plain()
     topkast.attach(optimizer)
-    other = TopKast(model, 0.75, 0.5, penalty_shrinkage=5e-3)
+    other = TopKast(model, 0.75, 0.5, penalty=L2(shrinkage=5e-3))
     topkast.detach()
     other.attach(optimizer)
     other.load_state_dict(topkast.state_dict())
@@ -429,6 +428,6 @@ def test_another_shrinkage_on_resume_is_heard():
 def test_summary_says_when_the_precision_rounds_the_penalty_away():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 4)).bfloat16()
-    topkast = TopKast(model, 0.75, 0.5, penalty_shrinkage=1e-3)
+    topkast = TopKast(model, 0.75, 0.5, penalty=L2(shrinkage=1e-3))
     topkast.attach(torch.optim.SGD(model.parameters(), lr=0.1))
-    assert "rounds away" in str(topkast.summary())
+    assert "lost to rounding" in str(topkast.summary())

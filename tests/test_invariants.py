@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_topkast import NonFiniteWeightError, TopKast, TopKastError
 from lightning_topkast.method.selection import nested_top_k
+from tests.helpers import nouns
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.1),
@@ -31,8 +32,8 @@ class Run:
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(12, 40), nn.Tanh(), nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 4))
         self.optimizer = make_optimizer(self.model.parameters())
-        options.setdefault("penalty_strength", 1e-2)
-        self.topkast = TopKast(self.model, forward, backward, update_every=update_every, **options)
+        options.setdefault("strength", 1e-2)
+        self.topkast = TopKast(self.model, forward, backward, **nouns(update_every=update_every, **options))
         self.topkast.attach(self.optimizer)
         self.weight = self.topkast.weights["2.weight"]
         self.done = 0
@@ -191,7 +192,7 @@ def test_training_learns():
 
 def test_clipping_sees_the_masked_gradient_and_leaves_the_penalty_alone():
     """With a tiny clipping norm only the penalty moves entries, by its full amount."""
-    run = Run(OPTIMIZERS["sgd"], penalty_strength=0.02)
+    run = Run(OPTIMIZERS["sgd"], strength=0.02)
     run.optimizer.param_groups[0]["weight_decay"] = 0
     run.backward()
     dense = run.weight.parameter.grad.clone()
@@ -269,7 +270,7 @@ def test_saving_and_resuming_in_mid_interval_is_bitwise_the_same_run(make_optimi
         assert torch.equal(ours, theirs)
     assert torch.equal(resumed.weight.theta(), whole.weight.theta())
     assert torch.equal(resumed.weight.tiers, whole.weight.tiers)
-    assert resumed.weight.dormant_entries == whole.weight.dormant_entries
+    assert resumed.weight.never_active_entries == whole.weight.never_active_entries
     assert resumed.weight.promoted == whole.weight.promoted
     for ours, theirs in zip(same_shaped_state(resumed), same_shaped_state(whole), strict=True):
         assert torch.equal(ours, theirs)
@@ -401,7 +402,7 @@ def test_two_hundred_steps_agree_with_the_method_written_out_on_dense_tensors():
 
 
 def test_backward_sparsity_zero_without_penalty_is_the_straight_through_estimator():
-    run = Run(OPTIMIZERS["sgd"], update_every=1, forward=0.9, backward=0.0, penalty_strength=0.0)
+    run = Run(OPTIMIZERS["sgd"], update_every=1, forward=0.9, backward=0.0, strength=0.0)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 40), nn.Tanh(), nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 4))
     dense = model[2].weight.detach().clone().requires_grad_()
@@ -436,7 +437,7 @@ def test_a_step_with_a_closure_is_the_same_step():
 
 def test_lbfgs_is_refused():
     model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 4))
-    with pytest.raises(TopKastError, match="LBFGS evaluates its closure several times"):
+    with pytest.raises(TopKastError, match="LBFGS evaluates its closure many times"):
         TopKast(model, 0.9, 0.8).attach(torch.optim.LBFGS(model.parameters()))
 
 
@@ -450,7 +451,7 @@ def test_an_optimizer_that_evaluates_its_closure_twice_is_stopped():
     run = Run(lambda p: Twice(p, lr=0.1))
     with pytest.raises(TopKastError, match="more than once"):
         run.optimizer.step(run.backward)
-    run.topkast.close()
+    run.topkast.recover()
     assert run.weight.is_sparse
 
 
@@ -480,7 +481,7 @@ def test_a_model_moved_after_construction_is_followed():
     assert torch.equal(weight.theta(), theta.double())
     assert torch.equal(weight.tiers, tiers)
     model(torch.randn(2, 3, 12, 12).double()).square().mean().backward()
-    topkast._attachments[0].optimizer.step()
+    topkast._hooks[0].optimizer.step()
     assert weight.is_sparse
     reservoir = tiers == 0
     assert torch.equal(weight.theta()[reservoir], theta.double()[reservoir])
@@ -553,5 +554,5 @@ def test_the_wrong_optimizer_is_refused():
         topkast.attach(torch.optim.SGD(nn.Linear(4, 4).parameters(), lr=0.1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     topkast.attach(optimizer)
-    with pytest.raises(TopKastError, match="attached already"):
+    with pytest.raises(TopKastError, match="already attached"):
         topkast.attach(optimizer)

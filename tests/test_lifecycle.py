@@ -29,7 +29,7 @@ from tests.helpers import (
     zero_outside,
 )
 
-pytestmark = pytest.mark.usefixtures("execution")
+pytestmark = pytest.mark.usefixtures("storage")
 
 
 class Start(Callback):
@@ -65,7 +65,7 @@ def test_same_trainer_goes_on_where_it_stopped(tmp_path):
 def test_two_fits_of_one_trainer_equal_one_long_fit(tmp_path):
     """With plain SGD, which has no state to lose between the fits."""
     one, two = make_net(), make_net()
-    long, short = make_callback(penalty_strength=1e-2), make_callback(penalty_strength=1e-2)
+    long, short = make_callback(strength=1e-2), make_callback(strength=1e-2)
     fit(make_trainer(tmp_path, long, max_epochs=3), one)
     trainer = fit(make_trainer(tmp_path, short, max_epochs=1), two)
     trainer.fit_loop.max_epochs = 3
@@ -101,7 +101,7 @@ def test_same_callback_takes_up_a_new_model(tmp_path):
 
 
 # packed weights are written by load_state_dict only
-@pytest.mark.parametrize("execution", ["masked"], indirect=True)
+@pytest.mark.parametrize("storage", ["masked"], indirect=True)
 def test_weights_rewritten_between_fits_are_selected_afresh(tmp_path):
     callback, model = make_callback(update_every=100), make_net()
     fit(make_trainer(tmp_path, callback), model)
@@ -139,7 +139,7 @@ def test_fit_after_an_interrupted_fit_masks_its_gradients(tmp_path):
 
 
 def test_new_run_explores_from_its_start_though_the_last_one_had_stopped(tmp_path):
-    callback, model = make_callback(update_every=100, stop_exploration_at=4), make_net()
+    callback, model = make_callback(update_every=100, stop_exploring_at=4), make_net()
     fit(make_trainer(tmp_path, callback, max_epochs=1), model)
     assert torch.equal(callback.topkast.weights[MIDDLE].updated, callback.topkast.weights[MIDDLE].active)
 
@@ -154,12 +154,12 @@ def test_new_run_explores_from_its_start_though_the_last_one_had_stopped(tmp_pat
 
 
 def test_fraction_of_the_run_follows_a_raised_length(tmp_path):
-    callback, model = make_callback(stop_exploration_at=0.5), make_net()
+    callback, model = make_callback(stop_exploring_at=0.5), make_net()
     trainer = fit(make_trainer(tmp_path, callback, max_epochs=1), model)
-    assert callback.topkast.schedule.stop_exploration_at == 2
+    assert callback.topkast.timeline.schedule.stop_exploring_at == 2
     trainer.fit_loop.max_epochs = 4
     fit(trainer, model)
-    assert callback.topkast.schedule.stop_exploration_at == 8
+    assert callback.topkast.timeline.schedule.stop_exploring_at == 8
     check_sparse(callback.topkast)
 
 
@@ -201,7 +201,7 @@ def test_two_callbacks_equal_one_over_both_weights(tmp_path):
     for parts in ([["layers.2.*"], ["layers.4.*"]], [["layers.2.*", "layers.4.*"]]):
         torch.manual_seed(0)
         model = Wide()
-        callbacks = [make_callback(include=part, penalty_strength=1e-2) for part in parts]
+        callbacks = [make_callback(include=part, strength=1e-2) for part in parts]
         fit(make_trainer(tmp_path, *callbacks, gradient_clip_val=0.1), model)
         results.append(parameters_of(model))
     assert same(*results)
@@ -211,7 +211,7 @@ def test_callbacks_that_share_a_target_are_refused(tmp_path):
     torch.manual_seed(0)
     first, second = make_callback(include=["layers.2.*"]), make_callback(include=["layers.[24].*"])
     with pytest.raises(
-        TopKastError, match=r"'layers.2.weight' is sparse by another TopKast already.*include and exclude"
+        TopKastError, match=r"'layers.2.weight' is already sparse through another TopKast.*include and exclude"
     ):
         fit(make_trainer(tmp_path, first, second), Wide())
 
@@ -457,6 +457,6 @@ def test_strategies_that_flatten_weights_are_refused(strategy):
         pass
 
     Trainer.strategy = strategy.__new__(strategy)
-    with pytest.raises(TopKastError, match=rf"{strategy.__name__} flattens weights.*use FSDP2.*strategy='ddp'"):
+    with pytest.raises(TopKastError, match=rf"{strategy.__name__} is not supported.*use FSDP2.*strategy='ddp'"):
         make_callback().setup(Trainer(), make_net(), "fit")
     make_callback().setup(Trainer(), make_net(), "validate")

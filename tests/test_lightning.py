@@ -21,13 +21,14 @@ from tests.helpers import (
     make_callback,
     make_net,
     make_trainer,
+    nouns,
     parameters_of,
     same,
     thetas,
     zero_outside,
 )
 
-pytestmark = pytest.mark.usefixtures("execution")
+pytestmark = pytest.mark.usefixtures("storage")
 
 
 class Watch(Callback):
@@ -44,7 +45,7 @@ class Watch(Callback):
 
     def on_train_start(self, trainer, pl_module):
         for name, theta in thetas(self.callback.topkast).items():
-            if self.callback.topkast.weights[name].execution != "masked":
+            if self.callback.topkast.weights[name].storage != "masked":
                 continue  # packed at `setup` already
             assert torch.equal(theta, self.start[name].to(theta.dtype)), "the first selection lost stored values"
         self.remember()
@@ -74,13 +75,13 @@ def watched_fit(folder, model, callback, *others, data=None, **changes) -> Watch
 
 @pytest.mark.parametrize("reset", [True, False], ids=["state reset", "state kept"])
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam", "adamw"])
-def test_training_moves_b_and_leaves_the_reservoir_alone(tmp_path, optimizer, reset, execution):
-    if execution == "packed" and not reset:
-        with pytest.raises(TopKastError, match="reset_optimizer_state=False can't be honoured"):
-            make_callback(reset_optimizer_state=reset)
-        return
+def test_training_moves_b_and_leaves_the_reservoir_alone(tmp_path, optimizer, reset, storage):
     """Without the reset the momentum of entries that left B pulls on, and must not reach them."""
-    callback = make_callback(reset_optimizer_state=reset)
+    if storage == "packed" and not reset:
+        with pytest.raises(TypeError, match="unexpected keyword argument 'reset_optimizer_state'"):
+            make_callback(reset_optimizer_state=reset)  # there is no state outside B that could be kept
+        return
+    callback = make_callback(**({"reset_optimizer_state": reset} if storage == "masked" else {}))
     watch = watched_fit(tmp_path, make_net(optimizer=optimizer, lr=0.02), callback, max_epochs=3)
     assert (watch.checked, watch.moved) == (12, 12)
     assert callback.topkast.step_count == 12
@@ -88,13 +89,13 @@ def test_training_moves_b_and_leaves_the_reservoir_alone(tmp_path, optimizer, re
     assert list(callback.topkast.weights) == [MIDDLE]
 
 
-def test_callback_trains_exactly_as_the_engine_in_a_plain_loop(tmp_path, execution):
-    callback = make_callback(penalty_strength=1e-2)
+def test_callback_trains_exactly_as_the_engine_in_a_plain_loop(tmp_path, storage):
+    callback = make_callback(strength=1e-2)
     model = make_net(optimizer="adamw", lr=0.02)
     watched_fit(tmp_path, model, callback, max_epochs=3)
 
     plain = make_net(optimizer="adamw", lr=0.02)
-    topkast = TopKast(plain, 0.75, 0.5, update_every=3, penalty_strength=1e-2, execution=execution, operators="torch")
+    topkast = TopKast(plain, 0.75, 0.5, **nouns(update_every=3, strength=1e-2, storage=storage, kernels="torch"))
     optimizer = plain.configure_optimizers()
     topkast.attach(optimizer)
     for batch in batches() * 3:
@@ -134,7 +135,7 @@ def test_accumulation_equals_one_large_batch(tmp_path):
 def hand_computed_step(callback_options, clip) -> tuple[nn.Module, torch.Tensor]:
     """One SGD step by hand: B-masked gradient, then `clip`, then the update of θ on B, then α."""
     model = make_net()
-    topkast = TopKast(copy.deepcopy(model), 0.75, 0.5, **callback_options)
+    topkast = TopKast(copy.deepcopy(model), 0.75, 0.5, **nouns(**callback_options))
     weight = topkast.weights[MIDDLE]
     theta, active, updated = weight.theta(), weight.active, weight.updated
     model.load_state_dict(topkast.model.state_dict())
@@ -152,12 +153,12 @@ def hand_computed_step(callback_options, clip) -> tuple[nn.Module, torch.Tensor]
 
 
 # packed: a gradient has no other entries (tests/test_packed.py clips)
-@pytest.mark.parametrize("execution", ["masked"], indirect=True)
+@pytest.mark.parametrize("storage", ["masked"], indirect=True)
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
 def test_clipping_sees_the_masked_gradient(tmp_path, algorithm):
     """Clipping by norm before masking would count the gradient on C; by value both orders come to the same."""
     bound = {"norm": 0.05, "value": 0.002}[algorithm]
-    options = {"update_every": 100, "penalty_strength": 0.0}
+    options = {"update_every": 100, "strength": 0.0}
     clip = {
         "norm": lambda parameters: nn.utils.clip_grad_norm_(parameters, bound),
         "value": lambda parameters: nn.utils.clip_grad_value_(parameters, bound),
@@ -178,7 +179,7 @@ def test_clipping_sees_the_masked_gradient(tmp_path, algorithm):
 
 
 # packed: a gradient has no other entries
-@pytest.mark.parametrize("execution", ["masked"], indirect=True)
+@pytest.mark.parametrize("storage", ["masked"], indirect=True)
 def test_other_callbacks_see_the_masked_gradient_before_clipping(tmp_path):
     seen = []
 
@@ -195,7 +196,7 @@ def test_other_callbacks_see_the_masked_gradient_before_clipping(tmp_path):
 
 def test_penalty_is_not_clipped(tmp_path):
     """With every gradient clipped to nothing, the penalty alone moves the weights, by its closed form."""
-    callback = make_callback(update_every=100, penalty_strength=0.2)
+    callback = make_callback(update_every=100, strength=0.2)
     model = make_net(lr=0.1)
     start = {}
 
@@ -264,14 +265,14 @@ class EveryStep(Callback):
 @pytest.mark.parametrize("fused", [False, True], ids=["unfused", "fused"])
 def test_step_skipped_by_the_gradient_scaler_changes_nothing(tmp_path, fused):
     torch.manual_seed(0)
-    callback = make_callback(penalty_strength=1e-2)
+    callback = make_callback(strength=1e-2)
     model, states = Overflows(at=(4,), fused=fused), EveryStep(callback)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
     watched_fit(tmp_path, model, callback, states, plugins=MixedPrecision("16-mixed", "cpu", scaler))
     states = states.states
     assert scaler.get_scale() == 2.0**7, "the scaler saw no overflow"
     for part, (before, after) in enumerate(zip(states[3], states[4], strict=True)):
-        assert same(before, after), ("parameters", "sets and reserves", "optimizer state")[part]
+        assert same(before, after), ("parameters", "sets and latent values", "optimizer state")[part]
     assert not same(states[4][0], states[5][0])
     assert callback.topkast.step_count == 7
 
@@ -281,7 +282,7 @@ def test_scaled_training_equals_unscaled_training(tmp_path):
     results = []
     for scale in (1.0, 2.0**6):
         torch.manual_seed(0)
-        callback = make_callback(penalty_strength=1e-2)
+        callback = make_callback(strength=1e-2)
         scaler = torch.amp.GradScaler("cpu", init_scale=scale)
         model = Overflows()
         model.forward = lambda x, model=model: model.layers.float()(x.float())
@@ -345,7 +346,7 @@ def test_lr_scheduler_moves_the_penalty_with_it(tmp_path):
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     torch.manual_seed(0)
-    callback = make_callback(penalty_strength=0.5, update_every=100)
+    callback = make_callback(strength=0.5, update_every=100)
     states = EveryStep(callback)
     watched_fit(tmp_path, Scheduled(), callback, states)
     assert same(states.states[0][1]["weights"], states.states[-1][1]["weights"])
@@ -364,7 +365,7 @@ def test_lr_schedulers_run_beside_it(tmp_path, schedule):
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     torch.manual_seed(0)
-    callback = make_callback(penalty_strength=1e-2)
+    callback = make_callback(strength=1e-2)
     assert watched_fit(tmp_path, Scheduled(), callback).moved >= 7
 
 
@@ -390,7 +391,7 @@ def test_lbfgs_is_refused_with_the_way_out(tmp_path):
         def configure_optimizers(self):
             return torch.optim.LBFGS(self.parameters())
 
-    with pytest.raises(TopKastError, match=r"LBFGS evaluates its closure several times.*use an optimizer"):
+    with pytest.raises(TopKastError, match=r"LBFGS evaluates its closure many times.*use an optimizer"):
         fit(make_trainer(tmp_path, make_callback()), Quasi())
 
 
@@ -453,7 +454,7 @@ def test_a_training_step_that_returns_none_changes_nothing(tmp_path):
             return None if batch_idx == 1 else self.loss(batch)
 
     torch.manual_seed(0)
-    callback = make_callback(penalty_strength=1e-2)
+    callback = make_callback(strength=1e-2)
     states = EveryStep(callback)
     watched_fit(tmp_path, Skips(optimizer="adamw", lr=0.02), callback, states, max_epochs=1)
     assert same(states.states[0][:2], states.states[1][:2])
@@ -461,7 +462,7 @@ def test_a_training_step_that_returns_none_changes_nothing(tmp_path):
 
 
 # packed: a gradient has no other entries
-@pytest.mark.parametrize("execution", ["masked"], indirect=True)
+@pytest.mark.parametrize("storage", ["masked"], indirect=True)
 def test_infinite_gradient_outside_b_does_not_touch_the_weight(tmp_path):
     """Without a scaler nobody skips the step, but what is masked has no say whatever its value."""
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_topkast import TopKast
-from tests.helpers import check_sparse, parameters_of, thetas
+from lightning_topkast import Targets, TopKast
+from tests.helpers import check_sparse, nouns, parameters_of, thetas
 
 STEPS, EVERY = 13, 4  # three refreshes, the last of them followed by one more step
 
@@ -127,9 +127,9 @@ def train(topkast: TopKast, optimizer: torch.optim.Optimizer, loss_of, steps: in
 
 
 def make_topkast(model: nn.Module, optimizer: torch.optim.Optimizer, **changes) -> TopKast:
-    arguments = {"update_every": EVERY, "penalty_strength": 0.0, "keep_first_dense": False, "keep_last_dense": False}
+    arguments = {"update_every": EVERY, "strength": 0.0, "keep_first_dense": False, "keep_last_dense": False}
     start = parameters_of(model)
-    topkast = TopKast(model, 0.75, 0.5, **(arguments | changes)).attach(optimizer)
+    topkast = TopKast(model, 0.75, 0.5, **nouns(**(arguments | changes))).attach(optimizer)
     for name, theta in thetas(topkast).items():
         assert torch.equal(theta, start[name]), f"{name}: the first selection lost stored values"
     return topkast
@@ -164,7 +164,7 @@ def test_channels_last_weight_keeps_its_memory_format():
 
 
 def test_channels_last_and_contiguous_weights_train_alike():
-    """The sets and reserves follow the entries, not their places in memory."""
+    """The sets and latent values follow the entries, not their places in memory."""
     results = []
     for memory_format in (torch.contiguous_format, torch.channels_last):
         torch.manual_seed(0)
@@ -215,7 +215,7 @@ class TinyLanguageModel(nn.Module):
 
 def test_weight_tied_to_an_embedding_stays_dense():
     model = TinyLanguageModel()
-    topkast = TopKast(model, 0.75, 0.5, keep_first_dense=False, keep_last_dense=False)
+    topkast = TopKast(model, 0.75, 0.5, targets=Targets(keep_first_dense=False, keep_last_dense=False))
     assert list(topkast.weights) == ["hidden.weight"]
     reasons = {row.name: row.reason for row in topkast.summary().rows}
     assert reasons["embedding.weight"] == "embedding"

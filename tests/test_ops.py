@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -19,9 +20,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_topkast.errors import TopKastError
-from lightning_topkast.ops import Pattern, choose_operators, sparse_linear
+from lightning_topkast.ops import Pattern, choose_kernels, sparse_linear
 from lightning_topkast.ops.csr import compiled
 from lightning_topkast.ops.csr.linear import _batch_last
+from tests.processes import started
 
 CPU = torch.device("cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -30,8 +32,8 @@ needs_compiler = pytest.mark.skipif(not has_compiler, reason="no C++ compiler")
 
 
 @pytest.fixture(scope="module", params=["torch", pytest.param("compiled", marks=needs_compiler)])
-def operators(request):
-    return choose_operators(request.param, CPU)
+def kernels(request):
+    return choose_kernels(request.param, CPU)
 
 
 @dataclass
@@ -45,9 +47,9 @@ class Layer:
     entries: Tensor  # flat indices, in the order of the values
     transposed: bool = False
 
-    def __call__(self, input: Tensor, operators: str) -> Tensor:
+    def __call__(self, input: Tensor, kernels: str) -> Tensor:
         return sparse_linear(
-            input, self.values, self.bias, self.active, self.exploring, operators, transposed=self.transposed
+            input, self.values, self.bias, self.active, self.exploring, kernels, transposed=self.transposed
         )
 
     def weight(self) -> Tensor:
@@ -94,10 +96,10 @@ def make_layer(
     )
 
 
-def check(layer: Layer, input: Tensor, operators: str) -> None:
+def check(layer: Layer, input: Tensor, kernels: str) -> None:
     """Output and every gradient agree with the dense reference in shape, dtype and value."""
     input = input.detach().requires_grad_()
-    output = layer(input, operators)
+    output = layer(input, kernels)
     grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     wanted = [input, layer.values] + ([layer.bias] if layer.bias is not None else [])
     results = [output.detach(), *torch.autograd.grad(output, wanted, grad.to(output.dtype))]
@@ -156,7 +158,7 @@ def test_patterns_beyond_int32_are_refused():
 
 @given(st.data())
 @settings(max_examples=60, deadline=None)
-def test_random_layers_agree_with_dense_ones(operators, data):
+def test_random_layers_agree_with_dense_ones(kernels, data):
     integers = st.integers(1, 40)
     shape = data.draw(integers), data.draw(integers)
     active = data.draw(st.floats(0, 1))
@@ -171,62 +173,62 @@ def test_random_layers_agree_with_dense_ones(operators, data):
     )
     lead = data.draw(st.sampled_from([(), (1,), (2,), (7,), (17,), (33,), (2, 3), (5, 9), (2, 3, 4), (140,)]))
     columns = shape[0] if layer.transposed else shape[1]
-    check(layer, random(*lead, columns, dtype=layer.values.dtype), operators)
+    check(layer, random(*lead, columns, dtype=layer.values.dtype), kernels)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("batch", [0, 1, 3, 7, 8, 15, 16, 17, 31, 64, 100, 127, 128, 129, 143, 255, 300])
-def test_every_batch_size_is_right(operators, batch, dtype):
-    check(make_layer((21, 35), (0.2, 0.5), dtype), random(batch, 35, dtype=dtype), operators)
+def test_every_batch_size_is_right(kernels, batch, dtype):
+    check(make_layer((21, 35), (0.2, 0.5), dtype), random(batch, 35, dtype=dtype), kernels)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_operands_larger_than_the_cache_are_right(operators, transposed):
+def test_operands_larger_than_the_cache_are_right(kernels, transposed):
     # more columns than a full tile of the batch may have in the cache
     shape = (3, 5000)
     layer = make_layer(shape, (0.02, 0.04), transposed=transposed)
-    check(layer, random(150, shape[0] if transposed else shape[1]), operators)
+    check(layer, random(150, shape[0] if transposed else shape[1]), kernels)
 
 
 @pytest.mark.parametrize("density", [(0.0, 0.0), (0.0, 0.5), (0.5, 0.5), (1.0, 1.0)])
 @pytest.mark.parametrize("batch", [0, 1, 20])
-def test_empty_and_full_patterns_are_right(operators, density, batch):
+def test_empty_and_full_patterns_are_right(kernels, density, batch):
     for bias in (True, False):
-        check(make_layer(density=density, bias=bias), random(batch, 7), operators)
+        check(make_layer(density=density, bias=bias), random(batch, 7), kernels)
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)])
-def test_layers_without_features_are_right(operators, shape):
-    check(make_layer(shape), random(20, shape[1]), operators)
+def test_layers_without_features_are_right(kernels, shape):
+    check(make_layer(shape), random(20, shape[1]), kernels)
 
 
-def test_empty_rows_and_columns_are_right(operators):
+def test_empty_rows_and_columns_are_right(kernels):
     scores = torch.rand(12, 10, generator=torch.Generator().manual_seed(0))
     scores[[0, 5, 11]] = 2.0
     scores[:, [0, 4, 9]] = 2.0
     for transposed in (False, True):
         layer = make_layer(scores.shape, (0.4, 0.7), scores=scores, transposed=transposed)
-        check(layer, random(18, 12 if transposed else 10), operators)
+        check(layer, random(18, 12 if transposed else 10), kernels)
 
 
-def test_uninitialised_memory_does_not_show(operators):
+def test_uninitialised_memory_does_not_show(kernels):
     # the allocator hands the freed NaNs out again
     for batch in (1, 20):
         layer = make_layer((30, 20), (0.0, 0.1), bias=False)
         for size in (30 * batch, 20 * batch, layer.values.numel()):
             del [torch.full((size,), torch.nan) for _ in range(8)][:]
-        check(layer, random(batch, 20), operators)
+        check(layer, random(batch, 20), kernels)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_leading_dimensions_are_kept(operators, transposed):
+def test_leading_dimensions_are_kept(kernels, transposed):
     layer = make_layer((9, 7), dtype=torch.float64, transposed=transposed)
     columns = 9 if transposed else 7
     for lead in [(), (4,), (2, 3), (2, 0, 3), (2, 3, 4)]:
-        check(layer, random(*lead, columns, dtype=torch.float64), operators)
+        check(layer, random(*lead, columns, dtype=torch.float64), kernels)
 
 
-def test_non_contiguous_inputs_are_right(operators):
+def test_non_contiguous_inputs_are_right(kernels):
     layer = make_layer((9, 7))
     for input in (
         random(7, 20).t(),
@@ -237,13 +239,13 @@ def test_non_contiguous_inputs_are_right(operators):
         random(7, 4, 5).permute(1, 2, 0),
         random(4, 7, 5).transpose(1, 2),
     ):
-        check(layer, input, operators)
+        check(layer, input, kernels)
 
 
-def test_expanded_output_gradients_are_right(operators):
+def test_expanded_output_gradients_are_right(kernels):
     layer = make_layer((9, 7), dtype=torch.float64)
     input = random(20, 7, dtype=torch.float64).requires_grad_()
-    layer(input, operators).sum().backward()
+    layer(input, kernels).sum().backward()
     _, input_grad, values_grad, bias_grad = layer.reference(input, torch.ones(20, 9))
     torch.testing.assert_close(input.grad, input_grad)
     torch.testing.assert_close(layer.values.grad, values_grad)
@@ -251,39 +253,39 @@ def test_expanded_output_gradients_are_right(operators):
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_gradcheck(operators, transposed):
+def test_gradcheck(kernels, transposed):
     # without exploring entries, whose gradient is not that of the output
     layer = make_layer((5, 4), (0.5, 0.5), torch.float64, tail=2, transposed=transposed)
     input = random(3, 5 if transposed else 4, dtype=torch.float64).requires_grad_()
 
     def function(input, values, bias):
-        return sparse_linear(input, values, bias, layer.active, layer.exploring, operators, transposed=transposed)
+        return sparse_linear(input, values, bias, layer.active, layer.exploring, kernels, transposed=transposed)
 
     assert torch.autograd.gradcheck(function, (input, layer.values, layer.bias))
 
 
-def test_a_second_derivative_is_refused(operators):
+def test_a_second_derivative_is_refused(kernels):
     layer = make_layer()
-    (grad,) = torch.autograd.grad(layer(random(3, 7), operators).square().sum(), layer.values, create_graph=True)
+    (grad,) = torch.autograd.grad(layer(random(3, 7), kernels).square().sum(), layer.values, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
 
 
-def test_values_beyond_the_patterns_get_no_gradient(operators):
+def test_values_beyond_the_patterns_get_no_gradient(kernels):
     layer = make_layer(tail=5)
-    layer(random(20, 7), operators).sum().backward()
+    layer(random(20, 7), kernels).sum().backward()
     assert layer.values.grad[-5:].tolist() == [0.0] * 5
     assert (layer.values.grad[:-5] != 0).all()
 
 
 @pytest.mark.parametrize("wanted", list(product([False, True], repeat=3)))
-def test_only_wanted_gradients_are_made(operators, wanted):
+def test_only_wanted_gradients_are_made(kernels, wanted):
     layer = make_layer()
     input = random(20, 7)
     leaves = [input, layer.values, layer.bias]
     for leaf, wants in zip(leaves, wanted, strict=True):
         leaf.requires_grad_(wants)
-    output = layer(input, operators)
+    output = layer(input, kernels)
     assert output.requires_grad == any(wanted)
     if any(wanted):
         output.backward(torch.ones_like(output))
@@ -293,27 +295,27 @@ def test_only_wanted_gradients_are_made(operators, wanted):
             torch.testing.assert_close(leaf.grad.double(), expected, rtol=0, atol=1e-4)
 
 
-def test_two_torch_threads_share_the_rows(operators):
+def test_two_torch_threads_share_the_rows(kernels):
     torch.set_num_threads(2)
     try:
         scores = torch.rand(60, 50, generator=torch.Generator().manual_seed(0))
         scores[:20] = 2.0  # rows without work, and one with most of it
         scores[30] = 0.0
         for batch in (5, 130):
-            check(make_layer((60, 50), (0.3, 0.6), scores=scores), random(batch, 50), operators)
-            check(make_layer((60, 50), (0.3, 0.6), scores=scores, transposed=True), random(batch, 60), operators)
+            check(make_layer((60, 50), (0.3, 0.6), scores=scores), random(batch, 50), kernels)
+            check(make_layer((60, 50), (0.3, 0.6), scores=scores, transposed=True), random(batch, 60), kernels)
     finally:
         torch.set_num_threads(1)
 
 
-def test_python_threads_do_not_disturb_each_other(operators):
+def test_python_threads_do_not_disturb_each_other(kernels):
     failures = []
 
     def work(seed):
         try:
             layer = make_layer((40, 30), seed=seed)
             for batch in (3, 64, 130):
-                check(layer, random(batch, 30), operators)
+                check(layer, random(batch, 30), kernels)
         except BaseException as error:
             failures.append(error)
 
@@ -329,10 +331,10 @@ def test_python_threads_do_not_disturb_each_other(operators):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bit_layers_compute_in_float32(operators, dtype):
+def test_16_bit_layers_compute_in_float32(kernels, dtype):
     layer = make_layer((40, 30), (0.5, 0.8), dtype)
     input = random(20, 30).to(dtype).requires_grad_()
-    output = layer(input, operators)
+    output = layer(input, kernels)
     grad = random(20, 40).to(dtype)
     output.backward(grad)
     results = output, input.grad, layer.values.grad, layer.bias.grad
@@ -343,12 +345,12 @@ def test_16_bit_layers_compute_in_float32(operators, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_autocast_gives_the_dtypes_that_a_dense_layer_gives(operators, dtype):
+def test_autocast_gives_the_dtypes_that_a_dense_layer_gives(kernels, dtype):
     layer = make_layer((40, 30), (0.5, 0.8))
     input = random(20, 30).to(dtype).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         dense = F.linear(input, torch.zeros(40, 30))
-        output = layer(input, operators)
+        output = layer(input, kernels)
         output.float().sum().backward()
     assert output.dtype == dense.dtype == torch.bfloat16
     assert (input.grad.dtype, layer.values.grad.dtype, layer.bias.grad.dtype) == (dtype, torch.float32, torch.float32)
@@ -357,10 +359,10 @@ def test_autocast_gives_the_dtypes_that_a_dense_layer_gives(operators, dtype):
     torch.testing.assert_close(layer.values.grad.double(), expected[2], rtol=1e-4, atol=1e-4)
 
 
-def test_autocast_leaves_float64_alone(operators):
+def test_autocast_leaves_float64_alone(kernels):
     layer = make_layer(dtype=torch.float64)
     with torch.autocast("cpu", torch.bfloat16):
-        check(layer, random(20, 7, dtype=torch.float64), operators)
+        check(layer, random(20, 7, dtype=torch.float64), kernels)
 
 
 # Memory layout
@@ -380,22 +382,22 @@ class Copies(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("lead", [(20,), (4, 5)])
-def test_neighbours_copy_nothing(operators, lead):
+def test_neighbours_copy_nothing(kernels, lead):
     first, second = make_layer((30, 7)), make_layer((8, 30), seed=1)
     input = _batch_last(random(*lead, 7)).view(7, *lead).movedim(0, -1)
     with Copies() as copies:
-        hidden = F.gelu(first(input, operators))
-        output = second(hidden, operators)
+        hidden = F.gelu(first(input, kernels))
+        output = second(hidden, kernels)
         assert _batch_last(hidden).data_ptr() == hidden.data_ptr()
         torch.autograd.grad((output * output).sum(), (first.values, second.values))
     # the sum's gradient is expanded, and the square's output not
     assert copies.names == []
 
 
-def test_in_place_activations_are_allowed(operators):
+def test_in_place_activations_are_allowed(kernels):
     layer = make_layer()
     input = random(4, 5, 7)
-    output = torch.relu_(layer(input, operators))
+    output = torch.relu_(layer(input, kernels))
     (grad,) = torch.autograd.grad(output.sum(), layer.values)
     expected = layer.reference(input, (layer.reference(input, torch.zeros(4, 5, 9))[0] > 0).float())[2]
     torch.testing.assert_close(grad.double(), expected, rtol=0, atol=1e-4)
@@ -405,12 +407,12 @@ def test_in_place_activations_are_allowed(operators):
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_compiles_into_one_graph(operators, transposed):
+def test_compiles_into_one_graph(kernels, transposed):
     layer = make_layer((30, 30), transposed=transposed)
     other = make_layer((30, 30), seed=1, bias=False)
 
     def network(input):
-        return other(F.relu(layer(input, operators)), operators)
+        return other(F.relu(layer(input, kernels)), kernels)
 
     def run(function):
         input = random(4, 5, 30).requires_grad_()
@@ -425,13 +427,13 @@ def test_compiles_into_one_graph(operators, transposed):
             torch.testing.assert_close(result, expect)
 
 
-def test_fakes_agree_with_the_kernels(operators):
+def test_fakes_agree_with_the_kernels(kernels):
     layer = make_layer((9, 7), tail=2)
     active, exploring = layer.active, layer.exploring
     values, inputs, grads = layer.values.detach(), random(7, 20), random(9, 20)
     checks = ("test_schema", "test_faketensor")
     namespace = torch.ops.topkast
-    product_op = getattr(namespace, f"{operators}_product").default
+    product_op = getattr(namespace, f"{kernels}_product").default
     for bias in (None, random(9)):
         torch.library.opcheck(
             product_op, (values, active.crow, active.col, None, inputs, bias, [4, 5]), test_utils=checks
@@ -439,7 +441,7 @@ def test_fakes_agree_with_the_kernels(operators):
     patterns = active.crow, active.col, active.t_crow, active.t_col, active.t_order, exploring.crow, exploring.col
     for of_input, of_values in product([False, True], repeat=2):
         torch.library.opcheck(
-            getattr(namespace, f"{operators}_gradients").default,
+            getattr(namespace, f"{kernels}_gradients").default,
             (values, *patterns, inputs, grads, [4, 5], False, of_input, of_values),
             test_utils=checks,
         )
@@ -451,13 +453,13 @@ def test_fakes_agree_with_the_kernels(operators):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"input": random(3, 8)}, r"input must be \(\.\.\., 7\)"),
-        ({"input": torch.tensor(1.0)}, r"input must be \(\.\.\., 7\)"),
-        ({"values": torch.zeros(3)}, "values must be 1-D with at least"),
-        ({"bias": torch.zeros(7)}, r"bias must be \(9,\)"),
-        ({"exploring": Pattern.from_flat(torch.tensor([0]), (7, 9))}, "shapes differ"),
-        ({"input": random(3, 7).double()}, "one dtype"),
-        ({"input": random(3, 7).to("meta")}, "one device"),
+        ({"input": random(3, 8)}, r"expected input to be \(\.\.\., 7\)"),
+        ({"input": torch.tensor(1.0)}, r"expected input to be \(\.\.\., 7\)"),
+        ({"values": torch.zeros(3)}, "expected 1-D values with at least"),
+        ({"bias": torch.zeros(7)}, r"expected bias to be \(9,\)"),
+        ({"exploring": Pattern.from_flat(torch.tensor([0]), (7, 9))}, "expected an exploring pattern of shape"),
+        ({"input": random(3, 7).double()}, "the same dtype"),
+        ({"input": random(3, 7).to("meta")}, "the same device"),
     ],
 )
 def test_misfits_are_refused(change, message):
@@ -473,15 +475,15 @@ def test_misfits_are_refused(change, message):
         sparse_linear(**(arguments | change))
 
 
-def test_a_pattern_without_transpose_serves_inference_only(operators):
+def test_a_pattern_without_transpose_serves_inference_only(kernels):
     layer = make_layer()
     active = layer.active
     layer.active = Pattern(active.shape, active.crow, active.col, *[active.col[:0]] * 3)
     input = random(20, 7)
     expected = layer.reference(input, torch.zeros(20, 9))[0]
-    torch.testing.assert_close(layer(input, operators).double(), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(layer(input, kernels).double(), expected, rtol=0, atol=1e-5)
     with pytest.raises(TopKastError, match="transpose=True"):
-        layer(input.requires_grad_(), operators)
+        layer(input.requires_grad_(), kernels)
 
 
 # Building
@@ -525,9 +527,9 @@ def compiler(monkeypatch, tmp_path):
 )
 def test_broken_compilers_never_stop_auto(unloaded, monkeypatch, command, reason):
     monkeypatch.setenv("CXX", command)
-    assert choose_operators("auto", CPU) == "torch"
-    with pytest.raises(TopKastError, match=f"(?s){reason}.*Use operators='auto' or 'torch'"):
-        choose_operators("compiled", CPU)
+    assert choose_kernels("auto", CPU) == "torch"
+    with pytest.raises(TopKastError, match=f"(?s){reason}.*Use kernels='auto' or 'torch'"):
+        choose_kernels("compiled", CPU)
     assert unloaded == []
     assert [*os.scandir(compiled._cache())] == []  # nothing half-built is left
 
@@ -538,18 +540,18 @@ def test_the_compilers_last_lines_are_quoted(unloaded, monkeypatch, tmp_path):
     source.write_text("#error the kernels are out of order\n")
     monkeypatch.setattr(compiled, "_SOURCE", source)
     with pytest.raises(TopKastError, match="the kernels are out of order"):
-        choose_operators("compiled", CPU)
+        choose_kernels("compiled", CPU)
 
 
 def test_an_unwritable_cache_never_stops_auto(unloaded, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file"))
-    assert choose_operators("auto", CPU) == "torch"
+    assert choose_kernels("auto", CPU) == "torch"
 
 
 def test_a_built_library_is_built_once(unloaded, compiler, monkeypatch):
     for _ in range(2):
-        assert choose_operators("compiled", CPU) == "compiled"
+        assert choose_kernels("compiled", CPU) == "compiled"
         monkeypatch.setattr(compiled, "_obstacle", None)
     assert unloaded == [b"half a library"] * 2
     assert len(compiler.read_text().splitlines()) == 1
@@ -557,16 +559,16 @@ def test_a_built_library_is_built_once(unloaded, compiler, monkeypatch):
 
 @pytest.mark.parametrize("damage", [b"half a", b"half a librarz", b""])
 def test_damaged_libraries_are_built_again(unloaded, compiler, monkeypatch, damage):
-    choose_operators("compiled", CPU)
+    choose_kernels("compiled", CPU)
     (library,) = compiled._cache().glob("*.so")
     library.write_bytes(damage)
     monkeypatch.setattr(compiled, "_obstacle", None)
-    assert choose_operators("auto", CPU) == "compiled"
+    assert choose_kernels("auto", CPU) == "compiled"
     assert unloaded == [b"half a library"] * 2
 
 
 def test_libraries_that_do_not_load_are_built_again(unloaded, compiler, monkeypatch):
-    choose_operators("compiled", CPU)
+    choose_kernels("compiled", CPU)
     monkeypatch.setattr(compiled, "_obstacle", None)
     outcomes = iter([OSError("another libc"), None])
 
@@ -575,26 +577,26 @@ def test_libraries_that_do_not_load_are_built_again(unloaded, compiler, monkeypa
             raise outcome
 
     monkeypatch.setattr(torch.ops, "load_library", load)
-    assert choose_operators("compiled", CPU) == "compiled"
+    assert choose_kernels("compiled", CPU) == "compiled"
     assert len(compiler.read_text().splitlines()) == 2
 
 
+@pytest.mark.slow
 def test_processes_that_build_at_once_all_load_whole_libraries(compiler, tmp_path):
     program = """
         import torch
-        from lightning_topkast.ops import choose_operators
+        from lightning_topkast.ops import choose_kernels
         torch.ops.load_library = lambda path: print(path.read_bytes())
-        print(choose_operators("compiled", torch.device("cpu")))
+        print(choose_kernels("compiled", torch.device("cpu")))
         """
     environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(program)], env=environment, stdout=subprocess.PIPE, text=True
-        )
-        for _ in range(2)
-    ]
-    for process in processes:
-        assert process.communicate(timeout=60)[0] == "b'half a library'\ncompiled\n"
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    with ExitStack() as both:
+        running = [
+            both.enter_context(started(command, env=environment, stdout=subprocess.PIPE, text=True)) for _ in range(2)
+        ]
+        for process in running:
+            assert process.communicate()[0] == "b'half a library'\ncompiled\n"
     cache = tmp_path / "lightning_topkast"
     assert len([*cache.iterdir()]) == 2  # the library and its digest
     folders = [Path(path).parent for path in compiler.read_text().splitlines()]
@@ -602,11 +604,11 @@ def test_processes_that_build_at_once_all_load_whole_libraries(compiler, tmp_pat
 
 
 def test_other_devices_run_by_torch():
-    assert choose_operators("auto", torch.device("meta")) == "torch"
+    assert choose_kernels("auto", torch.device("meta")) == "torch"
     with pytest.raises(TopKastError, match="run on CPU, not on meta"):
-        choose_operators("compiled", torch.device("meta"))
+        choose_kernels("compiled", torch.device("meta"))
 
 
 def test_unknown_operators_are_refused():
     with pytest.raises(TopKastError, match="one of auto, torch, compiled"):
-        choose_operators("fast", CPU)
+        choose_kernels("fast", CPU)

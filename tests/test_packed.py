@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_topkast import TopKast, TopKastError, to_csr, to_dense
+from lightning_topkast import Packed, Targets, TopKast, TopKastError, to_csr, to_dense
 from lightning_topkast.engine.materialize import materialize
 from lightning_topkast.layers.csr import CsrLinear
 from lightning_topkast.method.selection import nested_top_k
-from lightning_topkast.method.structure import Entries
-from lightning_topkast.weights import PackedWeight
+from lightning_topkast.weights import PackedWeight, Traits
+from tests.helpers import nouns
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05, weight_decay=0.1),
@@ -26,7 +26,7 @@ OPTIMIZERS = {
     "adamw_fused": lambda p: torch.optim.AdamW(p, lr=3e-3, weight_decay=0.1, fused=True),
 }
 optimizers = pytest.mark.parametrize("make_optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
-executions = pytest.mark.parametrize("execution", ["packed", "compact"])
+executions = pytest.mark.parametrize("storage", ["packed", "compact"])
 
 
 def mlp() -> nn.Module:
@@ -35,7 +35,7 @@ def mlp() -> nn.Module:
     )
 
 
-UNITS = {"entry": {}, "block": {"granularity": "block", "block_shape": (2, 2)}}
+UNITS = {"entry": {}, "block": {"structure": "block", "block": (2, 2)}}
 
 
 class Run:
@@ -43,11 +43,11 @@ class Run:
 
     units = UNITS["entry"]
 
-    def __init__(self, execution, make_optimizer=OPTIMIZERS["adamw"], make_model=mlp, inputs=(12,), **options):
+    def __init__(self, storage, make_optimizer=OPTIMIZERS["adamw"], make_model=mlp, inputs=(12,), **options):
         torch.manual_seed(0)
         self.model = make_model().double()
-        settings = {"update_every": 9, "penalty_strength": 1e-2, "operators": "torch"} | self.units | options
-        self.topkast = TopKast(self.model, 0.8, 0.6, execution=execution, **settings)
+        settings = {"update_every": 9, "strength": 1e-2, "kernels": "torch"} | self.units | options
+        self.topkast = TopKast(self.model, 0.8, 0.6, **nouns(storage=storage, **settings))
         self.optimizer = make_optimizer(self.model.parameters())
         self.topkast.attach(self.optimizer)
         self.inputs, self.done = inputs, 0
@@ -82,7 +82,7 @@ def units(request, monkeypatch):
 
 def largest(weight, values, *counts: int) -> torch.Tensor:
     """Nested sets of the largest of a weight's entries, or blocks."""
-    units, sharding = weight.granularity, weight.sharding
+    units, sharding = weight.structure, weight.sharding
     chosen = nested_top_k(units.scores(values.abs(), sharding), [units.units(c, weight.shape) for c in counts])
     return units.tiers(chosen, sharding)
 
@@ -94,7 +94,7 @@ def check_alike(run: Run, other: Run) -> None:
         assert torch.equal(weight.tiers, twin.tiers), name
         torch.testing.assert_close(weight.theta(), twin.theta(), rtol=1e-9, atol=1e-11)
         assert weight.promoted == twin.promoted
-        assert int(weight.dormant_entries) == int(twin.dormant_entries)
+        assert int(weight.never_active_entries) == int(twin.never_active_entries)
     one, two = run.model.state_dict(), other.model.state_dict()
     assert list(one) == list(two)
     for key in one:
@@ -104,11 +104,12 @@ def check_alike(run: Run, other: Run) -> None:
 # --- the same training ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @executions
 @optimizers
-def test_200_steps_give_the_masked_weights(make_optimizer, execution):
-    masked, packed = Run("masked", make_optimizer), Run(execution, make_optimizer)
-    assert {weight.execution for weight in packed.topkast.weights.values()} == {execution}
+def test_200_steps_give_the_masked_weights(make_optimizer, storage):
+    masked, packed = Run("masked", make_optimizer), Run(storage, make_optimizer)
+    assert {weight.storage for weight in packed.topkast.weights.values()} == {storage}
     before = packed.topkast.weights["2.weight"].tiers
     for _ in range(10):
         assert packed.step(20) == pytest.approx(masked.step(20), rel=1e-9)
@@ -120,8 +121,8 @@ def test_200_steps_give_the_masked_weights(make_optimizer, execution):
 @executions
 @pytest.mark.parametrize("penalty", ["l2", "l1", "norm"])
 @pytest.mark.parametrize("changes", [{}, {"exploration": "random"}, {"distribution": "erk"}], ids=str)
-def test_other_settings_give_the_masked_weights(execution, penalty, changes):
-    runs = [Run(kind, penalty=penalty, **changes) for kind in ("masked", execution)]
+def test_other_settings_give_the_masked_weights(storage, penalty, changes):
+    runs = [Run(kind, penalty=penalty, **changes) for kind in ("masked", storage)]
     for run in runs:
         run.step(40)
     check_alike(*runs)
@@ -130,8 +131,8 @@ def test_other_settings_give_the_masked_weights(execution, penalty, changes):
 
 @executions
 @optimizers
-def test_accumulation_and_clipping_give_the_masked_weights(make_optimizer, execution):
-    runs = [Run(kind, make_optimizer) for kind in ("masked", execution)]
+def test_accumulation_and_clipping_give_the_masked_weights(make_optimizer, storage):
+    runs = [Run(kind, make_optimizer) for kind in ("masked", storage)]
     for run in runs:
         run.step(30, parts=3, clip=0.5)
     check_alike(*runs)
@@ -139,8 +140,8 @@ def test_accumulation_and_clipping_give_the_masked_weights(make_optimizer, execu
 
 @executions
 @optimizers
-def test_exploration_stops_as_in_masked_mode(make_optimizer, execution):
-    runs = [Run(kind, make_optimizer, stop_exploration_at=14) for kind in ("masked", execution)]
+def test_exploration_stops_as_in_masked_mode(make_optimizer, storage):
+    runs = [Run(kind, make_optimizer, stop_exploring_at=14) for kind in ("masked", storage)]
     for run in runs:
         run.step(14)
     check_alike(*runs)
@@ -229,7 +230,7 @@ MODELS = {
         convolutional,
         (3, 9, 9),
         {"2.weight": "compact", "4.weight": "packed", "6.weight": "compact"},
-        {"block_shape": (2, 1)},
+        {"block": (2, 1)},
     ),
     "attention": (Attention, (5, 6), {"attention.in_proj_weight": "packed", "attention.out_proj.weight": "packed"}, {}),
     "lstm": (Recurrent, (5, 6), {"rnn.weight_hh_l1_reverse": "compact"}, {}),
@@ -244,7 +245,7 @@ MODELS = {
 def test_every_kind_of_layer_gives_the_masked_weights(kind):
     make_model, inputs, expected, options = MODELS[kind]
     masked, packed = (Run(e, make_model=make_model, inputs=inputs, **options) for e in ("masked", "packed"))
-    kept = {name: weight.execution for name, weight in packed.topkast.weights.items()}
+    kept = {name: weight.storage for name, weight in packed.topkast.weights.items()}
     assert kept.items() >= expected.items()
     for _ in range(3):
         assert packed.step(10) == pytest.approx(masked.step(10), rel=1e-8)
@@ -260,8 +261,8 @@ def test_every_kind_of_layer_gives_the_masked_weights(kind):
 
 
 @executions
-def test_parameter_gradient_and_state_are_as_long_as_B(execution):
-    run = Run(execution)
+def test_parameter_gradient_and_state_are_as_long_as_B(storage):
+    run = Run(storage)
     run.step(12)
     weight = run.topkast.weights["2.weight"]
     assert dict(run.model.named_parameters())["2.weight"] is weight.parameter
@@ -270,21 +271,21 @@ def test_parameter_gradient_and_state_are_as_long_as_B(execution):
 
 
 @executions
-def test_weight_reads_as_alpha_and_its_gradient_reaches_the_values(execution):
-    run = Run(execution)
+def test_weight_reads_as_alpha_and_its_gradient_reaches_the_values(storage):
+    run = Run(storage)
     run.step(3)
     layer, weight = run.model[2], run.topkast.weights["2.weight"]
     assert isinstance(layer, nn.Linear)
     assert torch.equal(layer.weight.detach(), weight.alpha())
     target = torch.randn_like(weight.alpha())
     (gradient,) = torch.autograd.grad((layer.weight * target).sum(), weight.parameter)
-    expected = target.flatten()[weight.granularity.order(weight.tiers)]
+    expected = target.flatten()[weight.structure.order(weight.tiers)]
     assert torch.equal(gradient, expected)
 
 
 @executions
-def test_state_dict_is_dense_and_loads_into_the_plain_model(execution):
-    run = Run(execution)
+def test_state_dict_is_dense_and_loads_into_the_plain_model(storage):
+    run = Run(storage)
     run.step(12)
     plain = mlp().double()
     plain.load_state_dict(run.model.state_dict())
@@ -294,8 +295,8 @@ def test_state_dict_is_dense_and_loads_into_the_plain_model(execution):
 
 
 @executions
-def test_plain_state_dict_loads_into_a_packed_model(execution):
-    run, other = Run(execution), mlp().double()
+def test_plain_state_dict_loads_into_a_packed_model(storage):
+    run, other = Run(storage), mlp().double()
     state = other.state_dict()
     run.model.load_state_dict(state)
     weight = run.topkast.weights["2.weight"]
@@ -311,7 +312,7 @@ def test_plain_state_dict_loads_into_a_packed_model(execution):
 def test_weights_that_are_not_finite_are_refused_also_where_the_sets_would_stay():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 2))
-    weight = TopKast(model, 0.75, 0.5, execution="packed", operators="torch").weights["1.weight"]
+    weight = TopKast(model, 0.75, 0.5, storage=Packed(kernels="torch")).weights["1.weight"]
     state = {name: value.clone() for name, value in model.state_dict().items()}
     state["1.weight"][weight.active.nonzero()[0].unbind()] = float("nan")
     before = weight.alpha()
@@ -366,7 +367,7 @@ def test_release_gives_theta_back():
 
 
 def test_summary_says_how_each_weight_is_kept():
-    run = Run("packed", make_model=convolutional, inputs=(3, 9, 9), block_shape=(2, 1))
+    run = Run("packed", make_model=convolutional, inputs=(3, 9, 9), block=(2, 1))
     text = str(run.topkast.summary())
     assert "sparse, packed" in text
     assert "sparse, compact" in text
@@ -376,8 +377,8 @@ def test_summary_says_how_each_weight_is_kept():
 
 
 @executions
-def test_loading_the_present_weights_changes_nothing(execution):
-    run, other = Run(execution), Run(execution)
+def test_loading_the_present_weights_changes_nothing(storage):
+    run, other = Run(storage), Run(storage)
     for each in (run, other):
         each.step(12)
     run.model.load_state_dict(copy.deepcopy(run.model.state_dict()))
@@ -387,8 +388,8 @@ def test_loading_the_present_weights_changes_nothing(execution):
 
 
 @executions
-def test_loading_earlier_weights_keeps_the_reservoir_and_aligns_the_optimizers_state(execution):
-    run = Run(execution)
+def test_loading_earlier_weights_keeps_the_reservoir_and_aligns_the_optimizers_state(storage):
+    run = Run(storage)
     run.step(3)
     earlier = copy.deepcopy(run.model.state_dict())
     run.step(17)
@@ -396,7 +397,7 @@ def test_loading_earlier_weights_keeps_the_reservoir_and_aligns_the_optimizers_s
     before, theta = weight.tiers, weight.theta()
     dense = torch.zeros(30, 40, dtype=torch.float64)
     momentum = run.optimizer.state[weight.parameter]["exp_avg"]
-    dense.view(-1)[weight.packing.indices()] = momentum
+    dense.view(-1)[weight.layout.indices()] = momentum
     run.model.load_state_dict(earlier)
     assert torch.equal(weight.alpha(), earlier["2.weight"])
     elsewhere = earlier["2.weight"] == 0
@@ -406,13 +407,13 @@ def test_loading_earlier_weights_keeps_the_reservoir_and_aligns_the_optimizers_s
     for parameter in run.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     run.optimizer.step()
-    stayed = (before > 0).flatten()[weight.packing.indices()]
-    aligned = 0.9 * dense.view(-1)[weight.packing.indices()]
+    stayed = (before > 0).flatten()[weight.layout.indices()]
+    aligned = 0.9 * dense.view(-1)[weight.layout.indices()]
     torch.testing.assert_close(momentum, torch.where(stayed, aligned, 0))
 
 
 def test_a_choice_by_weights_that_were_replaced_is_made_again():
-    run = Run("packed", refresh_delay=4)
+    run = Run("packed", delay=4)
     run.step(10)
     weight = run.topkast.weights["2.weight"]
     fresh = {key: torch.randn_like(value) for key, value in run.model.state_dict().items()}
@@ -436,14 +437,14 @@ def test_assigning_a_state_dict_keeps_the_packed_parameter():
 
 
 @executions
-def test_masked_state_may_be_loaded_in_two_orders_and_in_no_third(execution):
+def test_masked_state_may_be_loaded_in_two_orders_and_in_no_third(storage):
     masked = Run("masked")
     masked.step(12)
     states = [copy.deepcopy(each.state_dict()) for each in (masked.model, masked.optimizer, masked.topkast)]
     masked.step(15)
 
     def resumed(*order):
-        run = Run(execution)
+        run = Run(storage)
         run.topkast.detach()
         run.model.load_state_dict(states[0])
         for act in order:
@@ -463,7 +464,7 @@ def test_masked_state_may_be_loaded_in_two_orders_and_in_no_third(execution):
 
     for order in ((optimizer, engine, attach), (attach, optimizer, engine)):
         check_alike(resumed(*order), masked)
-    with pytest.raises(TopKastError, match=r"'2.weight' comes from a masked run, and attach\(\) has taken it over"):
+    with pytest.raises(TopKastError, match=r"'2.weight' comes from a masked run, and attach\(\) packed it"):
         resumed(optimizer, attach, engine)
 
 
@@ -478,7 +479,7 @@ def test_a_dense_checkpoint_with_its_optimizer_goes_on_packed():
     run.optimizer.load_state_dict(optimizer.state_dict())
     run.topkast.attach(run.optimizer)
     weight = run.topkast.weights["2.weight"]
-    expected = optimizer.state[plain[2].weight]["exp_avg"].flatten()[weight.packing.indices()]
+    expected = optimizer.state[plain[2].weight]["exp_avg"].flatten()[weight.layout.indices()]
     assert torch.equal(run.optimizer.state[weight.parameter]["exp_avg"], expected)
     run.step(3)
 
@@ -489,7 +490,7 @@ def test_a_dense_checkpoint_with_its_optimizer_goes_on_packed():
 def test_the_dense_parameter_is_let_go():
     model = mlp()
     dense = weakref.ref(model[2].weight)
-    topkast = TopKast(model, 0.8, 0.6, execution="packed", operators="torch")
+    topkast = TopKast(model, 0.8, 0.6, storage=Packed(kernels="torch"))
     gc.collect()
     assert dense() is None
     assert topkast.weights["2.weight"].parameter.numel() == 480
@@ -498,13 +499,13 @@ def test_the_dense_parameter_is_let_go():
 def test_marks_on_the_parameter_stay():
     model = mlp()
     model[2].weight.no_decay = True
-    TopKast(model, 0.8, 0.6, execution="packed", operators="torch")
+    TopKast(model, 0.8, 0.6, storage=Packed(kernels="torch"))
     assert model[2]._parameters["weight"].no_decay
 
 
 def test_weight_decay_lost_by_dimension_is_warned_of():
     model = mlp()
-    topkast = TopKast(model, 0.8, 0.6, execution="packed", operators="torch")
+    topkast = TopKast(model, 0.8, 0.6, storage=Packed(kernels="torch"))
     groups = [
         {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": 0.1},
         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
@@ -521,8 +522,8 @@ def test_subclasses_and_replaced_forwards_are_not_packed():
     model = nn.Sequential(nn.Linear(8, 8), Doubling(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
     model[2].forward = lambda x: nn.functional.linear(x, model[2].weight) * 3
     x = torch.randn(2, 8)
-    topkast = TopKast(model, 0.5, 0.25, execution="packed", operators="torch")
-    assert {weight.execution for weight in topkast.weights.values()} == {"compact"}
+    topkast = TopKast(model, 0.5, 0.25, storage=Packed(kernels="torch"))
+    assert {weight.storage for weight in topkast.weights.values()} == {"compact"}
     h = model[0](x)
     h = 2 * nn.functional.linear(h, topkast.weights["1.weight"].alpha(), model[1].bias)
     h = 3 * nn.functional.linear(h, topkast.weights["2.weight"].alpha())
@@ -531,7 +532,13 @@ def test_subclasses_and_replaced_forwards_are_not_packed():
 
 def test_pointwise_convolution_keeps_its_strides():
     model = nn.Sequential(nn.Conv2d(6, 8, 1, stride=(2, 3)))
-    TopKast(model, 0.5, 0.25, execution="packed", operators="torch", keep_first_dense=False, keep_last_dense=False)
+    TopKast(
+        model,
+        0.5,
+        0.25,
+        targets=Targets(keep_first_dense=False, keep_last_dense=False),
+        storage=Packed(kernels="torch"),
+    )
     x = torch.randn(2, 6, 7, 8)
     expected = nn.functional.conv2d(x, model[0].weight, model[0].bias, stride=(2, 3))
     torch.testing.assert_close(model(x), expected)
@@ -541,7 +548,9 @@ def test_pointwise_convolution_keeps_its_strides():
 @pytest.mark.parametrize("need_weights", [True, False])
 def test_packed_attention_drops_out_in_training_only(need_weights):
     model = nn.Sequential(nn.MultiheadAttention(12, 3, dropout=0.5, batch_first=True))
-    TopKast(model, 0.8, 0.6, execution="packed", operators="torch", keep_first_dense=False, keep_last_dense=False)
+    TopKast(
+        model, 0.8, 0.6, targets=Targets(keep_first_dense=False, keep_last_dense=False), storage=Packed(kernels="torch")
+    )
     x = torch.randn(2, 5, 12)
     assert not torch.equal(*(model[0](x, x, x, need_weights=need_weights)[0] for _ in range(2)))
     model.eval()
@@ -553,7 +562,7 @@ def test_packed_attention_drops_out_in_training_only(need_weights):
 @pytest.mark.parametrize("options", [{"bias": False}, {"add_bias_kv": True}, {"add_zero_attn": True}], ids=str)
 def test_every_kind_of_attention_computes_what_the_plain_one_does(options):
     model = nn.Sequential(nn.MultiheadAttention(12, 3, batch_first=True, **options)).double()
-    TopKast(model, 0.8, 0.6, execution="packed", operators="torch", include=["0.in_proj_weight", "0.out_proj.weight"])
+    TopKast(model, 0.8, 0.6, include=["0.in_proj_weight", "0.out_proj.weight"], storage=Packed(kernels="torch"))
     plain = to_dense(copy.deepcopy(model))[0]
     x = torch.randn(2, 5, 12, dtype=torch.float64)
     torch.testing.assert_close(model[0](x, x, x)[0], plain(x, x, x)[0])
@@ -565,14 +574,14 @@ def test_every_kind_of_attention_computes_what_the_plain_one_does(options):
 )
 def test_auto_packs_where_it_is_faster(width, pair, kept):
     model = nn.Sequential(*(nn.Linear(width, width) for _ in range(3)))
-    topkast = TopKast(model, *pair, execution="auto", operators="torch")
-    assert {weight.execution for weight in topkast.weights.values()} == {kept}
+    topkast = TopKast(model, *pair, storage=Packed(kernels="torch", products="auto"))
+    assert {weight.storage for weight in topkast.weights.values()} == {kept}
 
 
 def test_frozen_weights_stay_frozen():
     run = Run("packed")
     run.topkast.weights["2.weight"].parameter.requires_grad_(False)
-    run.topkast.leave_out(["2.weight"])
+    run.topkast.exclude(["2.weight"])
     assert type(run.model[2]) is nn.Linear
     assert not run.model[2].weight.requires_grad
     assert list(run.topkast.weights) == ["4.weight"]
@@ -592,9 +601,9 @@ def test_saving_in_the_middle_of_a_refresh_is_whole():
         if event == "line":
             sys.settrace(None)
             state = weight.state_dict()
-            assert not state["reserve"][state["tiers"] == 2].any()
-            assert not state["dormant"][state["tiers"] == 2].any()
-            saved.append(state["reserve"] + weight.alpha())
+            assert not state["latent"][state["tiers"] == 2].any()
+            assert not state["never_active"][state["tiers"] == 2].any()
+            saved.append(state["latent"] + weight.alpha())
             sys.settrace(trace)
         return trace
 
@@ -620,11 +629,11 @@ def hooked():
 
 
 def test_weights_with_hooks_stay_masked_with_a_warning():
-    with pytest.warns(UserWarning, match=r"leaves '2.weight' \(it has hooks of its own"):
-        topkast = TopKast(hooked(), 0.8, 0.6, execution="packed", operators="torch")
-    assert {n: w.execution for n, w in topkast.weights.items()} == {"2.weight": "masked", "4.weight": "packed"}
-    with pytest.raises(TopKastError, match="strict=True refuses"):
-        TopKast(hooked(), 0.8, 0.6, execution="packed", operators="torch", strict=True)
+    with pytest.warns(UserWarning, match=r"leaves '2.weight' \(it has hooks, which expect"):
+        topkast = TopKast(hooked(), 0.8, 0.6, storage=Packed(kernels="torch"))
+    assert {n: w.storage for n, w in topkast.weights.items()} == {"2.weight": "masked", "4.weight": "packed"}
+    with pytest.raises(TopKastError, match="unsupported='error' refuses"):
+        TopKast(hooked(), 0.8, 0.6, storage=Packed(kernels="torch", unsupported="error"))
 
 
 def test_parametrized_weights_stay_masked():
@@ -632,13 +641,13 @@ def test_parametrized_weights_stay_masked():
     nn.utils.parametrizations.orthogonal(model[2])
     name = "2.parametrizations.weight.original"
     with pytest.warns(UserWarning, match=f"leaves '{name}' \\(it is parametrized"):
-        topkast = TopKast(model, 0.8, 0.6, execution="packed", operators="torch", include=[name, "4.weight"])
-    assert topkast.weights[name].execution == "masked"
+        topkast = TopKast(model, 0.8, 0.6, include=[name, "4.weight"], storage=Packed(kernels="torch"))
+    assert topkast.weights[name].storage == "masked"
 
 
 def test_a_packed_model_cannot_be_packed_again():
     run = Run("packed")
-    with pytest.raises(TopKastError, match=r"'2.weight' is packed already.*to_dense\(model\)"):
+    with pytest.raises(TopKastError, match=r"'2.weight' is already packed.*to_dense\(model\)"):
         TopKast(run.model, 0.8, 0.6)
 
 
@@ -646,18 +655,18 @@ def test_optimizer_made_before_the_layers_were_packed_is_refused():
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(TopKastError, match=r"holds none of the sparse weights.*made after"):
-        TopKast(model, 0.8, 0.6, execution="packed", operators="torch").attach(optimizer)
+        TopKast(model, 0.8, 0.6, storage=Packed(kernels="torch")).attach(optimizer)
 
 
 def test_state_outside_B_cannot_be_kept():
-    with pytest.raises(TopKastError, match="reset_optimizer_state=False can't be honoured"):
-        TopKast(mlp(), 0.8, 0.6, execution="packed", operators="torch", reset_optimizer_state=False)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'reset_optimizer_state'"):
+        Packed(reset_optimizer_state=False)
 
 
 @pytest.mark.parametrize(("make_optimizer", "key"), [(torch.optim.Adagrad, "sum"), (torch.optim.Rprop, "step_size")])
 def test_optimizer_state_of_unknown_beginning_is_refused_at_the_first_step(make_optimizer, key):
     run = Run("packed", make_optimizer)
-    with pytest.raises(TopKastError, match=rf"keeps '{key}' for every entry of '2.weight'.*execution='masked'"):
+    with pytest.raises(TopKastError, match=rf"keeps '{key}' for every entry of '2.weight'.*storage='masked'"):
         run.step()
 
 
@@ -666,7 +675,7 @@ def test_nan_leaves_a_model_as_it_was():
     model[4].weight.data[0, 0] = torch.nan
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(TopKastError, match=r"'4.weight' holds NaN"):
-        TopKast(model, 0.8, 0.6, execution="packed", operators="torch")
+        TopKast(model, 0.8, 0.6, storage=Packed(kernels="torch"))
     assert type(model[2]) is nn.Linear
     assert all(torch.equal(v.nan_to_num(), before[k].nan_to_num()) for k, v in model.state_dict().items())
 
@@ -711,7 +720,7 @@ class Largest(TorchDispatchMode):
 def test_a_packed_step_makes_no_tensor_of_the_weights_size():
     model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
     topkast = TopKast(
-        model, 0.8, 0.6, execution="packed", operators="torch", keep_first_dense=False, keep_last_dense=False
+        model, 0.8, 0.6, targets=Targets(keep_first_dense=False, keep_last_dense=False), storage=Packed(kernels="torch")
     )
     optimizer = torch.optim.AdamW(model.parameters())
     topkast.attach(optimizer)
@@ -727,8 +736,8 @@ def test_a_packed_step_makes_no_tensor_of_the_weights_size():
 
 
 @executions
-def test_reservoir_and_sets_are_not_registered_with_the_model(execution):
-    run = Run(execution)
+def test_reservoir_and_sets_are_not_registered_with_the_model(storage):
+    run = Run(storage)
     run.step(3)
     sizes = {name: tensor.numel() for name, tensor in [*run.model.named_parameters(), *run.model.named_buffers()]}
     assert sizes["2.weight"] == run.topkast.weights["2.weight"].updated_count
@@ -745,7 +754,7 @@ def test_model_on_the_meta_device_is_drawn_on_the_host():
         model = nn.Sequential(nn.Linear(40, 30))
     torch.manual_seed(5)
     topkast = TopKast(
-        model, 0.8, 0.6, execution="packed", operators="torch", keep_first_dense=False, keep_last_dense=False
+        model, 0.8, 0.6, targets=Targets(keep_first_dense=False, keep_last_dense=False), storage=Packed(kernels="torch")
     )
     assert torch.equal(topkast.weights["0.weight"].theta(), expected.weight.detach())
     assert torch.equal(model[0].bias, expected.bias)
@@ -766,7 +775,7 @@ def test_tied_and_real_weights_survive_a_draw():
 def test_torchs_transformer_is_born_on_the_meta_device():
     with torch.device("meta"):
         model = nn.TransformerEncoderLayer(12, 2, 24, batch_first=True)
-    TopKast(model, 0.8, 0.6, execution="packed", operators="torch")
+    TopKast(model, 0.8, 0.6, storage=Packed(kernels="torch"))
     assert torch.isfinite(model(torch.randn(2, 5, 12))).all()
 
 
@@ -779,15 +788,15 @@ def test_meta_module_that_cannot_be_drawn_is_named():
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(8, 8), Own())
     with pytest.raises(TopKastError, match=r"'1' \(Own\) is on the meta device and has no reset_parameters\(\)"):
-        TopKast(model, 0.8, 0.6, execution="packed", include=["0.weight"])
+        TopKast(model, 0.8, 0.6, storage="packed", include=["0.weight"])
 
 
 # --- choosing in the background ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("execution", ["masked", "packed", "compact"])
-def test_delayed_choice_is_that_of_its_own_step(execution):
-    run = Run(execution, refresh_delay=4)
+@pytest.mark.parametrize("storage", ["masked", "packed", "compact"])
+def test_delayed_choice_is_that_of_its_own_step(storage):
+    run = Run(storage, delay=4)
     run.step(9)
     weight = run.topkast.weights["2.weight"]
     chosen, before = largest(weight, weight.magnitudes(), weight.updated_count, weight.active_count), weight.tiers
@@ -799,16 +808,16 @@ def test_delayed_choice_is_that_of_its_own_step(execution):
     assert run.topkast.refresh_count == 1
 
 
-@pytest.mark.parametrize("execution", ["masked", "packed"])
+@pytest.mark.parametrize("storage", ["masked", "packed"])
 @pytest.mark.parametrize("steps", [8, 9, 11, 13, 20])
-def test_delayed_choice_is_saved_and_resumed(execution, steps):
-    options = {"refresh_delay": 4, "stop_exploration_at": 31}
-    whole, first = Run(execution, **options), Run(execution, **options)
+def test_delayed_choice_is_saved_and_resumed(storage, steps):
+    options = {"delay": 4, "stop_exploring_at": 31}
+    whole, first = Run(storage, **options), Run(storage, **options)
     first.step(steps)
     state = pickle.loads(
         pickle.dumps((first.model.state_dict(), first.optimizer.state_dict(), first.topkast.state_dict()))
     )
-    second = Run(execution, **options)
+    second = Run(storage, **options)
     second.model.load_state_dict(state[0])
     second.optimizer.load_state_dict(state[1])
     second.topkast.load_state_dict(state[2])
@@ -821,7 +830,7 @@ def test_delayed_choice_is_saved_and_resumed(execution, steps):
 
 
 def test_nan_found_in_the_background_is_reported_when_it_would_take_effect():
-    run = Run("packed", refresh_delay=2)
+    run = Run("packed", delay=2)
     run.step(8)
     weight = run.topkast.weights["2.weight"]
     run.backward()
@@ -843,7 +852,7 @@ def test_refresh_interrupted_anywhere_is_finished_or_has_not_begun():
     codes = {PackedWeight.apply.__code__, PackedWeight._settle.__code__}
     outcomes = set()
     for line in range(1, 60):
-        weight = PackedWeight("weight", nn.Parameter(torch.arange(1.0, 21).view(4, 5)), 5, 9, Entries(), True)
+        weight = PackedWeight("weight", nn.Parameter(torch.arange(1.0, 21).view(4, 5)), 5, 9, Traits(), True)
         weight.apply(nested_top_k(weight.magnitudes(), (9, 5)))
         weight.parameter.data.mul_(-1)
         theta, state = weight.theta(), weight.parameter.detach() * 10
@@ -874,7 +883,7 @@ def test_refresh_interrupted_anywhere_is_finished_or_has_not_begun():
         assert torch.equal(weight.theta(), theta)
         new = torch.equal(weight.tiers, tiers)
         assert new or torch.equal(weight.tiers, before)
-        places = weight.packing.indices()
+        places = weight.layout.indices()
         stayed = (before.flatten()[places] > 0) if new else torch.ones(9, dtype=torch.bool)
         assert torch.equal(state, torch.where(stayed, theta.flatten()[places] * 10, 0))
         outcomes.add((finished, new))
@@ -884,15 +893,15 @@ def test_refresh_interrupted_anywhere_is_finished_or_has_not_begun():
 # --- inference --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("execution", ["masked", "packed"])
+@pytest.mark.parametrize("storage", ["masked", "packed"])
 @pytest.mark.parametrize("make_model", [mlp, gpt2_like])
-def test_to_csr_computes_the_same_from_compressed_weights(execution, make_model):
-    run = Run(execution, make_model=make_model, include=["*.weight"])
+def test_to_csr_computes_the_same_from_compressed_weights(storage, make_model):
+    run = Run(storage, make_model=make_model, include=["*.weight"])
     run.step(4)
     x = torch.randn(5, 12, dtype=torch.float64)
     expected = run.model(x).detach()
     counts = {name: weight.active_count for name, weight in run.topkast.weights.items()}
-    assert to_csr(run.model, operators="torch") is run.model
+    assert to_csr(run.model, kernels="torch") is run.model
     torch.testing.assert_close(run.model(x), expected)
     for name, count in counts.items():
         layer = run.model.get_submodule(name.removesuffix(".weight"))
@@ -907,7 +916,7 @@ def test_to_csr_keeps_layers_shared_and_weights_readable():
     layer = nn.Linear(8, 8)
     layer.weight.data[torch.rand(8, 8) < 0.8] = 0
     dense = layer.weight.detach().clone()
-    model = to_csr(nn.Sequential(layer, nn.ReLU(), layer), operators="torch")
+    model = to_csr(nn.Sequential(layer, nn.ReLU(), layer), kernels="torch")
     assert model[0] is model[2]
     assert torch.equal(model[0].weight, dense)
     with pytest.raises(TopKastError, match="single layer"):
@@ -930,9 +939,9 @@ def test_packed_attention_computes_what_the_plain_one_does(batch_first, need_wei
     torch.manual_seed(0)
     model = nn.Sequential(nn.MultiheadAttention(12, 3, batch_first=batch_first)).double()
     topkast = TopKast(
-        model, 0.8, 0.6, execution="packed", operators="torch", keep_first_dense=False, keep_last_dense=False
+        model, 0.8, 0.6, targets=Targets(keep_first_dense=False, keep_last_dense=False), storage=Packed(kernels="torch")
     )
-    assert {weight.execution for weight in topkast.weights.values()} == {"packed"}
+    assert {weight.storage for weight in topkast.weights.values()} == {"packed"}
     plain = to_dense(copy.deepcopy(model))[0]
     x = torch.randn((4, 5, 12) if batch_first else (5, 4, 12), dtype=torch.float64)
     causal = torch.ones(5, 5, dtype=torch.bool).triu(1)
@@ -961,7 +970,9 @@ def test_packed_attention_computes_what_the_plain_one_does(batch_first, need_wei
 
 def test_attention_between_sequences_takes_the_ordinary_way():
     model = nn.Sequential(nn.MultiheadAttention(12, 3, batch_first=True)).double()
-    TopKast(model, 0.8, 0.6, execution="packed", operators="torch", keep_first_dense=False, keep_last_dense=False)
+    TopKast(
+        model, 0.8, 0.6, targets=Targets(keep_first_dense=False, keep_last_dense=False), storage=Packed(kernels="torch")
+    )
     plain = to_dense(copy.deepcopy(model))[0]
     query, memory = torch.randn(2, 3, 12, dtype=torch.float64), torch.randn(2, 7, 12, dtype=torch.float64)
     torch.testing.assert_close(model[0](query, memory, memory)[0], plain(query, memory, memory)[0])
@@ -971,12 +982,12 @@ def test_attention_between_sequences_takes_the_ordinary_way():
 
 
 def test_vector_updated_as_a_whole_stays_in_its_execution():
-    def engine(execution):
+    def engine(storage):
         module = nn.Module()
         module.theta = nn.Parameter(torch.arange(1.0, 9))
-        return TopKast(module, 0.5, 0.0, execution=execution, operators="torch", include=["theta"])
+        return TopKast(module, 0.5, 0.0, **nouns(storage=storage, kernels="torch", include=["theta"]))
 
     masked, packed = engine("masked"), engine("compact")
     packed.load_state_dict(packed.state_dict())
-    with pytest.raises(TopKastError, match=r"'theta' is 1-D and updated as a whole.*resume with execution='masked'"):
+    with pytest.raises(TopKastError, match=r"'theta' is 1-D and all of it is updated.*resume with storage='masked'"):
         packed.load_state_dict(masked.state_dict())

@@ -4,29 +4,29 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_topkast import TopKast, TopKastError
-from lightning_topkast.method.penalty import penalty_of, shrink_
+from lightning_topkast import L1, L2, Norm, Targets, TopKast, TopKastError
+from tests.helpers import nouns
 
 
-@pytest.mark.parametrize("penalty", ["l2", "l1", "norm"])
+@pytest.mark.parametrize("penalty", [L2(strength=1.0), L1(1.0), Norm(1.0)])
 def test_the_closed_form_is_a_small_gradient_step(penalty):
     values = torch.tensor([0.5, -0.25, 1.0, -2.0], requires_grad=True)
-    (gradient,) = torch.autograd.grad(penalty_of(values, penalty, strength=1.0), values)
-    stepped = shrink_(values.detach().clone(), penalty, amount=1e-3)
+    (gradient,) = torch.autograd.grad(penalty.value(values), values)
+    stepped = penalty.shrink_(values.detach().clone(), amount=1e-3)
     torch.testing.assert_close(stepped, values.detach() - 1e-3 * gradient)
 
 
-@pytest.mark.parametrize("penalty", ["l2", "l1", "norm"])
+@pytest.mark.parametrize("penalty", [L2(strength=1.0), L1(1.0), Norm(1.0)])
 @pytest.mark.parametrize("amount", [5.0, torch.tensor(5.0)])
 def test_a_huge_step_stops_at_zero(penalty, amount):
-    stepped = shrink_(torch.tensor([0.5, -0.25, 0.0]), penalty, amount=amount)
+    stepped = penalty.shrink_(torch.tensor([0.5, -0.25, 0.0]), amount=amount)
     assert stepped.tolist() == [0, 0, 0]
 
 
-@pytest.mark.parametrize("penalty", ["l2", "l1", "norm"])
+@pytest.mark.parametrize("penalty", [L2(strength=1.0), L1(1.0), Norm(1.0)])
 @pytest.mark.parametrize("values", [torch.zeros(3), torch.empty(0)])
 def test_nothing_to_shrink_stays_as_it_is(penalty, values):
-    assert torch.equal(shrink_(values.clone(), penalty, amount=0.1), values)
+    assert torch.equal(penalty.shrink_(values.clone(), amount=0.1), values)
 
 
 def one_step(penalty, strength, lr=0.5):
@@ -34,7 +34,7 @@ def one_step(penalty, strength, lr=0.5):
     torch.manual_seed(0)
     model = nn.Linear(10, 10, bias=False)
     topkast = TopKast(
-        model, 0.8, 0.6, penalty=penalty, penalty_strength=strength, keep_first_dense=False, keep_last_dense=False
+        model, 0.8, 0.6, **nouns(penalty=penalty, strength=strength, keep_first_dense=False, keep_last_dense=False)
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     topkast.attach(optimizer)
@@ -81,7 +81,9 @@ def test_the_penalty_uses_the_groups_current_learning_rate():
 def test_every_parameter_group_has_its_own_learning_rate():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(10, 10, bias=False), nn.Linear(10, 10, bias=False))
-    topkast = TopKast(model, 0.8, 0.6, penalty_strength=0.1, keep_first_dense=False, keep_last_dense=False)
+    topkast = TopKast(
+        model, 0.8, 0.6, targets=Targets(keep_first_dense=False, keep_last_dense=False), penalty=L2(strength=0.1)
+    )
     groups = [{"params": [model[0].weight], "lr": 0.5}, {"params": [model[1].weight]}]
     optimizer = torch.optim.SGD(groups, lr=0.1)
     topkast.attach(optimizer)
@@ -103,7 +105,9 @@ def test_a_learning_rate_in_a_tensor_is_the_same_as_a_number(penalty):
 def test_an_adaptive_optimizer_does_not_divide_the_factor_away():
     torch.manual_seed(0)
     model = nn.Linear(10, 10, bias=False)
-    topkast = TopKast(model, 0.8, 0.6, penalty_strength=0.1, keep_first_dense=False, keep_last_dense=False)
+    topkast = TopKast(
+        model, 0.8, 0.6, targets=Targets(keep_first_dense=False, keep_last_dense=False), penalty=L2(strength=0.1)
+    )
     optimizer = torch.optim.Adam(model.parameters(), lr=0.5)
     topkast.attach(optimizer)
     weight = topkast.weights["weight"]
@@ -117,7 +121,7 @@ def test_the_reported_penalty_is_half_lambda_theta_squared_with_the_density_fact
     weight, _, after = one_step("l2", strength=0.1)
     active, exploring = after[weight.active], after[weight.updated & ~weight.active]
     expected = 0.05 * active.square().sum() + 0.05 / 0.2 * exploring.square().sum()
-    torch.testing.assert_close(weight.penalty("l2"), expected)
+    torch.testing.assert_close(weight.penalty(), expected)
 
 
 def attach(lr=0.1, scheduler=None, **options):
@@ -125,16 +129,16 @@ def attach(lr=0.1, scheduler=None, **options):
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     if scheduler:
         scheduler(optimizer)
-    return TopKast(model, 0.9, 0.8, **options).attach(optimizer), optimizer
+    return TopKast(model, 0.9, 0.8, **nouns(**options)).attach(optimizer), optimizer
 
 
 def test_a_strength_that_overshoots_zero_is_refused_with_the_largest_that_does_not():
     with pytest.raises(TopKastError, match=r"choose a strength below 0\.0996"):
-        attach(lr=1.0, penalty_strength=0.2)
+        attach(lr=1.0, strength=0.2)
 
 
 def test_a_learning_rate_that_rises_beyond_the_known_peak_is_capped_loudly():
-    topkast, optimizer = attach(lr=0.01, penalty_strength=1.0)
+    topkast, optimizer = attach(lr=0.01, strength=1.0)
     optimizer.param_groups[0]["lr"] = 1.0
     weight = topkast.weights["1.weight"]
     exploring = weight.updated & ~weight.active
@@ -146,18 +150,18 @@ def test_a_learning_rate_that_rises_beyond_the_known_peak_is_capped_loudly():
 
 def test_shrinkage_is_the_share_lost_per_step_at_the_peak_learning_rate():
     warm_up = lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 10)  # noqa: E731
-    topkast, optimizer = attach(lr=0.1, penalty_shrinkage=1e-3, scheduler=warm_up)
+    topkast, optimizer = attach(lr=0.1, shrinkage=1e-3, scheduler=warm_up)
     assert optimizer.param_groups[0]["lr"] == 0  # the peak is known all the same
     weight = topkast.weights["1.weight"]
     assert 0.1 * weight.strength / weight.forward_density == pytest.approx(1e-3, rel=1e-2)
-    assert "shrinks by 0.001 a step, 9.5" in str(topkast.summary())
+    assert "shrinks by 0.001 per step, 9.5" in str(topkast.summary())
 
 
 def test_the_summary_says_when_the_penalty_amounts_to_nothing():
-    topkast, _ = attach(lr=1e-3)
-    assert "next to nothing" in str(topkast.summary())
+    topkast, _ = attach(lr=1e-3, strength=1e-4)
+    assert "too little to matter" in str(topkast.summary())
 
 
 def test_shrinkage_without_a_learning_rate_is_refused():
     with pytest.raises(TopKastError, match=r"that of .* is 0"):
-        attach(lr=0.0, penalty_shrinkage=1e-3)
+        attach(lr=0.0, shrinkage=1e-3)

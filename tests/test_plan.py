@@ -13,13 +13,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_topkast import SparsityRamp, TopKast, TopKastError
+from lightning_topkast import Ramp, TopKast, TopKastError
 from lightning_topkast.baselines import RigL
 from lightning_topkast.costs import OptimizerState, Parallel, Plan, make_plan
-from lightning_topkast.method.course import Course
+from lightning_topkast.method.density import SetSizes
 from lightning_topkast.settings import Settings
+from tests.helpers import nouns
 
-SPARSITY = {"forward_sparsity": 0.9, "backward_sparsity": 0.7, "operators": "torch"}
+SPARSITY = {"forward_sparsity": 0.9, "backward_sparsity": 0.7, "kernels": "torch"}
 
 
 class Mixed(nn.Module):
@@ -50,7 +51,7 @@ def plan_of(
 ) -> Plan:
     with torch.device("meta"):
         model = build().to(dtype)
-        settings = None if dense else Settings(**(SPARSITY | sparsity))
+        settings = None if dense else Settings(**nouns(**(SPARSITY | sparsity)))
         state = OptimizerState(partial(optimizer, lr=0.01))
         return make_plan(model, [torch.zeros(*shape, dtype=dtype)], settings, state, parallel or Parallel())
 
@@ -58,28 +59,28 @@ def plan_of(
 def measured(model: nn.Module, topkast: TopKast, optimizer: torch.optim.Optimizer) -> dict[str, int]:
     """True bytes of everything that training keeps between two steps, by kind."""
     parameters, weights = list(model.parameters()), list(topkast.weights.values())
-    masked = [weight for weight in weights if weight.execution == "masked"]
-    packed = [weight for weight in weights if weight.execution != "masked"]
+    masked = [weight for weight in weights if weight.storage == "masked"]
+    packed = [weight for weight in weights if weight.storage != "masked"]
     state = [value for entry in optimizer.state.values() for value in entry.values() if isinstance(value, Tensor)]
     return {
         "weights": sum(tensor.nbytes for tensor in (*parameters, *model.buffers())),
         "gradients": sum(parameter.grad.nbytes for parameter in parameters),
         "optimizer": sum(tensor.nbytes for tensor in state),
-        "masks": sum(weight._mask.nbytes + weight._dormant.nbytes for weight in masked),
-        "reserve": sum(weight._reserve.nbytes for weight in masked),
-        "indices": sum(weight._exploring.nbytes for weight in masked) + sum(weight.packing.nbytes for weight in packed),
+        "masks": sum(weight._mask.nbytes + weight._never_active.nbytes for weight in masked),
+        "latent": sum(weight._latent.nbytes for weight in masked),
+        "indices": sum(weight._exploring.nbytes for weight in masked) + sum(weight.layout.nbytes for weight in packed),
         "host": sum(
             tensor.nbytes
             for weight in packed
-            for tensor in (weight._theta, weight._tiers, weight._dormant, weight._scores, weight.packing.units)
+            for tensor in (weight._theta, weight._tiers, weight._never_active, weight._scores, weight.layout.units)
             if tensor is not None
         ),
     }
 
 
-@pytest.mark.filterwarnings("ignore:execution=.* leaves .* masked:UserWarning")
+@pytest.mark.filterwarnings("ignore:storage=.* leaves .* masked:UserWarning")
 @pytest.mark.parametrize(
-    ("execution", "optimizer", "dtype"),
+    ("storage", "optimizer", "dtype"),
     [
         ("masked", torch.optim.SGD, torch.float32),
         ("masked", partial(torch.optim.SGD, momentum=0.9), torch.float32),
@@ -92,10 +93,10 @@ def measured(model: nn.Module, topkast: TopKast, optimizer: torch.optim.Optimize
         ("auto", torch.optim.Adam, torch.float32),
     ],
 )
-@pytest.mark.parametrize("units", [{}, {"granularity": "block", "block_shape": (2, 4)}], ids=["entry", "block"])
-def test_planned_bytes_are_those_that_training_holds(execution, optimizer, dtype, units):
+@pytest.mark.parametrize("units", [{}, {"structure": "block", "block": (2, 4)}], ids=["entry", "block"])
+def test_planned_bytes_are_those_that_training_holds(storage, optimizer, dtype, units):
     model = Mixed().to(dtype)
-    topkast = TopKast(model, execution=execution, update_every=2, **SPARSITY, **units)
+    topkast = TopKast(model, **nouns(storage=storage, update_every=2, **SPARSITY, **units))
     trained = optimizer(model.parameters(), lr=0.01)
     topkast.attach(trained)
     for _ in range(3):  # with a refresh between
@@ -103,30 +104,30 @@ def test_planned_bytes_are_those_that_training_holds(execution, optimizer, dtype
         model(torch.randn(IMAGES, dtype=dtype)).float().square().mean().backward()
         trained.step()
 
-    planned = plan_of(Mixed, IMAGES, optimizer=optimizer, dtype=dtype, execution=execution, **units).bytes
+    planned = plan_of(Mixed, IMAGES, optimizer=optimizer, dtype=dtype, storage=storage, **units).bytes
     for kind, true in measured(model, topkast, trained).items():
         assert getattr(planned, kind) == true, kind
 
 
 def test_stopped_exploration_holds_no_exploring_indices():
-    stopped = plan_of(Mixed, IMAGES, stop_exploration_at=0)
+    stopped = plan_of(Mixed, IMAGES, stop_exploring_at=0)
     assert stopped.bytes.indices == 0
     layer = next(layer for layer in stopped.layers if layer.name == "hidden.weight")
     assert layer.updated == layer.active == 60
     assert layer.training_flops == pytest.approx(0.1 * layer.dense_training_flops)
 
 
-@pytest.mark.parametrize("execution", ["masked", "packed", "compact", "auto"])
-@pytest.mark.filterwarnings("ignore:execution=.* leaves .* masked:UserWarning")
-def test_plan_keeps_every_weight_as_training_does(execution):
-    options = {"execution": execution, "distribution": "erk", "exclude": ["memory.weight_hh*"]}
-    rows = TopKast(Mixed(), **(SPARSITY | options)).summary().rows
+@pytest.mark.parametrize("storage", ["masked", "packed", "compact", "auto"])
+@pytest.mark.filterwarnings("ignore:storage=.* leaves .* masked:UserWarning")
+def test_plan_keeps_every_weight_as_training_does(storage):
+    options = {"storage": storage, "distribution": "erk", "exclude": ["memory.weight_hh*"]}
+    rows = TopKast(Mixed(), **nouns(**(SPARSITY | options))).summary().rows
     layers = {layer.name: layer for layer in plan_of(Mixed, IMAGES, **options).layers}
     assert {row.name for row in rows} == {name for name, layer in layers.items() if layer.shape}
     for row in rows:
         layer = layers[row.name]
         assert (layer.active, layer.updated, layer.reason) == (row.active, row.updated, row.reason)
-        assert layer.execution == (row.execution or "dense")
+        assert layer.storage == (row.storage or "dense")
 
 
 # --- arithmetic ---------------------------------------------------------------------------------------------------
@@ -237,7 +238,7 @@ def test_products_of_activations_stay_dense_and_are_named_by_their_module():
 
 
 def test_masked_and_compact_execute_dense_products_and_packed_fewer():
-    masked, compact, packed = (plan_of(Mixed, IMAGES, execution=e).totals() for e in ("masked", "compact", "packed"))
+    masked, compact, packed = (plan_of(Mixed, IMAGES, storage=e).totals() for e in ("masked", "compact", "packed"))
     assert masked["executed_training_flops"] == masked["dense_training_flops"] == compact["executed_training_flops"]
     assert packed["training_flops"] < packed["executed_training_flops"] < packed["dense_training_flops"]
     assert masked["training_flops"] == packed["training_flops"]
@@ -337,7 +338,7 @@ def test_packed_weights_and_a_sparse_all_reduce_send_b_only():
             "dense": {"parallel": Parallel(8, "ddp")},
             "sparse": {"parallel": Parallel(8, "ddp", all_reduce="sparse")},
             "sparse_bf16": {"parallel": Parallel(8, "ddp", all_reduce="sparse_bf16")},
-            "packed": {"parallel": Parallel(8, "ddp"), "execution": "packed"},
+            "packed": {"parallel": Parallel(8, "ddp"), "storage": "packed"},
         }.items()
     }
     updated = round(0.3 * 20 * 30)
@@ -360,7 +361,7 @@ def test_strategies_are_what_each_would_plan_as_its_own_run():
     assert run.strategies["masked_ddp"] == run.bytes
     for name, options in {
         "dense_ddp": {"dense": True, "parallel": Parallel(4, "ddp")},
-        "packed_ddp": {"execution": "packed", "parallel": Parallel(4, "ddp")},
+        "packed_ddp": {"storage": "packed", "parallel": Parallel(4, "ddp")},
         "masked_fsdp2": {"parallel": Parallel(4, "fsdp2")},
     }.items():
         assert run.strategies[name] == plan_of(Mixed, IMAGES, optimizer=torch.optim.Adam, **options).bytes
@@ -370,8 +371,8 @@ def test_strategies_are_what_each_would_plan_as_its_own_run():
 
 
 def test_packed_weights_cannot_be_sharded():
-    with pytest.raises(TopKastError, match="execution='packed' can't be sharded by fsdp2"):
-        plan_of(Mixed, IMAGES, execution="packed", parallel=Parallel(2, "fsdp2"))
+    with pytest.raises(TopKastError, match="fsdp2 shards dense parameters and does not support storage='packed'"):
+        plan_of(Mixed, IMAGES, storage="packed", parallel=Parallel(2, "fsdp2"))
 
 
 def test_model_that_does_not_fit_its_input_is_refused_by_shape():
@@ -380,7 +381,7 @@ def test_model_that_does_not_fit_its_input_is_refused_by_shape():
 
 
 def test_optimizer_that_takes_no_step_alone_is_refused():
-    with pytest.raises(TopKastError, match="the optimizer's state can't be found out"):
+    with pytest.raises(TopKastError, match="the size of the optimizer's state is not known"):
         plan_of(Mixed, IMAGES, optimizer=torch.optim.LBFGS)
 
 
@@ -394,10 +395,10 @@ def test_strict_refuses_weights_left_masked():
         nn.utils.parametrize.register_parametrization(model[1], "weight", Absolute())
         return model
 
-    options = {"include": ["1.parametrizations*", "2.weight"], "execution": "packed"}
+    options = {"include": ["1.parametrizations*", "2.weight"], "storage": "packed"}
     assert any("leaves 1 weights masked" in note for note in plan_of(build, (2, 8), **options).notes)
-    with pytest.raises(TopKastError, match=r"it is parametrized.* masked, which strict=True refuses"):
-        plan_of(build, (2, 8), **options, strict=True)
+    with pytest.raises(TopKastError, match=r"it is parametrized.* masked, which unsupported='error' refuses"):
+        plan_of(build, (2, 8), **options, unsupported="error")
 
 
 # --- sets that change -------------------------------------------------------------------------------------------------
@@ -405,7 +406,9 @@ def test_strict_refuses_weights_left_masked():
 
 def training_share(total_steps=None, **options):
     """FLOPs of training with the one sparse weight, which needs no gradient of its input, as a share of dense ones."""
-    settings = Settings(**({"forward_sparsity": 0.9, "backward_sparsity": 0.9, "include": ["0.weight"]} | options))
+    settings = Settings(
+        **nouns(**({"forward_sparsity": 0.9, "backward_sparsity": 0.9, "include": ["0.weight"]} | options))
+    )
     plan = make_plan(
         nn.Sequential(nn.Linear(20, 50)), [torch.zeros(2, 20)], settings, OptimizerState(torch.optim.SGD), Parallel(),
         total_steps,
@@ -416,7 +419,7 @@ def training_share(total_steps=None, **options):
 
 
 def test_training_flops_are_averages_over_a_ramp():
-    ramp = SparsityRamp(0.5, 0.5, begin=0, end=200, power=1)
+    ramp = Ramp(0.5, 0.5, begin=0, end=200, power=1)
     # refreshes after 50, 100, 150 and 200 of 400 steps; before the first the network is as it began
     shares = [0.5, 0.4, 0.3, 0.2] + [0.1] * 4
     share, notes = training_share(400, ramp=ramp, update_every=50)
@@ -425,28 +428,28 @@ def test_training_flops_are_averages_over_a_ramp():
 
 
 def test_of_a_run_of_unknown_length_fractions_are_averaged_and_steps_are_not():
-    half = SparsityRamp(0.0, 0.0, begin=0.0, end=0.5, power=1)
+    half = Ramp(0.0, 0.0, begin=0.0, end=0.5, power=1)
     assert training_share(ramp=half)[0] == pytest.approx(0.5 * 0.55 + 0.5 * 0.1, abs=2e-3)
-    share, notes = training_share(ramp=SparsityRamp(0.0, 0.0, begin=0, end=500))
+    share, notes = training_share(ramp=Ramp(0.0, 0.0, begin=0, end=500))
     assert share == 1.0
     assert "those of the run's first step" in notes[0]
 
 
 def test_the_whole_gradient_that_rigl_looks_at_is_counted():
     # one of 100 steps until the middle of the run; half the arithmetic is the gradient's
-    share, _ = training_share(rule=RigL(), stop_refreshing_at=0.5)
+    share, _ = training_share(rule=RigL(), stop_updating_at=0.5)
     assert share == pytest.approx(0.5 * 0.1 + 0.5 * (0.1 + 0.005 * 0.9), rel=1e-3)
 
 
 def test_exploration_that_stops_is_averaged():
-    share, _ = training_share(1000, backward_sparsity=0.5, stop_exploration_at=0.25)
+    share, _ = training_share(1000, backward_sparsity=0.5, stop_exploring_at=0.25)
     assert share == pytest.approx(0.5 * 0.1 + 0.5 * (0.25 * 0.5 + 0.75 * 0.1))
 
 
 def test_planned_sizes_are_those_of_training_at_every_step():
     model = nn.Sequential(nn.Linear(20, 50))
-    options = {"ramp": SparsityRamp(0.5, 0.2, begin=3, end=17), "stop_exploration_at": 21, "update_every": 4}
-    topkast = TopKast(model, 0.9, 0.8, include=["0.weight"], **options)
+    options = {"ramp": Ramp(0.5, 0.2, begin=3, end=17), "stop_exploring_at": 21, "update_every": 4}
+    topkast = TopKast(model, 0.9, 0.8, **nouns(include=["0.weight"], **options))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     topkast.attach(optimizer)
     sums = [0, 0]
@@ -456,5 +459,8 @@ def test_planned_sizes_are_those_of_training_at_every_step():
         sums = [sums[0] + int(weight.active.sum()), sums[1] + int(weight.updated.sum())]
         model(torch.randn(4, 20)).square().mean().backward()
         optimizer.step()
-    course = Course(Settings(0.9, 0.8, include=["0.weight"], **options), {"0.weight": torch.Size([50, 20])})
-    assert course.mean_densities(30)["0.weight"] == pytest.approx((sums[0] / 30000, sums[1] / 30000))
+    chosen = Settings(0.9, 0.8, **nouns(include=["0.weight"], **options))
+    sizes = SetSizes(chosen.allocation, chosen.schedule, chosen.ramp, {"0.weight": torch.Size([50, 20])})
+    assert sizes.mean_densities(30, chosen.rule.needs_gradient)["0.weight"] == pytest.approx(
+        (sums[0] / 30000, sums[1] / 30000)
+    )

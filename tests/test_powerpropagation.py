@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from lightning_topkast import TopKast, TopKastError
-from lightning_topkast.method.powerpropagation import Reparametrised
+from lightning_topkast.method.powerpropagation import Powerpropagation
 from lightning_topkast.settings import Settings
-from tests.helpers import OPTIMIZERS, same
+from tests.helpers import OPTIMIZERS, nouns, same
 
 
 class Powers(nn.Module):
@@ -43,10 +43,10 @@ def train(layer, optimizer, steps):
         optimizer.step()
 
 
-@pytest.mark.parametrize("execution", ["masked", "packed"])
+@pytest.mark.parametrize("storage", ["masked", "packed"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("exponent", [1.5, 2.0, 4.0])
-def test_training_is_that_of_the_reparametrised_layer(optimizer, exponent, execution):
+def test_training_is_that_of_the_reparametrised_layer(optimizer, exponent, storage):
     torch.manual_seed(0)
     layer = nn.Linear(8, 6).double()
     model = nn.Sequential(nn.Linear(8, 6).double())
@@ -54,26 +54,26 @@ def test_training_is_that_of_the_reparametrised_layer(optimizer, exponent, execu
     reference = Powers(layer, exponent)
     train(reference, OPTIMIZERS[optimizer](reference.parameters(), 0.01), 12)
     # without sparsity, so that there is nothing but the reparametrisation
-    options = {"include": ["0.weight"], "penalty_strength": 0.0, "update_every": 5, "execution": execution}
-    topkast = TopKast(model, 0.0, 0.0, powerpropagation=exponent, operators="torch", **options)
+    options = {"include": ["0.weight"], "strength": 0.0, "update_every": 5, "storage": storage}
+    topkast = TopKast(model, 0.0, 0.0, **nouns(powerpropagation=exponent, kernels="torch", **options))
     ours = OPTIMIZERS[optimizer](model.parameters(), 0.01)
     topkast.attach(ours)
     train(model, ours, 12)
     torch.testing.assert_close(topkast.weights["0.weight"].theta(), reference.theta.detach(), rtol=1e-9, atol=1e-11)
 
 
-def sparse_run(execution="masked", exponent=2.0, **options):
+def sparse_run(storage="masked", exponent=2.0, **options):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 20), nn.Tanh(), nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 6))
-    options = {"update_every": 4, "penalty_strength": 1e-2, "operators": "torch"} | options
-    topkast = TopKast(model, 0.9, 0.7, powerpropagation=exponent, execution=execution, **options)
+    options = {"update_every": 4, "strength": 1e-2, "kernels": "torch"} | options
+    topkast = TopKast(model, 0.9, 0.7, **nouns(powerpropagation=exponent, storage=storage, **options))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
     return model, topkast.attach(optimizer), optimizer
 
 
-@pytest.mark.parametrize("execution", ["masked", "packed"])
-def test_the_reservoir_stands_still_and_the_parameter_is_zero_outside_the_active_set(execution):
-    model, topkast, optimizer = sparse_run(execution)
+@pytest.mark.parametrize("storage", ["masked", "packed"])
+def test_the_reservoir_stands_still_and_the_parameter_is_zero_outside_the_active_set(storage):
+    model, topkast, optimizer = sparse_run(storage)
     weight = topkast.weights["2.weight"]
     for step in range(11):
         before, outside = weight.theta(), ~weight.updated
@@ -86,17 +86,17 @@ def test_the_reservoir_stands_still_and_the_parameter_is_zero_outside_the_active
 
 def test_masked_and_packed_training_agree():
     results = []
-    for execution in ("masked", "packed"):
-        model, topkast, optimizer = sparse_run(execution)
+    for storage in ("masked", "packed"):
+        model, topkast, optimizer = sparse_run(storage)
         train(model, optimizer, 15)
         results.append(topkast.weights["2.weight"])
     assert torch.equal(results[0].tiers, results[1].tiers)
     torch.testing.assert_close(results[0].theta(), results[1].theta(), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("execution", ["masked", "packed"])
-def test_what_the_optimizer_leaves_alone_is_not_touched_by_rounding(execution):
-    model, topkast, _ = sparse_run(execution, penalty_strength=0.0, exponent=3.0)
+@pytest.mark.parametrize("storage", ["masked", "packed"])
+def test_what_the_optimizer_leaves_alone_is_not_touched_by_rounding(storage):
+    model, topkast, _ = sparse_run(storage, strength=0.0, exponent=3.0)
     topkast.detach()
     still = torch.optim.SGD(model.parameters(), lr=0.0)
     topkast.attach(still)
@@ -105,12 +105,12 @@ def test_what_the_optimizer_leaves_alone_is_not_touched_by_rounding(execution):
     assert torch.equal(topkast.weights["2.weight"].theta(), before)
 
 
-@pytest.mark.parametrize("execution", ["masked", "packed"])
-def test_a_resumed_run_equals_the_whole_one_bit_for_bit(execution):
-    whole, topkast, optimizer = sparse_run(execution)
+@pytest.mark.parametrize("storage", ["masked", "packed"])
+def test_a_resumed_run_equals_the_whole_one_bit_for_bit(storage):
+    whole, topkast, optimizer = sparse_run(storage)
     train(whole, optimizer, 6)
     saved = copy.deepcopy([part.state_dict() for part in (whole, optimizer, topkast)])
-    resumed, other, fresh = sparse_run(execution)
+    resumed, other, fresh = sparse_run(storage)
     for part, state in zip((resumed, fresh, other), saved, strict=True):
         part.load_state_dict(state)
     for model, steps in ((whole, optimizer), (resumed, fresh)):
@@ -120,7 +120,7 @@ def test_a_resumed_run_equals_the_whole_one_bit_for_bit(execution):
 
 def test_interrupted_anywhere_in_the_exchange_theta_is_what_it_was():
     theta = torch.tensor([-2.0, 0.0, 0.3, 1.0])
-    exchanged = Reparametrised(theta, 2.0)
+    exchanged = Powerpropagation(theta, 2.0)
     assert torch.equal(exchanged.theta_of(theta.clone()), theta), "before φ is in its place"
     assert torch.equal(exchanged.theta_of(exchanged.phi.clone()), theta), "and after"
     values = exchanged.phi * 2
@@ -131,5 +131,7 @@ def test_interrupted_anywhere_in_the_exchange_theta_is_what_it_was():
 
 @pytest.mark.parametrize("exponent", [0.5, 0, -1, "2", True, float("nan")])
 def test_an_exponent_below_one_is_refused(exponent):
-    with pytest.raises(TopKastError, match="expected a number of at least 1, which turns it off"):
+    with pytest.raises(
+        TopKastError, match=r"expected powerpropagation to be a number of at least 1 \(1 turns it off\)"
+    ):
         Settings(0.9, 0.8, powerpropagation=exponent)

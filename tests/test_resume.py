@@ -2,23 +2,23 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests import processes
 from tests.helpers import plain_path, same
 from tests.resumes import WAYS
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")]
 
 
 def run_alone(script: Path, folder: Path, *arguments) -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(plain_path()), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, script, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=150,
+    done = processes.run(
+        [sys.executable, script, *map(str, arguments)], env=environment,
         cwd=folder,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -55,8 +55,8 @@ def test_ranks_are_requeued_together_where_only_one_was_signalled(folder):
 
 
 def test_killed_trainings_end_as_uninterrupted_ones(tmp_path):
-    """A slice of what benchmarks/kills.py does at length."""
-    script = Path(__file__).parents[1] / "benchmarks" / "kills.py"
+    """A slice of what reliability/kills.py does at length."""
+    script = Path(__file__).parents[1] / "reliability" / "kills.py"
     run_alone(script, tmp_path, "--kills", 2, "--json", tmp_path / "kills.json")
     rows = json.loads((tmp_path / "kills.json").read_text())["rows"]
     assert [row["kills"] for row in rows] == [2, 2, 2, 2]

@@ -18,7 +18,7 @@ class Parts:
 
     def __init__(self, count):
         self.count, self.values, self.calls = count, [None] * count, 0
-        self.barrier = threading.Barrier(count, timeout=20)
+        self.barrier = threading.Barrier(count, timeout=200)
 
     def total(self, rank):
         def total(value):

@@ -4,20 +4,21 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_topkast import SparsityRamp, TopKast, TopKastError
+from lightning_topkast import Ramp, TopKast, TopKastError
 from lightning_topkast.settings import Settings
-from tests.helpers import OPTIMIZERS, fit, make_callback, make_net, make_trainer, same
+from tests.helpers import OPTIMIZERS, fit, make_callback, make_net, make_trainer, nouns, same
 
 
 class Run:
     """Two sparse weights in training; every step's batch follows from the step number."""
 
-    def __init__(self, forward=0.9, backward=0.8, optimizer="adamw", **options):
+    def __init__(self, forward=0.9, backward=0.8, optimizer="adamw", total_steps=None, **options):
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 4))
         self.optimizer = OPTIMIZERS[optimizer](self.model.parameters(), 0.02)
-        options = {"update_every": 5, "keep_last_dense": False, "penalty_strength": 1e-2} | options
-        self.topkast = TopKast(self.model, forward, backward, **options).attach(self.optimizer)
+        options = {"update_every": 5, "keep_last_dense": False, "strength": 1e-2} | options
+        self.topkast = TopKast(self.model, forward, backward, **nouns(**options))
+        self.topkast.attach(self.optimizer, total_steps=total_steps)
         self.weights = list(self.topkast.weights.values())
         self.done = 0
 
@@ -43,7 +44,7 @@ class Run:
             )  # fmt: skip
 
 
-RAMP = SparsityRamp(0.5, 0.0, begin=10, end=30, power=1)
+RAMP = Ramp(0.5, 0.0, begin=10, end=30, power=1)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -66,20 +67,22 @@ def test_a_ramp_leads_from_the_first_sparsities_to_the_runs_own(optimizer):
 
 
 def test_a_ramp_ends_at_its_own_step_between_two_refreshes():
-    run = Run(ramp=SparsityRamp(0.0, 0.0, begin=0, end=7)).step(6)
+    run = Run(ramp=Ramp(0.0, 0.0, begin=0, end=7)).step(6)
     assert run.sizes()[0][0] > 60
     assert run.step().sizes()[0] == (60, 120)
 
 
 def test_fractions_of_a_ramp_belong_to_the_run():
-    ramp = SparsityRamp(0.5, 0.0, begin=0.25, end=0.75, power=1)
+    ramp = Ramp(0.5, 0.0, begin=0.25, end=0.75, power=1)
     assert Run(ramp=ramp, total_steps=40).step(20).sizes() == Run(ramp=RAMP).step(20).sizes()
-    with pytest.raises(TopKastError, match=r"ramp: begin=0.25 is a fraction of the run, whose length is not known"):
+    with pytest.raises(
+        TopKastError, match=r"Ramp.begin=0.25 is a fraction of the run, but the length of the run is not known"
+    ):
         Run(ramp=ramp)
 
 
 def test_exploration_stops_on_a_ramp_too():
-    run = Run(ramp=RAMP, stop_exploration_at=20).step(20)
+    run = Run(ramp=RAMP, stop_exploring_at=20).step(20)
     assert run.sizes()[0] == (180, 180)
     assert run.step(20).sizes()[0] == (60, 60)
 
@@ -97,7 +100,7 @@ def test_a_resumed_run_equals_the_whole_one_bit_for_bit(options, middle):
 
 
 def test_a_second_fit_begins_at_the_start_of_the_ramp(tmp_path):
-    callback, model = make_callback(ramp=SparsityRamp(0.25, 0.0, 0, 1.0)), make_net()
+    callback, model = make_callback(ramp=Ramp(0.25, 0.0, 0, 1.0)), make_net()
     sizes = []
     for _ in range(2):
         fit(make_trainer(tmp_path, callback), model)
@@ -136,7 +139,7 @@ def test_a_weight_may_lose_all_its_places_without_harm():
     with torch.no_grad():
         run.weights[1].parameter.mul_(1e-6)
     run.topkast.refresh()
-    run.weights[1]._reserve.mul_(1e-6)
+    run.weights[1]._latent.mul_(1e-6)
     run.topkast.refresh()
     assert run.sizes()[1] == (0, 0)
     run.step(10).check()
@@ -145,21 +148,33 @@ def test_a_weight_may_lose_all_its_places_without_harm():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"distribution": "global", "execution": "packed"}, "distribution='global' changes the size of every weight"),
-        ({"distribution": "global", "refresh_delay": 2}, "and refresh_delay=0, got 'masked' and 2"),
-        ({"ramp": RAMP, "execution": "compact"}, "a ramp changes the size of every weight's sets"),
-        ({"ramp": SparsityRamp(0.95, 0.0, 0, 5)}, "expected forward_sparsity of at most 0.9, the run's own, got 0.95"),
-        ({"ramp": SparsityRamp(0.2, 0.3, 0, 5)}, "ramp: backward_sparsity=0.3 exceeds"),
-        ({"ramp": SparsityRamp(0.2, 0.1, 0, 5, power=0)}, "ramp: power=0"),
-        ({"ramp": SparsityRamp(0.2, 0.1, 5, 5)}, "got begin=5 and end=5"),
-        ({"ramp": 0.5}, "expected a SparsityRamp or None"),
+        ({"distribution": "global", "storage": "packed"}, "distribution='global' changes the sizes of a weight's sets"),
+        ({"distribution": "global", "delay": 2}, "and delay=0, got storage='masked' and delay=2"),
+        ({"ramp": RAMP, "storage": "compact"}, "a ramp changes the sizes of a weight's sets"),
+        ({"ramp": Ramp(0.95, 0.0, 0, 5)}, "expected Ramp.forward_sparsity to be at most 0.9, the run's own, got 0.95"),
+        ({"ramp": 0.5}, "expected ramp to be an object of Ramp or None, got 0.5"),
     ],
 )
 def test_what_cannot_be_is_refused_with_the_way_out(options, message):
     with pytest.raises(TopKastError, match=message):
-        Settings(**({"forward_sparsity": 0.9, "backward_sparsity": 0.8} | options))
+        Settings(**nouns(**({"forward_sparsity": 0.9, "backward_sparsity": 0.8} | options)))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ((0.2, 0.3, 0, 5), "expected Ramp.backward_sparsity <= Ramp.forward_sparsity.*, got 0.3 and 0.2"),
+        ((0.2, 0.1, 0, 5, 0), "expected Ramp.power to be a number above 0, got 0"),
+        ((0.2, 0.1, 5, 5), "got begin=5 and end=5"),
+        ((0.2, 0.1, 0.5, 0.25), "expected the ramp to end after it begins"),
+        ((0.2, 0.1, -1, 5), "expected Ramp.begin to be a step .*, got -1"),
+    ],
+)
+def test_a_ramp_out_of_range_is_refused(values, message):
+    with pytest.raises(TopKastError, match=message):
+        Ramp(*values)
 
 
 def test_a_ramp_of_a_fraction_and_a_step_that_end_before_they_begin_is_refused():
-    with pytest.raises(TopKastError, match="it begins at step 30 and ends at 20"):
-        Run(ramp=SparsityRamp(0.5, 0.0, begin=30, end=0.5), total_steps=40)
+    with pytest.raises(TopKastError, match="got begin=30 and end=20"):
+        Run(ramp=Ramp(0.5, 0.0, begin=30, end=0.5), total_steps=40)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from lightning_topkast import AtomicCheckpointIO, WholeStepCheckpoint
+from lightning_topkast import AtomicCheckpointIO, StepBoundaryCheckpoint
 from lightning_topkast.weights import MaskedWeight, PackedWeight
 from tests.helpers import Resumable, batches, make_callback, make_net, make_trainer, parameters_of, same
 
@@ -66,9 +66,9 @@ class Signals(Callback):
             raise KeyboardInterrupt  # the job's time is over
 
 
-def train(folder, execution: str, accumulate: int, *others, seed: int = 0):
+def train(folder, storage: str, accumulate: int, *others, seed: int = 0):
     callback = make_callback(
-        update_every=3, penalty_strength=1e-2, exploration="random", keep_last_dense=False, execution=execution
+        update_every=3, strength=1e-2, exploration="random", keep_last_dense=False, storage=storage
     )
     model = make_net(seed=seed, optimizer="adamw", lr=0.05)
     trainer = make_trainer(
@@ -80,7 +80,7 @@ def train(folder, execution: str, accumulate: int, *others, seed: int = 0):
 
 
 def whole_steps(folder):
-    return WholeStepCheckpoint(folder / "checkpoints", "last", enable_version_counter=False)
+    return StepBoundaryCheckpoint(folder / "checkpoints", "last", enable_version_counter=False)
 
 
 MOMENTS = [
@@ -89,14 +89,14 @@ MOMENTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("execution", "accumulate"), [("masked", 1), ("packed", 2)])
+@pytest.mark.parametrize(("storage", "accumulate"), [("masked", 1), ("packed", 2)])
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-def test_requeued_job_goes_on_bit_for_bit(tmp_path, requeued, monkeypatch, moment, execution, accumulate):
+def test_requeued_job_goes_on_bit_for_bit(tmp_path, requeued, monkeypatch, moment, storage, accumulate):
     folder = tmp_path / "run"
     signals = Signals(moment)
     with monkeypatch.context() as patched:
-        kind = MaskedWeight if execution == "masked" else PackedWeight
+        kind = MaskedWeight if storage == "masked" else PackedWeight
         apply, applied = kind.apply, []
 
         def apply_and_send(*arguments):
@@ -109,16 +109,16 @@ def test_requeued_job_goes_on_bit_for_bit(tmp_path, requeued, monkeypatch, momen
 
         patched.setattr(kind, "apply", apply_and_send)
         with pytest.raises((KeyboardInterrupt, SystemExit)):
-            train(folder, execution, accumulate, signals, whole_steps(folder))
+            train(folder, storage, accumulate, signals, whole_steps(folder))
     assert signals.sent
     assert requeued.read_text() == "requeue 4217\n"
     assert [path.name for path in folder.glob("*.ckpt")] == ["hpc_ckpt_1.ckpt"]
     saved = torch.load(folder / "hpc_ckpt_1.ckpt", weights_only=True)
     assert 5 <= saved["global_step"] <= 10
 
-    resumed = train(folder, execution, accumulate, whole_steps(folder), seed=7)
+    resumed = train(folder, storage, accumulate, whole_steps(folder), seed=7)
     monkeypatch.delenv("SLURM_NTASKS")  # no job of SLURM any more, which would find the file
-    assert same(train(tmp_path / "whole", execution, accumulate), resumed)
+    assert same(train(tmp_path / "whole", storage, accumulate), resumed)
     assert resumed[-1] == 15
 
 

@@ -3,7 +3,6 @@
 import copy
 import os
 import pickle
-import subprocess
 import sys
 import time
 import warnings
@@ -15,15 +14,17 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_topkast import TopKast
+from lightning_topkast import Block, TopKast
 from lightning_topkast.engine.refresh import Refresher
 from lightning_topkast.weights import MaskedWeight, PackedWeight
+from tests import processes
+from tests.helpers import nouns
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+RELIABILITY = Path(__file__).parents[1] / "reliability"
 
 OPTIONS = {
     "forward_sparsity": 0.75, "backward_sparsity": 0.5, "keep_first_dense": False, "keep_last_dense": False,
-    "update_every": 50, "operators": "torch",
+    "update_every": 50, "kernels": "torch",
 }  # fmt: skip
 
 
@@ -37,11 +38,12 @@ def train(model, topkast, optimizer, steps, shape) -> None:
 # --- a slice of it ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_few_cases_of_every_kind_break_no_rule():
-    arguments = ["--seed", "80", "--cases", "14", "--minutes", "2"]
-    command = [sys.executable, BENCHMARKS / "soak.py", *arguments]
+    arguments = ["--seed", "80", "--cases", "14", "--minutes", "20"]
+    command = [sys.executable, RELIABILITY / "soak.py", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150)
+    done = processes.run(command, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "soak: 14 cases" in done.stdout
     assert " 0 failures" in done.stdout
@@ -61,11 +63,11 @@ def _quiet():
 @pytest.fixture
 def soak(monkeypatch):
     """Run so many cases in this process; what failed is counted and printed."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.syspath_prepend(str(RELIABILITY))
     from soak import soak
 
     def run(cases: int = 30, kind: str = "loop") -> Counter[str]:
-        return soak(range(cases), 3, time.monotonic() + 60, kind, failures=1)
+        return soak(range(cases), 3, time.monotonic() + 600, kind, failures=1)
 
     return run
 
@@ -75,19 +77,18 @@ def break_masking(monkeypatch):
 
 
 def break_ties(monkeypatch):
-    from lightning_topkast.weights import granularity
+    from lightning_topkast.method import structure
 
-    def to_the_highest_index(scores, counts, select=granularity.nested_top_k):
+    def to_the_highest_index(scores, counts, select=structure.nested_top_k):
         return select(scores.flatten().flip(0), counts).flip(0).view(scores.shape)
 
-    monkeypatch.setattr(granularity, "nested_top_k", to_the_highest_index)
+    monkeypatch.setattr(structure, "nested_top_k", to_the_highest_index)
 
 
 def break_norms(monkeypatch):
     """Blocks go by the sum of their magnitudes."""
-    from lightning_topkast.method.structure import Blocks
 
-    monkeypatch.setattr(Blocks, "scores", lambda self, values, sharding: self._sums(values.float(), sharding))
+    monkeypatch.setattr(Block, "scores", lambda self, values, sharding: self._sums(values.float(), sharding))
 
 
 def break_groups(monkeypatch):
@@ -102,10 +103,10 @@ def break_closing(monkeypatch):
     """θ on what is exploring is not stored back."""
     close = MaskedWeight.close
 
-    def forgetful(self, penalty, lr):
-        reserve = self._reserve.clone()
-        close(self, penalty, lr)
-        self._reserve.copy_(reserve)
+    def forgetful(self, lr):
+        latent = self._latent.clone()
+        close(self, lr)
+        self._latent.copy_(latent)
 
     monkeypatch.setattr(MaskedWeight, "close", forgetful)
 
@@ -139,7 +140,7 @@ def break_decay(monkeypatch):
 
     def drifting(self):
         opened(self)
-        self._reserve[~self._mask.bool()] *= 0.999
+        self._latent[~self._mask.bool()] *= 0.999
 
     monkeypatch.setattr(MaskedWeight, "open", drifting)
 
@@ -150,7 +151,7 @@ def break_saving(monkeypatch):
 
     def lossy(self, gathered=False):
         state = saved(self, gathered)
-        return state | {"reserve": state["reserve"].masked_fill(state["tiers"] == 0, 0)}
+        return state | {"latent": state["latent"].masked_fill(state["tiers"] == 0, 0)}
 
     monkeypatch.setattr(MaskedWeight, "state_dict", lossy)
 
@@ -163,6 +164,7 @@ def break_schedule(monkeypatch):
 BREAKS = [value for name, value in list(globals().items()) if name.startswith("break_")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("breaks", BREAKS, ids=lambda breaks: breaks.__name__)
 def test_the_oracle_sees_broken_code(soak, monkeypatch, capsys, breaks):
     with _quiet():
@@ -172,6 +174,7 @@ def test_the_oracle_sees_broken_code(soak, monkeypatch, capsys, breaks):
     assert "Violation" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_failure_can_be_seen_again_by_its_seed_and_number(soak, monkeypatch, capsys):
     break_masking(monkeypatch)
     with _quiet():
@@ -182,7 +185,7 @@ def test_a_failure_can_be_seen_again_by_its_seed_and_number(soak, monkeypatch, c
     with _quiet():
         assert main([*line.split()[1:], "--minutes", "1"]) == 1
         monkeypatch.undo()
-        monkeypatch.syspath_prepend(str(BENCHMARKS))
+        monkeypatch.syspath_prepend(str(RELIABILITY))
         assert main([*line.split()[1:], "--minutes", "1"]) == 0
 
 
@@ -202,7 +205,7 @@ def dense_momentum(topkast, optimizer):
 def test_momenta_of_a_packed_weight_follow_others_that_are_loaded_whatever_comes_next(way):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 16))
-    topkast = TopKast(model, **OPTIONS, execution="packed", penalty_strength=0.0)
+    topkast = TopKast(model, **nouns(storage="packed", strength=0.0, **OPTIONS))
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     topkast.attach(optimizer)
     train(model, topkast, optimizer, 3, (4, 6))
@@ -216,7 +219,7 @@ def test_momenta_of_a_packed_weight_follow_others_that_are_loaded_whatever_comes
     elif way == "save":
         states = copy.deepcopy([part.state_dict() for part in (model, topkast, optimizer)])
         model = nn.Sequential(nn.Linear(6, 16))
-        topkast = TopKast(model, **OPTIONS, execution="packed", penalty_strength=0.0)
+        topkast = TopKast(model, **nouns(storage="packed", strength=0.0, **OPTIONS))
         optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
         topkast.attach(optimizer)
         model.load_state_dict(states[0])
@@ -238,7 +241,7 @@ def test_momenta_of_a_packed_weight_follow_others_that_are_loaded_whatever_comes
 def test_state_that_was_lost_when_weights_were_loaded_does_not_come_back_with_a_refresh():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 16))
-    topkast = TopKast(model, **OPTIONS, execution="packed", penalty_strength=0.0, exploration="random")
+    topkast = TopKast(model, **nouns(storage="packed", strength=0.0, exploration="random", **OPTIONS))
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     topkast.attach(optimizer)
     train(model, topkast, optimizer, 3, (4, 6))
@@ -255,10 +258,10 @@ def test_state_that_was_lost_when_weights_were_loaded_does_not_come_back_with_a_
 def test_state_spread_out_for_masked_mode_has_the_weights_memory_format():
     """A fused optimizer walks through memory, and would give entries each other's momenta."""
 
-    def parts(execution):
+    def parts(storage):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Conv2d(3, 8, 3)).to(memory_format=torch.channels_last)
-        topkast = TopKast(model, **OPTIONS, execution=execution)
+        topkast = TopKast(model, **nouns(storage=storage, **OPTIONS))
         optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, fused=True)
         topkast.attach(optimizer)
         return model, topkast, optimizer
@@ -278,15 +281,15 @@ def test_state_spread_out_for_masked_mode_has_the_weights_memory_format():
 def test_sets_to_come_that_other_weights_have_outdated_are_outdated_after_a_save_too():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 16))
-    options = OPTIONS | {"execution": "packed", "update_every": 4, "refresh_delay": 2}
-    topkast = TopKast(model, **options)
+    options = OPTIONS | {"storage": "packed", "update_every": 4, "delay": 2}
+    topkast = TopKast(model, **nouns(**options))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     topkast.attach(optimizer)
     train(model, topkast, optimizer, 5, (4, 6))  # chosen after 4, for after 6
     model.load_state_dict({"0.weight": torch.randn(16, 6), "0.bias": torch.zeros(16)})
     states = copy.deepcopy([part.state_dict() for part in (model, optimizer, topkast)])
     other = nn.Sequential(nn.Linear(6, 16))
-    resumed = TopKast(other, **options)
+    resumed = TopKast(other, **nouns(**options))
     second = torch.optim.SGD(other.parameters(), 0.1)
     resumed.attach(second)
     for part, state in zip((other, second, resumed), states, strict=True):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_topkast import TopKast, TopKastError
-from lightning_topkast.method.targets import find_targets
+from lightning_topkast.method.targets import Targets, find_targets
 
 
 class Net(nn.Module):
@@ -23,7 +23,7 @@ class Net(nn.Module):
 
 
 def reasons(model, **options):
-    return {target.name: target.reason for target in find_targets(model, **options)}
+    return {target.name: target.reason for target in find_targets(model, Targets(**options))}
 
 
 def sparse(model, **options):
@@ -140,17 +140,17 @@ def test_names_are_those_of_the_plain_model_after_compilation():
 )
 def test_what_matches_nothing_is_refused_with_names_near_it(options, message):
     with pytest.raises(TopKastError, match=message):
-        find_targets(Net(), **options)
+        find_targets(Net(), Targets(**options))
 
 
 def test_a_model_with_nothing_to_sparsify_is_refused_with_the_reasons():
     with pytest.raises(TopKastError, match=r"0\.weight \(first candidate\).*keep_first_dense=False"):
-        find_targets(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)))
+        find_targets(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), Targets())
 
 
 def test_a_lazy_module_is_refused_until_it_has_a_shape():
     with pytest.raises(TopKastError, match="has no shape yet"):
-        find_targets(nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 4)))
+        find_targets(nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 4)), Targets())
 
 
 def test_the_summary_counts_every_parameter():
@@ -168,7 +168,9 @@ def test_the_two_parameters_of_weight_norm_stay_dense():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch prefers its parametrization by now
         normed = nn.utils.weight_norm(nn.Linear(8, 8))
-    targets = find_targets(nn.Sequential(nn.Linear(8, 8), normed), keep_first_dense=False, keep_last_dense=False)
+    targets = find_targets(
+        nn.Sequential(nn.Linear(8, 8), normed), Targets(keep_first_dense=False, keep_last_dense=False)
+    )
     reasons = {target.name: target.reason for target in targets}
     assert (reasons["1.weight_g"], reasons["1.weight_v"]) == ("weight norm", "weight norm")
     assert reasons["0.weight"] == ""

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_topkast.telemetry.log import Telemetry
 from tests.helpers import MIDDLE, Net, SaveAfter, fit, make_callback, make_net, make_trainer, parameters_of
 
-pytestmark = pytest.mark.usefixtures("execution")
+pytestmark = pytest.mark.usefixtures("storage")
 
 
 LAST = "layers.4.weight"
@@ -72,7 +72,7 @@ class ByHand(Callback):
 
 
 def make_measured(**changes):
-    options = {"keep_last_dense": False, "overrides": {LAST: {"forward_sparsity": 0.5}}, "penalty_strength": STRENGTH}
+    options = {"keep_last_dense": False, "overrides": {LAST: {"forward_sparsity": 0.5}}, "strength": STRENGTH}
     callback = make_callback(**(options | changes))
     return callback, ByHand(callback), make_net(optimizer="adamw", lr=0.05)
 
@@ -224,7 +224,7 @@ def test_a_step_that_logs_nothing_computes_nothing_for_the_log(tmp_path, monkeyp
 
 
 # told by the operations that the masked mode uses
-@pytest.mark.parametrize("execution", ["masked"], indirect=True)
+@pytest.mark.parametrize("storage", ["masked"], indirect=True)
 @pytest.mark.usefixtures("host_reads_recorded")
 def test_a_step_between_refreshes_never_waits_for_the_device(tmp_path):
     """No operation of a whole training step brings a value or a size to the host."""
@@ -239,7 +239,7 @@ def test_a_step_between_refreshes_never_waits_for_the_device(tmp_path):
             self.mode.__exit__(None, None, None)
             steps.append(self.mode.names)
 
-    callback = make_callback(update_every=4, penalty_strength=1e-2)
+    callback = make_callback(update_every=4, strength=1e-2)
     trainer = make_trainer(
         tmp_path, callback, Record(), logger=CSVLogger(tmp_path), log_every_n_steps=1000, max_epochs=2
     )
@@ -266,7 +266,7 @@ def test_logging_changes_no_weight(tmp_path):
 
 
 def test_stopped_exploration_shows_in_the_backward_sparsity(tmp_path):
-    callback, _, model = make_measured(stop_exploration_at=6, overrides=None, keep_last_dense=True)
+    callback, _, model = make_measured(stop_exploring_at=6, overrides=None, keep_last_dense=True)
     logger = CSVLogger(tmp_path)
     fit(make_trainer(tmp_path, callback, logger=logger), model)
     _, logged = read_csv(logger)

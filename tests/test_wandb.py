@@ -28,7 +28,7 @@ def offline_run(tmp_path_factory):
         for name in ("CACHE", "CONFIG", "DATA"):
             patch.setenv(f"WANDB_{name}_DIR", str(folder))
         # mode, not offline=True, which sets WANDB_MODE: that is read once in a process, and stays set
-        callback = make_callback(penalty_strength=STRENGTH)
+        callback = make_callback(strength=STRENGTH)
         by_hand = ByHand(callback)
         logger = WandbLogger(mode="offline", save_dir=folder, project="test", log_model=True)
         try:

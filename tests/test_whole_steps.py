@@ -1,4 +1,4 @@
-"""`WholeStepCheckpoint`: whatever it saves, a run goes on from it as if it had never stopped."""
+"""`StepBoundaryCheckpoint`: whatever it saves, a run goes on from it as if it had never stopped."""
 
 import os
 import signal
@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from lightning_topkast import TopKastError, WholeStepCheckpoint
+from lightning_topkast import StepBoundaryCheckpoint, TopKastError
 from tests.helpers import Resumable, batches, make_callback, make_net, make_trainer, same
 
 pytestmark = [
@@ -18,11 +18,11 @@ pytestmark = [
 
 def run(folder, ckpt_path=None, monitor=None, every_n_train_steps=None, **changes):
     """Train, keeping every checkpoint; return the end, and the checkpoints by their step."""
-    checkpoint = WholeStepCheckpoint(
+    checkpoint = StepBoundaryCheckpoint(
         folder, "{step}", monitor=monitor, save_top_k=-1, every_n_train_steps=every_n_train_steps,
         enable_version_counter=False,
     )  # fmt: skip
-    callback, model = make_callback(update_every=2, penalty_strength=1e-2), make_net(optimizer="adamw", lr=0.02)
+    callback, model = make_callback(update_every=2, strength=1e-2), make_net(optimizer="adamw", lr=0.02)
     trainer = make_trainer(folder, callback, checkpoint, **({"enable_checkpointing": True} | changes))
     trainer.fit(model, Resumable(batches(7)), batches(2, seed=2), ckpt_path=ckpt_path)
     end = model.state_dict(), callback.topkast.state_dict(), trainer.optimizers[0].state_dict()
@@ -49,7 +49,7 @@ def test_run_that_max_steps_cut_short_goes_on_in_the_middle_of_its_epoch(tmp_pat
 
 
 def test_two_that_differ_in_their_files_only_keep_a_state_each(tmp_path):
-    first, second = (WholeStepCheckpoint(tmp_path, name) for name in ("first", "second"))
+    first, second = (StepBoundaryCheckpoint(tmp_path, name) for name in ("first", "second"))
     run_trainer = make_trainer(tmp_path, first, second, enable_checkpointing=True, max_epochs=1)
     run_trainer.fit(make_net(), batches(2), batches(2, seed=2))
     states = torch.load(tmp_path / "first.ckpt", weights_only=True)["callbacks"]
@@ -94,8 +94,8 @@ class CtrlC(Callback):
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_run_that_ctrl_c_ended_goes_on_bit_for_bit(tmp_path, accumulate):
     def train(folder, *callbacks, ckpt_path=None):
-        callback, model = make_callback(update_every=2, penalty_strength=1e-2), make_net(optimizer="adamw", lr=0.02)
-        last = WholeStepCheckpoint(folder, "last", enable_version_counter=False, save_on_interrupt=True)
+        callback, model = make_callback(update_every=2, strength=1e-2), make_net(optimizer="adamw", lr=0.02)
+        last = StepBoundaryCheckpoint(folder, "last", enable_version_counter=False, save_on_interrupt=True)
         trainer = make_trainer(
             folder, callback, *callbacks, last, enable_checkpointing=True, accumulate_grad_batches=accumulate,
         )  # fmt: skip
@@ -111,7 +111,7 @@ def test_run_that_ctrl_c_ended_goes_on_bit_for_bit(tmp_path, accumulate):
 
 def test_interrupt_is_saved_by_no_checkpoint_that_follows_a_metric(tmp_path):
     with pytest.raises(TopKastError, match="without monitor"):
-        WholeStepCheckpoint(tmp_path, monitor="val_loss", save_on_interrupt=True)
+        StepBoundaryCheckpoint(tmp_path, monitor="val_loss", save_on_interrupt=True)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
@@ -125,8 +125,8 @@ def test_interrupt_is_saved_by_no_checkpoint_that_follows_a_metric(tmp_path):
     ],
 )
 def test_ctrl_c_waits_for_the_end_of_the_step(tmp_path, pressed, seen):
-    # WholeStepCheckpoint comes last: callbacks that make checkpoints do
-    trainer = make_trainer(tmp_path, pressed, WholeStepCheckpoint(tmp_path), enable_checkpointing=True)
+    # StepBoundaryCheckpoint comes last: callbacks that make checkpoints do
+    trainer = make_trainer(tmp_path, pressed, StepBoundaryCheckpoint(tmp_path), enable_checkpointing=True)
     with pytest.raises(SystemExit):
         trainer.fit(make_net(), batches(7), batches(2, seed=2))
     assert pressed.seen == seen
@@ -145,7 +145,9 @@ def test_ctrl_c_is_given_back_after_the_run(tmp_path):
             raise ValueError("no")
 
     for other in (Look(), Fails()):
-        trainer = make_trainer(tmp_path, other, WholeStepCheckpoint(tmp_path), enable_checkpointing=True, max_epochs=1)
+        trainer = make_trainer(
+            tmp_path, other, StepBoundaryCheckpoint(tmp_path), enable_checkpointing=True, max_epochs=1
+        )
         try:
             trainer.fit(make_net(), batches(2), batches(2, seed=2))
         except ValueError:

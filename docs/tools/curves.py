@@ -18,8 +18,8 @@ PICTURE = Path(__file__).parents[1] / "curves_wrong.png"
 RUNS = {
     "as it should be": [],
     "learning rate too high": ["optimizer.lr=0.1"],
-    "penalty too strong": ["sparsity.penalty_shrinkage=0.1"],
-    "sets chosen too rarely": ["sparsity.update_every=120"],
+    "penalty too strong": ["sparsity.penalty.shrinkage=0.1"],
+    "sets chosen too rarely": ["sparsity.schedule.update_every=120"],
     "no exploring entries": ["sparsity.backward_sparsity=0.9"],
 }
 PANELS = ("topkast/mask_change", "topkast/reservoir_activated", "val/acc")
@@ -27,8 +27,15 @@ PANELS = ("topkast/mask_change", "topkast/reservoir_activated", "val/acc")
 
 def curves(overrides: list[str], folder: Path) -> dict[str, tuple[list[int], list[float]]]:
     """Panel → steps and values of a run."""
-    command = [sys.executable, "-m", "lightning_topkast.app.train", "logger=csv", f"hydra.run.dir={folder}", *overrides]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    command = [
+        sys.executable,
+        "-m",
+        "lightning_topkast.app.commands.train",
+        "logger=csv",
+        f"hydra.run.dir={folder}",
+        *overrides,
+    ]
+    subprocess.run(command, check=True, capture_output=True, timeout=1200)
     found: dict[str, tuple[list[int], list[float]]] = {name: ([], []) for name in PANELS}
     with (folder / "csv" / "metrics.csv").open() as file:
         for row in csv.DictReader(file):

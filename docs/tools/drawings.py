@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lightning_topkast import TopKast
+from lightning_topkast import L2, Targets, TopKast
 
 ASSETS = Path(__file__).parents[1] / "assets"
 RESERVOIR, EXPLORING, ACTIVE = 0, 1, 2
@@ -151,7 +151,12 @@ def run(every: int, steps: int) -> list[tuple[list[float], list[int]]]:
     y = x @ truth[:, None]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
     topkast = TopKast(
-        model, 0.7, 0.4, update_every=every, penalty_shrinkage=5e-3, keep_first_dense=False, keep_last_dense=False
+        model,
+        0.7,
+        0.4,
+        update_every=every,
+        penalty=L2(shrinkage=5e-3),
+        targets=Targets(keep_first_dense=False, keep_last_dense=False),
     ).attach(optimizer)
     (weight,) = topkast.weights.values()
     course = [(weight.theta().abs().flatten().tolist(), weight.tiers.flatten().tolist())]

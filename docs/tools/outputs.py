@@ -97,7 +97,7 @@ def main() -> None:
             def run(words: list[str], folder: str = folder) -> str:
                 program = [str(Path(sys.executable).parent / words[0]), *words[1:]]
                 done = subprocess.run(
-                    program, cwd=folder, capture_output=True, text=True, timeout=300, check=True, encoding="utf-8"
+                    program, cwd=folder, capture_output=True, text=True, timeout=1800, check=True, encoding="utf-8"
                 )
                 # Tables first where a program writes its progress beside them.
                 return (done.stderr + done.stdout).replace(f"{Path(folder).resolve()}/", "")

@@ -4,49 +4,88 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_topkast.baselines import SET, RigL, Static
     from lightning_topkast.callback import TopKastCallback
     from lightning_topkast.errors import NonFiniteWeightError, TopKastError
     from lightning_topkast.layers import to_csr, to_dense
-    from lightning_topkast.method.rule import Rule
-    from lightning_topkast.method.schedule import SparsityRamp
+    from lightning_topkast.method.penalty import L1, L2, Norm, Penalty
+    from lightning_topkast.method.rule import Magnitude, Rule
+    from lightning_topkast.method.schedule import Ramp, Schedule
+    from lightning_topkast.method.structure import Block, NOfM, Structure
+    from lightning_topkast.method.targets import Targets
+    from lightning_topkast.settings import Settings
+    from lightning_topkast.storage import Masked, Packed
     from lightning_topkast.telemetry.metrics import MaskChange, ReservoirActivation, Sparsity
     from lightning_topkast.topkast import TopKast
     from lightning_topkast.training.all_reduce import sparse_all_reduce
     from lightning_topkast.training.atomic_checkpoint import AtomicCheckpointIO
-    from lightning_topkast.training.step_boundary import WholeStepCheckpoint
+    from lightning_topkast.training.step_boundary import StepBoundaryCheckpoint
     from lightning_topkast.weights import SparseWeight
 
 __all__ = [
+    "L1",
+    "L2",
+    "SET",
     "AtomicCheckpointIO",
+    "Block",
+    "Magnitude",
     "MaskChange",
+    "Masked",
+    "NOfM",
     "NonFiniteWeightError",
+    "Norm",
+    "Packed",
+    "Penalty",
+    "Ramp",
     "ReservoirActivation",
+    "RigL",
     "Rule",
+    "Schedule",
+    "Settings",
     "SparseWeight",
     "Sparsity",
-    "SparsityRamp",
+    "Static",
+    "StepBoundaryCheckpoint",
+    "Structure",
+    "Targets",
     "TopKast",
     "TopKastCallback",
     "TopKastError",
-    "WholeStepCheckpoint",
     "sparse_all_reduce",
     "to_csr",
     "to_dense",
 ]
 
+# name → module
 _HOMES = {
     "AtomicCheckpointIO": "training.atomic_checkpoint",
+    "Block": "method.structure",
+    "L1": "method.penalty",
+    "L2": "method.penalty",
+    "Magnitude": "method.rule",
     "MaskChange": "telemetry.metrics",
+    "Masked": "storage",
+    "NOfM": "method.structure",
     "NonFiniteWeightError": "errors",
+    "Norm": "method.penalty",
+    "Packed": "storage",
+    "Penalty": "method.penalty",
+    "Ramp": "method.schedule",
     "ReservoirActivation": "telemetry.metrics",
+    "RigL": "baselines",
     "Rule": "method.rule",
+    "SET": "baselines",
+    "Schedule": "method.schedule",
+    "Settings": "settings",
     "SparseWeight": "weights",
     "Sparsity": "telemetry.metrics",
-    "SparsityRamp": "method.schedule",
+    "Static": "baselines",
+    "StepBoundaryCheckpoint": "training.step_boundary",
+    "Structure": "method.structure",
+    "Targets": "method.targets",
     "TopKast": "topkast",
     "TopKastCallback": "callback",
     "TopKastError": "errors",
-    "WholeStepCheckpoint": "training.step_boundary",
     "sparse_all_reduce": "training.all_reduce",
     "to_csr": "layers",
     "to_dense": "layers",

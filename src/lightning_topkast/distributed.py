@@ -1,4 +1,4 @@
-"""Weights that are sharded over devices: this process' part, sums over all parts, and what ranks must agree on."""
+"""Weights that are sharded over devices: the part of this process, sums over all parts, and checks that ranks agree."""
 
 import math
 from collections.abc import Sequence
@@ -15,33 +15,33 @@ _CHUNK = 1 << 22  # entries whose 64-bit places are in memory at a time
 
 
 class Sharding:
-    """The part of a weight that this process holds; a weight that is no DTensor is a single part.
+    """The part of a weight that this process holds; a weight that is not a DTensor is a single part.
 
-    Sums are collectives: every process that holds a part must ask for them, in the same order.
+    Sums are collectives: every process that holds a part must call them, in the same order.
 
     Args:
         name: the weight's name, for errors.
         weight: the weight, whole or a DTensor.
 
     Raises:
-        TopKastError: a placement whose entries are sums yet to be made, or not contiguous in memory.
+        TopKastError: a placement is partial (a pending sum), or the part is not contiguous in memory.
     """
 
     def __init__(self, name: str, weight: Tensor) -> None:
         self.shape = weight.shape
         self._mesh: Any = None
         self._placements: Sequence[Any] = ()
-        # for every sharded dimension, the global coordinates of this process' slices
+        # for each sharded dimension, the global coordinates of this process' slices
         self._coordinates: dict[int, Tensor] = {}
-        self.part_shape = own_part(weight.detach()).shape
+        self.local_shape = to_local(weight.detach()).shape
         if not isinstance(weight, DTensor):
             return
         self._mesh = weight.device_mesh
         self._placements = placements = list[Any](weight.placements)
         if any(placement.is_partial() for placement in placements):
             raise TopKastError(
-                f"'{name}' is a DTensor of partial sums ({self._placements}), whose entries no process knows; "
-                "redistribute it to Shard or Replicate"
+                f"expected '{name}' to be a DTensor with Shard or Replicate placements, got partial sums "
+                f"({self._placements}); redistribute it"
             )
         for dim in sorted({placement.dim for placement in placements if not placement.is_replicate()}):
             along = [
@@ -49,53 +49,53 @@ class Sharding:
                 for placement in placements
             ]
             whole = torch.arange(self.shape[dim], device=weight.device)
-            self._coordinates[dim] = own_part(distribute_tensor(whole, self._mesh, along, src_data_rank=None))
-        part = own_part(weight.detach())
-        expected = self.sizes
-        # FSDP2 gives processes for which nothing is left a part without size in any dimension
+            self._coordinates[dim] = to_local(distribute_tensor(whole, self._mesh, along, src_data_rank=None))
+        part = to_local(weight.detach())
+        expected = self.local_sizes
+        # FSDP2 gives processes without entries a part that has size 0 in every dimension
         if (
             part.numel() != math.prod(expected)
             or (part.numel() and list(part.shape) != expected)
             or (not part.is_contiguous())
         ):
             raise TopKastError(
-                f"'{name}' is sharded as {self._placements} with a part of shape {tuple(part.shape)} and strides "
-                f"{part.stride()}, expected a contiguous one of {tuple(expected)}; exclude it"
+                f"expected '{name}', sharded as {self._placements}, to have a contiguous part of shape "
+                f"{tuple(expected)}, got shape {tuple(part.shape)} and strides {part.stride()}; exclude it"
             )
 
     def __deepcopy__(self, memo: Any) -> "Sharding":
-        """Itself: it never changes, and the groups of processes that it names can't be copied."""
+        """Return the object itself, since it never changes and process groups cannot be copied."""
         return self
 
     @property
-    def is_cut(self) -> bool:
-        """Whether other processes hold other parts."""
+    def is_sharded(self) -> bool:
+        """Whether other processes hold other parts of the weight."""
         return bool(self._coordinates)
 
     @property
-    def sizes(self) -> list[int]:
-        """Of this process' part, in every dimension; FSDP2 gives it another shape where nothing is left."""
+    def local_sizes(self) -> list[int]:
+        """Sizes of this process' part in each dimension; FSDP2 gives an empty part another shape."""
         return [len(self._coordinates.get(dim, range(size))) for dim, size in enumerate(self.shape)]
 
     @property
-    def cuts(self) -> set[int]:
-        """The dimensions that are cut."""
+    def sharded_dims(self) -> set[int]:
+        """The dimensions along which the weight is sharded."""
         return set(self._coordinates)
 
-    def coordinates(self, dim: int) -> Tensor:
-        """Where along `dim` of the whole weight this process' part lies: int64, ascending."""
+    def local_coordinates(self, dim: int) -> Tensor:
+        """Return the coordinates of this process' part along `dim` of the whole weight: int64, ascending."""
         return self._coordinates[dim] if dim in self._coordinates else torch.arange(self.shape[dim])
 
     @property
-    def is_distributed(self) -> bool:
-        """Whether the weight is a DTensor, be it a replicated one."""
+    def is_dtensor(self) -> bool:
+        """Whether the weight is a DTensor, sharded or replicated."""
         return self._mesh is not None
 
     def sum(self, value: Tensor) -> Tensor:
-        """`value` summed over all parts; a collective if there are others.
+        """Return `value` summed over all parts; a collective if the weight is sharded.
 
         Args:
-            value: any tensor of one shape on every process, on the weight's device; it may be overwritten.
+            value: a tensor of the same shape on every process, on the weight's device; it may be overwritten.
         """
         for dim, placement in enumerate(self._placements):
             if not placement.is_replicate():
@@ -103,11 +103,11 @@ class Sharding:
         return value
 
     def flat_indices(self, positions: Tensor) -> Tensor:
-        """Flat indices, in the whole weight, of flat positions in this part; int64, ascending if those are."""
-        if not self.is_cut:
+        """Return flat indices in the whole weight for flat positions in this part: int64, ascending if those are."""
+        if not self.is_sharded:
             return positions
         indices = torch.zeros_like(positions)
-        for dim, size in reversed(list(enumerate(self.sizes))):
+        for dim, size in reversed(list(enumerate(self.local_sizes))):
             coordinate = positions % max(size, 1)
             positions = positions // max(size, 1)
             if dim in self._coordinates:
@@ -115,62 +115,67 @@ class Sharding:
             indices += coordinate * math.prod(self.shape[dim + 1 :])
         return indices
 
-    def part_of(self, whole: Tensor) -> Tensor:
-        """This process' part of a tensor in the weight's shape, whole or a DTensor; no collective."""
+    def to_local(self, whole: Tensor) -> Tensor:
+        """Return this process' part of a tensor in the weight's shape, whole or a DTensor; no collective."""
         if isinstance(whole, DTensor):
-            return own_part(whole)
+            return to_local(whole)
         for dim, coordinates in self._coordinates.items():
             whole = whole.index_select(dim, coordinates.to(whole.device))
-        return whole.reshape(self.part_shape) if self._coordinates else whole
+        return whole.reshape(self.local_shape) if self._coordinates else whole
 
-    def join(self, part: Tensor) -> Tensor:
-        """A tensor in the weight's shape of which `part` is this process' part; no collective."""
+    def to_dtensor(self, part: Tensor) -> Tensor:
+        """Return a tensor in the weight's shape of which `part` is this process' part; no collective."""
         if self._mesh is None:
             return part
         strides = torch.empty(self.shape, device="meta").stride()
         return DTensor.from_local(
-            part.reshape(self.sizes), self._mesh, self._placements, run_check=False, shape=self.shape, stride=strides
+            part.reshape(self.local_sizes),
+            self._mesh,
+            self._placements,
+            run_check=False,
+            shape=self.shape,
+            stride=strides,
         )
 
-    def gather(self, part: Tensor) -> Tensor:
-        """The tensor in the weight's shape of which `part` is this process' part, on the host; a collective.
+    def full_tensor(self, part: Tensor) -> Tensor:
+        """Return the whole tensor of which `part` is this process' part, on the host; a collective.
 
         Returns:
-            the whole on rank 0, an empty tensor on the others, which need not find room for it.
+            the tensor in the weight's shape on rank 0, an empty tensor on the other ranks to save memory.
         """
-        whole = self.join(part).full_tensor()  # type: ignore[attr-defined]
+        whole = self.to_dtensor(part).full_tensor()  # type: ignore[attr-defined]
         return whole.cpu() if dist.get_rank() == 0 else whole.new_empty(0, device="cpu")
 
 
-def own_part(tensor: Tensor) -> Tensor:
-    """This process' part of a DTensor, sharing its memory; any other tensor itself."""
+def to_local(tensor: Tensor) -> Tensor:
+    """Return this process' part of a DTensor, sharing its memory; return any other tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _along_first(placement: Any) -> Any:
-    """The same cut for a 1-D tensor."""
+    """Return the same placement for a 1-D tensor."""
     if type(placement) is Shard:
         return Shard(0)
     return type(placement)(0, split_factor=placement.split_factor)  # FSDP2 over tensor parallelism
 
 
 def check_ranks_agree(names: Sequence[str], tiers: Sequence[Tensor], shardings: Sequence[Sharding] = ()) -> None:
-    """Compare every weight's sets over all ranks by a digest: a small collective or two, none on a single process.
+    """Compare the sets of all weights over all ranks by digests, with a few small collectives; none on one process.
 
     Args:
         names: of the weights.
-        tiers: each weight's tiers, of a sharded one this rank's part.
-        shardings: how each weight is sharded, if any is. The digest is of the whole weight, so that copies must agree
-            however they are cut, also where the ranks of one know nothing of those of the other.
+        tiers: tiers of each weight; for a sharded weight this rank's part.
+        shardings: the sharding of each weight, if any is sharded. The digest covers the whole weight, so replicas must
+            agree however they are sharded, even if their ranks share no process group.
 
     Raises:
-        TopKastError: on every rank, with the first weight whose sets differ.
+        TopKastError: sets differ; raised on every rank, with the name of the first such weight.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1 or not tiers:
         return
     digests = [_digest(tensor) for tensor in tiers]
     for i, sharding in enumerate(shardings):
-        if sharding.is_cut:
+        if sharding.is_sharded:
             digests[i] = sharding.sum(_digest_of_part(tiers[i], sharding))
     own = torch.stack(digests)
     lowest, highest = own.clone(), own.clone()
@@ -180,20 +185,20 @@ def check_ranks_agree(names: Sequence[str], tiers: Sequence[Tensor], shardings: 
     if differing:
         raise TopKastError(
             f"the ranks chose different active sets for '{differing[0]}' ({len(differing)} weights differ): their "
-            "weights have drifted apart. Every rank must start from the same weights and see the same gradients "
-            "(DDP and FSDP2 see to both, over the ranks of their mesh; do not change parameters on one rank only)"
+            "weights differ. Every rank must start from the same weights and get the same gradients (DDP and FSDP2 "
+            "ensure both over the ranks of their mesh; do not change parameters on one rank only)"
         )
 
 
 def _digest(tiers: Tensor) -> Tensor:
-    """64 bits of `tiers` as an int64 scalar on its device: a weighted sum that wraps around."""
+    """Return a 64-bit digest of `tiers` as an int64 scalar on its device: a weighted sum that wraps around."""
     flat = tiers.contiguous().view(-1)
     words = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(torch.int64)
     return (words * _multipliers(torch.arange(words.numel(), device=words.device))).sum()
 
 
 def _digest_of_part(tiers: Tensor, sharding: Sharding) -> Tensor:
-    """The same over a part, entry by entry, so that the digests of all parts add up to one of the whole."""
+    """Return the digest of a part, entry by entry; the digests of all parts add up to that of the whole weight."""
     flat = tiers.contiguous().view(-1)
     digest = torch.zeros((), dtype=torch.int64, device=flat.device)
     for start in range(0, flat.numel(), _CHUNK):
@@ -204,13 +209,13 @@ def _digest_of_part(tiers: Tensor, sharding: Sharding) -> Tensor:
 
 
 def _multipliers(places: Tensor) -> Tensor:
-    # odd, from a linear congruence, so that swapped or shifted entries change the sum
+    # odd numbers from a linear congruence, so that swapped or shifted entries change the sum
     return (places * 6364136223846793005 + 1442695040888963407) | 1
 
 
 @torch.no_grad()
 def from_rank_0_(tensor: Tensor) -> None:
-    """Give every rank the tensor of rank 0, as DDP does later for parameters, of which packed weights are no more."""
+    """Copy the tensor of rank 0 to every rank, as DDP does for parameters, which dense θ of packed weights is not."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return
     on_gpu = dist.get_backend() == "nccl" and tensor.device.type == "cpu"

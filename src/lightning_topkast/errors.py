@@ -1,9 +1,9 @@
-"""The errors a user can act on: each names the value, what was expected and the way out."""
+"""Errors that a user can act on; each names the value, what was expected and the way out."""
 
 
 class TopKastError(ValueError):
-    """A setting, model or checkpoint that Top-KAST cannot honour."""
+    """Raised for a setting, model or checkpoint that Top-KAST does not support."""
 
 
 class NonFiniteWeightError(TopKastError):
-    """A weight holds NaN or infinity when its sets are to be chosen; nothing was overwritten."""
+    """Raised if a weight holds NaN or infinity when its sets are chosen; nothing was overwritten."""

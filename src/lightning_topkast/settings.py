@@ -1,313 +1,245 @@
-"""The settings of one Top-KAST run, checked when they are given."""
+"""The settings of a run: the method's nouns together, and what cannot be combined."""
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from numbers import Real
-from typing import Any, Literal, get_args
+from collections.abc import Callable
+from functools import wraps
+from inspect import Signature, signature
+from typing import Any, Concatenate, Generic, Literal, ParamSpec, TypeVar, overload
 
+from torch import nn
+
+from lightning_topkast.baselines import SET, RigL, Static
+from lightning_topkast.checks import check, is_number, plain
 from lightning_topkast.errors import TopKastError
-from lightning_topkast.method.distribution import DISTRIBUTIONS
-from lightning_topkast.method.penalty import Penalty
-from lightning_topkast.method.rule import Exploration, Rule
-from lightning_topkast.method.schedule import Moment, SparsityRamp
-from lightning_topkast.method.structure import Blocks, Entries, NOfM, granularity_of
-from lightning_topkast.ops import BlockOperators, Operators
+from lightning_topkast.method.density import Allocation, Distribution
+from lightning_topkast.method.penalty import L2, Penalty
+from lightning_topkast.method.rule import Magnitude, Rule
+from lightning_topkast.method.schedule import Ramp, Schedule, needs_length
+from lightning_topkast.method.structure import Block, NOfM, Structure, structure_of
+from lightning_topkast.method.targets import Targets
+from lightning_topkast.storage import STORAGES, Masked, Packed
 
-Distribution = Literal["uniform", "erk", "global"]
-Execution = Literal["masked", "packed", "compact", "auto"]
-AllReduce = Literal["dense", "sparse", "sparse_bf16", "sparse_fp16"]
+RULES: dict[str, Rule] = {"magnitude": Magnitude(), "set": SET(), "rigl": RigL(), "static": Static()}
 
 
-@dataclass(frozen=True)
 class Settings:
-    """Arguments shared by `TopKast` and `TopKastCallback`; see the latter for their meaning.
+    """What `TopKastCallback` and `TopKast` take, checked; a string is short for an object, `schedule` for its defaults.
+
+    Args:
+        forward_sparsity: share of each weight's entries that are zero in the forward pass, in [0, 1).
+        backward_sparsity: share of entries without a gradient, in [0, forward_sparsity]; 0 with penalty=None is the
+            straight-through baseline.
+        update_every: short for `Schedule(update_every=...)`.
+        include: short for `Targets(include=...)`.
+        exclude: short for `Targets(exclude=...)`; both can be given.
+        distribution: "uniform" gives every weight the same density, "erk" one in proportion to the sum over the product
+            of its sizes (Erdős-Rényi-Kernel). With "global" the weights compete for as many places as "uniform" has.
+        overrides: glob pattern of parameter names → {"forward_sparsity": ..., "backward_sparsity": ...}; later patterns
+            win.
+        targets: which weights are sparse.
+        schedule: when the sets are chosen again.
+        ramp: along which the sparsities rise to those of the run, as in gradual pruning (see `Ramp`).
+        rule: which entries are chosen: "magnitude" (Top-KAST's own, `Magnitude(exploration=...)`), a baseline
+            ("static", "set", "rigl", or `Static()`, `SET()`, `RigL()`), or a `Rule` of your own.
+        structure: what the sets consist of: single entries ("unstructured"); blocks of outputs × inputs, chosen by
+            their norm ("block", or `Block(outputs, inputs)`); or N of every M consecutive entries for A, with an
+            unstructured B ("2:4").
+        penalty: the exploration penalty: "l2" (`L2(shrinkage=1e-3)`), `L2(strength=...)`, `L1(...)`, `Norm(...)`, or
+            None. "auto" is "l2" with a rule that explores, and None with one that does not.
+        powerpropagation: exponent a of θ = φ|φ|^(a-1), with which the optimizer updates φ (Schwarz et al. 2021); 1 is
+            off. Gradients are clipped as those of θ, the penalty shrinks θ, weight decay acts on φ.
+        storage: how sparse weights are stored. "masked" (`Masked(...)`) simulates sparsity with dense tensors that hold
+            zeros: it saves no time and no memory. "packed" (`Packed(...)`) keeps the values of the updated set only and
+            multiplies by them. "compact" keeps them too, but multiplies by a dense weight that is made for every pass.
+            "auto" packs where that is expected to be faster than dense, and is compact elsewhere.
+        seed: seed of everything that is drawn at random.
 
     Raises:
-        TopKastError: a value out of range, with the range.
+        TopKastError: a value out of range, or settings that cannot be combined.
     """
 
-    forward_sparsity: float
-    backward_sparsity: float
-    update_every: int = 100
-    refresh_delay: int = 0
-    distribution: Distribution = "uniform"
-    overrides: Mapping[str, Mapping[str, float]] | None = None
-    exploration: Exploration = "magnitude"
-    stop_exploration_at: Moment | None = None
-    stop_refreshing_at: Moment | None = None
-    rule: Rule | None = None
-    granularity: str = "entry"
-    block_shape: Sequence[int] = (32, 32)
-    ramp: SparsityRamp | None = None
-    powerpropagation: float = 1.0
-    penalty: Penalty = "l2"
-    penalty_strength: float = 1e-4
-    penalty_shrinkage: float | None = None
-    include: list[str] | None = None
-    exclude: list[str] | None = None
-    include_types: list[str] | None = None
-    exclude_types: list[str] | None = None
-    keep_first_dense: bool = True
-    keep_last_dense: bool = True
-    reset_optimizer_state: bool = True
-    execution: Execution = "masked"
-    operators: Operators | BlockOperators = "auto"
-    strict: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_sparsities(self.forward_sparsity, self.backward_sparsity)
-        for name in ("include", "exclude", "include_types", "exclude_types"):
-            patterns = getattr(self, name)
-            listed = isinstance(patterns, list | tuple) and all(isinstance(pattern, str) for pattern in patterns)
-            _check(patterns is None or listed, name, patterns, "a list of strings or None")
-        for name in ("keep_first_dense", "keep_last_dense", "reset_optimizer_state", "strict"):
-            _check(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
-        _check(_is_number(self.seed) and isinstance(self.seed, int), "seed", self.seed, "an int")
-        _check(
-            self.overrides is None or isinstance(self.overrides, Mapping),
-            "overrides", self.overrides, "a mapping of glob patterns to sparsities, or None",
+    def __init__(
+        self,
+        forward_sparsity: float,
+        backward_sparsity: float,
+        *,
+        update_every: int | None = None,
+        include: list[str] | None = None,
+        exclude: list[str] | None = None,
+        distribution: Distribution = "uniform",
+        overrides: dict[str, dict[str, float]] | None = None,
+        targets: Targets | None = None,
+        schedule: Schedule | None = None,
+        ramp: Ramp | None = None,
+        rule: Rule | Literal["magnitude", "set", "rigl", "static"] = "magnitude",
+        structure: Structure | str = "unstructured",
+        penalty: Penalty | Literal["auto", "l2"] | None = "auto",
+        powerpropagation: float = 1.0,
+        storage: Masked | Packed | Literal["masked", "packed", "compact", "auto"] = "masked",
+        seed: int = 0,
+    ) -> None:
+        self.targets: Targets = _either(Targets, "targets", targets, include=include, exclude=exclude)
+        self.schedule: Schedule = _either(Schedule, "schedule", schedule, update_every=update_every)
+        self.ramp = _noun("ramp", ramp, Ramp | None)
+        self.rule: Rule = _noun("rule", rule, Rule, RULES)
+        self.structure: Structure = structure_of(structure)
+        penalties = {"auto": L2() if self.rule.explores else None, "l2": L2()}
+        self.penalty: Penalty | None = _noun("penalty", penalty, Penalty | None, penalties)
+        self.storage: Masked | Packed = _noun("storage", storage, Masked | Packed, STORAGES)
+        self.allocation = Allocation(
+            forward_sparsity, backward_sparsity, distribution, plain({} if overrides is None else overrides),
+            self.structure,
         )  # fmt: skip
-        for pattern, values in (self.overrides or {}).items():
-            known = {"forward_sparsity", "backward_sparsity"}
-            if not isinstance(values, Mapping) or not values or set(values) - known:
-                raise TopKastError(
-                    f"overrides['{pattern}'] takes forward_sparsity and backward_sparsity, got {values!r}"
-                )
-            check_sparsities(*self.sparsities_in(values), where=f"overrides['{pattern}']: ")
-        _check(
-            _is_number(self.update_every) and isinstance(self.update_every, int) and self.update_every >= 1,
-            "update_every",
-            self.update_every,
-            "an int of at least 1",
-        )
-        delay = self.refresh_delay
-        _check(
-            _is_number(delay) and isinstance(delay, int) and 0 <= delay < self.update_every,
-            "refresh_delay", delay, f"an int of at least 0 and below update_every={self.update_every}",
-        )  # fmt: skip
-        _check(
-            self.distribution in DISTRIBUTIONS, "distribution", self.distribution, f"one of {', '.join(DISTRIBUTIONS)}"
-        )
-        _check(
-            self.exploration in get_args(Exploration),
-            "exploration",
-            self.exploration,
-            f"one of {', '.join(get_args(Exploration))}",
-        )
-        _check(
-            self.penalty in get_args(Penalty),
-            "penalty",
-            self.penalty,
-            f"one of {', '.join(get_args(Penalty))} (penalty_strength=0 turns it off)",
-        )
-        valid = get_args(Execution)
-        _check(self.execution in valid, "execution", self.execution, f"one of {', '.join(valid)}")
-        if self.execution != "masked" and not self.reset_optimizer_state:
-            raise TopKastError(
-                f"execution='{self.execution}' keeps no optimizer state outside the updated set, so "
-                "reset_optimizer_state=False can't be honoured; leave it on, or train with execution='masked'"
-            )
-        for name in ("stop_exploration_at", "stop_refreshing_at"):
-            moment = getattr(self, name)
-            _check(moment is None or _is_moment(moment), name, moment, f"{_A_MOMENT} or None")
-        _check(
-            _is_number(self.powerpropagation) and self.powerpropagation >= 1,
-            "powerpropagation", self.powerpropagation, "a number of at least 1, which turns it off",
-        )  # fmt: skip
-        self._check_granularity()
-        self._check_rule()
+        valid = is_number(powerpropagation) and powerpropagation >= 1
+        check(valid, "powerpropagation", powerpropagation, "a number of at least 1 (1 turns it off)")
+        self.powerpropagation = float(powerpropagation)
+        check(is_number(seed) and isinstance(seed, int), "seed", seed, "an int")
+        self.seed = seed
         self._check_ramp()
-        _check(
-            _is_number(self.penalty_strength) and self.penalty_strength >= 0,
-            "penalty_strength",
-            self.penalty_strength,
-            "at least 0",
-        )
-        shrinkage = self.penalty_shrinkage
-        _check(
-            shrinkage is None or (_is_number(shrinkage) and 0 <= shrinkage < 1),
-            "penalty_shrinkage",
-            shrinkage,
-            "in [0, 1)",
-        )
-        if shrinkage is not None and self.penalty != "l2":
-            raise TopKastError(
-                f"penalty_shrinkage is the share an entry loses per step, which only penalty='l2' keeps constant; with "
-                f"penalty='{self.penalty}' give penalty_strength instead"
-            )
+        self._check_rule()
+        self._check_structure()
+        self._check_storage()
 
-    def _check_granularity(self) -> None:
-        sides = self.block_shape
-        _check(
-            isinstance(sides, list | tuple)
-            and len(sides) == 2
-            and all(isinstance(side, int) and _is_number(side) and side >= 1 for side in sides),
-            "block_shape", sides, "two ints of at least 1: outputs and inputs",
-        )  # fmt: skip
-        known = isinstance(self.granularity, str) and granularity_of(self.granularity, sides) is not None
-        _check(known, "granularity", self.granularity, "entry, block, or N:M with N below M, such as 2:4")
-        units = self.chosen_granularity
-        operators = get_args(BlockOperators if isinstance(units, Blocks) else Operators)
-        valid = f"one of {', '.join(operators)}, with granularity='{self.granularity}'"
-        _check(self.operators in operators, "operators", self.operators, valid)
-        if not isinstance(units, NOfM):
-            return
-        density = units.n / units.m
-        for where, forward in {
-            "": self.forward_sparsity,
-            **{f" in overrides['{p}']": self.sparsities_in(v)[0] for p, v in (self.overrides or {}).items()},
-        }.items():
-            if abs(1 - forward - density) > 1e-3:
-                raise TopKastError(
-                    f"granularity='{units}' makes {units.n} of {units.m} neighbours active, so expected "
-                    f"forward_sparsity={1 - density:.4g}{where}, got {forward}"
-                )
-        others = {
-            "distribution": (self.distribution, "uniform"), "exploration": (self.exploration, "magnitude"),
-            "rule": (self.rule, None), "ramp": (self.ramp, None),
-        }  # fmt: skip
-        for name, (given, needed) in others.items():
-            if given != needed:
-                raise TopKastError(f"granularity='{units}' needs {name}={needed}, got {given}")
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Settings) and vars(self) == vars(other)
 
-    def _check_rule(self) -> None:
-        _check(self.rule is None or isinstance(self.rule, Rule), "rule", self.rule, "a rule such as RigL(), or None")
-        name = type(self.chosen_rule).__name__
-        if not self.chosen_rule.explores:
-            for where, (forward, backward) in {
-                "": (self.forward_sparsity, self.backward_sparsity),
-                **{f" in overrides['{p}']": self.sparsities_in(v) for p, v in (self.overrides or {}).items()},
-            }.items():
-                if forward != backward:
-                    raise TopKastError(
-                        f"{name} updates what is active and nothing else, so expected "
-                        f"backward_sparsity=forward_sparsity{where}, got {backward} and {forward}"
-                    )
-            if self.penalty_shrinkage or self.exploration != "magnitude" or self.stop_exploration_at is not None:
-                raise TopKastError(
-                    f"{name} does not explore: leave out exploration, stop_exploration_at and penalty_shrinkage"
-                )
-        if self.chosen_rule.needs_gradient and self.execution != "masked":
-            raise TopKastError(
-                f"{name} needs the gradient of every entry, of which execution='{self.execution}' has only those of "
-                "the updated set: train with execution='masked'"
-            )
-        if self.chosen_rule.grows_from_zero and self.powerpropagation != 1:
-            raise TopKastError(
-                f"{name} grows entries from zero, where powerpropagation={self.powerpropagation} leaves no gradient, "
-                "so that they would never learn: leave it at 1"
-            )
-        if self.refresh_delay and type(self.chosen_rule) is not Rule:
-            raise TopKastError(f"refresh_delay={self.refresh_delay} is for Top-KAST's own rule: {name} needs 0")
-
-    def _check_ramp(self) -> None:
-        _check(self.ramp is None or isinstance(self.ramp, SparsityRamp), "ramp", self.ramp, "a SparsityRamp or None")
-        ramp = self.chosen_ramp
-        if ramp is not None:
-            check_sparsities(ramp.forward_sparsity, ramp.backward_sparsity, where="ramp: ")
-            for name in ("forward_sparsity", "backward_sparsity"):
-                if getattr(ramp, name) > getattr(self, name):
-                    raise TopKastError(
-                        f"ramp: it starts denser, so expected {name} of at most {getattr(self, name)}, the run's own, "
-                        f"got {getattr(ramp, name)}"
-                    )
-            for name in ("begin", "end"):
-                _check(_is_moment(getattr(ramp, name)), f"ramp: {name}", getattr(ramp, name), _A_MOMENT)
-            if type(ramp.begin) is type(ramp.end) and ramp.begin >= ramp.end:
-                raise TopKastError(f"ramp: it ends after its begin, got begin={ramp.begin} and end={ramp.end}")
-            _check(_is_number(ramp.power) and ramp.power > 0, "ramp: power", ramp.power, "a number above 0")
-            if self.rule is not None and self.ramp is not None and self.rule.ramp is not None:
-                raise TopKastError(f"{type(self.rule).__name__} brings its own ramp: leave out ramp={self.ramp}")
-        for what, given in (("a ramp", ramp is not None), ("distribution='global'", self.distribution == "global")):
-            if given and (self.execution != "masked" or self.refresh_delay):
-                raise TopKastError(
-                    f"{what} changes the size of every weight's sets, which needs execution='masked' and "
-                    f"refresh_delay=0, got '{self.execution}' and {self.refresh_delay}"
-                )
-
-    @property
-    def chosen_rule(self) -> Rule:
-        """How the sets are chosen: Top-KAST's rule unless another was given."""
-        return self.rule or Rule()
-
-    @property
-    def chosen_granularity(self) -> Entries:
-        """What the sets are made of."""
-        units = granularity_of(self.granularity, self.block_shape)
-        assert units is not None  # checked
-        return units
-
-    @property
-    def chosen_ramp(self) -> SparsityRamp | None:
-        """The ramp of the sparsities: the rule's own or the run's."""
-        return self.chosen_rule.ramp or self.ramp
-
-    @property
-    def sizes_vary(self) -> bool:
-        """Whether a weight's sets have other sizes in the course of the run than `allocate` gives them."""
-        return self.chosen_ramp is not None or self.distribution == "global"
-
-    @property
-    def moments(self) -> list[Moment]:
-        """The steps, or fractions of the run, at which something changes besides the sets."""
-        ramp, stop = self.chosen_ramp, self.stop_refreshing_at
-        stop = self.chosen_rule.stop_refreshing_at if stop is None else stop
-        moments = [self.stop_exploration_at, stop, *([ramp.begin, ramp.end] if ramp else [])]
-        return [moment for moment in moments if moment is not None]
+    def __repr__(self) -> str:
+        return f"Settings({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
 
     @property
     def needs_length(self) -> bool:
-        """Whether the length of the run has to be known."""
-        ends = self.stop_refreshing_at is not None or self.chosen_rule.stop_refreshing_at is not None
-        return any(isinstance(each, float) for each in self.moments) or (self.chosen_rule.needs_length and not ends)
-
-    def sparsities_on_ramp(self, remaining: float) -> tuple[float, float]:
-        """Forward and backward sparsity where this much is left of the ramp: 1 at its beginning, 0 at its end."""
-        ramp = self.chosen_ramp
-        if ramp is None or remaining == 0:
-            return self.forward_sparsity, self.backward_sparsity
-        return (
-            self.forward_sparsity + (ramp.forward_sparsity - self.forward_sparsity) * remaining,
-            self.backward_sparsity + (ramp.backward_sparsity - self.backward_sparsity) * remaining,
+        """Whether the length of the run must be known."""
+        return needs_length(self.schedule, self.ramp) or (
+            self.rule.needs_length and self.schedule.stop_updating_at is None
         )
 
-    def sparsities_in(self, override: Mapping[str, float]) -> tuple[float, float]:
-        """Forward and backward sparsity of an override, the run's own where it names none."""
-        forward = override.get("forward_sparsity", self.forward_sparsity)
-        return forward, override.get("backward_sparsity", min(self.backward_sparsity, forward))
+    # --- what cannot be combined ----------------------------------------------------------------------------------
+
+    def _check_ramp(self) -> None:
+        if self.ramp is not None:
+            for name in ("forward_sparsity", "backward_sparsity"):
+                first, last = getattr(self.ramp, name), getattr(self.allocation, name)
+                if first > last:
+                    raise TopKastError(f"expected Ramp.{name} to be at most {last}, the run's own, got {first}")
+        for what, given in (("a ramp", self.ramp), ("distribution='global'", self.allocation.distribution == "global")):
+            if given and (self.storage.name != "masked" or self.schedule.delay):
+                raise TopKastError(
+                    f"{what} changes the sizes of a weight's sets: expected storage='masked' and delay=0, got "
+                    f"storage='{self.storage.name}' and delay={self.schedule.delay}"
+                )
+
+    def _check_rule(self) -> None:
+        rule, name = self.rule, type(self.rule).__name__
+        if not rule.explores:
+            for where, (forward, backward) in self.allocation.all_sparsities().items():
+                if forward != backward:
+                    raise TopKastError(
+                        f"{name} updates active entries only: expected backward_sparsity to equal "
+                        f"forward_sparsity{where}, got {backward} and {forward}"
+                    )
+            if self.penalty is not None or self.schedule.stop_exploring_at is not None:
+                raise TopKastError(f"{name} does not explore: expected penalty=None and stop_exploring_at=None")
+        if rule.needs_gradient and self.storage.name != "masked":
+            raise TopKastError(
+                f"{name} needs the gradient of every entry, but storage='{self.storage.name}' computes that of the "
+                "updated set only: train with storage='masked'"
+            )
+        if rule.grows_from_zero and self.powerpropagation != 1:
+            raise TopKastError(
+                f"{name} grows entries from zero, where powerpropagation={self.powerpropagation} leaves no gradient: "
+                "they would never learn; leave it at 1"
+            )
+        if self.schedule.delay and type(rule) is not Magnitude:
+            raise TopKastError(
+                f"expected delay=0 with {name}, got {self.schedule.delay}: only Magnitude() supports a delay"
+            )
+
+    def _check_structure(self) -> None:
+        if not isinstance(self.structure, NOfM):
+            return
+        density = self.structure.n / self.structure.m
+        for where, (forward, _) in self.allocation.all_sparsities().items():
+            if abs(1 - forward - density) > 1e-3:
+                raise TopKastError(
+                    f"{self.structure.n} of every {self.structure.m} entries are active with "
+                    f"structure='{self.structure}': expected forward_sparsity={1 - density:.4g}{where}, got {forward}"
+                )
+        needed = {
+            "distribution='uniform'": self.allocation.distribution == "uniform",
+            "rule=Magnitude(exploration='magnitude')": self.rule == Magnitude(),
+            "ramp=None": self.ramp is None,
+        }
+        for expected, given in needed.items():
+            if not given:
+                raise TopKastError(f"structure='{self.structure}' needs {expected}")
+
+    def _check_storage(self) -> None:
+        if isinstance(self.storage, Packed):
+            known = ("auto", "torch", "triton" if isinstance(self.structure, Block) else "compiled")
+            what = f"one of {', '.join(map(repr, known))} with structure='{self.structure}'"
+            check(self.storage.kernels in known, "kernels", self.storage.kernels, what)
 
 
-def check_sparsities(forward: float, backward: float, where: str = "") -> None:
-    """Refuse sparsities out of range: 0 <= backward <= forward < 1."""
-    for name, value in (("forward_sparsity", forward), ("backward_sparsity", backward)):
-        if not _is_number(value) or not 0 <= value < 1:
-            raise TopKastError(f"{where}{name}={value} is out of range: expected a number in [0, 1)")
-    if backward > forward:
+def _either(noun: Any, name: str, given: Any, **shorthands: Any) -> Any:
+    """Return a noun, given as itself or by shorthands for some of its fields."""
+    short = {field: value for field, value in shorthands.items() if value is not None}
+    if given is None:
+        return noun(**short)
+    if short:
+        fields = ", ".join(f"{field}={value!r}" for field, value in short.items())
         raise TopKastError(
-            f"{where}backward_sparsity={backward} exceeds forward_sparsity={forward}: the updated set B holds the "
-            f"active set A, so expected backward_sparsity <= forward_sparsity"
+            f"expected either {', '.join(short)} or {name}, got both: give {name}={noun.__name__}({fields}, ...)"
         )
+    return _noun(name, given, noun)
 
 
-def check_all_reduce(all_reduce: str) -> None:
-    """Refuse an unknown way to reduce gradients; it is the callback's, since in a plain loop DDP is the user's own."""
-    known = get_args(AllReduce)
-    _check(all_reduce in known, "all_reduce", all_reduce, f"one of {', '.join(known)}")
+def _noun(name: str, given: Any, kind: Any, known: dict[str, Any] | None = None) -> Any:
+    """Return a noun, given as itself or by its string."""
+    if isinstance(given, str) and known is not None and given in known:
+        return known[given]
+    if not isinstance(given, kind):
+        strings = [repr(string) for string in known or ()]
+        kinds = [each.__name__ for each in getattr(kind, "__args__", (kind,)) if each is not type(None)]
+        nothing = ["None"] if isinstance(None, kind) else []
+        check(False, name, given, " or ".join([*strings, f"an object of {' or '.join(kinds)}", *nothing]))
+    return given
 
 
-_A_MOMENT = "a step (int, at least 0), a fraction of the run (float in [0, 1])"
+P = ParamSpec("P")
+S = TypeVar("S")
 
 
-def _is_moment(value: Any) -> bool:
-    return _is_number(value) and value >= 0 and (isinstance(value, int) or value <= 1)
+class _TakesSettings(Generic[P]):
+    """Decorates an `__init__` that takes `Settings`, so that its callers give what they are made of instead."""
+
+    def __init__(self, settings: Callable[P, Settings]) -> None:
+        self._settings = settings
+
+    @overload
+    def __call__(self, init: Callable[[S, Settings], None]) -> Callable[Concatenate[S, P], None]: ...
+
+    @overload
+    def __call__(
+        self, init: Callable[[S, nn.Module, Settings], None]
+    ) -> Callable[Concatenate[S, nn.Module, P], None]: ...
+
+    def __call__(self, init: Callable[..., None]) -> Callable[..., None]:
+        own = list(signature(init).parameters.values())[:-1]
+        taken = list(signature(self._settings).parameters.values())
+        settings: Callable[..., Settings] = self._settings
+        whole = Signature([*own, *taken])
+
+        @wraps(init)
+        def init_with_arguments(*args: Any, **arguments: Any) -> None:
+            try:
+                given = whole.bind(*args, **arguments).arguments
+            except TypeError as error:
+                raise TypeError(f"{init.__qualname__}() {error}") from None
+            first = [given.pop(each.name) for each in own]
+            init(*first, settings(**given))
+
+        init_with_arguments.__signature__ = whole  # type: ignore[attr-defined]
+        init_with_arguments.__annotations__ = {each.name: each.annotation for each in (*own[1:], *taken)}
+        return init_with_arguments
 
 
-def _is_number(value: Any) -> bool:
-    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
-
-
-def _check(condition: bool, name: str, value: Any, expected: str) -> None:
-    if not condition:
-        raise TopKastError(f"{name}={value!r} is not valid: expected {expected}")
+takes_settings = _TakesSettings(Settings)

@@ -22,7 +22,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
-from lightning_topkast.app.train import main
+from lightning_topkast.app.commands.train import main
 from tests.app.data_files import (
     write_cifar10,
     write_fashion_mnist,
@@ -100,7 +100,7 @@ def command_line(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[s
 @pytest.fixture
 def cli(command_line: Callable[..., Cli], monkeypatch: pytest.MonkeyPatch) -> Cli:
     """Run `topkast-train`, without reports."""
-    monkeypatch.setattr("lightning_topkast.app.train.leave_report", lambda folder: None)
+    monkeypatch.setattr("lightning_topkast.app.commands.train.leave_report", lambda folder: None)
     return command_line("topkast-train", main)
 
 

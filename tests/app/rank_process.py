@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from lightning_topkast.app.train import main
+from lightning_topkast.app.commands.train import main
 
 
 def train_as_rank(rank: int, variables: Mapping[str, object], arguments: Sequence[str]) -> NoReturn:

@@ -16,7 +16,7 @@ from tests.app.rank_process import train_as_rank
 
 OPTIONS = [
     "trainer=slurm", "trainer.accelerator=cpu", "trainer.precision=32-true", "logger=none", "data.batch_size=32",
-    "trainer.limit_train_batches=10", "trainer.limit_val_batches=1", "trainer.strategy.timeout.seconds=20",
+    "trainer.limit_train_batches=10", "trainer.limit_val_batches=1", "trainer.strategy.timeout.seconds=200",
 ]  # fmt: skip
 
 
@@ -44,7 +44,7 @@ def job(name: str, *overrides: str, rank1: tuple[str, ...] = (), signalled: bool
     pids = [task(rank, port, [*overrides, *(rank1 if rank else ())], log) for rank in (0, 1)]
     saved = Path("outputs/slurm-4242-0/hpc_ckpt_1.ckpt")
     codes: dict[int, int] = {}
-    end = time.monotonic() + 60
+    end = time.monotonic() + 600
     while len(codes) < 2 and time.monotonic() < end:
         if signalled and log.exists() and "epoch 3/" in log.read_text():
             os.kill(pids[1], signal.SIGUSR1)

@@ -1,18 +1,21 @@
 """The paper's ablations: each sweep runs, and each of its values reaches the callback; how masks move is measured."""
 
 import csv
+from operator import attrgetter
 from pathlib import Path
 
 import lightning_topkast.conf
 import pytest
 import torch
 from hydra import compose, initialize_config_module
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 
+from lightning_topkast import L1, L2, Magnitude, Norm
 from lightning_topkast.app.errors import AppError
-from lightning_topkast.app.mask_dynamics import MaskDynamics
+from lightning_topkast.app.run.mask_dynamics import MaskDynamics
 from tests.helpers import SaveAfter, fit, make_callback, make_net, make_trainer
 
 ABLATIONS = sorted(
@@ -23,15 +26,23 @@ EXPECTED = {
         "sparsity.forward_sparsity": [0.8, 0.9, 0.95, 0.98],
         "sparsity.backward_sparsity": [0.0, 0.5, 0.8],
     },
-    "ablation_exploration": {"sparsity.exploration": ["magnitude", "random"], "seed": [0, 1, 2]},
-    "ablation_stop": {"sparsity.stop_exploration_at": [0, 0.1, 0.25, 0.5, 1.0]},
-    "ablation_refresh": {"sparsity.update_every": [1, 10, 100, 1000]},
+    "ablation_exploration": {"sparsity": [Magnitude("magnitude"), Magnitude("random")], "seed": [0, 1, 2]},
+    "ablation_stop": {"sparsity.schedule.stop_exploring_at": [0, 0.1, 0.25, 0.5, 1.0]},
+    "ablation_refresh": {"sparsity.schedule.update_every": [1, 10, 100, 1000]},
     "ablation_penalty": {
-        "sparsity.penalty": ["l2", "l1", "norm"],
-        "sparsity.penalty_strength": [1e-5, 1e-4, 1e-3],
+        "sparsity.penalty": [
+            *(L2(strength=strength) for strength in (1e-5, 1e-4, 1e-3)),
+            *(form(strength) for form in (L1, Norm) for strength in (1e-5, 1e-4, 1e-3)),
+        ]
     },
-    "ablation_penalty_strength": {"sparsity.penalty_shrinkage": [0.0, 1e-4, 5e-4, 1e-3, 5e-3, 1e-2]},
-    "ablation_masks": {"sparsity.penalty_shrinkage": [0.0, 1e-3]},
+    "ablation_penalty_strength": {"sparsity.penalty.shrinkage": [0.0, 1e-4, 5e-4, 1e-3, 5e-3, 1e-2]},
+    "ablation_masks": {"sparsity.penalty.shrinkage": [0.0, 1e-3]},
+}
+# where the callback's settings have what a key of the configuration is about, unless under its own name
+FOUND = {
+    "sparsity": "rule",
+    "sparsity.forward_sparsity": "allocation.forward_sparsity",
+    "sparsity.backward_sparsity": "allocation.backward_sparsity",
 }
 SHORT = ("trainer.max_epochs=1", "trainer.limit_train_batches=2", "trainer.limit_val_batches=1", "test=false",
          "callbacks.progress=null", "logger=none")  # fmt: skip
@@ -40,13 +51,18 @@ SHORT = ("trainer.max_epochs=1", "trainer.limit_train_batches=2", "trainer.limit
 def swept(experiment, *overrides):
     with initialize_config_module("lightning_topkast.conf", version_base="1.3"):
         config = compose("train", overrides=[f"experiment={experiment}", *overrides], return_hydra_config=True)
-    return {key: value.split(",") for key, value in config.hydra.sweeper.params.items()}
+    parser = OverridesParser.create()
+    return {
+        key: list(parser.parse_override(f"{key}={values}").sweep_string_iterator())
+        for key, values in config.hydra.sweeper.params.items()
+    }
 
 
 def test_every_ablation_is_listed_here():
     assert sorted(EXPECTED) == ABLATIONS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experiment", ABLATIONS)
 @pytest.mark.parametrize("base", [(), ("data=cifar10", "model=wide_resnet")], ids=["default", "another"])
 def test_every_value_of_a_sweep_reaches_the_callback(experiment, base, composed):
@@ -56,14 +72,18 @@ def test_every_value_of_a_sweep_reaches_the_callback(experiment, base, composed)
         settings = set()
         for value, expected in zip(values, EXPECTED[experiment][key], strict=True):
             config = composed(f"experiment={experiment}", *base, f"{key}={value}")
-            group, _, name = key.rpartition(".")
-            found = getattr(instantiate(config[group], _convert_="all").settings, name) if group else config[name]
+            if key.startswith("sparsity"):
+                settings_of = instantiate(config.sparsity, _convert_="all").settings
+                found = attrgetter(FOUND.get(key, key.removeprefix("sparsity.")))(settings_of)
+            else:
+                found = config[key]
             assert (found, type(found)) == (expected, type(expected))
             assert config.model._target_.endswith("WideResNet" if base else "MLP")
             settings.add(config.run_name)
         assert len(settings) == len(values), "runs go by their names in W&B"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_sweep_runs_each_of_its_points(cli, data_dir, tmp_path):
     arguments = ("-m", "experiment=ablation_stop", f"data.folder={data_dir}/fashion", "data.val_size=10", *SHORT)
@@ -133,7 +153,7 @@ def test_run_resumed_within_a_window_logs_the_same(tmp_path):
 
 
 def test_dense_run_has_no_masks_to_follow(composed):
-    from lightning_topkast.app.train import train
+    from lightning_topkast.app.run.train import train
 
     with pytest.raises(AppError, match="callbacks=mask_dynamics needs a sparse run"):
         train(composed("sparsity=dense", "callbacks=mask_dynamics", *SHORT))

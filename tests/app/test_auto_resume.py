@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lightning_topkast.app.errors import explain
-from lightning_topkast.app.resume import newest_checkpoint
+from lightning_topkast.app.run.resume import newest_checkpoint
+from lightning_topkast.app.run_folder.folder import RunFolder
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
@@ -48,7 +49,7 @@ def test_first_start_begins_anew_and_the_second_goes_on(auto, tmp_path):
     code, out, err = auto("trainer.max_epochs=2")
     assert code == 0
     (line,) = lines(err)
-    assert line.startswith(f"goes on from {tmp_path}/run/checkpoints/")
+    assert line.startswith(f"resuming from {tmp_path}/run/checkpoints/")
     assert line.endswith("step 2")
     assert "epoch 2/2:" in out
     assert "epoch 1/2:" not in out
@@ -69,7 +70,7 @@ def test_truncated_newer_checkpoint_is_passed_over_in_one_line(auto, tmp_path):
     code, out, err = auto("trainer.max_epochs=2")
     assert code == 0
     passed, _ = lines(err)
-    assert passed.startswith("passed over: the checkpoint ")
+    assert passed.startswith("skipped: the checkpoint ")
     assert "newer.ckpt is not complete" in passed
     assert "epoch 1/2:" not in out
 
@@ -80,13 +81,13 @@ def test_most_steps_count_and_then_the_later_file(tmp_path):
     write_checkpoint(tmp_path / "checkpoints" / "last.ckpt", step=20)
     os.utime(tmp_path / "checkpoints" / "copied.ckpt", (3e9, 3e9))
     os.utime(tmp_path / "checkpoints" / "best.ckpt", (2e9, 2e9))
-    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoints" / "best.ckpt")
+    assert newest_checkpoint(RunFolder(tmp_path)) == str(tmp_path / "checkpoints" / "best.ckpt")
 
 
 def test_checkpoint_that_lightning_writes_on_a_slurm_signal_is_seen(tmp_path):
     write_checkpoint(tmp_path / "checkpoints" / "last.ckpt", step=10)
     write_checkpoint(tmp_path / "hpc_ckpt_1.ckpt", step=15)
-    assert newest_checkpoint(tmp_path) == str(tmp_path / "hpc_ckpt_1.ckpt")
+    assert newest_checkpoint(RunFolder(tmp_path)) == str(tmp_path / "hpc_ckpt_1.ckpt")
 
 
 @pytest.mark.parametrize("missing", [".metadata", "meta.pt", "half of meta.pt", None])
@@ -100,18 +101,18 @@ def test_sharded_checkpoint_counts_if_it_is_complete(tmp_path, capsys, missing):
     elif missing:
         (folder / missing).unlink()
     expected = "last.ckpt" if missing else "sharded.ckpt"
-    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoints" / expected)
-    assert ("passed over: the checkpoint" in capsys.readouterr().err) == bool(missing)
+    assert newest_checkpoint(RunFolder(tmp_path)) == str(tmp_path / "checkpoints" / expected)
+    assert ("skipped: the checkpoint" in capsys.readouterr().err) == bool(missing)
 
 
 def test_checkpoint_of_weights_only_is_passed_over(tmp_path, capsys):
     write_checkpoint(tmp_path / "checkpoints" / "last.ckpt", step=4)
     write_checkpoint(tmp_path / "checkpoints" / "weights.ckpt", step=8, weights_only=True)
     torch.save({"pytorch-lightning_version": "2", "state_dict": {}}, tmp_path / "checkpoints" / "other.ckpt")
-    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoints" / "last.ckpt")
+    assert newest_checkpoint(RunFolder(tmp_path)) == str(tmp_path / "checkpoints" / "last.ckpt")
     said = capsys.readouterr().err
     assert "holds weights only" in said
-    assert "other.ckpt is no checkpoint" in said
+    assert "other.ckpt is not a checkpoint" in said
 
 
 def test_torchrun_without_a_name_for_the_run_is_refused(cli):

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import processes
+
 QUICK = ["trainer.limit_train_batches=3", "trainer.max_epochs=2", "trainer.log_every_n_steps=1"]
 
 OWN_APP = """
@@ -17,7 +19,7 @@ from omegaconf import DictConfig
 @hydra.main(version_base="1.3", config_path="own_conf", config_name="own")
 def main(cfg: DictConfig) -> None:
     callback = instantiate(cfg.sparsity)
-    print(type(callback).__name__, cfg.sparsity.forward_sparsity, cfg.sparsity.update_every)
+    print(type(callback).__name__, cfg.sparsity.forward_sparsity, cfg.sparsity.schedule.update_every)
 
 main()
 """
@@ -32,18 +34,16 @@ own_setting: 1
 
 
 def run(*command: str, folder: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-    result = subprocess.run(
-        [sys.executable, *command], cwd=folder, text=True, capture_output=True, timeout=170,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
-    )  # fmt: skip
+    result = processes.run([sys.executable, *command], cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert not check or result.returncode == 0, result.stderr
     return result
 
 
 def topkast_train(*overrides: str, folder: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-    return run("-m", "lightning_topkast.app.train", *overrides, folder=folder, check=check)
+    return run("-m", "lightning_topkast.app.commands.train", *overrides, folder=folder, check=check)
 
 
+@pytest.mark.slow
 def test_sweep_gives_each_job_its_own_folder_and_wandb_run(tmp_path):
     result = topkast_train("-m", "sparsity.forward_sparsity=0.8,0.95", "seed=0,1", *QUICK, folder=tmp_path)
     (sweep,) = tmp_path.glob("multirun/*/*")
@@ -56,6 +56,7 @@ def test_sweep_gives_each_job_its_own_folder_and_wandb_run(tmp_path):
     assert "95.00 %" in result.stdout
 
 
+@pytest.mark.slow
 def test_typo_exits_with_code_2_and_one_line(tmp_path):
     result = topkast_train("sparsity.forwrd_sparsity=0.9", folder=tmp_path, check=False)
     assert result.returncode == 2
@@ -63,6 +64,7 @@ def test_typo_exits_with_code_2_and_one_line(tmp_path):
     assert line.endswith("did you mean 'sparsity.forward_sparsity'?")
 
 
+@pytest.mark.slow
 def test_two_processes_share_one_run_folder(tmp_path):
     result = topkast_train("trainer=ddp_cpu", *QUICK, folder=tmp_path)
     assert "MEMBER: 2/2" in result.stderr + result.stdout
@@ -72,6 +74,7 @@ def test_two_processes_share_one_run_folder(tmp_path):
     assert len(list((folder / "wandb").glob("offline-run-*"))) == 1
 
 
+@pytest.mark.slow
 def test_own_hydra_application_takes_the_sparsity_group(tmp_path):
     (tmp_path / "own_conf").mkdir()
     (tmp_path / "own_conf" / "own.yaml").write_text(OWN_CONF)

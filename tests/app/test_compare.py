@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from lightning_topkast.app import grids
-from lightning_topkast.app.compare import main
-from lightning_topkast.app.grids import Sweep, expand, read_sweep, run_name
-from lightning_topkast.app.job import what_failed
-from lightning_topkast.app.launch import Launcher, hydra_configs
+from lightning_topkast.app.commands.compare import main
+from lightning_topkast.app.sweep import expand as grids
+from lightning_topkast.app.sweep.expand import Sweep, expand, read_sweep, run_name
+from lightning_topkast.app.sweep.launch import Launcher, hydra_configs
+from lightning_topkast.app.sweep.run_process import what_failed
+from tests import processes
 
 SHIPPED = sorted(path.stem for path in (Path(grids.__file__).parent / "sweeps").glob("*.yaml"))
 TINY = ["trainer.limit_train_batches=2", "trainer.limit_val_batches=1", "trainer.limit_test_batches=1", "logger=csv",
@@ -88,6 +89,7 @@ def test_run_is_named_readably_safely_and_uniquely():
     assert all(re.fullmatch(r"[A-Za-z0-9._-]{10,80}", each) and "seed1" in each for each in long)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHIPPED)
 def test_each_run_of_a_shipped_sweep_can_be_composed(name, tmp_path):
     with hydra_configs():
@@ -100,7 +102,7 @@ def test_each_run_of_a_shipped_sweep_can_be_composed(name, tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("grids: 3", "the keys `grids`"), ("grids: [[a=1]]\nmore: 1", "expected the keys"), ("[", "can't be read")],
+    [("grids: 3", "the keys `grids`"), ("grids: [[a=1]]\nmore: 1", "expected the keys"), ("[", "cannot be read")],
 )
 def test_sweep_file_that_is_none_is_refused(compare, tmp_path, text, said):
     (tmp_path / "mine.yaml").write_text(text)
@@ -131,6 +133,7 @@ def test_mistake_is_answered_in_one_line_before_any_run(compare, tmp_path, argum
 # --- runs ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_finished_runs_are_not_repeated_and_changed_ones_are_refused(compare, tmp_path):
     grid = ["sparsity=dense,small_dense,topkast", "seed=0,1", *TINY]
     code, out, _ = compare(*grid)
@@ -144,7 +147,7 @@ def test_finished_runs_are_not_repeated_and_changed_ones_are_refused(compare, tm
     code, out, _ = compare(*grid, "logger=none")  # told to others or not, it is the same run
     assert code == 0
     assert "6 runs in" in out
-    assert "6 of them done before" in out
+    assert "6 of them completed before" in out
     assert written(tmp_path) == before
 
     path = next(iter(before))
@@ -153,7 +156,7 @@ def test_finished_runs_are_not_repeated_and_changed_ones_are_refused(compare, tm
     path.write_text(json.dumps(changed))
     code, _, err = compare(*grid)
     assert code == 2
-    assert f"{path.parent} was made with optimizer.lr=0.5, which is 0.003 now" in err
+    assert f"{path.parent} was started with optimizer.lr=0.5, which is 0.003 now" in err
 
     path.write_text("{")
     code, _, _ = compare(*grid)
@@ -162,6 +165,7 @@ def test_finished_runs_are_not_repeated_and_changed_ones_are_refused(compare, tm
     assert {each for each in now if now[each] != before[each]} == {path}, "the broken one was made again, and no other"
 
 
+@pytest.mark.slow
 def test_failing_and_killed_runs_do_not_lose_the_others_and_are_tried_again(compare, tmp_path):
     sweep = {
         "common": [*TINY[:-1], "trainer.max_epochs=3"],
@@ -190,11 +194,12 @@ def test_failing_and_killed_runs_do_not_lose_the_others_and_are_tried_again(comp
     assert (found["steps"], found["examples"]) == (6, 6 * 64)
 
 
+@pytest.mark.slow
 def test_exit_code_is_the_same_if_all_runs_fail(compare):
     code, _, err = compare("optimizer.lr=-1.0", *TINY)
     assert code == 1
     assert "no finished run" in err
-    assert "of 1 begun ones" in err
+    assert "of 1 started" in err
     assert "Invalid learning rate: -1.0" in err
 
 
@@ -204,8 +209,8 @@ def test_exit_code_is_the_same_if_all_runs_fail(compare):
         (-9, "epoch 1/2", "killed by SIGKILL"),
         (2, "topkast-train: goes on\ntopkast-train: optimizer: bad\nwandb: bye\n", "optimizer: bad"),
         (1, "topkast-train: goes on\nTraceback\n  File\nMemoryError: all of it\n\n", "MemoryError: all of it"),
-        (0, "all is well", "ended with code 0 and without a result"),
-        (1, "", "ended with code 1 and without a result"),
+        (0, "all is well", "exited with code 0 without a result"),
+        (1, "", "exited with code 1 without a result"),
     ],
 )
 def test_last_line_of_the_error_says_what_failed(code, printed, said):
@@ -243,43 +248,39 @@ def test_jobs_without_joblib_say_how_to_install_it(compare, monkeypatch):
     assert "lightning-topkast[sweep]" in err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_interrupted_parallel_sweep_ends_all_processes_and_goes_on_without_repeating(compare, tmp_path):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     grid = ["seed=0,1,2,3,4,5", *TINY[:-1], "trainer.max_epochs=40"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lightning_topkast.app.compare", str(tmp_path / "runs"), *grid, "--jobs", "2"],
-        start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job would ignore it
-    )  # fmt: skip
+    command = [sys.executable, "-m", "lightning_topkast.app.commands.compare", tmp_path / "runs", *grid, "--jobs", "2"]
 
     def done():
         return {
             path.parent.name for path in (tmp_path / "runs").glob("*/result.json") if "finished" in path.read_text()
         }
 
-    deadline = time.monotonic() + 100
-    while not done() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
-    try:
-        _, err = process.communicate(timeout=40)
+    with processes.started(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job would ignore it
+    ) as process:  # fmt: skip
+        while not done() and process.poll() is None:
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate()
         assert process.returncode == 130
-        assert "interrupted; the same command goes on" in err
-        deadline = time.monotonic() + 20
+        assert "interrupted; the same command continues" in err
+        deadline = time.monotonic() + 200
         while (left := _session(process.pid)) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert not left
-    finally:
-        if _session(process.pid):
-            os.killpg(process.pid, signal.SIGKILL)
     finished = done()
     assert 0 < len(finished) < 6
     before = {path: at for path, at in written(tmp_path).items() if path.parent.name in finished}
 
     code, out, _ = compare(*grid)
     assert code == 0
-    assert f"{len(finished)} of them done before" in out
+    assert f"{len(finished)} of them completed before" in out
     assert rows(out) == {"topkast": "6"}
     assert before.items() <= written(tmp_path).items()
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lightning_topkast.app.collect import collect
-from lightning_topkast.app.compare import report
-from lightning_topkast.app.compare_plot import pareto_front
-from lightning_topkast.app.compare_tables import to_csv, to_json, to_markdown
-from lightning_topkast.app.result import write_result
+from lightning_topkast.app.sweep.collect import collect
+from lightning_topkast.app.sweep.compare import write_tables
+from lightning_topkast.app.sweep.plot import pareto_front
+from lightning_topkast.app.sweep.tables import to_csv, to_json, to_markdown
+from tests.app.result_files import write_result
 from tests.wandb_files import history, records_of
 
 
@@ -150,13 +150,13 @@ def test_broken_failed_and_unfinished_runs_are_told_and_the_others_collected(wri
     (tmp_path / "runs" / "cut").mkdir(parents=True)
     (tmp_path / "runs" / "cut" / "result.json").write_text('{"format": 1,')
     collected = write(result(), result(status="failed", error="no memory"), result(status="running"))
-    report(collected, tmp_path / "runs")
+    write_tables(collected, tmp_path / "runs")
     out, err = capsys.readouterr()
     assert "| dense " in out
     assert "- not finished: 02" in out
     assert "- failed: 01: no memory" in out
-    assert "passed over: " in err
-    assert "cut/result.json can't be read" in err
+    assert "skipped: " in err
+    assert "cut/result.json cannot be read" in err
 
 
 @pytest.mark.parametrize(
@@ -191,31 +191,31 @@ def test_pareto_front_leaves_out_what_is_worse_and_dearer(write):
 
 def test_picture_is_drawn_of_a_single_row(write, tmp_path):
     pytest.importorskip("matplotlib")
-    report(write(result("topkast", 0, 0.9, 0.9, 0.8)), tmp_path / "runs")
+    write_tables(write(result("topkast", 0, 0.9, 0.9, 0.8)), tmp_path / "runs")
     assert (tmp_path / "runs" / "comparison.png").stat().st_size > 10_000
 
 
 def test_picture_is_drawn_a_panel_a_table(write, tmp_path):
     pytest.importorskip("matplotlib")
-    report(write(*THREE), tmp_path / "runs")
+    write_tables(write(*THREE), tmp_path / "runs")
     with Image.open(tmp_path / "runs" / "comparison.png") as image:
         one = image.width
         assert len(image.convert("RGB").getcolors(1_000_000)) > 20
-    report(write(*THREE, result(choices={"data": "b", "model": "m", "sparsity": "dense"})), tmp_path / "runs")
+    write_tables(write(*THREE, result(choices={"data": "b", "model": "m", "sparsity": "dense"})), tmp_path / "runs")
     with Image.open(tmp_path / "runs" / "comparison.png") as image:
         assert image.width == pytest.approx(2 * one, abs=2)
 
 
 def test_without_matplotlib_the_tables_are_written_and_the_way_out_is_said(write, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    report(write(*THREE), tmp_path / "runs")
+    write_tables(write(*THREE), tmp_path / "runs")
     assert "lightning-topkast[sweep]" in capsys.readouterr().err
     assert sorted(file.suffix for file in (tmp_path / "runs").glob("comparison.*")) == [".csv", ".json", ".md"]
 
 
 def test_wandb_run_holds_the_table_and_the_summary(write, tmp_path, capsys):
     folder = tmp_path / "runs"
-    report(write(*THREE), folder, project="sweeps")
+    write_tables(write(*THREE), folder, project="sweeps")
     run = Path(capsys.readouterr().out.rsplit("wandb sync ", 1)[1].strip())
     records = records_of(run)
     (path,) = (item[key] for item in history(records) for key in item if key.endswith("digits-mlp.path"))

@@ -7,9 +7,9 @@ import lightning_topkast.conf
 import pytest
 import torch
 
-from lightning_topkast.app.result import read_result
-from lightning_topkast.app.train import train
+from lightning_topkast.app.run.train import train
 from tests.app.data_files import WIKITEXT_WORDS
+from tests.app.result_files import read_result
 from tests.wandb_files import history, records_of
 
 CONF = Path(next(iter(lightning_topkast.conf.__path__)))
@@ -67,7 +67,13 @@ NEEDS: dict[tuple[str, str], list[str]] = {
 }
 
 
-@pytest.mark.parametrize(("group", "option"), ALL, ids=[f"{group}={option}" for group, option in ALL])
+@pytest.mark.parametrize(
+    ("group", "option"),
+    [
+        pytest.param(group, option, id=f"{group}={option}", marks=[pytest.mark.slow] * ("resnet50" in option))
+        for group, option in ALL
+    ],
+)
 @pytest.mark.usefixtures("unchecked_cifar10")
 @pytest.mark.filterwarnings("ignore:Using .DistributedSampler. with the dataloaders:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*profiler.*:UserWarning")

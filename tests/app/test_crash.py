@@ -10,8 +10,8 @@ import torch
 from hydra.utils import instantiate
 
 from lightning_topkast import AtomicCheckpointIO
-from lightning_topkast.app.checkpoint import Checkpoint
 from lightning_topkast.app.errors import AppError
+from lightning_topkast.app.run_folder.checkpoint import Checkpoint
 from tests.helpers import same
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
@@ -89,6 +89,7 @@ def test_full_disk_is_one_line_and_leaves_the_last_checkpoint(short_run, tmp_pat
     assert short_run(2, f"ckpt_path={last}")[0] == 0
 
 
+@pytest.mark.slow
 def test_flipped_bit_is_refused_or_harmless(short_run, tmp_path):
     assert short_run(1, "model.hidden=[8]")[0] == 0
     whole = tmp_path / "run" / "checkpoints" / "last.ckpt"

@@ -13,11 +13,10 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 
-from lightning_topkast.app import compare, export, plan, train
+from lightning_topkast.app.commands import compare, export, plan, report, train
 from lightning_topkast.app.errors import AppError
-from lightning_topkast.app.grids import Sweep, expand, read_sweep
-from lightning_topkast.app.launch import Launcher, hydra_configs
-from lightning_topkast.app.report import command as report
+from lightning_topkast.app.sweep.expand import Sweep, expand, read_sweep
+from lightning_topkast.app.sweep.launch import Launcher, hydra_configs
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -80,6 +79,7 @@ def test_the_pages_show_commands():
     assert sum(map(len, COMMANDS.values())) > 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", COMMANDS, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_of_a_page_compose(page):
     wrong = {}
@@ -127,6 +127,7 @@ def test_commands_of_the_programs_without_a_configuration_are_read(program, read
         read()  # exits where it does not know an option
 
 
+@pytest.mark.slow
 def test_the_tutorial_shows_what_its_commands_print(tmp_path, monkeypatch, capfd):
     for handler in logging.getLogger("lightning.pytorch").handlers:
         if type(handler) is logging.StreamHandler:  # Lightning's, made before this test had a stderr of its own

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_topkast.app import train as train_module
+from lightning_topkast.app.commands import train as train_module
 from lightning_topkast.app.errors import did_you_mean
 
 
@@ -25,34 +25,34 @@ def last_line(err: str) -> str:
         ("sparsity.forwrd_sparsity=0.9", "did you mean 'sparsity.forward_sparsity'?"),
         ("max_epochs=3", "did you mean 'recipe.max_epochs' or 'trainer.max_epochs'?"),
         ("hydra.run.dri=x", "did you mean 'hydra.run.dir'?"),
-        ("optimizer.momentum=0.9", "valid there: betas, lr, weight_decay; a new one is added by +optimizer.momentum="),
+        ("optimizer.momentum=0.9", "valid there: betas, lr, weight_decay; add a new one with +optimizer.momentum="),
         ("experiment=zzz", "valid: ablation_exploration, "),
         ("~sparsity.foo", "no config key 'sparsity.foo'"),
         ("+sparsity.foo=1", "sparsity: TopKastCallback.__init__() got an unexpected keyword argument 'foo'"),
-        ("sparsity", "the override 'sparsity' can't be read"),
-        ("logger=null", "a group takes the name of one of its options, and no null: logger=none"),
+        ("sparsity", "the override 'sparsity' is not valid"),
+        ("logger=null", "expected the name of an option for a group, not null: logger=none"),
         ("seed=0,1", "add -m to run each of them, or write seed=[0,1] for a list"),
         ("--config-name trian", "Cannot find primary config 'trian'"),
-        ("model=transformer", "data.sequence_length, which is not set: do the chosen model and data fit?"),
-        ("model=custom", "model._target_ has no default: give it as model._target_="),
+        ("model=transformer", "data.sequence_length, which is not set: do the model and the data match?"),
+        ("model=custom", "model._target_ has no default: set model._target_="),
         ("model=custom model._target_=no_such.Net", "model: Error loading 'no_such.Net'"),
         ("model.hidden=[-1]", "model: "),
         ("model=cnn model.channels=[4,4,4,4,4]", "model: images of [1, 8, 8] are too small for 5 blocks"),
-        ("data=text", "data.path has no default: give it as data.path=..."),
-        ("data=text data.path=x data.split=[1,2]", "data: split has three parts"),
+        ("data=text", "data.path has no default: set data.path=..."),
+        ("data=text data.path=x data.split=[1,2]", "data: expected split to have three parts"),
         ("data.batch_size=0", "data: batch_size must be at least 1; got 0"),
         ("data.split=[0.8,0.2,0.2]", "the fractions [0.8, 0.2, 0.2] add up to more than 1"),
         ("optimizer.lr=-1", "optimizer: Invalid learning rate: -1"),
-        ("scheduler.warmup=2", "warmup is a fraction of the run"),
+        ("scheduler.warmup=2", "expected warmup to be a fraction of the run"),
         ("trainer.max_epochs=-1", "the scheduler needs a run of known length"),
         ("recipe.monitor=val/accuracy trainer.limit_train_batches=1 trainer.max_epochs=1", "val/accuracy"),
-        ("sparsity.forward_sparsity=0.7", "backward_sparsity=0.8 exceeds forward_sparsity=0.7"),
-        ("sparsity.forward_sparsity=1.5", "forward_sparsity=1.5 is out of range"),
-        ("sparsity.include=[conv*]", "include: 'conv*' matches no parameter"),
+        ("sparsity.forward_sparsity=0.7", "expected backward_sparsity <= forward_sparsity, since"),
+        ("sparsity.forward_sparsity=1.5", "expected forward_sparsity to be a number in [0, 1), got 1.5"),
+        ("sparsity.targets.include=[conv*]", "include: 'conv*' matches no parameter"),
         ("ckpt_path=none.ckpt", "there is no checkpoint "),
         (
             "-m seed=0,1 trainer=ddp_cpu trainer.num_nodes=2",
-            "a sweep (-m) can't start its processes on trainer.num_nodes=2",
+            "a sweep (-m) cannot start processes on trainer.num_nodes=2",
         ),
     ],
 )
@@ -121,7 +121,7 @@ def test_logger_folder_that_cannot_be_written_is_refused_before_training(logger,
     (tmp_path / "file").touch()
     code, out, err = cli(f"logger={logger}", f"paths.output_dir={tmp_path}/file/logs")
     assert code == 2
-    assert f"the folder {tmp_path}/file/logs can't be written (Not a directory)" in last_line(err)
+    assert f"the folder {tmp_path}/file/logs is not writable (Not a directory)" in last_line(err)
     assert "Epoch" not in out
 
 

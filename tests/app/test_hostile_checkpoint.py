@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_topkast.app.checkpoint import Checkpoint, open_checkpoint
 from lightning_topkast.app.errors import AppError
+from lightning_topkast.app.run_folder.checkpoint import Checkpoint, open_checkpoint
 from tests.helpers import SaveAfter, fit, make_callback, make_net, make_trainer
 
 SHORT = ("trainer.limit_train_batches=2", "trainer.limit_val_batches=1", "trainer.limit_test_batches=1", "logger=none")
@@ -54,6 +54,7 @@ def test_a_real_checkpoint_opens(tmp_path, saved):
     assert check_opens_or_says_why(tmp_path / "a.ckpt") == ""
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 2**32))
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
 def test_damaged_bytes_are_found(tmp_path_factory, saved, seed):
@@ -144,6 +145,6 @@ def test_the_command_line_runs_no_code_of_a_checkpoint(cli, tmp_path, server, mo
 
 
 def test_a_lightning_that_would_run_code_is_not_let_to_download(monkeypatch):
-    monkeypatch.setattr("lightning_topkast.app.checkpoint.SAFELY", {})
+    monkeypatch.setattr("lightning_topkast.app.run_folder.checkpoint.SAFELY", {})
     with pytest.raises(AppError, match="name a local file"):
         open_checkpoint("http://127.0.0.1/last.ckpt")

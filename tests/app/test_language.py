@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -16,14 +15,15 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from lightning_topkast.app.build import build_callbacks, build_model
 from lightning_topkast.app.data.windows import Windows
-from lightning_topkast.app.global_batch import accumulation
 from lightning_topkast.app.models import TransformerLM
 from lightning_topkast.app.models.transformer import rotate
-from lightning_topkast.app.task import ClassificationTask
-from lightning_topkast.app.train import train
+from lightning_topkast.app.run.build import build_callbacks, build_model
+from lightning_topkast.app.run.global_batch import accumulation
+from lightning_topkast.app.run.task import ClassificationTask
+from lightning_topkast.app.run.train import train
 from lightning_topkast.method.targets import find_targets
+from tests import processes
 from tests.app.data_files import WIKITEXT_WORDS, write_wikitext
 from tests.app.test_recipes import rates
 from tests.helpers import plain_path
@@ -66,16 +66,14 @@ def test_models_are_of_the_published_size_but_for_relative_positions(name, large
 def test_words_vectors_are_dense_and_every_matrix_of_the_blocks_is_sparse(composed):
     config = composed("experiment=wikitext103_transformer_xl")
     (callback, *_) = build_callbacks(config, has_loggers=False)
-    settings = callback.settings
-    targets = find_targets(
-        built(config), keep_first_dense=settings.keep_first_dense, keep_last_dense=settings.keep_last_dense
-    )
+    targets = find_targets(built(config), callback.settings.targets)
     matrices = {target.name: target.sparse for target in targets if len(target.shape) == 2}
     assert matrices.pop("tokens.weight") is False
     assert len(matrices) == 16 * 4
     assert all(matrices.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", [1, 2, 5])
 @pytest.mark.parametrize(
     ("name", "steps", "epoch"), [("enwik8", 400_000, 90e6 / 512 / 22), ("wikitext103", 200_000, 103_227_021 / 150 / 60)]
@@ -154,6 +152,7 @@ WORDS = ["experiment=wikitext103_transformer_xl", f"data.num_classes={WIKITEXT_W
 BYTES = ["experiment=enwik8_transformer_xl", "data.split=[18000,1000,1000]", *SMALL]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="ranks are forked")
 def test_two_processes_train_both_experiments_and_score_as_one_does(composed, data_dir, tmp_path):
     write_wikitext(tmp_path / "data" / "wikitext-103")  # not numbered yet
@@ -161,7 +160,7 @@ def test_two_processes_train_both_experiments_and_score_as_one_does(composed, da
     debug = [*BYTES, "debug=fast_dev_run", "logger=none", "hydra.run.dir=bytes", f"paths.data_dir={data_dir}"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(plain_path()), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(Path(__file__).with_name("two_ranks.py")), *words, "---", *debug]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=150)
+    done = processes.run(command, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("GLOBAL_RANK: 1, MEMBER: 2/2") == 2
     assert len(list((tmp_path / "data" / "wikitext-103" / ".topkast").glob("words-*/"))) == 1
@@ -179,6 +178,7 @@ def test_two_processes_train_both_experiments_and_score_as_one_does(composed, da
     assert result["metrics"]["test/perplexity"] == pytest.approx(figures["test/perplexity"], rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_run_that_is_validated_within_an_epoch_goes_on_exactly(composed, data_dir, tmp_path):

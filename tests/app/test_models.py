@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_topkast.app import schedulers
 from lightning_topkast.app.errors import AppError
 from lightning_topkast.app.models import CNN, MLP, TransformerLM, resnet
+from lightning_topkast.app.run import schedulers
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 32, 32)])
@@ -64,5 +64,5 @@ def test_longer_run_stretches_the_schedule():
 
 @pytest.mark.parametrize("milestones", [[0.7, 0.3], [30, 70]])
 def test_milestones_must_be_rising_fractions(milestones):
-    with pytest.raises(AppError, match="rising fractions"):
+    with pytest.raises(AppError, match="increasing fractions"):
         rates(schedulers.multistep, 10, milestones=milestones)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_topkast.app.models import resnet
-from lightning_topkast.method.distribution import erdos_renyi_kernel
+from lightning_topkast.method.density import erdos_renyi_kernel
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -19,6 +19,7 @@ def published(monkeypatch):
     return runpy.run_path(str(BENCHMARKS / "published_flops.py"))
 
 
+@pytest.mark.slow
 def test_inference_flops_are_within_a_hundredth_of_the_published_ones(published):
     for (distribution, sparsity), expected in published["PUBLISHED"].items():
         totals = published["as_rigl"](distribution, sparsity)

@@ -8,13 +8,14 @@ import torch
 from lightning import Trainer
 from torch import nn
 
-from lightning_topkast.app import plan as plan_module
+from lightning_topkast.app.commands import plan as plan_module
 from lightning_topkast.app.data import Digits
 from lightning_topkast.app.errors import AppError
-from lightning_topkast.app.global_batch import GlobalBatch, accumulation
 from lightning_topkast.app.models import CNN, WideResNet
-from lightning_topkast.app.task import ClassificationTask
-from lightning_topkast.app.train import build_callbacks, build_model, train
+from lightning_topkast.app.run.build import build_callbacks, build_model
+from lightning_topkast.app.run.global_batch import GlobalBatch, accumulation
+from lightning_topkast.app.run.task import ClassificationTask
+from lightning_topkast.app.run.train import train
 
 IMAGENET_EPOCH = 1_281_167 / 4096  # steps
 
@@ -86,6 +87,7 @@ def test_schedule_that_is_no_length_is_refused(cli):
     assert "recipe.schedule=0 is not valid: expected a number above 0" in err.strip().splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("devices", "batch_size", "accumulate"), [(1, 256, 16), (8, 256, 2), (16, 256, 1), (32, 128, 1)]
 )
@@ -111,7 +113,7 @@ def test_imagenet_step_sees_4096_images_on_any_number_of_gpus(devices, batch_siz
     ],
 )
 def test_global_batch_that_does_not_come_out_even_is_refused(size, batch_size, processes, way):
-    with pytest.raises(AppError, match=f"recipe.global_batch={size} is no multiple .*: {way}"):
+    with pytest.raises(AppError, match=f"recipe.global_batch={size} is not a multiple .*: {way}"):
         accumulation(size, batch_size, processes)
 
 
@@ -185,6 +187,7 @@ def test_channels_last_is_left_out_where_nothing_is_convolved(composed):
     assert ClassificationTask(CNN((3, 8, 8), 2), torch.optim.SGD, num_classes=2, channels_last=True).channels_last
 
 
+@pytest.mark.slow
 def test_imagenet_recipe_trains_its_steps_with_accumulation(composed, data_dir):
     """The experiment file itself on generated images: 4 of them a step, of which a process takes 2 at once."""
     score = train(

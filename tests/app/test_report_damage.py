@@ -7,17 +7,18 @@ import pytest
 import torch
 from PIL import Image
 
+from lightning_topkast.app.commands import report as command
+from lightning_topkast.app.commands.report import write_reports
 from lightning_topkast.app.errors import AppError
-from lightning_topkast.app.report import command
-from lightning_topkast.app.report.cards import cards
-from lightning_topkast.app.report.command import write_reports
-from lightning_topkast.app.report.curves import read_curves
-from lightning_topkast.app.report.masks import SavedWeight, _saved_weight, picture
+from lightning_topkast.app.report.contents import read_contents
+from lightning_topkast.app.report.key_figures import key_figures
+from lightning_topkast.app.report.mask_pictures import draw_mask
 from lightning_topkast.app.report.page import write_page
-from lightning_topkast.app.report.run import known_result, read_run
 from lightning_topkast.app.report.run_page import write_run_report
-from lightning_topkast.app.report.sweep_page import runs_beneath
-from lightning_topkast.app.result import read_result
+from lightning_topkast.app.run_folder.folder import runs_in
+from lightning_topkast.app.run_folder.logs import read_curves
+from lightning_topkast.app.run_folder.masks import SavedWeight, _saved_weight
+from lightning_topkast.app.run_folder.result import read_result
 
 RESULT = {
     "format": 1, "status": "finished", "choices": {"data": "digits", "sparsity": "topkast"}, "overrides": [],
@@ -47,7 +48,7 @@ def leave(folder, result=None, log=None):
 
 def test_a_result_as_runs_write_it_is_taken(tmp_path):
     leave(tmp_path, RESULT)
-    assert known_result(tmp_path) == RESULT
+    assert read_result(tmp_path).model_dump(exclude_unset=True) == RESULT
 
 
 @pytest.mark.usefixtures("without_figures")
@@ -66,7 +67,7 @@ def test_a_result_as_runs_write_it_is_taken(tmp_path):
 )
 def test_part_of_another_form_is_named_and_the_rest_of_the_folder_shown(key, value, tmp_path):
     page = write_run_report(leave(tmp_path, RESULT | {key: value}, "step,val/acc\n1,0.5\n")).read_text()
-    assert ("which no run writes" in page) == (key != "versions")  # these are shown as they are
+    assert ("is not a valid result" in page) == (key != "versions")  # these are shown as they are
     assert "</html>" in page
 
 
@@ -74,19 +75,19 @@ def test_part_of_another_form_is_named_and_the_rest_of_the_folder_shown(key, val
 @pytest.mark.parametrize("key", ["metrics", "monitor", "parameters", "flops", "weights"])
 def test_run_that_failed_may_have_anything_in_its_result(key, tmp_path):
     leave(tmp_path, RESULT | {"status": "failed", key: [1]})
-    assert f"its {key} is [1], which no run writes" in write_run_report(tmp_path).read_text()
+    assert f"is not a valid result: {key}" in write_run_report(tmp_path).read_text()
 
 
 def test_run_that_diverged_saves_nothing_of_no_parameters(tmp_path):
     leave(tmp_path, RESULT | {"status": "diverged", "parameters": {"total": 0, "nonzero": 0}, "weights": []})
-    names = {card.name for card in cards(known_result(tmp_path), None)}
+    names = {figure.name for figure in key_figures(read_result(tmp_path), None)}
     assert "test/acc" in names
     assert not names & {"parameters in use", "bytes saved"}
 
 
 def test_endless_nesting_is_a_result_that_cannot_be_read(tmp_path):
     (tmp_path / "result.json").write_text("[" * 100_000)
-    with pytest.raises(AppError, match="can't be read"):
+    with pytest.raises(AppError, match="cannot be read"):
         read_result(tmp_path)
 
 
@@ -96,7 +97,7 @@ def test_sweep_names_the_run_whose_result_has_another_form_and_lists_all(tmp_pat
     leave(tmp_path / "bad", RESULT | {"status": "failed", "monitor": [1]})
     page = write_reports(tmp_path)[0].read_text()
     assert "2 runs" in page
-    assert "its monitor is [1], which no run writes" in page
+    assert "monitor: input should be a valid dictionary or instance of Monitor, got [1]" in page
 
 
 def test_log_with_a_field_without_an_end_keeps_what_came_before(tmp_path):
@@ -170,7 +171,7 @@ def test_text_that_utf8_cannot_hold_does_not_stop_the_page(tmp_path):
 @pytest.mark.usefixtures("without_figures")
 def test_run_that_is_named_by_a_dot_has_a_title(tmp_path, monkeypatch):
     monkeypatch.chdir(leave(tmp_path / "my run", log="step,loss\n1,5\n"))
-    assert read_run(type(tmp_path)(".")).title == "my run"
+    assert read_contents(type(tmp_path)(".")).title == "my run"
     assert write_reports(type(tmp_path)("."))[0] == type(tmp_path)("report.html")
 
 
@@ -179,14 +180,14 @@ def test_run_that_has_left_only_this_is_found_in_a_folder_of_runs(left, tmp_path
     path = tmp_path / "day" / "run" / left
     path.parent.mkdir(parents=True)
     path.touch()
-    assert runs_beneath(tmp_path) == [tmp_path / "day" / "run"]
+    assert runs_in(tmp_path) == [tmp_path / "day" / "run"]
 
 
 @pytest.mark.usefixtures("without_figures")
 def test_run_without_a_result_shows_the_sparsities_of_its_checkpoint(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     tiers = torch.tensor([[2, 1, 0, 0]], dtype=torch.uint8)
-    state = {"weights": {"w": {"tiers": tiers, "reserve": torch.zeros(1, 4)}}}
+    state = {"weights": {"w": {"tiers": tiers, "latent": torch.zeros(1, 4)}}}
     content = {"pytorch-lightning_version": "2.6.0", "state_dict": {"w": torch.zeros(1, 4)}, "global_step": 1}
     torch.save(content | {"callbacks": {"TopKastCallback{}": state}}, tmp_path / "checkpoints" / "last.ckpt")
     page = write_run_report(tmp_path).read_text()
@@ -220,30 +221,30 @@ def test_mask_pictures_keep_their_place_in_the_page_by_name(tmp_path):
 def hostile(part):
     """What a checkpoint may hold in the place of an ordinary tensor, by the part it stands for."""
     tiers, alpha = torch.tensor([[2, 0]], dtype=torch.uint8), torch.tensor([[1.0, 0.0]])
-    reserve = torch.tensor([[0.0, 3.0]])
-    yield tiers, alpha, reserve
+    latent = torch.tensor([[0.0, 3.0]])
+    yield tiers, alpha, latent
     if part == "tiers":
         yield torch.empty((0, 5), dtype=torch.uint8), torch.empty((0, 5)), torch.empty((0, 5))
-        yield tiers.to_sparse(), alpha, reserve
-        yield tiers.to("meta"), alpha, reserve
+        yield tiers.to_sparse(), alpha, latent
+        yield tiers.to("meta"), alpha, latent
     if part == "values":
-        yield tiers, alpha.to_sparse(), reserve
-        yield tiers, alpha, reserve.to_sparse_csr()
-        yield tiers, alpha.to(torch.complex64), reserve
-        yield tiers, alpha.to("meta"), reserve
+        yield tiers, alpha.to_sparse(), latent
+        yield tiers, alpha, latent.to_sparse_csr()
+        yield tiers, alpha.to(torch.complex64), latent
+        yield tiers, alpha.to("meta"), latent
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
 @pytest.mark.parametrize("part", ["tiers", "values"])
 def test_tensors_that_cannot_be_drawn_are_told_from_those_that_can(part):
-    (tiers, alpha, reserve), *others = hostile(part)
-    weight = _saved_weight("w", {"tiers": tiers, "reserve": reserve}, alpha)
+    (tiers, alpha, latent), *others = hostile(part)
+    weight = _saved_weight("w", {"tiers": tiers, "latent": latent}, alpha)
     assert weight.thresholds() == (3.0, None)
-    for tiers, alpha, reserve in others:
+    for tiers, alpha, latent in others:
         if part == "tiers":
-            with pytest.raises(AppError, match="no tiers of 'w' that can be drawn"):
-                _saved_weight("w", {"tiers": tiers, "reserve": reserve}, alpha)
+            with pytest.raises(AppError, match="no valid tiers for 'w'"):
+                _saved_weight("w", {"tiers": tiers, "latent": latent}, alpha)
         else:
-            weight = _saved_weight("w", {"tiers": tiers, "reserve": reserve}, alpha)
+            weight = _saved_weight("w", {"tiers": tiers, "latent": latent}, alpha)
             assert (weight.thresholds(), weight.groups()) == ((None, None), {})
-            assert picture(weight)
+            assert draw_mask(weight)

@@ -5,9 +5,11 @@ import pytest
 import torch
 from PIL import Image
 
-from lightning_topkast.app.report.curves import on_grid, read_curves, thinned
-from lightning_topkast.app.report.masks import SavedWeight, picture, read_masks
-from lightning_topkast.app.report.run import is_run
+from lightning_topkast.app.report.curves import on_grid, thinned
+from lightning_topkast.app.report.mask_pictures import draw_mask
+from lightning_topkast.app.run_folder.folder import RunFolder
+from lightning_topkast.app.run_folder.logs import read_curves
+from lightning_topkast.app.run_folder.masks import SavedWeight, read_masks
 from lightning_topkast.telemetry.pictures import SET_COLOURS
 
 
@@ -44,7 +46,7 @@ def test_curves_are_those_of_a_logger_whose_folder_is_named(tmp_path):
     (tmp_path / "metrics.csv").write_text("step,train_loss\n1,5\n")  # of a Trainer with a CSVLogger
     (curve,) = read_curves(tmp_path).values()
     assert [each.tolist() for each in curve] == [[1], [5]]
-    assert is_run(tmp_path)
+    assert RunFolder(tmp_path).is_run
 
 
 def test_layers_logged_at_different_steps_keep_their_last_value_between_them():
@@ -83,13 +85,13 @@ def test_masks_are_those_of_the_checkpoint_that_was_tested(tmp_path):
     for step, name in enumerate(("best", "last")):  # the last is newer
         content = {"pytorch-lightning_version": "2.6.0", "state_dict": {}, "global_step": step}
         torch.save(content, tmp_path / "checkpoints" / f"{name}.ckpt")
-    assert read_masks(tmp_path).step == 0
+    assert read_masks(RunFolder(tmp_path)).step == 0
     (tmp_path / "checkpoints" / "best.ckpt").unlink()
-    assert read_masks(tmp_path).step == 1
+    assert read_masks(RunFolder(tmp_path)).step == 1
 
 
 def pixels(tiers, tmp_path):
-    (tmp_path / "mask.png").write_bytes(picture(SavedWeight("w", torch.tensor(tiers, dtype=torch.uint8), None, None)))
+    (tmp_path / "mask.png").write_bytes(draw_mask(SavedWeight("w", torch.tensor(tiers, dtype=torch.uint8), None, None)))
     with Image.open(tmp_path / "mask.png") as image:
         return np.asarray(image.convert("RGBA")).astype(int)
 

@@ -6,8 +6,10 @@ import pytest
 
 from lightning_topkast import TopKastError
 from lightning_topkast.app.errors import AppError
-from lightning_topkast.app.result import RunMeter, read_result, write_result
-from lightning_topkast.app.train import train
+from lightning_topkast.app.run.meter import Progress, RunMeter
+from lightning_topkast.app.run.train import train
+from lightning_topkast.app.run_folder import result as result_module
+from tests.app.result_files import read_result
 
 SHORT = ["trainer.limit_train_batches=4", "callbacks.progress=null", "logger=none"]
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
@@ -53,6 +55,7 @@ def test_examples_are_those_of_training_and_not_of_the_tested_checkpoint(compose
     assert read_result(tmp_path / "run")["examples"] == 3 * 4 * 64
 
 
+@pytest.mark.slow
 def test_examples_go_on_where_a_resumed_run_does(composed, tmp_path):
     train(composed(*SHORT, "trainer.max_epochs=1"))
     before = read_result(tmp_path / "run")
@@ -64,11 +67,11 @@ def test_examples_go_on_where_a_resumed_run_does(composed, tmp_path):
 def test_meter_goes_on_from_what_a_checkpoint_holds():
     meter = RunMeter()
     meter.load_state_dict({"seconds": 100.0, "steps": 7, "examples": 70})
-    assert meter.counts() == {"seconds": 100.0, "steps": 7, "examples": 70}
+    assert meter.progress() == Progress(seconds=100.0, steps=7, examples=70)
     meter.on_train_start(None, None)
-    assert meter.counts()["seconds"] > 100
+    assert meter.progress().seconds > 100
     meter.on_train_end(None, None)
-    assert meter.counts() == meter.counts(), "the clock stands"
+    assert meter.progress() == meter.progress(), "the clock stands"
 
 
 def test_run_that_was_good_once_and_is_not_finite_at_its_end_has_diverged(composed, tmp_path):
@@ -78,6 +81,7 @@ def test_run_that_was_good_once_and_is_not_finite_at_its_end_has_diverged(compos
     assert result["status"] == "diverged"
 
 
+@pytest.mark.slow
 def test_places_and_loggers_are_no_part_of_what_a_run_computes(composed, tmp_path):
     configs = []
     elsewhere = ["logger=csv", f"paths.data_dir={tmp_path}", "ckpt_path=auto", "run_name=a"]
@@ -92,8 +96,8 @@ def test_places_and_loggers_are_no_part_of_what_a_run_computes(composed, tmp_pat
 def test_run_whose_loss_is_not_finite_has_diverged(composed, tmp_path, sparsity):
     config = composed(
         *SHORT, "trainer.max_epochs=2", "optimizer=sgd", "optimizer.lr=1e30", "scheduler=none", f"sparsity={sparsity}",
-        "recipe.update_every=2", *(["sparsity.penalty_shrinkage=null"] if sparsity == "topkast" else []),
-        *(["sparsity.penalty_strength=0"] if sparsity == "topkast" else []),
+        "recipe.update_every=2", *(["sparsity.penalty.shrinkage=null"] if sparsity == "topkast" else []),
+        *(["sparsity.penalty.strength=0"] if sparsity == "topkast" else []),
     )  # fmt: skip
     if sparsity == "topkast":
         with pytest.raises(TopKastError, match="NaN"):
@@ -111,9 +115,17 @@ def test_broken_result_is_refused_with_its_name(tmp_path, text):
         read_result(tmp_path)
 
 
-def test_result_that_can_not_be_written_leaves_the_old_one_whole(tmp_path):
-    write_result(tmp_path, {"format": 1, "a": 1})
-    with pytest.raises(TypeError):
-        write_result(tmp_path, {"format": 1, "a": object()})
-    assert json.loads((tmp_path / "result.json").read_text()) == {"format": 1, "a": 1}
+def test_result_that_can_not_be_written_leaves_the_old_one_whole(tmp_path, monkeypatch):
+    def fail(descriptor):
+        raise OSError(5, "disk gone")
+
+    old = {"format": 1, "status": "running", "choices": {}, "overrides": [], "config": {}}
+    result = result_module.Result(**old)
+    result_module.write_result(tmp_path, result)
+    with pytest.raises(ValueError, match="JSON"):
+        result_module.write_result(tmp_path, result.model_copy(update={"seconds": float("nan")}))
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="not written: disk gone"):
+        result_module.write_result(tmp_path, result.model_copy(update={"seed": 1}))
+    assert json.loads((tmp_path / "result.json").read_text()) == old
     assert [file.name for file in tmp_path.iterdir()] == ["result.json"]

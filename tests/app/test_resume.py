@@ -5,14 +5,16 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 import torch
 
-from lightning_topkast.app import train as train_module
 from lightning_topkast.app.data import Digits
-from lightning_topkast.app.task import ClassificationTask
+from lightning_topkast.app.run import train as train_module
+from lightning_topkast.app.run.task import ClassificationTask
+from tests import processes
 from tests.helpers import plain_path, same
 
 pytestmark = [
@@ -38,14 +40,14 @@ def checkpoint(cli, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        (["sparsity=dense", "trainer.max_epochs=2"], "is of a sparse run, which would lose its sparsity here"),
+        (["sparsity=dense", "trainer.max_epochs=2"], "belongs to a sparse run, which would become dense"),
         (["sparsity=topkast_80_50", "trainer.max_epochs=2"], "resume with the sparsities and distribution it had"),
         (
             ["model.hidden=[64]", "trainer.max_epochs=2"],
             "another model: its 'net.hidden1.weight' is (256, 64)",
         ),
         (["optimizer=sgd", "trainer.max_epochs=2"], "written with another optimizer than SGD"),
-        (["trainer.max_epochs=1"], "nothing was left to train"),
+        (["trainer.max_epochs=1"], "nothing is left to train"),
     ],
     ids=["dense", "densities", "model", "optimizer", "finished"],
 )
@@ -68,7 +70,7 @@ def test_file_that_is_no_checkpoint_is_refused(cli, tmp_path, content):
     torch.save(os.system if content == "code" else content, path)
     code, _, err = cli(f"ckpt_path={path}", "logger=none")
     assert code == 2
-    assert f"{path} is no checkpoint" in last_line(err)
+    assert f"{path} is not a checkpoint" in last_line(err)
 
 
 @pytest.mark.parametrize("folder", [True, False])
@@ -94,7 +96,7 @@ def test_a_second_run_in_a_folder_keeps_the_curves_of_the_first(cli, tmp_path):
         ("seed=abc", "seed=abc is not valid: expected an int"),
         ("optimizer.lr=abc", "optimizer.lr=abc is not valid: expected a number"),
         ("trainer.max_epochs=0", "nothing was trained: trainer.max_epochs=0"),
-        ("trainer=gpu", "there is no GPU that this torch can use: trainer=cpu or trainer=ddp_cpu"),
+        ("trainer=gpu", "this installation of torch finds no GPU: use trainer=cpu or trainer=ddp_cpu"),
     ],
 )
 def test_values_that_cannot_train_are_refused(cli, override, expected):
@@ -109,15 +111,21 @@ def test_wandb_that_cannot_log_in_is_answered_in_one_line(cli):
     # not by WANDB_MODE, which W&B reads once in a process: an earlier test may have been the one
     code, _, err = cli("logger=wandb", "logger.wandb.mode=online", *SHORT[:-1])
     assert code == 2
-    assert "W&B could not begin the run" in last_line(err)
+    assert "W&B could not start the run" in last_line(err)
     assert "logger.wandb.mode=offline" in last_line(err)
 
 
-def start(epochs: int) -> subprocess.Popen[str]:
+def start(epochs: int) -> AbstractContextManager[subprocess.Popen[str]]:
     """The application in a process of its own, which is training or about to."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(plain_path()), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "lightning_topkast.app.train", f"trainer.max_epochs={epochs}", "logger=none"]
-    return subprocess.Popen(
+    command = [
+        sys.executable,
+        "-m",
+        "lightning_topkast.app.commands.train",
+        f"trainer.max_epochs={epochs}",
+        "logger=none",
+    ]
+    return processes.started(
         command,
         env=environment,
         stdout=subprocess.PIPE,
@@ -127,33 +135,32 @@ def start(epochs: int) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopped_run_says_how_to_go_on_and_exits_as_shells_expect(tmp_path, sent, code):
-    run = start(epochs=10000)
-    try:
+    with start(epochs=10000) as run:
         assert run.stdout.readline().startswith("epoch 1/10000:")
         time.sleep(0.2)
         run.send_signal(sent)
-        _, err = run.communicate(timeout=60)
-    finally:
-        run.kill()
+        _, err = run.communicate()
     assert run.returncode == code, err
     assert "topkast-train: interrupted in epoch " in last_line(err)
     folder = last_line(err).rpartition("--resume ")[2]
     saved = torch.load(Path(folder) / "checkpoints" / "last.ckpt", weights_only=True)
     assert f"step {saved['global_step']};" in last_line(err), "what is said to be saved is"
-    if sent == signal.SIGINT and "the last checkpoint being of" in last_line(err):  # it came in a validation
+    if sent == signal.SIGINT and "the last checkpoint is of" in last_line(err):  # it came in a validation
         assert int(last_line(err).partition(", step ")[2].partition(",")[0]) % 19 == 0, "the step it was in is not lost"
 
 
+@pytest.mark.slow
 def test_output_that_nobody_reads_any_more_ends_quietly(tmp_path):
-    run = start(epochs=200)
-    run.stdout.readline()
-    run.stdout.close()
-    err = run.stderr.read()
-    run.stderr.close()
-    assert run.wait(timeout=60) == 141
+    with start(epochs=200) as run:
+        run.stdout.readline()
+        run.stdout.close()
+        err = run.stderr.read()
+        run.stderr.close()
+        assert run.wait() == 141
     assert "Traceback" not in err
 
 
@@ -192,6 +199,7 @@ def test_job_that_slurm_ends_goes_on_by_itself(cli, tmp_path, monkeypatch):
         assert same(whole[part], resumed[part]), part
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_run_resumed_in_the_middle_of_an_epoch_sees_the_batches_that_are_left(cli, tmp_path, workers):
     """Two of three epochs of five batches, saved at every second step; the seventh step is the second of its epoch."""
@@ -231,6 +239,7 @@ def test_resume_goes_on_with_the_runs_own_overrides_in_its_folder(cli, tmp_path)
     assert list(tmp_path.iterdir()) == [folder]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_refused_resume_does_not_stand_in_the_way_of_the_next(cli, tmp_path):
     folder = tmp_path / "run"
@@ -270,7 +279,7 @@ def test_ctrl_c_outside_of_training_is_answered_in_one_line(cli, monkeypatch, wh
         (("--resume",), "--resume needs the folder of a run"),
         (("--resume", "-m"), "--resume needs the folder of a run"),
         (("--resume", "nowhere"), "there is no folder nowhere"),
-        (("--resume", "sweep/0/.hydra/overrides.yaml"), "is a file, name the folder of its run"),
+        (("--resume", "sweep/0/.hydra/overrides.yaml"), "is a file: expected the folder of a run"),
         (("--resume", "empty"), "it lacks .hydra/overrides.yaml"),
         (("--resume", "sweep"), "name one of its runs, such as"),
     ],

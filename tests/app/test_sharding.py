@@ -1,7 +1,6 @@
 """FSDP2: `configure_model` shards the network over the mesh that the strategy brings."""
 
 import os
-import subprocess
 import sys
 
 import pytest
@@ -10,9 +9,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from lightning_topkast.app.last_lines import count_weights
 from lightning_topkast.app.models import TransformerLM
-from lightning_topkast.app.task import ClassificationTask
+from lightning_topkast.app.run.summary import count_weights
+from lightning_topkast.app.run.task import ClassificationTask
+from tests import processes
 from tests.helpers import plain_path
 
 
@@ -45,14 +45,15 @@ def test_without_a_mesh_the_network_stays_whole():
 def run_sharded(folder, *overrides):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(plain_path()), "OMP_NUM_THREADS": "1"}
     command = [
-        sys.executable, "-m", "lightning_topkast.app.train", "trainer=fsdp2_sharded", "trainer.accelerator=cpu",
+        sys.executable, "-m", "lightning_topkast.app.commands.train",
+        "trainer=fsdp2_sharded", "trainer.accelerator=cpu",
         "trainer.devices=2", "trainer.precision=32-true", "+trainer.strategy.process_group_backend=gloo", "logger=csv",
         "recipe.update_every=2", "trainer.limit_train_batches=4", "hydra.run.dir=run", *overrides,
     ]  # fmt: skip
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150, cwd=folder)
+    return processes.run(command, env=environment, cwd=folder)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_two_processes_train_shards_of_a_sparse_network_and_go_on_from_them(tmp_path):
     done = run_sharded(tmp_path, "trainer.max_epochs=2")
     assert done.returncode == 0, done.stderr

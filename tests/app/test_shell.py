@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lightning_topkast.app.watch import _Watcher
+from lightning_topkast.app.sweep.progress import _ProgressDisplay
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -55,7 +55,7 @@ def test_bar_over_a_sweep_has_colours_unless_they_are_not_welcome(welcome, tmp_p
     monkeypatch.delenv("NO_COLOR", raising=False)
     if not welcome:
         monkeypatch.setenv("NO_COLOR", "1")
-    watcher = _Watcher(tmp_path, [], 1)
+    watcher = _ProgressDisplay(tmp_path, [], 1)
     with watcher.console.capture() as captured:
         watcher.console.print(watcher)
     assert ("\x1b[38;5;" in captured.get()) is welcome

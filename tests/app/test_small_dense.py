@@ -8,13 +8,14 @@ import torch
 from torch import nn
 
 from lightning_topkast import TopKast
-from lightning_topkast.app import plan as plan_module
+from lightning_topkast.app.commands import plan as plan_module
 from lightning_topkast.app.errors import AppError
-from lightning_topkast.app.last_lines import count_weights
 from lightning_topkast.app.models import MLP, resnet
 from lightning_topkast.app.models.narrow import narrow_
-from lightning_topkast.app.small_dense import with_width
-from lightning_topkast.app.train import build_callbacks, build_model, train
+from lightning_topkast.app.run.build import build_callbacks, build_model
+from lightning_topkast.app.run.small_dense import with_width
+from lightning_topkast.app.run.summary import count_weights
+from lightning_topkast.app.run.train import train
 
 SHORT = ["trainer.max_epochs=1", "trainer.limit_train_batches=4", "callbacks=none", "logger=none"]
 RESNET = ["data=cifar10", "model=resnet18"]
@@ -38,6 +39,7 @@ def test_mlp_is_as_wide_as_the_budget_allows_and_no_wider(composed):
     assert parameters(net) == sizes[width] <= budget < sizes[width + 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("forward_sparsity", [0.8, 0.95])
 @pytest.mark.parametrize("model", [[], ["data=fashion_mnist", "model=cnn"], RESNET], ids=["mlp", "cnn", "resnet18"])
 def test_budget_is_what_topkast_leaves_in_a_real_run(model, forward_sparsity, composed):
@@ -47,29 +49,29 @@ def test_budget_is_what_topkast_leaves_in_a_real_run(model, forward_sparsity, co
         for parameter in sparse.parameters():
             parameter.fill_(1.0)  # also what starts at zero counts
     (callback,) = build_callbacks(composed(*given, "callbacks=none"), has_loggers=False)
-    settings = callback.settings
-    TopKast(
-        sparse, settings.forward_sparsity, settings.backward_sparsity, keep_first_dense=settings.keep_first_dense
-    ).attach(torch.optim.SGD(sparse.parameters(), lr=0.1))
+    TopKast.of(sparse, callback.settings).attach(torch.optim.SGD(sparse.parameters(), lr=0.1))
     budget = sum(count.nonzero for count in count_weights(sparse))
     dense = parameters(on_meta(composed(*given, "sparsity=small_dense")))
     assert 0.96 * budget < dense <= budget
 
 
+@pytest.mark.slow
 def test_layers_that_are_kept_dense_raise_the_budget(composed):
     plain, kept = (
         parameters(on_meta(composed("sparsity=small_dense", *more)))
-        for more in ((), ("sparsity.exclude=[net.hidden1.weight]",))
+        for more in ((), ("sparsity.targets.exclude=[net.hidden1.weight]",))
     )
     assert plain + 0.9 * 64 * 256 == pytest.approx(kept, rel=0.03)
 
 
+@pytest.mark.slow
 def test_narrowing_starts_from_the_width_that_the_model_is_given(composed):
     half = on_meta(composed("sparsity=small_dense", "model.hidden=[128,128]")).net
     factor = on_meta(composed("sparsity=small_dense", "model.width_factor=0.5")).net
     assert [p.shape for p in half.parameters()] == [p.shape for p in factor.parameters()]
 
 
+@pytest.mark.slow
 def test_choice_of_the_width_is_recorded_and_leaves_the_seed_alone(composed):
     config = composed("sparsity=small_dense")
     torch.manual_seed(0)
@@ -105,7 +107,7 @@ def test_model_without_a_width_is_refused(composed):
 
 
 def test_model_that_can_not_be_small_enough_is_refused(composed):
-    config = composed("sparsity=small_dense", "model.hidden=[5,5]", "sparsity.keep_last_dense=false")
+    config = composed("sparsity=small_dense", "model.hidden=[5,5]", "sparsity.targets.keep_last_dense=false")
     with pytest.raises(AppError, match="even the narrowest network has 87 parameters, more than the 59"):
         build_model(config)
 

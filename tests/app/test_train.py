@@ -12,12 +12,13 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import nn
 
 from lightning_topkast.app.data import Digits
-from lightning_topkast.app.last_lines import count_weights
-from lightning_topkast.app.loggers import logged_in, wandb_logger
 from lightning_topkast.app.models import MLP
-from lightning_topkast.app.progress import SparsityProgressBar
-from lightning_topkast.app.task import ClassificationTask
-from lightning_topkast.app.train import build_callbacks, build_model, train
+from lightning_topkast.app.run.build import build_callbacks, build_model
+from lightning_topkast.app.run.loggers import logged_in, wandb_logger
+from lightning_topkast.app.run.progress import SparsityProgressBar
+from lightning_topkast.app.run.summary import count_weights
+from lightning_topkast.app.run.task import ClassificationTask
+from lightning_topkast.app.run.train import train
 
 SHORT = ["trainer.max_epochs=2", "trainer.limit_train_batches=4", "callbacks.progress=null", "logger=none"]
 
@@ -173,7 +174,7 @@ def test_progress_bar_shows_the_realised_sparsity():
 
 def test_without_a_logger_the_learning_rate_monitor_is_left_out(composed):
     names = [type(c).__name__ for c in build_callbacks(composed(), has_loggers=False)]
-    assert names == ["TopKastCallback", "WholeStepCheckpoint", "WholeStepCheckpoint", "SparsityProgressBar"]
+    assert names == ["TopKastCallback", "StepBoundaryCheckpoint", "StepBoundaryCheckpoint", "SparsityProgressBar"]
 
 
 def test_report_counts_zeros_in_the_weights_themselves():

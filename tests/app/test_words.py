@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import signal
 import time
 
 import numpy as np
@@ -56,7 +55,7 @@ def test_every_line_ends_with_a_number_of_its_own(tmp_path):
 
 def test_unknown_word_needs_a_place(tmp_path):
     (tmp_path / "text").write_text("bird")
-    with pytest.raises(AppError, match="has the word 'bird', which the training text has not, nor <unk>"):
+    with pytest.raises(AppError, match="has the word 'bird', but the training text has neither it nor <unk>"):
         encode(tmp_path / "text", {"<eos>": 0}, tmp_path / "numbers")
 
 
@@ -107,15 +106,17 @@ def test_killed_writer_leaves_nothing_that_is_taken_for_the_numbers(tmp_path):
     def half(folder):
         (folder / "train.int32").write_bytes(b"half")
         (tmp_path / "begun").touch()
-        time.sleep(60)
+        time.sleep(1000)
 
     writer = multiprocessing.get_context("fork").Process(target=cached_folder, args=("words", [tmp_path], half))
     writer.start()
-    while not (tmp_path / "begun").exists():
-        assert writer.is_alive()
-        time.sleep(0.01)
-    os.kill(writer.pid, signal.SIGKILL)
-    writer.join(10)
+    try:
+        while not (tmp_path / "begun").exists():
+            assert writer.is_alive()
+            time.sleep(0.01)
+    finally:
+        writer.kill()
+        writer.join()
     assert not (tmp_path / "words").exists()
 
     whole = cached_folder("words", [tmp_path], lambda folder: (folder / "valid.int32").touch())
@@ -125,7 +126,7 @@ def test_killed_writer_leaves_nothing_that_is_taken_for_the_numbers(tmp_path):
 def test_failed_writer_leaves_nothing_that_is_taken_for_the_numbers(texts):
     (texts / "wiki.test.tokens").write_bytes(b"\xff\xfe")
     for _ in range(2):
-        with pytest.raises(AppError, match=r"wiki.test.tokens is not in UTF-8"):
+        with pytest.raises(AppError, match=r"wiki.test.tokens is not valid UTF-8"):
             wikitext(texts)
     assert all(name.endswith(".part") for name in caches(texts))
 
@@ -143,16 +144,20 @@ def test_processes_that_start_at_once_number_the_words_once(texts, tmp_path):
 
     def start():
         wikitext_module.encode = slow_encode
-        ready.wait(20)
+        ready.wait()
         data = wikitext(texts)
         (tmp_path / f"length-{os.getpid()}").write_text(str(len(data.train_set.content)))
 
     running = [fork.Process(target=start) for _ in range(processes)]
-    for process in running:
-        process.start()
-    for process in running:
-        process.join(30)
-        assert process.exitcode == 0
+    try:
+        for process in running:
+            process.start()
+        for process in running:
+            process.join()
+            assert process.exitcode == 0
+    finally:
+        for process in running:
+            process.kill()
     assert len((tmp_path / "made").read_text().splitlines()) == 3, "one file of each part"
     assert len({file.read_text() for file in tmp_path.glob("length-*")}) == 1
     assert len(caches(texts)) == 1

@@ -10,7 +10,7 @@ from itertools import groupby
 
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 
-from lightning_topkast.app.train import set_up_process
+from lightning_topkast.app.run.train import set_up_process
 from tests.app.rank_process import train_as_rank
 
 
@@ -19,7 +19,7 @@ def rank_of_two(rank: int, port: int, overrides: list[str]) -> int:
     pid = os.fork()
     if pid:
         return pid
-    signal.alarm(100)  # ends a rank that waits for the other in vain
+    signal.alarm(1500)  # ends a rank that waits for the other in vain
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
     train_as_rank(rank, ranks | meeting, ["trainer=ddp_cpu", *overrides])

@@ -1,4 +1,4 @@
-"""Mistakes of the user are answered in one clear line, with the nearest valid names and without a traceback."""
+"""Errors of the application: a mistake of the user is one clear line with the nearest valid names."""
 
 from __future__ import annotations
 
@@ -31,30 +31,29 @@ CONFIG_NAME = "train"
 EXIT_CODE = 2
 INTERRUPTED = 130  # what shells expect after Ctrl-C
 
-# Gloo's have no class of their own. Most name the place in its sources where they arose.
+# Errors of Gloo have no class of their own, but most name their place in its sources.
 _GLOO_ERRORS = r"gloo/transport|caused pair closure|Connection closed by peer"
 
 _OURS = "TOPKAST_ONE_LINE_ERRORS"
 
 
 class AppError(Exception):
-    """A message for the user: what is wrong, what was expected and the way out."""
+    """A mistake of the user; the message says what is wrong, what was expected, and the way out."""
 
 
 @contextmanager
-def one_line_errors(config_name: str = CONFIG_NAME, program: str | None = None) -> Iterator[None]:
-    """Print a mistake of the user as one line and exit with code 2; anything unknown keeps its traceback.
+def one_line_errors(program: str, config_name: str = CONFIG_NAME) -> Iterator[None]:
+    """Print a mistake of the user as one line and exit with code 2; any other error keeps its traceback.
 
-    Whoever sets `HYDRA_FULL_ERROR=1` gets every traceback.
+    With `HYDRA_FULL_ERROR=1` every error keeps its traceback.
 
     Args:
-        config_name: the application's main configuration.
-        program: the application's name, by default that of its configuration.
+        program: Name of the console script.
+        config_name: Main configuration of the console script.
     """
     if not _may_shorten():
         yield
         return
-    program = program or f"topkast-{config_name}"
     try:
         yield
     except BaseException as error:
@@ -67,15 +66,15 @@ def one_line_errors(config_name: str = CONFIG_NAME, program: str | None = None) 
         _tell_torchrun(AppError(_one_line(message)) if message else error)
         if message is None:
             raise
-        # The process may end inside a progress bar's line.
+        # The cursor may be in the line of a progress bar.
         print(f"\n{program}: {_one_line(message)}", file=sys.stderr, flush=True)
         sys.exit(1 if _is_lost_connection(error) else EXIT_CODE)
 
 
 def _is_interrupt(error: BaseException) -> bool:
-    """Whether Ctrl-C ended what is not training, which answers it itself.
+    """Return whether Ctrl-C ended something other than training, which handles it itself.
 
-    Lightning exits with code 1 after one in a test, if its own clearing up does not fail.
+    After Ctrl-C in a test Lightning exits with code 1, unless its own cleanup fails.
     """
     if isinstance(error, SystemExit) and error.code != 1:
         return False
@@ -89,7 +88,7 @@ def let_errors_through() -> None:
     """Keep Hydra from printing errors itself, unless the user already asked for full tracebacks."""
     if "HYDRA_FULL_ERROR" not in os.environ:
         os.environ["HYDRA_FULL_ERROR"] = "1"
-        os.environ[_OURS] = "1"  # also tells the processes that Lightning starts that it was us
+        os.environ[_OURS] = "1"  # tells the processes that Lightning starts that this module has set it
 
 
 def _may_shorten() -> bool:
@@ -98,7 +97,7 @@ def _may_shorten() -> bool:
 
 @contextmanager
 def quiet_broken_pipe() -> Iterator[None]:
-    """End silently where the reader, `head` for one, has seen enough; what is still in the buffer goes nowhere."""
+    """Exit silently if the reader of the output, such as `head`, has closed it, and discard the rest."""
     try:
         yield
         sys.stdout.flush()
@@ -108,7 +107,7 @@ def quiet_broken_pipe() -> Iterator[None]:
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
-    """Return `did you mean 'x' or 'y'?`, or all valid names where none is near."""
+    """Return `did you mean 'x' or 'y'?`, or all valid names if none is similar."""
     names = sorted(set(valid))
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
     if near:
@@ -117,21 +116,21 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
 
 
 def explain(error: BaseException, config_name: str = CONFIG_NAME) -> str | None:
-    """Return the one line that answers `error`, or None where it is not known to be the user's mistake."""
+    """Return a one-line message for `error`, or None if it is not known to be a mistake of the user."""
     if isinstance(error, MisconfigurationException) and "No supported gpu" in str(error):
-        return "there is no GPU that this torch can use: trainer=cpu or trainer=ddp_cpu"
+        return "this installation of torch finds no GPU: use trainer=cpu or trainer=ddp_cpu"
     if isinstance(error, AppError | TopKastError | MisconfigurationException):
         return str(error)
     if _is_lost_connection(error):
         return _explain_lost_connection(error)
     if isinstance(error, UnpicklingError):
-        return f"the checkpoint can't be read safely ({str(error).partition(chr(10))[0]}); take another one"
+        return f"the checkpoint cannot be read safely ({str(error).partition(chr(10))[0]}); use another one"
     if isinstance(error, InstantiationException):
         return _explain_instantiation(error)
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _explain_config(error, config_name)
     if isinstance(error, ValueError) and str(error).startswith("Config group override must be"):  # Hydra's own
-        return "a group takes the name of one of its options, and no null: logger=none, scheduler=none, callbacks=none"
+        return "expected the name of an option for a group, not null: logger=none, scheduler=none, callbacks=none"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return None
@@ -148,16 +147,16 @@ def _explain_lost_connection(error: BaseException) -> str:
     reason = re.sub(r"^\[\S*\] *", "", str(error).splitlines()[0] if str(error) else type(error).__name__)
     return (
         f"{f'rank {rank}: ' if rank else ''}the connection to another process is lost ({reason}): a process, a node or "
-        "the network between them failed; started again with ckpt_path=auto, the run goes on from its newest checkpoint"
+        "the network between them failed; restart with ckpt_path=auto to resume from the newest checkpoint"
     )
 
 
 def _tell_torchrun(error: BaseException) -> None:
-    """Write the error into the file that torchrun's summary reads, if torchrun has started this process."""
+    """Write the error to the file that torchrun's summary reads, if torchrun has started this process."""
     if "TORCHELASTIC_ERROR_FILE" not in os.environ:
         return
     try:
-        raise error from error.__cause__  # what is written is the exception being handled, with its traceback
+        raise error from error.__cause__  # the exception being handled is written, with its traceback
     except type(error):
         get_error_handler().record_exception(error)
 
@@ -168,7 +167,7 @@ def _explain_instantiation(error: InstantiationException) -> str | None:
     cause = error.__cause__
     if cause is None or isinstance(cause, InstantiationException):
         return prefix + str(error).replace(where.group(0), "") if where else str(error)
-    # What a constructor raises about its arguments; torch has RuntimeError for sizes.
+    # Errors of a constructor about its arguments; torch raises RuntimeError for sizes.
     known = (ValueError, TypeError, RuntimeError, OSError, ImportError, AppError, MisconfigurationException)
     if isinstance(cause, known):
         return prefix + (explain(cause) or str(cause))
@@ -178,7 +177,7 @@ def _explain_instantiation(error: InstantiationException) -> str | None:
 def _explain_config(error: HydraException | OmegaConfBaseException, config_name: str) -> str:
     if isinstance(error, OverrideParseException):
         reason = [line for line in str(error).splitlines() if line and not line.startswith("See http")][-1]
-        return f"the override '{error.override}' can't be read ({reason}): write it as key=value"
+        return f"the override '{error.override}' is not valid ({reason}): write it as key=value"
     if isinstance(error, MissingConfigException):
         return _explain_missing_option(error, config_name)
     text = str(error)
@@ -192,11 +191,11 @@ def _explain_config(error: HydraException | OmegaConfBaseException, config_name:
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
     if isinstance(cause, MissingMandatoryValue):
         key = str(cause.full_key or cause.key)
-        return f"{key} has no default: give it as {key}=..."
+        return f"{key} has no default: set {key}=..."
     if isinstance(cause, InterpolationKeyError):
         missing = re.search(r"'(.+)' not found", str(cause))
         name = missing.group(1) if missing else str(cause)
-        return f"another part of the configuration reads {name}, which is not set: do the chosen model and data fit?"
+        return f"another part of the configuration refers to {name}, which is not set: do the model and the data match?"
     return text or str(cause)
 
 
@@ -213,7 +212,7 @@ def _explain_unknown_key(key: str, config_name: str) -> str:
     key = key.partition("@")[0].replace("/", ".")
     parent, _, last = key.rpartition(".")
     valid = _valid_keys(config_name, with_hydra=parent.partition(".")[0] == "hydra")
-    # Names of the same node come first: a typo seldom moves to another one.
+    # Names of the same node come first, since a typo rarely changes the node.
     siblings = [name for name in valid if name.rpartition(".")[0] == parent]
     for names in (siblings, valid):
         near = difflib.get_close_matches(last, {name.rpartition(".")[2] for name in names}, n=1, cutoff=0.6)
@@ -222,11 +221,11 @@ def _explain_unknown_key(key: str, config_name: str) -> str:
             return f"there is no config key '{key}': did you mean {' or '.join(map(repr, full[:3]))}?"
     here = [name.rpartition(".")[2] for name in siblings]
     hint = f"valid there: {', '.join(name for name in here if not name.startswith('_'))}; " if here else ""
-    return f"there is no config key '{key}': {hint}a new one is added by +{key}=..."
+    return f"there is no config key '{key}': {hint}add a new one with +{key}=..."
 
 
 def _valid_keys(config_name: str, with_hydra: bool) -> list[str]:
-    """Return every key of the configuration that the command line's readable group choices give."""
+    """Return all keys of the configuration with the valid group choices of the command line."""
     GlobalHydra.instance().clear()
     with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()

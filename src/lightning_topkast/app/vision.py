@@ -1,7 +1,7 @@
-"""The one place that deals with torchvision, also where its compiled operators don't fit the installed torch.
+"""Import torchvision, even if its compiled operators do not match the installed torch.
 
-The usual torchvision wheel is built for CUDA. Beside a CPU-only torch its operators can't be loaded and the import
-fails, although models, transforms and datasets need none of them.
+The default torchvision wheel is built for CUDA. With a CPU-only torch its operators cannot be loaded and the import
+fails, although models, transforms and datasets do not need them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from types import ModuleType
 
 import torch
 
-# Declarations that `import torchvision` looks up; no implementation is needed to import it.
+# Operators that `import torchvision` looks up; it needs no implementation of them.
 _SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -22,20 +22,20 @@ _library: torch.library.Library | None = None
 
 
 def make_torchvision_importable() -> None:
-    """Declare the operators that torchvision lacks, if it is installed and fails to import for want of them."""
+    """Declare the operators without which torchvision cannot be imported, if it is installed and needs this."""
     global _library
     if _library is not None or importlib.util.find_spec("torchvision") is None:
         return
     try:
         importlib.import_module("torchvision")
-        return  # a build that fits: nothing to do
+        return  # a matching build
     except RuntimeError as error:
         if "torchvision::" not in str(error):
             raise
-    # What the failed import left behind would be taken for loaded modules.
+    # The failed import leaves partial modules, which would be taken for loaded ones.
     for module in [m for m in sys.modules if m == "torchvision" or m.startswith("torchvision.")]:
         del sys.modules[module]
-    _library = torch.library.Library("torchvision", "DEF")  # lives as long as the process, or its entries vanish
+    _library = torch.library.Library("torchvision", "DEF")  # must live as long as the process
     for schema in _SCHEMAS:
         _library.define(schema)
 
@@ -46,7 +46,7 @@ def load_torchvision(submodule: str) -> ModuleType:
     try:
         return importlib.import_module(f"torchvision.{submodule}")
     except ModuleNotFoundError as error:
-        # Imported here, since the errors' module needs Lightning, which needs this module to have done its work.
+        # Imported late: errors imports Lightning, which must come after `make_torchvision_importable`.
         from lightning_topkast.app.errors import AppError
 
         raise AppError(

@@ -1,4 +1,4 @@
-"""What a sparse run takes: arithmetic, memory and communication, known before anything is allocated."""
+"""The costs of a sparse run, computed in advance: arithmetic, memory and communication."""
 
 from lightning_topkast.costs.flops import Products, count_products
 from lightning_topkast.costs.memory import Bytes, OptimizerState, Parallel

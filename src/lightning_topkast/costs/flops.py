@@ -1,4 +1,4 @@
-"""The arithmetic of a model's products, counted while it runs once; on the meta device without any memory."""
+"""FLOPs of a model's products, counted during one run of the model; on the meta device without memory."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ aten = torch.ops.aten
 
 @dataclass
 class Products:
-    """FLOPs of some products, a multiplication and an addition counting as two, as torch's `FlopCounterMode` does.
+    """FLOPs of products; a multiplication and an addition count as two, as in PyTorch's `FlopCounterMode`.
 
     Attributes:
         forward: of the products themselves.
-        of_input: of the backward products that give the gradients of what a weight is multiplied by.
-        of_weight: of those that give the gradient of the weight.
+        of_input: of the backward products for the gradients of the inputs.
+        of_weight: of the backward products for the gradient of the weight.
     """
 
     forward: int = 0
@@ -35,7 +35,7 @@ class Products:
         return self.forward + self.of_input + self.of_weight
 
     def scaled(self, density: float, updated_density: float) -> "Products":
-        """What is left of them where a weight has these forward and backward densities."""
+        """Return the FLOPs for a weight with these forward and backward densities."""
         return Products(
             round(self.forward * density), round(self.of_input * density), round(self.of_weight * updated_density)
         )
@@ -44,18 +44,18 @@ class Products:
 def count_products(
     model: nn.Module, inputs: Sequence[Any], weights: Mapping[str, Tensor]
 ) -> tuple[dict[str, Products], dict[str, Products]]:
-    """Run `model(*inputs)` once and count its products: those with a weight, and those of activations.
+    """Run `model(*inputs)` once and count its products with weights and those of activations.
 
-    Every use counts. A product's backward pass is one of the same size for each operand that requires a gradient.
-    Elementwise operations, reductions and lookups in embeddings count nothing.
+    Every use of a weight counts. The backward pass of a product has one product of the same size for each operand that
+    requires a gradient. Elementwise operations, reductions and embedding lookups are not counted.
 
     Args:
-        model: on any device; on meta nothing is computed.
+        model: the model, on any device; on meta nothing is computed.
         inputs: its positional arguments, on the same device.
-        weights: parameters by the names to count them under.
+        weights: parameters by the names under which they are counted.
 
     Returns:
-        the products by weight, and the others (attention's, for one) by the module in which they happen.
+        the products by weight, and the other products (such as those of attention) by module.
 
     Raises:
         TopKastError: the model fails on these inputs.
@@ -74,14 +74,14 @@ def count_products(
 
 
 class _Counter(TorchDispatchMode):
-    """Sees every operator below autograd, where weights are still recognised by the memory that views share."""
+    """Count every operator below autograd, and recognise weights by the storage that views share."""
 
     def __init__(self, weights: Mapping[str, Tensor], tracker: ModuleTracker) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.of_weights: dict[str, Products] = {}
         self.of_activations: dict[str, Products] = {}
         self._tracker = tracker
-        # With the tensors themselves, so that none of this memory is freed and its address given to another.
+        # The tensors are kept too, so that no storage is freed and its address reused.
         self._known: dict[int, tuple[str, Tensor]] = {
             _memory(tensor): (name, tensor) for name, tensor in weights.items()
         }
@@ -112,9 +112,9 @@ class _Counter(TorchDispatchMode):
                 products.of_input += flops * (learns and operand.requires_grad)
 
     def _module(self) -> str:
-        """The innermost module at work; "" is the model itself."""
+        """Return the name of the innermost running module; "" is the model itself."""
         innermost = max(self._tracker.parents - {"Global"}, key=len, default="")
-        return innermost.partition(".")[2]  # the root goes by its class
+        return innermost.partition(".")[2]  # the root is named by its class
 
 
 def _memory(tensor: Tensor) -> int:
@@ -122,7 +122,7 @@ def _memory(tensor: Tensor) -> int:
 
 
 def _operands(operator: Any, args: Sequence[Any]) -> list[Tensor]:
-    """The factors of a product, without what is added to it."""
+    """Return the factors of a product, without a tensor that is added to it."""
     tensors = [value for value in args if isinstance(value, Tensor)]
     if operator in (aten.addmm, aten.baddbmm, aten.addmv):
         return tensors[1:3]
@@ -137,12 +137,12 @@ def _trilinear(first: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
     return 2 * first.shape[0] * weight.numel()
 
 
-# Products that torch's own registry leaves out: a matrix times a vector, and nn.Bilinear's.
+# Products that PyTorch's registry lacks: matrix-vector products and those of nn.Bilinear.
 _MORE: dict[Any, Callable[..., int]] = {
     aten.mv: _twice_the_matrix,
     aten.addmv: _twice_the_matrix,
     aten.dot: _twice_the_matrix,
     aten._trilinear: _trilinear,
 }
-# A copy of a weight, in another memory layout or dtype, is still that weight.
+# A copy of a weight, in another memory format or dtype, still counts as that weight.
 _COPIES = (aten.clone, aten._to_copy)

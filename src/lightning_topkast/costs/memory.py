@@ -1,4 +1,4 @@
-"""Bytes that a parameter takes on a device and sends a step: `weights/` and `ops/pattern.py` in figures."""
+"""Bytes that a parameter takes on a device and sends per step; the formulas follow `weights/` and `ops/`."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, field, replace
@@ -10,8 +10,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_topkast.errors import TopKastError
-from lightning_topkast.method.structure import Blocks, Entries
-from lightning_topkast.settings import AllReduce
+from lightning_topkast.method.structure import Block, Structure, Unstructured
+from lightning_topkast.storage import AllReduce
 
 Strategy = Literal["single", "ddp", "fsdp2"]
 
@@ -24,16 +24,16 @@ class Bytes:
     """Memory and traffic of one device.
 
     Attributes:
-        weights: parameters, as the model holds them, and buffers.
+        weights: parameters and buffers of the model.
         gradients: of the parameters.
-        buckets: DDP's own copy of the gradients, from which it reduces.
+        buckets: DDP's own copy of the gradients, which it reduces.
         optimizer: the optimizer's state.
         masks: the updated set and a telemetry flag of masked weights.
-        reserve: θ outside the active set of masked weights.
-        indices: of exploring entries (masked), or of all that are held (packed, compact).
-        host: θ, sets and flags of packed and compact weights in host memory, a process.
-        payload: what the collectives of a step work on.
-        sent: what the device sends for that, by ring algorithms.
+        latent: latent values, θ outside the active set, of masked weights.
+        indices: of exploring entries (masked), or of all stored entries (packed, compact).
+        host: θ, sets and flags of packed and compact weights in host memory, per process.
+        payload: data of the collectives per step.
+        sent: data that the device sends for these collectives, with ring algorithms.
     """
 
     weights: int = 0
@@ -41,7 +41,7 @@ class Bytes:
     buckets: int = 0
     optimizer: int = 0
     masks: int = 0
-    reserve: int = 0
+    latent: int = 0
     indices: int = 0
     host: int = 0
     payload: int = 0
@@ -52,20 +52,20 @@ class Bytes:
 
     @property
     def device(self) -> int:
-        """All that lies on the device."""
+        """Memory on the device in total."""
         return sum(astuple(replace(self, host=0, payload=0, sent=0)))
 
 
 @dataclass(frozen=True)
 class Parallel:
-    """How a model is spread over devices.
+    """The distribution of a model over devices.
 
     Args:
-        devices: of all machines together, at least 1.
+        devices: number of devices of all machines, at least 1.
         strategy: single (one process and no wrapper), ddp, or fsdp2 (`fully_shard`).
-        all_reduce: what DDP reduces of masked weights: dense gradients, or only their values on the updated set.
-        buckets: whether DDP keeps gradients of its own (`gradient_as_bucket_view=False`, its default).
-        accumulate: batches a step.
+        all_reduce: gradients of masked weights that DDP reduces: dense, or only on the updated set.
+        buckets: whether DDP keeps its own copy of gradients (`gradient_as_bucket_view=False`, its default).
+        accumulate: number of batches per step.
     """
 
     devices: int = 1
@@ -77,42 +77,42 @@ class Parallel:
 
 @dataclass(frozen=True)
 class Held:
-    """One parameter and how it is kept.
+    """One parameter and its storage.
 
     Args:
-        shape: the weight's own.
+        shape: the weight's own shape.
         dtype: of the parameter.
-        execution: masked, packed, compact or dense.
+        storage: masked, packed, compact or dense.
         active: |A|.
         updated: |B| while exploring, which is the size of a packed parameter.
-        present: |B| at present, |A| once exploration has stopped.
+        present: |B| at present, which is |A| after exploration has stopped.
         trains: whether it requires a gradient.
-        units: what its sets are made of.
+        structure: what its sets consist of.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    execution: str
+    storage: str
     active: int
     updated: int
     present: int
     trains: bool = True
-    units: Entries = field(default_factory=Entries)
+    structure: Structure = field(default_factory=Unstructured)
 
     @property
     def packs(self) -> bool:
-        """Whether only B's values are on the device."""
-        return self.execution in ("packed", "compact")
+        """Whether only the values of B are on the device."""
+        return self.storage in ("packed", "compact")
 
 
 class OptimizerState:
-    """What an optimizer keeps for a parameter, seen after one step of it on parameters of a few entries.
+    """The size of an optimizer's state for a parameter, measured by one step on a small parameter.
 
     Args:
-        make: makes the optimizer of a list of parameters.
+        make: makes the optimizer for a list of parameters.
     """
 
-    # Sizes of the parameters it is tried on: primes, so that a dimension of the state tells which one it follows.
+    # Sizes of the small parameters: primes, so that each dimension of the state can be matched to one of the parameter.
     _SIZES = (5, 7, 11, 13, 17, 19, 23)
 
     def __init__(self, make: Callable[[list[nn.Parameter]], Optimizer]) -> None:
@@ -120,10 +120,10 @@ class OptimizerState:
         self._seen: dict[tuple[int, torch.dtype], list[tuple[tuple[int, ...], int]]] = {}
 
     def nbytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
-        """Bytes of the state of a parameter of this shape.
+        """Return the size in bytes of the state of a parameter of this shape.
 
         Raises:
-            TopKastError: the optimizer can't be made, or takes no step by itself.
+            TopKastError: the optimizer cannot be created, or its step fails.
         """
         key = len(shape), dtype
         if key not in self._seen:
@@ -137,22 +137,22 @@ class OptimizerState:
 
     def _try(self, dimensions: int, dtype: torch.dtype) -> list[tuple[tuple[int, ...], int]]:
         try:
-            with torch.device("cpu"):  # also where the model is made on another by default
+            with torch.device("cpu"):  # even if another device is the default
                 parameter = nn.Parameter(torch.ones(self._SIZES[:dimensions], dtype=dtype))
                 parameter.grad = torch.ones_like(parameter)
                 optimizer = self._make([parameter])
                 optimizer.step()
         except Exception as error:
             raise TopKastError(
-                f"the optimizer's state can't be found out: its step on a {dimensions}-D {dtype} parameter fails "
-                f"({type(error).__name__}: {error})"
+                f"the size of the optimizer's state is not known, since its step on a {dimensions}-D {dtype} parameter "
+                f"fails ({type(error).__name__}: {error})"
             ) from error
         state: Any = optimizer.state[parameter].values()
         return [(tuple(value.shape), value.element_size()) for value in state if isinstance(value, torch.Tensor)]
 
 
 def bytes_of(held: Held, optimizer: OptimizerState, parallel: Parallel) -> Bytes:
-    """What a parameter takes of the device that has most of it, between two refreshes, and sends a step."""
+    """Return the bytes of a parameter on the device with the largest part, between two refreshes, and its traffic."""
     shape = (held.updated,) if held.packs else _shard(held.shape, parallel)
     entries, itemsize = prod(shape), held.dtype.itemsize
     found = Bytes(weights=entries * itemsize)
@@ -161,51 +161,51 @@ def bytes_of(held: Held, optimizer: OptimizerState, parallel: Parallel) -> Bytes
         found += Bytes(gradients=gradients, optimizer=optimizer.nbytes(shape, held.dtype))
         if parallel.strategy == "ddp" and parallel.buckets:
             found += Bytes(buckets=gradients)
-    if held.execution == "masked":
-        # of a sharded weight each device has about its share of the exploring entries
+    if held.storage == "masked":
+        # each device has about its share of the exploring entries of a sharded weight
         share = entries / max(prod(held.shape), 1)
         indices = round((held.present - held.active) * share)
         if parallel.strategy == "ddp" and parallel.all_reduce != "dense":
-            indices += held.present  # B's, which the communication hook keeps
-        found += Bytes(masks=2 * entries, reserve=entries * itemsize, indices=_INT64 * indices)
+            indices += held.present  # those of B, which the communication hook keeps
+        found += Bytes(masks=2 * entries, latent=entries * itemsize, indices=_INT64 * indices)
     elif held.packs:
         found += Bytes(indices=_packing(held), host=itemsize * prod(held.shape) + _sets(held))
     return found + _traffic(held, parallel)
 
 
 def _shard(shape: tuple[int, ...], parallel: Parallel) -> tuple[int, ...]:
-    """The largest piece of a dense tensor; `fully_shard` cuts the first dimension, and pads the smaller ones to it."""
+    """Return the largest shard of a dense tensor; `fully_shard` shards the first dimension and pads smaller shards."""
     if parallel.strategy != "fsdp2" or not shape:
         return shape
     return (-(-shape[0] // parallel.devices), *shape[1:])
 
 
 def _packing(held: Held) -> int:
-    """Bytes of a `Packing`: flat indices; blocks along the grid; or two `Pattern`s, of which A's has a transpose."""
-    if held.execution == "compact":
+    """Return bytes of a `Layout`: flat indices; blocks of the grid; or two `Pattern`s, that of A with its transpose."""
+    if held.storage == "compact":
         return held.present * (_INT32 if prod(held.shape) <= _LARGEST_INT32 else _INT64)
-    if isinstance(held.units, Blocks):
-        rows, columns = held.units.grid(torch.Size(held.shape))[:2]
-        blocks = (held.active + held.present) // (held.units.outputs * held.units.inputs)
+    if isinstance(held.structure, Block):
+        rows, columns = held.structure.grid(torch.Size(held.shape))[:2]
+        blocks = (held.active + held.present) // (held.structure.outputs * held.structure.inputs)
         return _INT32 * (4 * blocks + 4 * rows + 2 * columns + 3)
     rows, columns = held.shape[0], prod(held.shape[1:])
     return _INT32 * (2 * (rows + 1) + (columns + 1) + 3 * held.active + (held.present - held.active))
 
 
 def _sets(held: Held) -> int:
-    """Bytes of the sets, and of what is kept of blocks beside them: their scores, and which are in B."""
-    units = prod(held.units.grid(torch.Size(held.shape)))
-    if not isinstance(held.units, Blocks):
+    """Return bytes of the sets and, for blocks, of their scores and of the indices of those in B."""
+    units = prod(held.structure.grid(torch.Size(held.shape)))
+    if not isinstance(held.structure, Block):
         return 2 * units
     score = torch.promote_types(held.dtype, torch.float32).itemsize
     return (2 + score) * units + _INT64 * held.present * units // prod(held.shape)
 
 
 def _traffic(held: Held, parallel: Parallel) -> Bytes:
-    """A ring of w devices sends (w-1)/w of what it gathers or reduces and scatters, and an all-reduce does both."""
+    """Return the traffic: a ring of w devices sends (w-1)/w of the data per gather or scatter, 2× per all-reduce."""
     whole, itemsize, devices = prod(held.shape), held.dtype.itemsize, parallel.devices
     if parallel.strategy == "fsdp2":
-        # parameters for the forward and again for the backward pass, then the gradients; for every batch
+        # parameters for the forward and again for the backward pass, then gradients; for each batch
         rounds = (3 if held.trains else 2) * parallel.accumulate
         payload = rounds * whole * itemsize
         return Bytes(payload=payload, sent=payload * (devices - 1) // devices)
@@ -213,6 +213,6 @@ def _traffic(held: Held, parallel: Parallel) -> Bytes:
         return Bytes()
     if parallel.all_reduce in ("sparse_bf16", "sparse_fp16"):
         itemsize = 2
-    on_updated_only = held.packs or (held.execution == "masked" and parallel.all_reduce != "dense")
+    on_updated_only = held.packs or (held.storage == "masked" and parallel.all_reduce != "dense")
     payload = (held.updated if on_updated_only else whole) * itemsize
     return Bytes(payload=payload, sent=2 * payload * (devices - 1) // devices)

@@ -1,40 +1,41 @@
-"""The plan of a run: every parameter's arithmetic, memory and communication, and what other ways of keeping it take."""
+"""The plan of a run: arithmetic, memory and communication of each parameter, and totals for other storages."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, cast
+from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_topkast.costs.flops import Products, count_products
 from lightning_topkast.costs.memory import Bytes, Held, OptimizerState, Parallel, bytes_of
-from lightning_topkast.engine.storage import kept_as
+from lightning_topkast.engine.install import refuse_or_warn, storage_of
 from lightning_topkast.errors import TopKastError
-from lightning_topkast.method.course import Course
-from lightning_topkast.method.density import allocate
+from lightning_topkast.method.density import Counts, SetSizes
 from lightning_topkast.method.targets import Target, find_targets
-from lightning_topkast.settings import Execution, Settings
+from lightning_topkast.settings import Settings
+from lightning_topkast.storage import STORAGES, Masked, Packed
 
 
 @dataclass(frozen=True)
 class Layer:
     """One parameter and the products with it, products without a parameter, or the model's buffers.
 
-    FLOPs are those of one example; `dense_*` what a dense run takes for the same.
+    FLOPs are those of one example; `dense_*` those of a dense run.
 
     Attributes:
-        name: the parameter's; "MODULE (activations)" for products in a module without a parameter; "buffers".
-        shape: the weight's own, also where it is packed.
-        execution: masked, packed, compact or dense.
-        reason: why it is dense, or why it is masked although another execution was asked for.
-        size: entries.
-        active: |A|, all entries of a dense parameter.
-        updated: |B| as the run begins.
+        name: of the parameter; "MODULE (activations)" for products in a module without a parameter; "buffers".
+        shape: the weight's own shape, even if it is packed.
+        storage: masked, packed, compact or dense.
+        reason: why it is dense, or why it stays masked although packing was requested.
+        size: number of entries.
+        active: |A|; all entries of a dense parameter.
+        updated: |B| at the start of the run.
     """
 
     name: str
     shape: tuple[int, ...]
-    execution: str
+    storage: str
     reason: str
     size: int
     active: int
@@ -57,13 +58,13 @@ class Layer:
 
     @property
     def executed_flops(self) -> tuple[float, float]:
-        """What is computed forward and in training: only packed products leave anything out."""
-        if self.execution == "packed":
+        """FLOPs executed in the forward pass and in training; only packed products compute less than dense ones."""
+        if self.storage == "packed":
             return self.forward_flops, self.training_flops
         return self.dense_forward_flops, self.dense_training_flops
 
     def to_dict(self) -> dict[str, Any]:
-        """One flat row of plain data."""
+        """Return one flat row of plain data."""
         row = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "bytes"}
         row["shape"] = list(self.shape)
         row["forward_density"], row["backward_density"] = self.forward_density, self.backward_density
@@ -72,14 +73,14 @@ class Layer:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run takes.
+    """The costs of a run.
 
     Attributes:
-        layers: every parameter, in the model's order; then products of activations; then buffers.
-        examples: a batch's.
-        parallel: how the run is spread.
-        strategies: what the same model takes of a device under other ways of keeping and spreading it.
-        notes: what the reader must know besides.
+        layers: all parameters, in the model's order; then products of activations; then buffers.
+        examples: number of examples per batch.
+        parallel: the distribution over devices.
+        strategies: bytes per device of the same model with other storages and strategies.
+        notes: further notes for the reader.
     """
 
     layers: tuple[Layer, ...]
@@ -90,11 +91,11 @@ class Plan:
 
     @property
     def bytes(self) -> Bytes:
-        """Of all layers, on the device that has most."""
+        """Sum over all layers, on the device with the most bytes."""
         return sum((layer.bytes for layer in self.layers), Bytes())
 
     def totals(self) -> dict[str, Any]:
-        """Sums over the layers; FLOPs of one example, and of a step of one device (`*_a_step`)."""
+        """Return sums over the layers; FLOPs per example, and per step of one device (`*_a_step`)."""
         sums = {
             name: sum(getattr(layer, name) for layer in self.layers)
             for name in (
@@ -116,7 +117,7 @@ class Plan:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return the plan as plain data."""
         return {
             "layers": [layer.to_dict() for layer in self.layers],
             "totals": self.totals(),
@@ -127,7 +128,7 @@ class Plan:
 
 
 def flat_bytes(taken: Bytes) -> dict[str, int]:
-    """Bytes by kind, under the names that rows and totals have them: the device's together, and its traffic."""
+    """Return bytes by kind, with the names in rows and totals; also the device's total and its traffic."""
     kinds = asdict(taken)
     traffic = {f"communication_{name}_bytes": kinds.pop(name) for name in ("payload", "sent")}
     return {f"{kind}_bytes": n for kind, n in kinds.items()} | {"device_bytes": taken.device} | traffic
@@ -144,85 +145,85 @@ def make_plan(
     """Plan the training of `model`.
 
     Args:
-        model: as it is before it is made sparse, in the dtype it trains in; on the meta device it costs nothing.
+        model: the dense model, in the dtype of its training; on the meta device it takes no memory.
         inputs: positional arguments of one forward pass, on the same device; their first dimension is the batch.
         settings: of Top-KAST; None for a dense run.
-        optimizer: what it keeps.
-        parallel: over which devices, and how.
-        total_steps: of the run, over which densities that change are averaged for the FLOPs of its training; None if
-            unknown.
+        optimizer: the sizes of its state.
+        parallel: the distribution over devices.
+        total_steps: length of the run, over which changing densities are averaged for the FLOPs of training; None if it
+            is not known.
 
     Raises:
-        TopKastError: what `TopKast` would refuse, a model that fails on the inputs, or an optimizer on a small tensor.
+        TopKastError: `TopKast` would refuse the settings, the model fails on the inputs, or the optimizer fails on a
+            small tensor.
     """
     targets, counts, means = _sets(model, settings, total_steps)
-    execution = "dense" if settings is None else settings.execution
-    if parallel.strategy == "fsdp2" and execution not in ("dense", "masked"):
+    storage = None if settings is None else settings.storage
+    if parallel.strategy == "fsdp2" and isinstance(storage, Packed):
         raise TopKastError(
-            f"execution='{execution}' can't be sharded by fsdp2, which cuts dense parameters; train with "
-            "execution='masked', or with ddp"
+            f"fsdp2 shards dense parameters and does not support storage='{storage.name}'; train with "
+            "storage='masked', or with ddp"
         )
     products, of_activations = count_products(model, inputs, {t.name: t.parameter for t in targets})
     examples, buffers = len(inputs[0]), Bytes(weights=sum(buffer.nbytes for buffer in model.buffers()))
     layers, obstacles = [], []
     for target in targets:
-        held, obstacle = _held(target, counts, settings, execution)
+        held, obstacle = _held(target, counts, settings, storage)
         flops = products.get(target.name, Products())
         mean = means.get(target.name, (1.0, 1.0))
         layers.append(_layer(target, held, obstacle, flops, mean, examples, bytes_of(held, optimizer, parallel)))
         obstacles += [f"'{target.name}' ({obstacle})"] if obstacle else []
-    if settings is not None and settings.strict and obstacles:
-        raise TopKastError(
-            f"execution='{execution}' leaves {', '.join(obstacles)} masked, which strict=True refuses; exclude them, "
-            "or set strict=False"
-        )
+    if isinstance(storage, Packed) and storage.unsupported == "error" and obstacles:
+        refuse_or_warn(storage, obstacles)
     layers += [_dense(f"{name} (activations)", flops, examples) for name, flops in of_activations.items()]
     layers += [_dense("buffers", Products(), examples, buffers)] if buffers.weights else []
     strategies = {}
     for other, spread in _alternatives(settings, parallel):
-        kept = (_held(target, counts, settings, other)[0] for target in targets)
-        strategies[f"{other}_{spread.strategy}"] = sum((bytes_of(each, optimizer, spread) for each in kept), buffers)
+        held_so = (_held(target, counts, settings, STORAGES.get(other))[0] for target in targets)
+        strategies[f"{other}_{spread.strategy}"] = sum((bytes_of(each, optimizer, spread) for each in held_so), buffers)
     unused = [target.name for target in targets if target.sparse and target.name not in products]
-    notes = (*_notes_on_course(settings, total_steps), *_notes(layers, parallel, execution, obstacles, unused))
+    notes = (*_notes_on_sizes(settings, total_steps), *_notes(layers, parallel, storage, obstacles, unused))
     return Plan(tuple(layers), examples, parallel, strategies, notes)
 
 
 def _sets(
     model: nn.Module, settings: Settings | None, total_steps: int | None
-) -> tuple[list[Target], dict[str, tuple[int, int]], dict[str, tuple[float, float]]]:
-    """Every parameter; of the sparse ones the sizes of A and B, and their mean densities in training."""
+) -> tuple[list[Target], Counts, dict[str, tuple[float, float]]]:
+    """Return all parameters, and for sparse ones the sizes of A and B and their mean densities in training."""
     if settings is None:
         return [Target(name, p, p.shape, "the run is dense") for name, p in model.named_parameters()], {}, {}
-    targets = find_targets(
-        model, settings.include, settings.exclude, settings.include_types, settings.exclude_types,
-        settings.keep_first_dense, settings.keep_last_dense,
-    )  # fmt: skip
-    shapes = {target.name: target.shape for target in targets if target.sparse}
-    return targets, allocate(shapes, settings), Course(settings, shapes).mean_densities(total_steps)
+    targets = find_targets(model, settings.targets)
+    sizes = _sizes(settings, {target.name: target.shape for target in targets if target.sparse})
+    means = sizes.mean_densities(total_steps, settings.rule.needs_gradient)
+    return targets, settings.allocation.counts(sizes.shapes), means
+
+
+def _sizes(settings: Settings, shapes: Mapping[str, torch.Size]) -> SetSizes:
+    return SetSizes(settings.allocation, settings.schedule, settings.ramp, shapes)
 
 
 def _held(
-    target: Target, counts: Mapping[str, tuple[int, int]], settings: Settings | None, execution: str
+    target: Target, counts: Counts, settings: Settings | None, storage: Masked | Packed | None
 ) -> tuple[Held, str]:
-    """How a parameter is kept under `execution`, and what leaves it masked against that."""
+    """Return the storage of a parameter, and why it stays masked although packing was requested, or ""."""
     shape, dtype, trains = tuple(target.shape), target.parameter.dtype, target.parameter.requires_grad
-    if settings is None or execution == "dense" or not target.sparse:
+    if settings is None or storage is None or not target.sparse:
         size = target.shape.numel()
         return Held(shape, dtype, "dense", size, size, size, trains), ""
     active, updated = counts[target.name]
-    kept, obstacle = kept_as(target, active, updated, cast(Execution, execution), settings)
-    present = active if settings.stop_exploration_at == 0 else updated  # nothing explores from the first step on
-    return Held(shape, dtype, kept, active, updated, present, trains, settings.chosen_granularity), obstacle
+    name, obstacle = storage_of(target, active, updated, storage, settings.structure)
+    present = active if settings.schedule.stop_exploring_at == 0 else updated  # no exploration from the first step on
+    return Held(shape, dtype, name, active, updated, present, trains, settings.structure), obstacle
 
 
 def _layer(
     target: Target, held: Held, obstacle: str, dense: Products, mean: tuple[float, float], examples: int, taken: Bytes
 ) -> Layer:
     size = target.shape.numel()
-    final = dense if held.execution == "dense" else dense.scaled(held.active / size, held.present / size)
-    training = dense if held.execution == "dense" else dense.scaled(*mean)
+    final = dense if held.storage == "dense" else dense.scaled(held.active / size, held.present / size)
+    training = dense if held.storage == "dense" else dense.scaled(*mean)
     return Layer(
-        target.name, held.shape, held.execution, target.reason or obstacle, size, held.active, held.present,
+        target.name, held.shape, held.storage, target.reason or obstacle, size, held.active, held.present,
         final.forward / examples, dense.forward / examples, training.training / examples, dense.training / examples,
         taken,
     )  # fmt: skip
@@ -234,7 +235,7 @@ def _dense(name: str, flops: Products, examples: int, taken: Bytes = Bytes()) ->
 
 
 def _alternatives(settings: Settings | None, parallel: Parallel) -> Iterator[tuple[str, Parallel]]:
-    """What a user may weigh against each other, on as many devices."""
+    """Yield the storages and strategies to compare, for the same number of devices."""
     alone = parallel.devices == 1
     replicated = replace(parallel, strategy="single" if alone else "ddp")
     yield "dense", replace(replicated, all_reduce="dense")
@@ -242,17 +243,17 @@ def _alternatives(settings: Settings | None, parallel: Parallel) -> Iterator[tup
         yield "masked", replicated
         yield "packed", replace(replicated, all_reduce="dense")
     if not alone:
-        for execution in ("dense",) if settings is None else ("dense", "masked"):
-            yield execution, replace(parallel, strategy="fsdp2")
+        for storage in ("dense",) if settings is None else ("dense", "masked"):
+            yield storage, replace(parallel, strategy="fsdp2")
 
 
-def _notes_on_course(settings: Settings | None, total_steps: int | None) -> Iterator[str]:
+def _notes_on_sizes(settings: Settings | None, total_steps: int | None) -> Iterator[str]:
     if settings is None:
         return
-    if settings.distribution == "global":
+    if settings.allocation.distribution == "global":
         yield "planned as if uniform: with distribution='global' training decides which weights are denser"
-    if settings.chosen_ramp or settings.stop_exploration_at or settings.chosen_rule.needs_gradient:
-        if total_steps is None and not Course(settings, {}).is_mean_known:
+    if settings.ramp or settings.schedule.stop_exploring_at or settings.rule.needs_gradient:
+        if total_steps is None and not _sizes(settings, {}).is_mean_known:
             yield (
                 "training FLOPs are those of the run's first step: its sets change at certain steps, and its length is "
                 "not known (trainer.max_steps)"
@@ -262,7 +263,11 @@ def _notes_on_course(settings: Settings | None, total_steps: int | None) -> Iter
 
 
 def _notes(
-    layers: Sequence[Layer], parallel: Parallel, execution: str, obstacles: Sequence[str], unused: Sequence[str]
+    layers: Sequence[Layer],
+    parallel: Parallel,
+    storage: Masked | Packed | None,
+    obstacles: Sequence[str],
+    unused: Sequence[str],
 ) -> Iterator[str]:
     executed, allowed, dense = (
         sum(figures)
@@ -275,8 +280,8 @@ def _notes(
             "FLOPs are the arithmetic that the sparsity allows. Products with masked and compact weights are computed "
             f"dense, so that this run's training executes {_ratio(executed, dense):.1%} of a dense run's"
         )
-    if obstacles:
-        yield f"execution='{execution}' leaves {len(obstacles)} weights masked: {', '.join(obstacles[:5])}"
+    if obstacles and storage is not None:
+        yield f"storage='{storage.name}' leaves {len(obstacles)} weights masked: {', '.join(obstacles[:5])}"
     if unused:
         yield f"no product was counted for {len(unused)} sparse weights: {', '.join(unused[:5])}"
     if parallel.devices > 1:

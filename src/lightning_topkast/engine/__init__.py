@@ -1,1 +1,1 @@
-"""Keeps the weights of a model sparse while an optimizer trains them."""
+"""The engine, which keeps the weights of a model sparse while an optimizer trains them."""

@@ -10,13 +10,13 @@ from lightning_topkast.errors import TopKastError
 
 
 def materialize(model: nn.Module) -> None:
-    """Draw the initial values of everything on the meta device, in host memory, module by module.
+    """Draw the initial values of all tensors on the meta device, in host memory, module by module.
 
-    The device then never sees the dense weights: they are packed before the model is moved. What is not on the meta
-    device keeps its values, and tied weights stay tied.
+    The dense weights never reach the device, since they are packed before the model is moved. Tensors that are not on
+    the meta device keep their values, and tied weights stay tied.
 
     Raises:
-        TopKastError: a module that doesn't say how it begins (`reset_parameters`); nothing was drawn then.
+        TopKastError: a module has no `reset_parameters`; nothing was drawn then.
     """
     drawn: list[tuple[nn.Module, Callable[[], None]]] = []
     for name, module in model.named_modules():
@@ -26,8 +26,8 @@ def materialize(model: nn.Module) -> None:
             reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
             if not callable(reset):
                 raise TopKastError(
-                    f"'{name}' ({type(module).__name__}) is on the meta device and has no reset_parameters() to draw "
-                    f"its {', '.join(lacking)} with; give it one, or build it on a device"
+                    f"'{name}' ({type(module).__name__}) is on the meta device and has no reset_parameters() to "
+                    f"initialize {', '.join(lacking)}; add that method, or build the module on a device"
                 )
             drawn.append((module, reset))
     tied: dict[nn.Parameter, nn.Parameter] = {}

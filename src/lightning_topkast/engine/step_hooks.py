@@ -1,4 +1,4 @@
-"""An optimizer whose steps are accompanied: weights are opened before its update and closed after it."""
+"""Hooks on an optimizer's step, which open sparse weights before the update and close them after it."""
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -10,47 +10,43 @@ from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_topkast.errors import TopKastError
-from lightning_topkast.method.penalty import Penalty
-from lightning_topkast.weights import PackedWeight, SparseWeight
+from lightning_topkast.weights import SparseWeight
 
 Hook = tuple[tuple[Any, ...], dict[str, Any]] | None
 
 
-class Attachment:
-    """Hooks on one optimizer's own step, from `begin` on: it updates θ on B of the sparse weights, and nothing else.
+class StepHooks:
+    """Hooks that make one optimizer's step update θ only on B of the sparse weights, after `begin`.
 
     Args:
-        optimizer: any optimizer that needs one gradient a step.
-        weights: sparse weights by their parameter; those in the optimizer's groups are accompanied.
-        penalty: form of the exploration penalty, applied after every update.
-        after_step: called with this attachment after every step that was not skipped.
-        looks_at_gradients: whether gradients count, also outside B, of the step that follows so many done ones.
-        steps: how many steps were taken before.
+        optimizer: any optimizer that needs one gradient per step.
+        weights: sparse weights by their parameter; the hooks act on those in the optimizer's groups.
+        after_step: called with these hooks after every step that was not skipped.
+        looks_at_gradients: returns whether the gradients outside B are used at the step after this number of steps.
+        steps: number of steps taken before.
 
     Raises:
-        TopKastError: an optimizer that evaluates its closure repeatedly, that holds no sparse weight, or whose steps
-            another engine accompanies already.
+        TopKastError: `optimizer` is not an optimizer, evaluates its closure repeatedly, holds no sparse weight, or
+            another `TopKast` is attached to it.
     """
 
     def __init__(
         self,
         optimizer: Optimizer,
         weights: Mapping[Tensor, SparseWeight],
-        penalty: Penalty,
-        after_step: Callable[["Attachment"], None],
+        after_step: Callable[["StepHooks"], None],
         looks_at_gradients: Callable[[int], bool],
         steps: int = 0,
     ) -> None:
         name = type(optimizer).__name__
         if not isinstance(optimizer, Optimizer):
-            raise TopKastError(f"{name} is no torch.optim.Optimizer, so its steps cannot be accompanied")
+            raise TopKastError(f"expected a torch.optim.Optimizer, got {name}")
         if isinstance(optimizer, LBFGS):
             raise TopKastError(
-                "LBFGS evaluates its closure several times a step, but the weights can be opened for one update only; "
-                "use an optimizer that needs one gradient a step (SGD, Adam, AdamW, ...)"
+                "LBFGS evaluates its closure many times per step, but the weights can be opened for one update only: "
+                "use an optimizer that needs one gradient per step (SGD, Adam, AdamW, ...)"
             )
         self.optimizer = optimizer
-        self.penalty = penalty
         self.after_step = after_step
         self._looks_at_gradients = looks_at_gradients
         self.steps = steps
@@ -60,86 +56,86 @@ class Attachment:
         self._handles: list[RemovableHandle] = []
         if not self.weights:
             raise TopKastError(
-                f"this {name} holds none of the sparse weights; attach the optimizer made from this model (unless it "
-                "is masked: made after TopKast, which changes the layers and makes the weights 1-D)"
+                f"this {name} holds none of the sparse weights; attach the optimizer of this model (unless "
+                "storage='masked': made after TopKast, which replaces layers and makes the weights 1-D)"
             )
         self._warn_of_lost_decay()
         for hook in optimizer._optimizer_step_pre_hooks.values():
             other = getattr(hook, "__self__", None)
-            if isinstance(other, Attachment):
+            if isinstance(other, StepHooks):
                 for weight in self.weights:
                     if weight.parameter in other._weights_by_parameter:
                         raise TopKastError(
-                            f"this {name} is attached already, for '{weight.name}': detach() the TopKast that "
-                            "accompanies it first"
+                            f"another TopKast is already attached to this {name}, for '{weight.name}'; call its "
+                            "detach() first"
                         )
 
     @property
     def weights(self) -> list[SparseWeight]:
-        """The sparse weights that the optimizer holds now; groups may have been added."""
+        """The sparse weights that the optimizer holds now, including those of groups added since."""
         return [weight for weight, _ in self._weights_and_groups()]
 
     def begin(self) -> None:
-        """Accompany the optimizer's steps from now on."""
+        """Register the hooks."""
         self._handles = [
             self.optimizer.register_step_pre_hook(self._before_step),
             self.optimizer.register_step_post_hook(self._after_step),
         ]
 
     def end(self) -> None:
-        """Let go of the optimizer."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
     def mask_gradients(self) -> None:
-        """Zero the gradients outside B, once they were looked at where they decide the next sets."""
+        """Zero the gradients outside B, after recording them if the next sets depend on them."""
         for weight in self.weights:
             if self.needs_gradients:
-                weight.note_gradient()
+                weight.record_gradient()
             weight.mask_gradient()
 
     @property
     def needs_gradients(self) -> bool:
-        """Whether the next step's gradients decide the next sets, also outside B."""
+        """Whether the next sets depend on the next step's gradients, including those outside B."""
         return self._looks_at_gradients(self.steps)
 
     def prepare_step(self) -> None:
-        """Mask the gradients of the next step, which then need not do it again."""
+        """Mask the gradients of the next step, so that the step itself need not mask them."""
         self.mask_gradients()
         self._gradients_masked = True
 
     def state_of(self, weight: SparseWeight) -> list[Tensor]:
-        """The optimizer's state of a weight that begins at zero: its momenta and averages, in the parameter's shape.
+        """Return the optimizer's state of a weight that starts at zero: momenta and averages in the parameter's shape.
 
         Raises:
-            TopKastError: the weight is packed, so that all of its state must be carried over a refresh, and some of it
-                begins at something else.
+            TopKastError: the weight is packed, so that a refresh must move all of its state, and some of it may not
+                start at zero.
         """
         found = []
         for key, value in self.optimizer.state.get(weight.parameter, {}).items():
             if isinstance(value, Tensor) and value.shape == weight.parameter.shape:
                 if key in _ZERO_AT_FIRST:
                     found.append(value)
-                elif weight.execution != "masked":
+                elif weight.is_packed:
                     raise TopKastError(
-                        f"{type(self.optimizer).__name__} keeps '{key}' for every entry of '{weight.name}', and what "
-                        "it begins at for an entry that enters the updated set is not known; train with "
-                        "execution='masked', or with an optimizer of momenta and averages (SGD, Adam, AdamW, ...)"
+                        f"{type(self.optimizer).__name__} keeps '{key}' for every entry of '{weight.name}', and its "
+                        "initial value for an entry that enters the updated set is not known; train with "
+                        "storage='masked', or use an optimizer with momenta and averages (SGD, Adam, AdamW, ...)"
                     )
         return found
 
     @torch.no_grad()
     def align_state(self) -> None:
-        """Give the optimizer's state the order of the sets where other weights were loaded since the last step."""
+        """Put the optimizer's state in the order of the sets, if other weights were loaded since the last step."""
         for weight in self.weights:
-            if isinstance(weight, PackedWeight) and weight.was_reordered:
+            if weight.was_reordered:
                 weight.realign(self.state_of(weight))
 
     def adopt_state(self, packed_only: bool = False) -> None:
-        """Give state that was loaded from a run of another execution the parameters' shapes."""
+        """Convert state that was loaded from a run with another storage to the parameters' shapes."""
         for weight in self.weights:
-            if packed_only and weight.execution == "masked":
+            if packed_only and not weight.is_packed:
                 continue
             state = self.optimizer.state.get(weight.parameter, {})
             for key, value in state.items():
@@ -149,7 +145,7 @@ class Attachment:
     # --- hooks ----------------------------------------------------------------------------------------------------
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hook:
-        """Open the weights: now, or once the closure given to `step` has computed the gradients."""
+        """Open the weights now, or after the closure given to `step` has computed the gradients."""
         if _only_makes_state(optimizer, kwargs):
             return None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
@@ -168,8 +164,8 @@ class Attachment:
             nonlocal evaluated
             if evaluated:
                 raise TopKastError(
-                    f"{type(self.optimizer).__name__} evaluates its closure more than once a step, but the weights "
-                    "can be opened for one update only; use an optimizer that needs one gradient a step"
+                    f"{type(self.optimizer).__name__} evaluates its closure more than once per step, but the weights "
+                    "can be opened for one update only; use an optimizer that needs one gradient per step"
                 )
             evaluated = True
             result = closure()
@@ -184,34 +180,34 @@ class Attachment:
         if not self._gradients_masked:
             self.mask_gradients()
         for weight in self.weights:
-            # like the optimizer, leave alone what has no gradient
+            # like the optimizer, skip parameters without a gradient
             if weight.parameter.grad is not None and not weight.is_open:
                 weight.open()
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Penalty on B, then α again."""
+        """Apply the penalty on B and make the parameters α again."""
         self._gradients_masked = False
-        # A fused optimizer under a gradient scaler skips inside its own kernel; the others are not even called.
+        # A fused optimizer under a gradient scaler skips the step inside its own kernel; others are not even called.
         found_inf = getattr(optimizer, "found_inf", None)
         skipped = found_inf is not None and bool(found_inf)
         stepped = False
         for weight, group in self._weights_and_groups():
             if weight.is_open:
-                weight.close(self.penalty, lr=0 if skipped else self._within_reach(weight, group["lr"]))
+                weight.close(lr=0 if skipped else self._within_reach(weight, group["lr"]))
                 stepped = not skipped
             elif weight.parameter.grad is not None:
-                # A subclass that goes on after super().step(), which has passed here and closed.
+                # A subclass that continues after super().step(), whose own hook closed the weight.
                 weight.restore_sparsity()
         if stepped:
-            if self.steps == 0:  # rather now than at the first refresh
+            if self.steps == 0:  # raise now rather than at the first refresh
                 for weight in self.weights:
                     self.state_of(weight)
             self.steps += 1
             self.after_step(self)
 
     def _warn_of_lost_decay(self) -> None:
-        """Packed weights are 1-D, which a rule like "no weight decay below two dimensions" takes for a bias."""
+        """Warn if packed weights lack weight decay: a rule such as "no decay for 1-D" takes them for biases."""
         decays = any(group.get("weight_decay") for group in self.optimizer.param_groups)
         lost = [
             weight.name
@@ -220,8 +216,8 @@ class Attachment:
         ]
         if decays and lost:
             warnings.warn(
-                f"packed weights ({', '.join(lost[:5])}) are in a group without weight decay, beside groups with it: "
-                "their parameters are 1-D, so decide by name which weights decay",
+                f"packed weights ({', '.join(lost[:5])}) are in a group without weight decay, while other groups have "
+                "it; their parameters are 1-D, so choose by name which weights decay",
                 stacklevel=4,
             )
 
@@ -233,30 +229,28 @@ class Attachment:
                     yield weight, group
 
     def _within_reach(self, weight: SparseWeight, lr: float | Tensor) -> float | Tensor:
-        """Warn once where a learning rate above the peak we knew would carry the penalty past zero (it stops there)."""
-        if self.penalty != "l2" or isinstance(lr, Tensor) or self._warned_of_overshoot or not weight.strength:
-            return lr
-        if lr * weight.strength / weight.forward_density_target >= 1:
+        """Return `lr`; warn once if it exceeds the known peak so far that the penalty would overshoot zero."""
+        if not isinstance(lr, Tensor) and not self._warned_of_overshoot and weight.overshoots(lr):
             self._warned_of_overshoot = True
             warnings.warn(
                 f"the penalty would carry exploring entries of '{weight.name}' past zero (lr {lr} · strength "
-                f"{weight.strength} / density {weight.forward_density_target:.4g} >= 1); it sets them to zero. "
-                "Lower penalty_strength or the learning rate",
+                f"{weight.strength} / density {weight.forward_density_target:.4g} >= 1) and sets them to zero instead; "
+                "lower the penalty's strength or the learning rate",
                 stacklevel=2,
             )
         return lr
 
 
 def _only_makes_state(optimizer: Optimizer, kwargs: Mapping[str, Any]) -> bool:
-    """Whether this is `torch.distributed.checkpoint`'s way of making the state it is about to save or load.
+    """Return whether `torch.distributed.checkpoint` calls `step` only to create the state that it saves or loads.
 
     It gives every parameter a zero gradient and every group the learning rate 0, and calls `step(closure=None)`.
     """
     return kwargs == {"closure": None} and not any(group.get("lr", 1) for group in optimizer.param_groups)
 
 
-# Momenta and averages of torch's and most other optimizers, by the names they share. Nothing else is reset: Rprop's
-# step sizes and Adagrad's sums do not begin at zero, and others keep a copy of the weight in their state.
+# Names of the momenta and averages of PyTorch's and most other optimizers. No other state is reset: Rprop's step sizes
+# and Adagrad's sums do not start at zero, and some optimizers keep a copy of the weight in their state.
 _ZERO_AT_FIRST = {
     "momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_avg_diff", "exp_inf", "square_avg", "grad_avg",
     "acc_delta", "prev",

@@ -1,4 +1,4 @@
-"""The table of every weight: sparse or dense, and why."""
+"""The table of all weights: sparse or dense, and why."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -7,18 +7,19 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from lightning_topkast.method.schedule import RefreshSchedule
-from lightning_topkast.method.strength import describe, peak_learning_rates
+from lightning_topkast.method.penalty import describe_shrinkage, peak_learning_rates
+from lightning_topkast.method.rule import Magnitude
+from lightning_topkast.method.schedule import Timeline
 from lightning_topkast.method.targets import Target
 from lightning_topkast.settings import Settings
 from lightning_topkast.weights import SparseWeight
 
-_KEPT = {"masked": "sparse", "packed": "sparse, packed", "compact": "sparse, compact"}
+_STORED = {"masked": "sparse", "packed": "sparse, packed", "compact": "sparse, compact"}
 
 
 @dataclass(frozen=True)
 class WeightSummary:
-    """One parameter: its sets' exact sizes and how it is kept, or the reason why it is dense."""
+    """One parameter: the exact sizes of its sets and its storage, or the reason why it is dense."""
 
     name: str
     shape: tuple[int, ...]
@@ -26,7 +27,7 @@ class WeightSummary:
     active: int
     updated: int
     reason: str = ""
-    execution: str = ""
+    storage: str = ""
 
     @property
     def forward_density(self) -> float:
@@ -41,18 +42,18 @@ class WeightSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """Every parameter of a model; `str()` is a table, `to_dict()` plain data."""
+    """All parameters of a model; `str()` returns a table, `to_dict()` plain data."""
 
     rows: tuple[WeightSummary, ...]
     notes: tuple[str, ...] = ()
 
     @property
     def model_density(self) -> float:
-        """Share of all parameters, dense ones counted, that are not held at zero."""
+        """Share of all parameters, including dense ones, that are not held at zero."""
         return sum(row.active for row in self.rows) / max(sum(row.size for row in self.rows), 1)
 
     def to_dict(self) -> dict[str, Any]:
-        """Rows and notes as plain data."""
+        """Return rows and notes as plain data."""
         return {"rows": [asdict(row) for row in self.rows], "notes": list(self.notes)}
 
     def __str__(self) -> str:
@@ -60,10 +61,10 @@ class Summary:
         lines = [header]
         for row in self.rows:
             sets = (f"{row.active:,}", f"{row.updated:,}", f"{row.forward_density:.4f}", f"{row.backward_density:.4f}")
-            kept = f"dense: {row.reason}" if row.reason else _KEPT[row.execution]
+            storage = f"dense: {row.reason}" if row.reason else _STORED[row.storage]
             lines.append((
                 row.name, "×".join(map(str, row.shape)) or "scalar", f"{row.size:,}",
-                *(("", "", "", "") if row.reason else sets), kept,
+                *(("", "", "", "") if row.reason else sets), storage,
             ))  # fmt: skip
         sparse = [row for row in self.rows if not row.reason]
         entries = sum(row.size for row in sparse)
@@ -87,52 +88,55 @@ class Summary:
         return "\n".join([text[0], rule, *text[1:-2], rule, *text[-2:], *self.notes])
 
 
-def _how_chosen(schedule: RefreshSchedule, settings: Settings) -> str:
-    until = "" if schedule.stop_refreshing_at is None else f" until step {schedule.stop_refreshing_at}"
-    if settings.rule is not None:
-        how = f"by {settings.rule}"
+def _how_chosen(timeline: Timeline, settings: Settings) -> str:
+    schedule, rule = timeline.schedule, settings.rule
+    until = "" if schedule.stop_updating_at is None else f" until step {schedule.stop_updating_at}"
+    if isinstance(rule, Magnitude):
+        stop = schedule.stop_exploring_at
+        how = f"{rule.exploration} exploration" + ("" if stop is None else f" until step {stop}")
     else:
-        stop = schedule.stop_exploration_at
-        how = f"{settings.exploration} exploration" + ("" if stop is None else f" until step {stop}")
-    return f"refresh every {settings.update_every} steps{until}, {how}, {settings.distribution} distribution"
+        how = f"by {rule}"
+    return f"refresh every {schedule.update_every} steps{until}, {how}, {settings.allocation.distribution} distribution"
 
 
 def summarize(
     targets: Iterable[Target],
     weights: Mapping[str, SparseWeight],
-    schedule: RefreshSchedule,
+    timeline: Timeline,
     settings: Settings,
     optimizers: Sequence[Optimizer],
 ) -> Summary:
-    """The summary of a run: every parameter, when the sets are chosen, what the penalty amounts to."""
+    """Summarize a run: all parameters, when the sets are chosen, and the effect of the penalty."""
     rows = []
     for target in targets:
         size = target.shape.numel()
         weight = weights.get(target.name)
         active, updated = (weight.active_count, weight.updated_count) if weight else (size, size)
-        execution = weight.execution if weight else ""
-        rows.append(WeightSummary(target.name, tuple(target.shape), size, active, updated, target.reason, execution))
-    rule = settings.chosen_rule
-    notes = [_how_chosen(schedule, settings)]
-    if settings.chosen_ramp is not None:
-        forward, backward = settings.sparsities_on_ramp(1.0)
-        end = "" if schedule.ramp_end is None else f", between step {schedule.ramp_begin} and {schedule.ramp_end}"
-        notes.append(f"the sizes are those of the run's end: it starts at sparsities {forward:g} and {backward:g}{end}")
-    if settings.chosen_granularity.note:
-        units = settings.chosen_granularity
-        uneven = any(not units.divides(weight.shape) for weight in weights.values())
-        notes.append(units.note + ("; those at the edges are smaller, so that the sizes vary" if uneven else ""))
-    if settings.distribution == "global":
-        notes.append("the sizes count together only: the weights compete for them")
-    if rule.explores and settings.chosen_ramp is None and not any(weight.can_explore for weight in weights.values()):
-        notes.append("backward sparsity = forward sparsity: B = A, so that nothing outside A is ever tried")
-    if settings.penalty == "l2":
-        peaks = peak_learning_rates(weights, optimizers)
-        shrinkages = [
-            peaks[weight.name] * weight.strength / weight.forward_density_target
-            for weight in weights.values()
-            if weight.can_explore and weight.name in peaks
-        ]
-        least = min((torch.finfo(weight.parameter.dtype).eps / 2 for weight in weights.values()), default=0.0)
-        notes += describe(max(shrinkages, default=0.0), settings.update_every, least)
+        storage = weight.storage if weight else ""
+        rows.append(WeightSummary(target.name, tuple(target.shape), size, active, updated, target.reason, storage))
+    notes = [_how_chosen(timeline, settings)]
+    if settings.ramp is not None:
+        ramp = timeline.ramp or settings.ramp
+        when = "" if timeline.ramp is None else f", between steps {ramp.begin} and {ramp.end}"
+        notes.append(
+            f"the sizes are those at the end of the run: sparsities rise from {ramp.forward_sparsity:g} and "
+            f"{ramp.backward_sparsity:g}{when}"
+        )
+    structure = settings.structure
+    if structure.note:
+        uneven = any(not structure.divides(weight.shape) for weight in weights.values())
+        notes.append(structure.note + ("; blocks at the edges are smaller, so the sizes vary" if uneven else ""))
+    if settings.allocation.distribution == "global":
+        notes.append("only the sum of the sizes is fixed: the weights compete for active entries")
+    explores = settings.rule.explores and settings.ramp is None
+    if explores and not any(weight.can_explore for weight in weights.values()):
+        notes.append("backward sparsity = forward sparsity: B = A, so entries outside A are never explored")
+    peaks = peak_learning_rates({id(weight.parameter): name for name, weight in weights.items()}, optimizers)
+    shrinkages = [
+        weight.shrinkage_at(peaks[weight.name])
+        for weight in weights.values()
+        if weight.can_explore and weight.name in peaks
+    ]
+    resolution = min((torch.finfo(weight.parameter.dtype).eps / 2 for weight in weights.values()), default=0.0)
+    notes += describe_shrinkage(max(shrinkages, default=0.0), settings.schedule.update_every, resolution)
     return Summary(tuple(rows), tuple(notes))

@@ -1,4 +1,4 @@
-"""A trained sparse model as a file for others: safetensors, torch's CSR, plain and ONNX. See docs/export.md."""
+"""Export of a trained sparse model: safetensors, PyTorch CSR, plain state dicts and ONNX. See docs/export.md."""
 
 from lightning_topkast.export.onnx_file import OnnxModel, save_onnx
 from lightning_topkast.export.sparse_file import load_sparse, save_sparse

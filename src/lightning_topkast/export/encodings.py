@@ -1,7 +1,7 @@
-"""How a weight that is mostly zero is written as two plain tensors: its values, and where they belong.
+"""Encodings of a mostly zero weight as two plain tensors: its values and their places.
 
-An entry counts as zero if all its bits are, so that -0.0 and every NaN come back as they were. docs/export.md
-describes the encodings for other readers.
+An entry counts as zero if all its bits are 0, so that -0.0 and every NaN are preserved. docs/export.md describes the
+encodings for other readers.
 """
 
 import math
@@ -21,7 +21,7 @@ BITMASK, GAPS, TWO_OF_FOUR = "bitmask", "gaps", "2:4"
 _Array: TypeAlias = NDArray[np.generic]
 _Width: TypeAlias = np.dtype[np.uint8] | np.dtype[np.uint16]
 _WIDTHS: tuple[_Width, ...] = (np.dtype(np.uint8), np.dtype(np.uint16))
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of an entry
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per entry
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +32,7 @@ class Encoded:
         encoding: "bitmask", "gaps" or "2:4".
         shape: of the weight.
         values: (k,), in the weight's dtype.
-        places: uint8 or uint16; what they mean depends on the encoding.
+        places: uint8 or uint16; their meaning depends on the encoding.
     """
 
     encoding: str
@@ -42,15 +42,15 @@ class Encoded:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of both tensors."""
+        """Size of both tensors in bytes."""
         return self.values.nbytes + self.places.nbytes
 
 
 def encode(weight: Tensor) -> Encoded:
-    """The smallest of a bit for every entry, and one or two bytes for every non-zero one.
+    """Encode a weight with one bit per entry or with one or two bytes per non-zero entry, whichever is smallest.
 
     Args:
-        weight: any shape, floating.
+        weight: any shape, floating point.
     """
     bits = bits_of(weight)
     entries = np.flatnonzero(bits)
@@ -68,13 +68,13 @@ def encode(weight: Tensor) -> Encoded:
 
 
 def encode_two_of_four(weight: Tensor) -> Encoded:
-    """Two values of each four neighbours in a row, and two bits for each that say which.
+    """Encode two values of every four consecutive entries in a row, each with two bits for its position.
 
     Args:
-        weight: (out, in), of which at most two of each four neighbours are not zero; see `groups_over_two`.
+        weight: (out, in), with at most two non-zero entries of every four consecutive ones; see `groups_over_two`.
     """
     groups = bits_of(weight).reshape(-1, 4)
-    # those that are not zero come first; where fewer than two are, zeros fill up
+    # non-zero entries come first; zeros fill groups with fewer than two
     chosen = np.sort(np.argsort(groups == 0, axis=1, kind="stable")[:, :2], axis=1)
     values = np.take_along_axis(groups, chosen, axis=1).reshape(-1)
     indices = np.zeros(-(-values.size // 4) * 4, dtype=np.uint8)
@@ -85,7 +85,7 @@ def encode_two_of_four(weight: Tensor) -> Encoded:
 
 
 def groups_over_two(weight: Tensor) -> tuple[int, int]:
-    """How many groups of four neighbours in a row hold more than two entries that are not zero, and of how many.
+    """Return the number of groups of four consecutive entries with more than two non-zero ones, and of all groups.
 
     Args:
         weight: (out, in), `in` a multiple of four.
@@ -95,14 +95,14 @@ def groups_over_two(weight: Tensor) -> tuple[int, int]:
 
 
 def decode(encoded: Encoded) -> Tensor:
-    """The weight.
+    """Return the dense weight.
 
     Raises:
-        TopKastError: values and places do not belong together.
+        TopKastError: values and places do not fit together.
     """
     values, places = bits_of(encoded.values), encoded.places.numpy().reshape(-1)
     if encoded.encoding not in _DECODERS:
-        raise TopKastError(f"the encoding {encoded.encoding!r:.60} is unknown: {', '.join(_DECODERS)}")
+        raise TopKastError(f"expected an encoding of {', '.join(_DECODERS)}, got {encoded.encoding!r:.60}")
     size = math.prod(encoded.shape)
     entries = _DECODERS[encoded.encoding](places, size, values.size)
     ordered = entries.size == values.size and bool((np.diff(entries) > 0).all())
@@ -114,7 +114,7 @@ def decode(encoded: Encoded) -> Tensor:
 
 
 def bits_of(tensor: Tensor) -> _Array:
-    """The bit patterns of a tensor's entries in row-major order, as integers; not a copy where none is needed."""
+    """Return the bit patterns of a tensor's entries in row-major order, as integers; without a copy if possible."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(_BITS[tensor.element_size()]).numpy()
 
@@ -125,7 +125,7 @@ def _encoded(encoding: str, weight: Tensor, values: _Array, places: _Array) -> E
 
 
 def _fillers(steps: NDArray[np.int64], kind: _Width) -> NDArray[np.int64]:
-    """How many zeros must be written before each entry because its step is too long for `kind`."""
+    """Return the number of zeros to write before each entry because its step is too long for `kind`."""
     return np.maximum(steps - 1, 0) // np.iinfo(kind).max
 
 
@@ -157,7 +157,7 @@ def _from_two_of_four(places: _Array, size: int, count: int) -> NDArray[np.int64
 
 def _check_length(places: _Array, expected: int) -> None:
     if places.nbytes != expected:
-        raise TopKastError(f"the places take {places.nbytes} bytes, expected {expected}")
+        raise TopKastError(f"expected places of {expected} bytes, got {places.nbytes}")
 
 
 _DECODERS: dict[str, Callable[[_Array, int, int], NDArray[np.int64]]] = {

@@ -1,4 +1,4 @@
-"""ONNX files, and running them."""
+"""Writing ONNX files and running them."""
 
 import copy
 import logging
@@ -17,35 +17,35 @@ from lightning_topkast.export.files import check_target, new_file, optional
 from lightning_topkast.export.state import is_sparse, nbytes, tensors_of
 from lightning_topkast.layers import to_dense
 
-_LARGEST = 2**31 - 2**20  # bytes of a protobuf, less what is not weights
+_LARGEST = 2**31 - 2**20  # largest size of the weights in a protobuf, in bytes
 
 
 def save_onnx(
     model: nn.Module, example: Tensor, path: str | Path, sparse: bool = False, overwrite: bool = False
 ) -> None:
-    """Write what a model computes in evaluation mode as an ONNX file, for batches of any size.
+    """Write a model in evaluation mode as an ONNX file for batches of any size.
 
     Args:
-        model: takes one tensor and returns one; it is left as it is.
-        example: an input (batch, ...), of any batch size from 1.
+        model: takes one tensor and returns one; it is not changed.
+        example: an input (batch, ...) with a batch size of at least 1.
         path: of the file.
-        sparse: store sparse weights as ONNX's sparse initializers: a small file, which onnxruntime makes dense when it
-            loads it, and which not every other tool reads.
+        sparse: store sparse weights as ONNX's sparse initializers. The file is small; onnxruntime makes the weights
+            dense when it loads the file, and some other tools cannot read it.
         overwrite: whether the file may exist already.
 
     Raises:
-        TopKastError: torch can't export the model, or not for every batch size; the model does not fit one file of
-            2 GiB; the file exists; the extra `export` is not installed.
+        TopKastError: PyTorch cannot export the model for every batch size; the model does not fit one file of 2 GiB;
+            the file exists; the extra `export` is not installed.
     """
     check_target(Path(path), overwrite)
     onnx = optional("onnx")
     optional("onnxscript")
     if (size := nbytes(tensors_of(model))) > _LARGEST:
-        raise TopKastError(f"the weights take {size:,} bytes, more than the 2 GiB that one ONNX file holds")
+        raise TopKastError(f"expected at most 2 GiB of weights, the limit of an ONNX file, got {size:,} bytes")
     plain = to_dense(copy.deepcopy(model)).cpu().eval()
     inputs = (
         example.cpu() if len(example) > 1 else torch.cat([example.cpu()] * 2)
-    )  # torch.export takes 1 for a constant
+    )  # torch.export treats a batch size of 1 as a constant
     try:
         with _quiet():
             program = torch.onnx.export(
@@ -57,9 +57,9 @@ def save_onnx(
                 output_names=["output"],
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
             )
-    except Exception as error:  # many classes, and what they say of themselves is pages long
-        raise TopKastError(f"torch can't export this {type(model).__name__} to ONNX: {_reason(error)}") from error
-    assert program is not None  # it was not asked to write a file itself
+    except Exception as error:  # many classes, with messages of several pages
+        raise TopKastError(f"PyTorch cannot export this {type(model).__name__} to ONNX: {_reason(error)}") from error
+    assert program is not None  # the exporter does not write a file itself here
     proto = program.model_proto
     _forget_sources(proto)
     if sparse:
@@ -73,10 +73,10 @@ class OnnxModel:
 
     Args:
         path: of the file.
-        threads: onnxruntime's; 0 leaves the choice to it.
+        threads: number of onnxruntime's threads; 0 uses its default.
 
     Raises:
-        TopKastError: onnxruntime can't load it.
+        TopKastError: onnxruntime cannot load the file.
     """
 
     def __init__(self, path: str | Path, threads: int = 0) -> None:
@@ -85,44 +85,44 @@ class OnnxModel:
         options.intra_op_num_threads = threads
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # of its own, with no common class
-            raise TopKastError(f"onnxruntime can't load {path}: {_reason(error)}") from error
+        except Exception as error:  # onnxruntime's errors have no common class
+            raise TopKastError(f"onnxruntime cannot load {path}: {_reason(error)}") from error
         (self._input,) = (each.name for each in self._session.get_inputs())
 
     def __call__(self, input: Tensor) -> Tensor:
-        """`input` (batch, ...) → what the model returns."""
+        """`input` (batch, ...) → output of the model."""
         (output,) = self._session.run(None, {self._input: input.detach().cpu().contiguous().numpy()})
         return torch.from_numpy(output)
 
 
 def _forget_sources(proto: Any) -> None:
-    """Remove what torch notes of where each node comes from: lines of source, in folders of this machine."""
+    """Remove the origin of each node, since it contains source lines and folders of this machine."""
     graph = proto.graph
     for part in (graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
         del part.metadata_props[:]
 
 
 def _make_sparse(proto: Any) -> None:
-    """Turn the sparse initializers of a model's graph into sparse ones."""
+    """Convert the initializers of sparse weights in a model's graph to sparse initializers."""
     helper, numpy_helper, types = optional("onnx.helper"), optional("onnx.numpy_helper"), optional("onnx").TensorProto
     dense = list(proto.graph.initializer)
     del proto.graph.initializer[:]
     for initializer in dense:
-        known = initializer.data_type in (types.FLOAT, types.DOUBLE, types.FLOAT16)  # numpy has no others
+        known = initializer.data_type in (types.FLOAT, types.DOUBLE, types.FLOAT16)  # NumPy supports no others
         weight = numpy_helper.to_array(initializer) if known else None
         if weight is None or not is_sparse(torch.tensor(weight)):
             proto.graph.initializer.append(initializer)
             continue
         entries = np.flatnonzero(weight)
         values = numpy_helper.from_array(weight.reshape(-1)[entries], initializer.name)
-        # ONNX wants int64, and protobuf writes small ones in two or three bytes: unless they are raw
+        # ONNX requires int64; unless the data are raw, protobuf writes small ones in two or three bytes
         places = helper.make_tensor(f"{initializer.name}.places", types.INT64, entries.shape, entries, raw=False)
         proto.graph.sparse_initializer.append(helper.make_sparse_tensor(values, places, weight.shape))
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's remarks on packages that are not needed, and torch's on its own internals."""
+    """Suppress the exporter's warnings about optional packages, and PyTorch's about its internals."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -135,7 +135,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of the first cause."""
+    """Return the first line of the first cause."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

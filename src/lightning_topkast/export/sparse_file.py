@@ -1,4 +1,4 @@
-"""Safetensors files whose sparse weights take a place for their non-zero entries only."""
+"""Safetensors files that store only the non-zero entries of sparse weights."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from lightning_topkast.export.state import Source, density, is_sparse, tensors_o
 METADATA_KEY = "topkast_sparse"
 VERSION = 1
 
-_HEADER = 256  # bytes, about what a sparse weight takes in a file's header
+_HEADER = 256  # approximate size of a sparse weight's metadata in a file's header, in bytes
 
 Structure = Literal["unstructured", "2:4"]
 
@@ -25,22 +25,22 @@ Structure = Literal["unstructured", "2:4"]
 def save_sparse(
     source: Source, path: str | Path, structure: Structure = "unstructured", overwrite: bool = False
 ) -> dict[str, str]:
-    """Write a model's tensors to a safetensors file, its sparse weights in a smaller form, all of them bit for bit.
+    """Write a model's tensors to a safetensors file, with sparse weights in a smaller encoding, bit for bit.
 
-    Sparse are the floating tensors with two dimensions or more of which at least a tenth is zero, and they are stored
-    so where that is smaller. Tied tensors are stored once. See docs/export.md for the layout.
+    Floating-point tensors with at least two dimensions count as sparse if at least a tenth of them is zero, and are
+    encoded if that is smaller. Tied tensors are stored once. See docs/export.md for the layout.
 
     Args:
         source: a model, or its state dict.
         path: of the file.
-        structure: "2:4" stores matrices as two of four, and takes only those that are.
+        structure: "2:4" encodes sparse matrices as 2:4, and refuses those that are not.
         overwrite: whether the file may exist already.
 
     Returns:
-        how each tensor is stored: "dense", "tied" or its encoding.
+        the storage of each tensor: "dense", "tied" or its encoding.
 
     Raises:
-        TopKastError: a weight is not 2:4, or an entry is no ordinary tensor, or the file exists.
+        TopKastError: a weight is not 2:4, an entry is not an ordinary tensor, or the file exists.
     """
     save_file = optional("safetensors.torch").save_file
     tensors = tensors_of(source)
@@ -51,7 +51,7 @@ def save_sparse(
     for name, tensor in whole.items():
         if name in encoded and not {f"{name}.values", f"{name}.places"} & tensors.keys():
             content |= {f"{name}.values": encoded[name].values, f"{name}.places": encoded[name].places}
-        else:  # also where another tensor has the name that it would take
+        else:  # also if another tensor already has one of the two names
             encoded.pop(name, None)
             content[name] = tensor
     layout = {
@@ -74,14 +74,14 @@ def save_sparse(
 
 
 def load_sparse(path: str | Path) -> dict[str, Tensor]:
-    """Read what `save_sparse` has written, as a state dict of dense tensors; other safetensors files as they are.
+    """Read a file of `save_sparse` as a state dict of dense tensors; read other safetensors files unchanged.
 
     Raises:
-        TopKastError: the file is damaged, or of a version that this package does not know.
-        OSError: it can't be read.
+        TopKastError: the file is damaged, or has a version that this package does not support.
+        OSError: the file cannot be read.
     """
     safetensors = optional("safetensors")
-    with open(path, "rb"):  # the error that everyone knows, where there is no such file
+    with open(path, "rb"):  # raises the usual error if there is no such file
         pass
     try:
         with safetensors.safe_open(path, framework="pt") as file:
@@ -91,11 +91,11 @@ def load_sparse(path: str | Path) -> dict[str, Tensor]:
                 return {name: file.get_tensor(name) for name in names}
             return _assemble(layout, names, file.get_tensor)
     except (safetensors.SafetensorError, ValueError, TypeError, KeyError, RuntimeError, MemoryError) as error:
-        raise TopKastError(f"{path} is damaged, or no such file: {error}") from error
+        raise TopKastError(f"{path} is damaged, or not a safetensors file: {error}") from error
 
 
 def _encode(name: str, tensor: Tensor, structure: Structure) -> Encoded | None:
-    """None where a tensor is better left as it is."""
+    """Return the encoded tensor, or None if it is smaller unencoded."""
     if not is_sparse(tensor):
         return None
     if structure == "2:4" and tensor.dim() == 2:
@@ -108,22 +108,22 @@ def _encode(name: str, tensor: Tensor, structure: Structure) -> Encoded | None:
 
 def _check_two_of_four(name: str, weight: Tensor) -> None:
     if weight.shape[1] % 4:
-        raise TopKastError(f"'{name}' is not 2:4: its rows of {weight.shape[1]} entries are no groups of four")
+        raise TopKastError(f"'{name}' is not 2:4: its rows of {weight.shape[1]} entries are not a multiple of four")
     over, groups = groups_over_two(weight)
     if over:
         raise TopKastError(
             f"'{name}' is not 2:4: {over / groups:.1%} of its groups of four ({over:,} of {groups:,}) hold more than "
-            "two entries that are not zero; nothing was pruned. Store it as unstructured, or train with a 2:4 mask"
+            "two non-zero entries; nothing was pruned. Store it as unstructured, or train with structure='2:4'"
         )
 
 
 def _assemble(layout: Any, names: list[str], read: Callable[[str], Tensor]) -> dict[str, Tensor]:
     if not isinstance(layout, dict) or layout.get("version") != VERSION:
         found = layout.get("version") if isinstance(layout, dict) else layout
-        raise TopKastError(f"its layout has version {found!r:.60}, this package reads {VERSION}")
+        raise TopKastError(f"expected a layout of version {VERSION}, got {found!r:.60}")
     weights, again = layout["weights"], layout["tied"]
     if not (isinstance(weights, dict) and isinstance(again, dict)):
-        raise TopKastError("its layout has no weights and tied tensors by name")
+        raise TopKastError("expected a layout with weights and tied tensors by name")
     state: dict[str, Tensor] = {}
     parts = {f"{name}.{part}": name for name in weights for part in ("values", "places")}
     for name in names:
@@ -145,5 +145,5 @@ def _decode(how: Mapping[str, Any], values: Tensor, places: Tensor) -> Tensor:
     ):
         raise TopKastError(f"the shape {shape} is not valid")
     if str(values.dtype) != f"torch.{how['dtype']}" or places.dtype not in (torch.uint8, torch.uint16):
-        raise TopKastError(f"values of {values.dtype} and places of {places.dtype}, expected {how['dtype']} and uint8")
+        raise TopKastError(f"expected values of {how['dtype']} and places of uint8, got {values.dtype}, {places.dtype}")
     return decode(Encoded(how["encoding"], shape, values, places))

@@ -1,4 +1,4 @@
-"""State files that `torch.load(path, weights_only=True)` reads, without this package."""
+"""State dict files that `torch.load(path, weights_only=True)` reads without this package."""
 
 import warnings
 from pathlib import Path
@@ -10,11 +10,11 @@ from lightning_topkast.export.files import new_file
 from lightning_topkast.export.state import Source, density, is_sparse, tensors_of, tied
 from lightning_topkast.ops import Pattern
 
-_CSR_UP_TO = 0.5  # density; beyond, int32 columns and values take more than the dense weight
+_CSR_UP_TO = 0.5  # density above which int32 columns and values take more space than the dense weight
 
 
 def save_dense(source: Source, path: str | Path, overwrite: bool = False) -> dict[str, str]:
-    """Write a model's tensors as a plain state dict, sparse weights with their zeros.
+    """Write a model's tensors as a plain state dict; sparse weights include their zeros.
 
     Args:
         source: a model, or its state dict.
@@ -22,10 +22,10 @@ def save_dense(source: Source, path: str | Path, overwrite: bool = False) -> dic
         overwrite: whether the file may exist already.
 
     Returns:
-        how each tensor is stored: "dense" or "tied".
+        the storage of each tensor: "dense" or "tied".
 
     Raises:
-        TopKastError: an entry is no ordinary tensor, or the file exists.
+        TopKastError: an entry is not an ordinary tensor, or the file exists.
     """
     tensors = tensors_of(source)
     _save(tensors, path, overwrite)
@@ -34,10 +34,10 @@ def save_dense(source: Source, path: str | Path, overwrite: bool = False) -> dic
 
 
 def save_csr(source: Source, path: str | Path, overwrite: bool = False) -> dict[str, str]:
-    """Write a model's tensors as a state dict in which sparse matrices are torch's CSR tensors, with int32 indices.
+    """Write a model's tensors as a state dict in which sparse matrices are PyTorch CSR tensors with int32 indices.
 
-    Matrices are the weights with two dimensions; of those with more torch has no CSR products, and they stay dense.
-    The sign of a zero is lost.
+    Weights with more than two dimensions stay dense, since PyTorch has no CSR products for them. The sign of a zero is
+    lost.
 
     Args:
         source: a model, or its state dict.
@@ -45,10 +45,10 @@ def save_csr(source: Source, path: str | Path, overwrite: bool = False) -> dict[
         overwrite: whether the file may exist already.
 
     Returns:
-        how each tensor is stored: "dense", "tied" or "csr".
+        the storage of each tensor: "dense", "tied" or "csr".
 
     Raises:
-        TopKastError: an entry is no ordinary tensor, or the file exists.
+        TopKastError: an entry is not an ordinary tensor, or the file exists.
     """
     tensors = tensors_of(source)
     again = tied(tensors)
@@ -64,13 +64,13 @@ def save_csr(source: Source, path: str | Path, overwrite: bool = False) -> dict[
 
 
 def load_csr(path: str | Path) -> dict[str, Tensor]:
-    """Read a file of `save_csr` or `save_dense`, CSR tensors as such; the same as `torch.load`, but for one check.
+    """Read a file of `save_csr` or `save_dense` as `torch.load` does, with a check of CSR indices.
 
-    The check is of CSR indices, which torch skips: those of a damaged file would lead outside of the memory.
+    PyTorch skips this check, but indices of a damaged file could access memory out of bounds.
 
     Raises:
         RuntimeError: the file is damaged.
-        OSError: it can't be read.
+        OSError: the file cannot be read.
     """
     with torch.sparse.check_sparse_tensor_invariants(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
@@ -79,13 +79,13 @@ def load_csr(path: str | Path) -> dict[str, Tensor]:
 
 
 def _save(state: dict[str, Tensor], path: str | Path, overwrite: bool) -> None:
-    # given a path, torch would not say what the system refused
+    # with a path, PyTorch would not report the system's error
     with new_file(path, overwrite) as partial, open(partial, "wb") as file:
         torch.save(state, file)
 
 
 def _pays(tensor: Tensor) -> bool:
-    matrix = tensor.dim() == 2 and tensor.element_size() > 1  # torch has next to nothing for 8-bit floats
+    matrix = tensor.dim() == 2 and tensor.element_size() > 1  # PyTorch supports few operations on 8-bit floats
     return matrix and is_sparse(tensor) and density(tensor) <= _CSR_UP_TO
 
 

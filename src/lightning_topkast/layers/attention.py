@@ -1,4 +1,4 @@
-"""Multi-head self-attention whose projections are multiplied by in packed form."""
+"""Multi-head self-attention with packed projection weights."""
 
 from typing import cast
 
@@ -12,7 +12,7 @@ from lightning_topkast.layers.products import ProductLayer
 class ProductAttention(ProductLayer):
     """`nn.MultiheadAttention` with a packed `in_proj_weight`.
 
-    Attention between different sequences, with `bias_k`/`bias_v` or `add_zero_attn`, takes the ordinary way by dense α.
+    Attention between different sequences, or with `bias_k`/`bias_v` or `add_zero_attn`, computes with the dense α.
     """
 
     num_heads: int
@@ -34,7 +34,7 @@ class ProductAttention(ProductLayer):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `nn.MultiheadAttention.forward`."""
+        """Same as `nn.MultiheadAttention.forward`."""
         own = query is key and key is value and query.dim() in (2, 3)
         if not own or self.bias_k is not None or self.add_zero_attn or (is_causal and attn_mask is None):
             result = super().forward(
@@ -66,7 +66,7 @@ class ProductAttention(ProductLayer):
     def _mask(
         self, key_padding: Tensor | None, attention: Tensor | None, batch: int, length: int, dtype: torch.dtype
     ) -> Tensor | None:
-        """Both masks as one to be added to the scores (batch, heads, length, length)."""
+        """Return both masks as one tensor that is added to the scores (batch, heads, length, length)."""
         mask = _added(attention, dtype)
         if mask is not None:
             mask = mask.view(batch, self.num_heads, length, length) if mask.dim() == 3 else mask
@@ -78,7 +78,7 @@ class ProductAttention(ProductLayer):
 
 
 def _added(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A bool mask, true where attention is not allowed, as what is added to the scores."""
+    """Return the additive mask for a bool mask, which is true where attention is not allowed."""
     if mask is None or mask.is_floating_point():
         return mask
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))

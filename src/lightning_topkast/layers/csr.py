@@ -1,20 +1,20 @@
-"""Linear layers in compressed form, for inference."""
+"""Linear layers with CSR weights, for inference."""
 
 import torch
 from torch import Tensor, nn
 
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.layers.sparse_layer import to_dense
-from lightning_topkast.ops import Operators, Pattern, choose_operators, sparse_linear
+from lightning_topkast.ops import Kernels, Pattern, choose_kernels, sparse_linear
 
 
 class CsrLinear(nn.Module):
-    """A linear layer that stores its weight's non-zero entries only and multiplies by them, without gradients.
+    """A linear layer that stores and multiplies by only the non-zero entries of its weight, without gradients.
 
     Args:
         weight: (out × in), dense with zeros.
         bias: (out,) or None.
-        operators: see `TopKastCallback`.
+        kernels: see `Packed`.
     """
 
     crow: Tensor
@@ -22,10 +22,10 @@ class CsrLinear(nn.Module):
     values: Tensor
     bias: Tensor | None
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, operators: Operators = "auto") -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, kernels: Kernels = "auto") -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.operators = operators
+        self.kernels = kernels
         flat = weight.detach().cpu().contiguous().view(-1)
         places = torch.nonzero(flat).flatten()
         pattern = Pattern.from_flat(places, (self.out_features, self.in_features), transpose=False)
@@ -40,55 +40,55 @@ class CsrLinear(nn.Module):
         none = self.col[:0]
         active = Pattern((self.out_features, self.in_features), self.crow, self.col, none, none, none)
         nothing = Pattern((self.out_features, self.in_features), torch.zeros_like(self.crow), none, none, none, none)
-        operators = choose_operators(self.operators, input.device)
-        return sparse_linear(input, self.values, self.bias, active, nothing, operators)
+        kernels = choose_kernels(self.kernels, input.device)
+        return sparse_linear(input, self.values, self.bias, active, nothing, kernels)
 
     @property
     def weight(self) -> Tensor:
-        """The weight (out × in), dense, made when it is read."""
+        """The weight (out × in), dense, computed at each access."""
         shape = (self.out_features, self.in_features)
         return torch.sparse_csr_tensor(self.crow, self.col, self.values, shape, check_invariants=False).to_dense()
 
     def extra_repr(self) -> str:
-        """Sizes and density."""
+        """Return sizes and density as text."""
         density = self.values.numel() / (self.in_features * self.out_features)
         return f"in_features={self.in_features}, out_features={self.out_features}, density={density:.4f}"
 
 
-def to_csr(model: nn.Module, max_density: float = 0.5, operators: Operators = "auto") -> nn.Module:
-    """Make the sparse linear layers of a trained model compressed ones for inference, in place.
+def to_csr(model: nn.Module, max_density: float = 0.5, kernels: Kernels = "auto") -> nn.Module:
+    """Replace the sparse linear layers of a trained model with CSR layers for inference, in place.
 
-    Takes packed models, and plain ones whose weights hold zeros. Other packed layers become ordinary ones.
+    The model may be packed, or have ordinary layers whose weights contain zeros. Other packed layers become ordinary.
 
     Args:
         model: the trained model.
-        max_density: layers with a larger share of non-zero entries stay as they are.
-        operators: see `TopKastCallback`.
+        max_density: layers with a larger share of non-zero entries are not replaced.
+        kernels: see `Packed`.
 
     Returns:
         the model.
 
     Raises:
-        TopKastError: the model is itself a single linear layer.
+        TopKastError: the model is a single linear layer.
     """
     to_dense(model)
     made: dict[int, CsrLinear] = {}
     for parent in list(model.modules()):
-        for name, module in list(parent._modules.items()):  # named_children() leaves out a layer's second place
+        for name, module in list(parent._modules.items()):  # named_children() lists a shared layer only once
             weight = None if module is None else _matrix(module)
             if weight is not None and int(torch.count_nonzero(weight)) <= max_density * weight.numel():
                 if id(module) not in made:
-                    made[id(module)] = CsrLinear(weight, module.bias, operators)  # type: ignore[arg-type, union-attr]
+                    made[id(module)] = CsrLinear(weight, module.bias, kernels)  # type: ignore[arg-type, union-attr]
                 parent._modules[name] = made[id(module)]
     if _matrix(model) is not None:
         raise TopKastError(
-            "to_csr replaces layers inside a model; make a CsrLinear of a single layer's weight and bias"
+            "to_csr replaces layers inside a model; for a single layer, create a CsrLinear from its weight and bias"
         )
     return model
 
 
 def _matrix(module: nn.Module) -> Tensor | None:
-    """The weight (out × in) of a linear layer, None of any other."""
+    """Return the weight (out × in) of a linear layer, or None for other layers."""
     kind = type(module)
     if kind is nn.Linear:
         return module.weight.detach()  # type: ignore[operator]

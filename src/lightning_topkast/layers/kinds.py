@@ -1,4 +1,4 @@
-"""Which layers have a product in packed form."""
+"""The layers that can multiply by a packed weight."""
 
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -9,10 +9,10 @@ from lightning_topkast.layers.sparse_layer import SparseLayer
 
 
 def product_of(module: nn.Module, name: str) -> type[ProductLayer] | None:
-    """The packed form of a layer's product by its weight `name`; None if it has none."""
-    if "forward" in module.__dict__:  # replaced on this one object
+    """Return the packed layer class for the weight `name` of a layer, or None if there is none."""
+    if "forward" in module.__dict__:  # replaced on this object only
         return None
-    # exactly: a subclass may compute something else
+    # the exact type, since a subclass may compute something else
     kind = type(module).plain_class if isinstance(module, SparseLayer) else type(module)
     if kind is nn.MultiheadAttention and name == "in_proj_weight":
         return ProductAttention

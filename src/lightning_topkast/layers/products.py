@@ -1,4 +1,4 @@
-"""Layers that multiply by their weight in packed form."""
+"""Layers that multiply by a packed weight."""
 
 from typing import cast
 
@@ -13,14 +13,14 @@ class ProductLayer(SparseLayer):
     bias: Tensor | None
 
     def _product(self, input: Tensor, name: str, bias: Tensor | None, transposed: bool = False) -> Tensor:
-        """The last dimension of `input` times the rows (`transposed`: columns) of the weight `name`, plus `bias`."""
+        """Multiply the last dimension of `input` by the rows (`transposed`: columns) of weight `name`; add `bias`."""
         weight = self.packed_weights[name]
         values = cast(Tensor, self._parameters[name])
-        return weight.packing.product(input, values, bias, weight.operators, transposed)
+        return weight.layout.product(input, values, bias, weight.kernels, transposed)
 
 
 class ProductLinear(ProductLayer):
-    """`nn.Linear`."""
+    """`nn.Linear` with a packed weight."""
 
     def forward(self, input: Tensor) -> Tensor:
         """`input` (..., in) → (..., out)."""
@@ -28,7 +28,7 @@ class ProductLinear(ProductLayer):
 
 
 class ProductConv1D(ProductLayer):
-    """The `Conv1D` of transformers' GPT-2, a linear layer whose weight is (in × out)."""
+    """`Conv1D` of transformers' GPT-2, a linear layer with a (in × out) weight, with a packed weight."""
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` (..., in) → (..., out)."""
@@ -36,12 +36,12 @@ class ProductConv1D(ProductLayer):
 
 
 class ProductPointwise(ProductLayer):
-    """`nn.Conv2d` with a 1×1 kernel."""
+    """`nn.Conv2d` with a packed 1×1 kernel."""
 
     stride: tuple[int, int]
 
     def forward(self, input: Tensor) -> Tensor:
-        """`input` (batch, in, height, width) or without the batch → the same with out channels."""
+        """`input` (batch, in, height, width), or without the batch → the same with `out` channels."""
         vertical, horizontal = self.stride
         channels_last = input[..., ::vertical, ::horizontal].movedim(-3, -1)
         return self._product(channels_last, "weight", self.bias).movedim(-1, -3)

@@ -1,4 +1,4 @@
-"""Layers whose weight is packed: the module stays the same object, under a class derived from its own."""
+"""Layers with a packed weight; the module stays the same object but changes to a class derived from its own."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,9 +11,9 @@ from lightning_topkast.weights.packed import PackedWeight
 
 
 class SparseLayer(nn.Module):
-    """Mixed into a layer's class: its weight is α wherever it is read, and its parameter is the packed values.
+    """Mixin for a layer's class: reading its weight returns α, and its parameter holds the packed values.
 
-    State dicts hold the dense α under the plain name, on CPU, and take it back.
+    State dicts contain the dense α under the plain name, on CPU; loading one accepts it.
     """
 
     packed_weights: dict[str, PackedWeight]  # by the layer's own name for the parameter
@@ -42,15 +42,15 @@ class SparseLayer(nn.Module):
                 missing_keys.extend([prefix + name] if strict else [])
             elif dense.shape != weight.shape:
                 error_msgs.append(
-                    f"size mismatch for {prefix + name}: the state dict has {tuple(dense.shape)}, the packed weight "
-                    f"stands for {tuple(weight.shape)}"
+                    f"size mismatch for {prefix + name}: expected {tuple(weight.shape)}, the dense shape of the packed "
+                    f"weight, got {tuple(dense.shape)}"
                 )
             else:
                 try:
                     weight.load_alpha(dense)
                 except NonFiniteScoresError:
                     error_msgs.append(f"{prefix + name} holds NaN or infinity")
-        # out of sight of what would copy into the parameter or, with assign=True, replace it; the order is kept
+        # hide the parameters, which super() would copy into or, with assign=True, replace; their order is kept
         parameters = dict(self._parameters)
         for name in self.packed_weights:
             del self._parameters[name]
@@ -64,14 +64,14 @@ class SparseLayer(nn.Module):
             self._parameters.update({name: loaded.get(name, value) for name, value in parameters.items()})
 
     def reset_parameters(self) -> None:
-        """Refused: it would write into a dense copy of the weight."""
+        """Raise an error, since this would write into a dense copy of the weight."""
         raise TopKastError(
-            f"{type(self).__name__} holds packed weights, which reset_parameters() can't write to; draw them before "
-            "they are packed, or load others with load_state_dict"
+            f"{type(self).__name__} holds packed weights, for which reset_parameters() is not supported; initialize "
+            "them before they are packed, or load others with load_state_dict"
         )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """The class is made at run time, so copies and pickles name what it is made of."""
+        """Return the parts of the class, which is created at run time, for copies and pickles."""
         own = getattr(self, "__getstate__", None)  # object's is new in 3.11
         state = self.__dict__ if own is None else own()
         return _empty, (self.plain_class, self.kind, tuple(self.packed_weights)), state
@@ -84,11 +84,11 @@ def pack_layer(module: nn.Module, name: str, weight: PackedWeight, kind: type[Sp
         module: any layer.
         name: the layer's own name for the weight.
         weight: the packed weight.
-        kind: `SparseLayer`, or one of its subclasses with a forward pass in packed form.
+        kind: `SparseLayer`, or a subclass whose forward pass multiplies by the packed weight.
     """
     plain: type[nn.Module] = type(module)
     packed = {name: weight}
-    if isinstance(module, SparseLayer):  # another of its weights is packed already
+    if isinstance(module, SparseLayer):  # another of its weights is already packed
         plain, packed = module.plain_class, module.packed_weights | packed
         kind = module.kind if kind is SparseLayer else kind
     module._parameters[name] = weight.parameter
@@ -98,9 +98,9 @@ def pack_layer(module: nn.Module, name: str, weight: PackedWeight, kind: type[Sp
 
 
 def unpack_layer(module: nn.Module, name: str, dense: nn.Parameter) -> None:
-    """Make `module` an ordinary layer again, of which `dense` is the parameter `name`."""
+    """Make `module` hold `dense` as its parameter `name`, and make it an ordinary layer if no weight is packed."""
     if not isinstance(module, SparseLayer):
-        raise TopKastError(f"the {type(module).__name__} is an ordinary layer already")
+        raise TopKastError(f"expected a layer with packed weights, got the ordinary layer {type(module).__name__}")
     plain, kind, packed = module.plain_class, module.kind, module.packed_weights
     del packed[name]
     module._parameters[name] = dense
@@ -114,7 +114,7 @@ def unpack_layer(module: nn.Module, name: str, dense: nn.Parameter) -> None:
 
 
 def packed_weights(model: nn.Module) -> Mapping[str, PackedWeight]:
-    """The packed weights of a model by parameter name, each once under its first name."""
+    """Return the packed weights of a model by parameter name, each once under its first name."""
     return {name: weight for name, weight, _, _ in _packed_places(model, remove_duplicate=True)}
 
 
@@ -145,7 +145,7 @@ def _make_class(plain: type[nn.Module], kind: type[SparseLayer], names: tuple[st
     members: dict[str, Any] = {name: _weight_property(name) for name in names}
     members |= {"plain_class": plain, "kind": kind, "__module__": __name__, "__doc__": plain.__doc__}
     if issubclass(plain, nn.RNNBase):
-        # it reads its weights from a list of its own, which would hold them as they were
+        # it reads its weights from its own list, which would keep the old ones
         members["_flat_weights"] = property(_flat_weights, lambda self, value: None)
         members["flatten_parameters"] = lambda self: None
     prefix = "Compact" if kind is SparseLayer else "Packed"
@@ -154,9 +154,9 @@ def _make_class(plain: type[nn.Module], kind: type[SparseLayer], names: tuple[st
 
 def _weight_property(name: str) -> property:
     def read(self: SparseLayer) -> Tensor:
-        return self.packed_weights[name].packing.unpack(self._parameters[name])  # type: ignore[arg-type]
+        return self.packed_weights[name].layout.unpack(self._parameters[name])  # type: ignore[arg-type]
 
-    return property(read, doc="α, dense, made when it is read; its gradient reaches the packed values.")
+    return property(read, doc="α, dense, computed at each access; its gradient reaches the packed values.")
 
 
 def _flat_weights(self: nn.RNNBase) -> list[Tensor | None]:
@@ -169,9 +169,9 @@ def _empty(plain: type[nn.Module], kind: type[SparseLayer], names: tuple[str, ..
 
 
 def to_dense(model: nn.Module) -> nn.Module:
-    """Give a packed model its ordinary layers back, in place: their weights are α, on their parameter's device.
+    """Replace packed layers with ordinary layers, in place; their weights are α, on the parameters' device.
 
-    The engine that packed it is of no more use. An optimizer of the packed model does not fit the dense one.
+    The engine that packed the model cannot be used again, and an optimizer of the packed model does not fit.
 
     Returns:
         the model.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-class Reparametrised:
+class Powerpropagation:
     """φ, which takes the place of θ for one step of the optimizer.
 
     Args:

@@ -1,32 +1,31 @@
-"""How the sets of weights are chosen: the one part in which Top-KAST and its baselines differ."""
+"""Which entries the sets hold: the one part in which Top-KAST and its baselines differ."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from lightning_topkast.method.schedule import Moment, SparsityRamp
+from lightning_topkast.checks import check_choice
 from lightning_topkast.method.selection import TopK, nested_top_k, top_k_then_random
-
-Exploration = Literal["magnitude", "random"]
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """The entries that sets are to be chosen among: those of one weight, or of several together.
+    """The units (entries, or blocks of them) of one weight, or of several that compete, of which sets are chosen.
 
     Every tensor has one shape; of sharded weights it is this process' part.
 
     Attributes:
-        scores: |θ|, finite.
-        active_count: how many shall be active.
-        updated_count: how many shall be updated, at least `active_count`.
-        active: gives the present A (bool).
-        draw: gives numbers uniform in [0, 1), the same on every rank and in a resumed run.
-        gradient: magnitudes of the loss' gradient everywhere, if the rule asked for them and there were any.
-        passed: share of the time in which sets change that has passed, in [0, 1]; None if no end is known.
-        select: finds the largest entries.
+        scores: |θ|, finite; of a block the norm of its entries.
+        active_count: number of units to be active.
+        updated_count: number of units to be updated, at least `active_count`.
+        active: returns the present A (bool).
+        draw: returns random numbers, uniform in [0, 1), the same on every rank and in a resumed run.
+        gradient: magnitudes of the loss' gradient everywhere, if the rule needs them and there were any.
+        progress: share of the time in which sets change that has passed, in [0, 1]; None if no end is known.
+        select: finds the largest units.
     """
 
     scores: Tensor
@@ -35,53 +34,61 @@ class Candidates:
     active: Callable[[], Tensor]
     draw: Callable[[], Tensor]
     gradient: Tensor | None = None
-    passed: float | None = None
+    progress: float | None = None
     select: TopK = nested_top_k
 
 
-@dataclass(frozen=True)
-class Rule:
-    """Top-KAST's rule: A are the largest entries, B the next largest or random ones (paper sections 2.1 and 3.2).
+class Rule(ABC):
+    """Chooses the sets of a weight.
 
-    A rule of your own derives from this one and overrides `choose`; what it holds must be the same on every rank.
+    A rule of your own overrides `choose`; what it holds must be the same on every rank. A rule knows no schedule:
+    `Schedule` says when it is asked, and `Ramp` how many entries it chooses.
     """
 
     # whether B may be larger than A, and the exploration penalty applies
     explores: ClassVar[bool] = True
-    # whether entries that leave B are forgotten, so that those which come back start from zero
-    forgets: ClassVar[bool] = False
-    # whether entries enter at zero and have to learn from there
+    # whether entries that leave B lose their values, so that those which come back start from zero
+    clears_dropped: ClassVar[bool] = False
+    # whether entries enter A at zero and have to learn from there
     grows_from_zero: ClassVar[bool] = False
-    # whether `choose` wants the gradient everywhere, which exists in masked mode only
+    # whether `choose` needs the gradient of every entry, which exists in masked mode only
     needs_gradient: ClassVar[bool] = False
-    # whether `choose` wants to know how much of the time in which sets change has passed
+    # whether `choose` needs `Candidates.progress`
     needs_length: ClassVar[bool] = False
 
-    @property
-    def ramp(self) -> SparsityRamp | None:
-        """The ramp of sparsities that it brings along, instead of the run's."""
-        return None
+    def first(self, candidates: Candidates) -> Tensor:
+        """Return the sets to start with, as uint8 tiers.
 
-    @property
-    def stop_refreshing_at(self) -> Moment | None:
-        """When its sets stand still, unless the run says so."""
-        return None
-
-    def first(self, candidates: Candidates, exploration: Exploration) -> Tensor:
-        """The sets to start with, as uint8 tiers.
-
-        The network may be that of a checkpoint, whose sets are loaded after this: one as sparse already must not lose
-        entries that are not zero, which are then the active ones.
+        The network may be that of a checkpoint whose sets are loaded later: if it is as sparse already, its non-zero
+        entries must be the active ones.
         """
-        return self.choose(candidates, exploration)
+        return self.choose(candidates)
 
-    def choose(self, candidates: Candidates, exploration: Exploration) -> Tensor:
-        """The next sets, as uint8 tiers in the candidates' shape: 0 reservoir, 1 exploring, 2 active.
+    @abstractmethod
+    def choose(self, candidates: Candidates) -> Tensor:
+        """Return the next sets, as uint8 tiers in the candidates' shape: 0 reservoir, 1 exploring, 2 active.
 
         Raises:
             NonFiniteScoresError: a score is NaN or infinite.
         """
+
+
+@dataclass(frozen=True)
+class Magnitude(Rule):
+    r"""Top-KAST's rule: A has the largest entries, B the next largest or random ones (paper sections 2.1 and 3.2).
+
+    Args:
+        exploration: how B\A is chosen: the next largest entries ("magnitude") or random ones ("random", an ablation).
+    """
+
+    exploration: Literal["magnitude", "random"] = "magnitude"
+
+    def __post_init__(self) -> None:
+        check_choice("exploration", self.exploration, Literal["magnitude", "random"])
+
+    def choose(self, candidates: Candidates) -> Tensor:
+        """Return the largest entries as A, and B by `exploration`."""
         active, updated = candidates.active_count, candidates.updated_count
-        if exploration == "random":
+        if self.exploration == "random":
             return top_k_then_random(candidates.scores, active, updated, candidates.draw(), candidates.select)
         return candidates.select(candidates.scores, (updated, active))

@@ -1,6 +1,6 @@
 r"""Exact top-k selection: scores → tiers.
 
-A *tier* counts the nested sets an entry belongs to. With the counts of B and A: 0 is the reservoir C,
+A *tier* is the number of nested sets that an entry belongs to. With the counts of B and A: 0 is the reservoir C,
 1 the exploring entries B\A and 2 the active entries A.
 """
 
@@ -14,25 +14,25 @@ from torch import Tensor
 
 RESERVOIR, EXPLORING, ACTIVE = 0, 1, 2
 
-# Entries handled at a time on CPU, so that temporaries stay in the L2 cache.
+# Number of entries processed at a time on CPU, so that temporaries stay in the L2 cache.
 _CHUNK = 1 << 16
-# Entries that the bounds of a threshold are estimated from.
+# Number of entries from which the bounds of a threshold are estimated.
 SAMPLE = 1 << 16
 EVERYTHING = -math.inf, math.inf
 
-# scores, sizes of nested sets → for every entry, how many of the sets it belongs to
+# scores, sizes of nested sets → for each entry, the number of sets that it belongs to
 TopK = Callable[[Tensor, Sequence[int]], Tensor]
 
 
 class NonFiniteScoresError(ValueError):
-    """The scores hold NaN or infinity, so that no largest entries exist."""
+    """Raised if the scores hold NaN or infinity, so that the largest entries are not defined."""
 
 
 def nested_top_k(scores: Tensor, counts: Sequence[int]) -> Tensor:
-    """Count, for every entry, how many of the nested top-k sets of `scores` it belongs to.
+    """Count, for each entry, the nested top-k sets of `scores` that it belongs to.
 
-    Every set is exact: the k largest entries, ties to the lowest flat index (never a bare `>=` threshold,
-    which ties would let swell). So the sets are nested whatever the ties.
+    Each set has exactly the k largest entries; ties go to the lowest flat index (a plain `>=` threshold would include
+    all ties). So the sets are nested, whatever the ties.
 
     Args:
         scores: finite floating-point scores of any shape.
@@ -61,7 +61,7 @@ def nested_top_k(scores: Tensor, counts: Sequence[int]) -> Tensor:
 def top_k_then_random(
     scores: Tensor, active: int, updated: int, lottery: Tensor, select: TopK = nested_top_k
 ) -> Tensor:
-    """Tiers whose active set is the exact top-k and whose exploring set is drawn at random from the rest.
+    """Return tiers whose active set is the exact top-k and whose exploring set is drawn at random from the rest.
 
     This is the paper's ablation of magnitude-guided exploration (paper section 3.2).
 
@@ -69,8 +69,8 @@ def top_k_then_random(
         scores: finite scores of any shape.
         active: |A|.
         updated: |B|, at least `active`.
-        lottery: uniform in [0, 1), in the shape of `scores`; the largest outside A win. Drawn on CPU it is the same for
-            every device and rank.
+        lottery: uniform in [0, 1), in the shape of `scores`; the largest values outside A win. Drawn on CPU, it is the
+            same for every device and rank.
         select: finds the largest entries.
 
     Returns:
@@ -83,14 +83,14 @@ def top_k_then_random(
 def drop_and_grow(
     scores: Tensor, active: Tensor, growth: Tensor, kept: int, grown: int, select: TopK = nested_top_k
 ) -> Tensor:
-    """The next active set of SET and RigL: the largest of the present one, and the best of all others.
+    """Return the next active set of SET and RigL: the largest entries of the present set and the best other entries.
 
     Args:
-        scores: finite, at least 0, of any shape; of the active entries the `kept` largest stay.
+        scores: finite, at least 0, of any shape; the `kept` largest active entries stay.
         active: the present active set, bool.
-        growth: finite, at least 0; of all entries that were not kept, also those just dropped, the `grown` best enter.
-        kept: how many stay, at most the number of active entries.
-        grown: how many enter.
+        growth: finite, at least 0; the `grown` best of all entries that do not stay, including dropped ones, enter.
+        kept: number of entries that stay, at most the number of active entries.
+        grown: number of entries that enter.
         select: finds the largest entries.
 
     Returns:
@@ -101,18 +101,18 @@ def drop_and_grow(
 
 
 def ranked(scores: Tensor, members: Tensor) -> Tensor:
-    """Scores, at least 0, that rank all members above all others; not by a negative number, whose bits don't order."""
+    """Return scores that rank members above all others; at least 0, since the bits of negative numbers do not sort."""
     return scores.clamp_min(torch.finfo(scores.dtype).tiny).masked_fill_(~members, 0)
 
 
 def _tiers_numpy(scores: np.ndarray, counts: Sequence[int]) -> Tensor:
-    """`nested_top_k` of flat CPU scores: all above a bracket of the threshold, and the largest of those in it."""
+    """Compute `nested_top_k` of flat CPU scores: all above a bracket of the threshold, and the largest inside it."""
     tiers = np.zeros(scores.size, dtype=np.uint8)
     scans = scan(scores, [_bracket(scores, count) for count in counts])
     for count, (above, candidates) in zip(counts, scans, strict=True):
         missing = count - int(np.count_nonzero(above))
         if not 0 <= missing <= candidates.size:
-            # The sample misled, as it does where order in memory and order of size go together.
+            # The sample was not representative, for example because the scores are sorted in memory.
             ((above, candidates),) = scan(scores, [EVERYTHING])
             missing = count
         tiers += above.view(np.uint8)
@@ -121,19 +121,19 @@ def _tiers_numpy(scores: np.ndarray, counts: Sequence[int]) -> Tensor:
 
 
 def _bracket(scores: np.ndarray, count: int) -> tuple[float, float]:
-    """Bounds that very likely enclose the `count`-th largest score and few others, from a sample."""
+    """Return bounds, from a sample, that very likely enclose the `count`-th largest score and few others."""
     if scores.size <= 4 * SAMPLE:
         return EVERYTHING
     return _around(np.sort(scores[:: _stride(scores.size)]), count / scores.size)
 
 
 def _stride(size: int) -> int:
-    """Of the sample: odd, so that it meets every column of the usual widths."""
+    """Return the stride of the sample, which is odd so that it includes every column of the usual widths."""
     return size // SAMPLE | 1
 
 
 def _around(sample: Any, share: float) -> tuple[Any, Any]:
-    """Of a sorted sample, bounds that very likely enclose the threshold above which this share of all scores lies."""
+    """Return values of a sorted sample that very likely enclose the threshold for this share of all scores."""
     below, size = 1 - share, len(sample)
     margin = 4 * math.sqrt(size * below * (1 - below)) + 1  # four standard deviations of the rank
     low, high = math.floor(size * below - margin), math.ceil(size * below + margin)
@@ -141,7 +141,7 @@ def _around(sample: Any, share: float) -> tuple[Any, Any]:
 
 
 def scan(scores: np.ndarray, brackets: Sequence[tuple[float, float]]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For every bracket, which scores lie above it (bool), and the indices of those in it; one pass over memory."""
+    """Return, for each bracket, which scores are above it (bool) and the indices of those in it, in one pass."""
     scans: list[tuple[np.ndarray, list[np.ndarray]]] = [(np.empty(scores.size, dtype=bool), []) for _ in brackets]
     members = np.empty(min(scores.size, _CHUNK), dtype=bool)
     for start in range(0, scores.size, _CHUNK):
@@ -160,7 +160,7 @@ def scan(scores: np.ndarray, brackets: Sequence[tuple[float, float]]) -> list[tu
 
 
 def _largest(scores: np.ndarray, candidates: np.ndarray, count: int) -> np.ndarray:
-    """The `count` of the candidates with the largest scores, ties to the lowest index."""
+    """Return the `count` candidates with the largest scores; ties go to the lowest index."""
     if count == 0:
         return candidates[:0]
     values = scores[candidates]
@@ -170,9 +170,9 @@ def _largest(scores: np.ndarray, candidates: np.ndarray, count: int) -> np.ndarr
 
 
 def _tiers_torch(scores: Tensor, counts: Sequence[int]) -> Tensor:
-    """`nested_top_k` of flat scores on any device, in the same way, by as few passes and synchronisations as it takes.
+    """Compute `nested_top_k` of flat scores on any device, in the same way, with few passes and synchronisations.
 
-    `torch.topk` would sort them all where so many are wanted.
+    `torch.topk` would sort all scores if k is large.
     """
     if scores.numel() and not bool(
         torch.isfinite(torch.stack(torch.aminmax(scores))).all()
@@ -189,12 +189,12 @@ def _tiers_torch(scores: Tensor, counts: Sequence[int]) -> Tensor:
 
 
 def _chosen_torch(scores: Tensor, count: int, low: float | Tensor, high: float | Tensor) -> Tensor:
-    """Which are the `count` largest, bool; quick if `low` and `high` enclose the smallest of them and few others."""
+    """Return which scores are the `count` largest (bool); fast if `low` and `high` enclose few scores and the k-th."""
     chosen = scores > high
     candidates = torch.nonzero((scores >= low).logical_xor_(chosen)).squeeze(1)
     missing = count - int(torch.count_nonzero(chosen))
     if not 0 <= missing <= candidates.numel():
-        return _chosen_torch(scores, count, *EVERYTHING)  # the sample misled
-    # stable: ties to the lowest index; + 0.0, since a minus zero would come behind zeros that it ties with
+        return _chosen_torch(scores, count, *EVERYTHING)  # the sample was not representative
+    # stable: ties go to the lowest index; + 0.0, since -0.0 would otherwise come after the zeros that it ties with
     order = torch.sort(scores[candidates] + 0.0, descending=True, stable=True).indices
     return chosen.index_fill_(0, candidates[order[:missing]], True)

@@ -1,9 +1,9 @@
-"""Exact top-k over a weight that is cut into parts: histograms are summed over them, entries never leave theirs.
+"""Exact top-k over a sharded weight: only histograms are exchanged between its parts, never entries.
 
-A radix search from the highest bits down: each round counts the digits of the candidates left, over all parts, and
-keeps those of the digit that the k-th largest falls into. The bits of a non-negative float order as it does, so 31 of
-them (float32) take three rounds of 11. Ties are searched on in the same way, by the flat index. On CPU, where counting
-digits is slow, a sample of all parts first brackets the threshold, so that few candidates are left for the search.
+This is a radix search from the highest bits down: each round counts the digits of the remaining candidates over all
+parts, and keeps those with the digit of the k-th largest. The bits of non-negative floats sort as the floats do, so 31
+bits (float32) take three rounds of 11. Ties are resolved in the same way, by the flat index. On CPU, where counting
+digits is slow, a sample of all parts first brackets the threshold, so that few candidates remain for the search.
 """
 
 import math
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_topkast.method.selection import EVERYTHING, SAMPLE, NonFiniteScoresError, scan
 
-_DIGIT = 11  # bits a round
+_DIGIT = 11  # bits per round
 _BINS = 1 << _DIGIT
 
 Total = Callable[[Tensor], Tensor]
@@ -24,20 +24,20 @@ Total = Callable[[Tensor], Tensor]
 def nested_top_k_of_shards(
     scores: Tensor, counts: Sequence[int], size: int, total: Total, indices: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """`nested_top_k` of all parts together, for this part: bit for bit the same sets, in a few small collectives.
+    """Compute this part of `nested_top_k` over all parts: exactly the same sets, with a few small collectives.
 
     Args:
-        scores: this part's scores, finite and not negative, of any shape, also empty.
+        scores: scores of this part, finite and non-negative, of any shape, possibly empty.
         counts: sizes of the sets in the whole weight.
-        size: entries of the whole weight.
-        total: sums a tensor of one shape over all parts; every part calls it equally often.
+        size: number of entries of the whole weight.
+        total: sums a tensor of the same shape over all parts; every part calls it equally often.
         indices: flat positions in this part → flat indices in the whole weight.
 
     Returns:
         uint8 tensor in the shape of `scores`.
 
     Raises:
-        NonFiniteScoresError: a score of any part is NaN or infinite; on every part.
+        NonFiniteScoresError: a score of any part is NaN or infinite; raised on every part.
     """
     flat = scores.detach().reshape(-1)
     if flat.dtype not in (torch.float32, torch.float64):
@@ -57,7 +57,7 @@ def nested_top_k_of_shards(
 
 
 def _everything(flat: Tensor, counts: Sequence[int], total: Total) -> list[tuple[Tensor, Tensor, int]]:
-    """For every count: what is in the set for sure (uint8), positions of the candidates, places left for those."""
+    """Return, for each count: certain members (uint8), positions of the candidates, and places left for them."""
     if int(total(torch.count_nonzero(~torch.isfinite(flat)))):
         raise NonFiniteScoresError("scores must be finite")
     everything = torch.arange(flat.numel(), device=flat.device)
@@ -65,7 +65,7 @@ def _everything(flat: Tensor, counts: Sequence[int], total: Total) -> list[tuple
 
 
 def _narrowed(flat: Tensor, counts: Sequence[int], size: int, total: Total) -> list[tuple[Tensor, Tensor, int]]:
-    """`_everything`, but with the few candidates that a sample leaves; on CPU."""
+    """Return the same as `_everything`, but with the few candidates that a sample leaves; on CPU."""
     if size <= 4 * SAMPLE:
         return _everything(flat, counts, total)
     brackets = _brackets(flat, counts, size, total)
@@ -79,7 +79,7 @@ def _narrowed(flat: Tensor, counts: Sequence[int], size: int, total: Total) -> l
         raise NonFiniteScoresError("scores must be finite")
     missing = [count - larger for count, larger in zip(counts, sums[::2], strict=True)]
     if not all(0 <= places <= inside for places, inside in zip(missing, sums[1::2], strict=True)):
-        return _everything(flat, counts, total)  # the sample misled
+        return _everything(flat, counts, total)  # the sample was not representative
     return [
         (torch.from_numpy(above.view(np.uint8)), torch.from_numpy(inside), places)
         for (above, inside), places in zip(scans, missing, strict=True)
@@ -87,9 +87,9 @@ def _narrowed(flat: Tensor, counts: Sequence[int], size: int, total: Total) -> l
 
 
 def _brackets(flat: Tensor, counts: Sequence[int], size: int, total: Total) -> list[tuple[float, float]]:
-    """For every count, bounds that very likely enclose the threshold and few others, the same on every part."""
+    """Return, for each count, bounds that very likely enclose the threshold and few scores, the same on every part."""
     shift = 8 * flat.element_size() - 1 - _DIGIT
-    # an odd stride, so that it meets every column of the usual widths; what is not finite is found by the scan
+    # an odd stride, so that it includes every column of the usual widths; the scan finds non-finite values
     sample = _keys(flat[:: size // SAMPLE | 1])
     at_least = _at_least(total(torch.bincount((sample >> shift) & (_BINS - 1), minlength=_BINS)))
     drawn, brackets = at_least[0], []
@@ -107,33 +107,33 @@ def _brackets(flat: Tensor, counts: Sequence[int], size: int, total: Total) -> l
 
 
 def _keys(flat: Tensor) -> Tensor:
-    """Integers that order as the scores do; + 0.0, since the sign of a minus zero would count."""
+    """Return integers that sort as the scores do; + 0.0 removes the sign of a negative zero."""
     return (flat + 0.0).view(torch.int32 if flat.dtype == torch.float32 else torch.int64)
 
 
 def _at_least(histogram: Tensor) -> list[int]:
-    """How many have each digit or a larger one."""
+    """Return the number of candidates with each digit or a larger one."""
     return histogram.flip(0).cumsum(0).flip(0).tolist()
 
 
 def _largest(keys: Tensor, count: int, bits: int, total: Total) -> tuple[Tensor, Tensor, int]:
-    """Where the `count` largest keys of all parts are in this one.
+    """Find the members of the `count` largest keys of all parts that are in this part.
 
     Args:
-        keys: this part's, 1-D, non-negative integers.
+        keys: keys of this part, 1-D, non-negative integers.
         count: at most the number of keys in all parts.
-        bits: of the largest possible key.
+        bits: number of bits of the largest possible key.
         total: sums over all parts.
 
     Returns:
-        positions of those that are chosen, of those that tie for the last places, and how many places these share over
-        all parts: fewer than they are, 0 where all are settled.
+        positions of the chosen keys, positions of keys that tie for the last places, and the number of these places
+        over all parts, which is less than the number of ties, or 0 if there are none.
     """
     positions = torch.arange(keys.numel(), device=keys.device)
     chosen = [positions[:0]]
     shift = bits
     while count:
-        shift = max(shift - _DIGIT, 0)  # the last digit may overlap the one before, in which all candidates agree
+        shift = max(shift - _DIGIT, 0)  # the last digit may overlap the previous one, in which all candidates agree
         digits = (keys >> shift) & (_BINS - 1)
         histogram = total(torch.bincount(digits, minlength=_BINS))
         at_least = _at_least(histogram)
@@ -142,7 +142,7 @@ def _largest(keys: Tensor, count: int, bits: int, total: Total) -> tuple[Tensor,
         chosen.append(positions[digits > digit])
         candidates = digits == digit
         positions, keys = positions[candidates], keys[candidates]
-        settled = at_least[digit] == count  # all candidates are wanted
+        settled = at_least[digit] == count  # all candidates are chosen
         count -= larger
         if settled:
             chosen.append(positions)

@@ -1,89 +1,90 @@
-"""What the sets are made of: single entries, blocks of a weight's matrices, or so many of each few neighbours."""
+"""Structures of the sets: single entries, blocks of a weight's matrices, or N of every M consecutive entries."""
 
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_topkast.distributed import Sharding, own_part
+from lightning_topkast.checks import check, is_count
+from lightning_topkast.distributed import Sharding, to_local
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.method.selection import ACTIVE, EXPLORING, TopK, nested_top_k, ranked
 from lightning_topkast.method.sharded_selection import nested_top_k_of_shards
 from lightning_topkast.ops.flat import indices
 
 
-@dataclass(frozen=True)
-class Entries:
-    """Every entry is chosen by itself.
+class Structure(ABC):
+    """The structure of the sets. A *unit* is chosen as a whole; the units of a weight form its *grid*.
 
-    What is chosen is a *unit*; the units of a weight form its grid. Sizes of sets are given in entries everywhere else.
+    Units are single entries here, and subclasses override what differs. Outside this module, sizes are in entries.
     """
 
     noun: ClassVar[tuple[str, str]] = ("entry", "entries")
 
     def grid(self, shape: torch.Size) -> torch.Size:
-        """The shape of a weight's units."""
+        """Return the shape of the grid of a weight's units."""
         return shape
 
     def divides(self, shape: torch.Size) -> bool:
-        """Whether all units of a weight have as many entries, so that the sizes of its sets are known exactly."""
+        """Return whether all units of a weight have the same size, so that the sizes of its sets are known exactly."""
         return True
 
     def active_count(self, density: float, shape: torch.Size) -> int:
-        """Entries in A at a forward density; where units differ in size, on average over them."""
+        """Return the number of entries in A at a forward density; the average if units differ in size."""
         size, units = shape.numel(), self.grid(shape).numel()
         return round(round(density * units) * size / max(units, 1))
 
     def updated_count(self, density: float, shape: torch.Size) -> int:
-        """Entries in B at a backward density, likewise."""
+        """Return the number of entries in B at a backward density; the average if units differ in size."""
         return self.active_count(density, shape)
 
     def units(self, count: int, shape: torch.Size) -> int:
-        """So many entries, as they were counted above, in units."""
+        """Return the number of units for a number of entries from `active_count` or `updated_count`."""
         return round(count * self.grid(shape).numel() / max(shape.numel(), 1))
 
     def scores(self, values: Tensor, sharding: Sharding) -> Tensor:
-        """The units' scores: at least 0, and not finite where a value is not.
+        """Return the units' scores: at least 0, and non-finite for units with a non-finite value.
 
         Args:
-            values: at least 0; of a sharded weight this process' part.
+            values: at least 0; for a sharded weight this process' part.
             sharding: of the weight.
         """
         return values
 
     def members(self, members: Tensor, sharding: Sharding) -> Tensor:
-        """Which units a set of whole units (bool in the weight's shape) holds."""
-        return own_part(members)
+        """Return which units belong to a set of whole units (bool in the weight's shape)."""
+        return to_local(members)
 
     def part_of(self, grid: Tensor, sharding: Sharding) -> Tensor:
-        """What this process needs of a tensor in the shape of the grid, to choose by it."""
-        return sharding.part_of(grid)
+        """Return the part of a tensor in the shape of the grid that this process needs for its selection."""
+        return sharding.to_local(grid)
 
     def tiers(self, chosen: Tensor, sharding: Sharding) -> Tensor:
-        """The entries' tiers for the units' ones; of a sharded weight this process' part."""
+        """Return the entries' tiers from the units' tiers; for a sharded weight this process' part."""
         return chosen
 
     def units_of(self, tiers: Tensor) -> Tensor:
-        """The units' tiers for their entries', which are the same all over a unit; may share memory."""
+        """Return the units' tiers from the entries' tiers, which agree within a unit; may share memory."""
         return tiers
 
     def are_whole(self, tiers: Tensor, sharding: Sharding) -> bool:
-        """Whether no unit has entries of several tiers; a collective if others hold parts.
+        """Return whether all entries of each unit have the same tier; a collective if the weight is sharded.
 
         Args:
-            tiers: of the entries, on the weight's device; of a sharded weight this process' part.
+            tiers: of the entries, on the weight's device; for a sharded weight this process' part.
             sharding: of the weight.
         """
         return True
 
     def entries(self, units: Tensor, shape: torch.Size) -> Tensor:
-        """Flat indices of the entries of some units, unit by unit, within each in row-major order.
+        """Return flat indices of the entries of some units, unit by unit, in row-major order within each unit.
 
         Args:
             units: int64, flat indices of units in the grid.
@@ -92,12 +93,12 @@ class Entries:
         return units
 
     def order(self, tiers: Tensor) -> Tensor:
-        r"""Flat indices of B in packed order: the units of A, then those of B\A, each by their place in the grid."""
+        r"""Return flat indices of B in packed order: the units of A, then those of B\A, both in the grid's order."""
         return self.entries(torch.cat(units_in_order(self.units_of(tiers))), tiers.shape)
 
     def selection(self, sharding: Sharding) -> TopK:
-        """How the largest units of a weight are found, whose parts may be on several devices."""
-        if not sharding.is_cut:
+        """Return the function that finds the largest units of a weight, which may be sharded."""
+        if not sharding.is_sharded:
             return nested_top_k
         return partial(
             nested_top_k_of_shards, size=sharding.shape.numel(), total=sharding.sum, indices=sharding.flat_indices
@@ -105,43 +106,59 @@ class Entries:
 
     @property
     def note(self) -> str:
-        """What there is to say about it, if anything."""
+        """A note for the summary, or ""."""
         return ""
 
+    @abstractmethod
     def __str__(self) -> str:
-        return "entry"
+        """Return the name under which checkpoints have it."""
 
 
 @dataclass(frozen=True)
-class Blocks(Entries):
-    """Blocks of outputs × inputs, at each position of a kernel by itself, are chosen by the norm of their entries.
+class Unstructured(Structure):
+    """Single entries are chosen."""
 
-    What is left over at a matrix's edges is a smaller block.
+    def __str__(self) -> str:
+        return "unstructured"
+
+
+@dataclass(frozen=True)
+class Block(Structure):
+    """Blocks of outputs × inputs, one per position of a convolution's kernel, are chosen by the norm of their entries.
+
+    Blocks at the edges are smaller if the block size does not divide the weight.
 
     Args:
-        outputs: height of a block.
-        inputs: width of a block.
+        outputs: height of a block, at least 1.
+        inputs: width of a block, at least 1.
+
+    Raises:
+        TopKastError: a side is not an int of at least 1.
     """
 
     noun: ClassVar[tuple[str, str]] = ("block", "blocks")
 
-    outputs: int
-    inputs: int
+    outputs: int = 32
+    inputs: int = 32
+
+    def __post_init__(self) -> None:
+        for name in ("outputs", "inputs"):
+            check(is_count(getattr(self, name), 1), f"Block.{name}", getattr(self, name), "an int of at least 1")
 
     def grid(self, shape: torch.Size) -> torch.Size:
-        """Blocks downwards × across × kernel positions; of a vector those across."""
+        """Return blocks down × blocks across × kernel positions; for a vector only blocks across."""
         return torch.Size(-(-size // step) for size, step in zip(shape, self._steps(shape), strict=True))
 
     def divides(self, shape: torch.Size) -> bool:
-        """Whether no block is smaller than the others."""
+        """Return whether all blocks have the same size."""
         return all(size % step == 0 for size, step in zip(shape, self._steps(shape), strict=True))
 
     def scores(self, values: Tensor, sharding: Sharding) -> Tensor:
-        """Norms of all blocks, on every process; a collective if others hold parts."""
+        """Return the norms of all blocks, on every process; a collective if the weight is sharded."""
         return self._sums(values.detach(), sharding, _squares).sqrt_()
 
     def norms(self, blocks: Tensor) -> Tensor:
-        """Norms of single blocks, bit for bit as `scores` has them.
+        """Return the norms of single blocks, with the same bits as in `scores`.
 
         Args:
             blocks: (blocks, entries of a block), each in row-major order.
@@ -152,32 +169,32 @@ class Blocks(Entries):
         return _sums_of_runs(sums, 2, self.inputs).view(-1).sqrt_()
 
     def members(self, members: Tensor, sharding: Sharding) -> Tensor:
-        """Blocks that hold a member."""
-        return self._sums(own_part(members).float(), sharding) > 0
+        """Return which blocks contain a member."""
+        return self._sums(to_local(members).float(), sharding) > 0
 
     def part_of(self, grid: Tensor, sharding: Sharding) -> Tensor:
-        """All of it: every process chooses among all blocks."""
+        """Return the whole grid, since every process chooses among all blocks."""
         return grid
 
     def tiers(self, chosen: Tensor, sharding: Sharding) -> Tensor:
-        """Every entry has its block's tier."""
+        """Return each entry's tier, which is that of its block."""
         for dim in reversed(range(len(sharding.shape))):
             step = self._steps(sharding.shape)[dim]
-            if step > 1 or dim in sharding.cuts:
-                chosen = chosen.index_select(dim, sharding.coordinates(dim).to(chosen.device) // step)
-        return chosen.reshape(sharding.part_shape)
+            if step > 1 or dim in sharding.sharded_dims:
+                chosen = chosen.index_select(dim, sharding.local_coordinates(dim).to(chosen.device) // step)
+        return chosen.reshape(sharding.local_shape)
 
     def units_of(self, tiers: Tensor) -> Tensor:
-        """Each block's tier is that of its first entry."""
+        """Return each block's tier, which is that of its first entry."""
         return tiers[tuple(slice(None, None, step) for step in self._steps(tiers.shape))]
 
     def are_whole(self, tiers: Tensor, sharding: Sharding) -> bool:
-        """Every entry has its block's mean."""
+        """Return whether every entry equals the mean of its block; a collective if the weight is sharded."""
         mean = self._sums(tiers.float(), sharding) / self._sums(torch.ones_like(tiers, dtype=torch.float), sharding)
         return not int(sharding.sum(torch.count_nonzero(self.tiers(mean, sharding) != tiers)))
 
     def entries(self, units: Tensor, shape: torch.Size) -> Tensor:
-        """Block by block."""
+        """Return flat indices of the entries, block by block."""
         first, within, stride = torch.zeros_like(units), units.new_zeros(1), 1
         for step, size in zip(reversed(self._steps(shape)), reversed(shape), strict=True):
             first += units % (size // step) * (step * stride)
@@ -188,7 +205,7 @@ class Blocks(Entries):
         return (first[:, None] + within).flatten()
 
     def selection(self, sharding: Sharding) -> TopK:
-        """Every process finds the largest of all blocks."""
+        """Return the unsharded selection, since every process chooses among all blocks."""
         return nested_top_k
 
     def _steps(self, shape: torch.Size) -> tuple[int, ...]:
@@ -196,15 +213,15 @@ class Blocks(Entries):
         return (*sides, *(1 for _ in shape[2:])) if shape else ()
 
     def _sums(self, values: Tensor, sharding: Sharding, of: Callable[[Tensor], Tensor] = torch.clone) -> Tensor:
-        """Sums of a function over each block's entries, in a fixed order: ranks that hold the same choose the same."""
-        values = values.reshape(sharding.sizes)
+        """Sum a function over each block's entries, in a fixed order, so that equal ranks choose the same sets."""
+        values = values.reshape(sharding.local_sizes)
         for dim, (step, side) in enumerate(zip(self._steps(sharding.shape), self.grid(sharding.shape), strict=True)):
-            if step == 1 and dim not in sharding.cuts:
+            if step == 1 and dim not in sharding.sharded_dims:
                 continue
-            if dim not in sharding.cuts and values.shape[dim] % step == 0:
+            if dim not in sharding.sharded_dims and values.shape[dim] % step == 0:
                 values = _sums_of_runs(values, dim, step, of)
             else:
-                lengths = torch.bincount(sharding.coordinates(dim).to(values.device) // step, minlength=side)
+                lengths = torch.bincount(sharding.local_coordinates(dim).to(values.device) // step, minlength=side)
                 across = of(values).transpose(0, dim).contiguous()
                 values = torch.segment_reduce(across, "sum", lengths=lengths, axis=0, initial=0).transpose(0, dim)
             of = torch.clone
@@ -212,45 +229,54 @@ class Blocks(Entries):
 
     @property
     def note(self) -> str:
-        """What the sets are made of."""
-        return f"the sets are made of blocks of {self.outputs}×{self.inputs}"
+        """A note for the summary."""
+        return f"the sets consist of blocks of {self.outputs}×{self.inputs} entries"
 
     def __str__(self) -> str:
         return f"{self.outputs}×{self.inputs} block"
 
 
 @dataclass(frozen=True)
-class NOfM(Entries):
-    """Of each m neighbours in a row of outputs × (all else) the n largest are active; B is chosen entry by entry.
+class NOfM(Structure):
+    """The n largest of every m consecutive entries in a row are active (a row per output); B is unstructured.
+
+    A shorter group at the end of a row also has n active entries, or all of its entries if there are fewer.
 
     Args:
-        n: active entries of a group; what is left over at the end of a row has as many, or all it has.
-        m: entries of a group.
+        n: number of active entries per group, at least 1.
+        m: number of entries per group, above `n` and at most 99.
+
+    Raises:
+        TopKastError: a value is out of range.
     """
 
     n: int
     m: int
 
+    def __post_init__(self) -> None:
+        valid = is_count(self.n, 1) and is_count(self.m, 2) and self.n < self.m <= 99
+        check(valid, "structure", f"{self.n}:{self.m}", "N:M with 1 <= N < M <= 99, such as 2:4")
+
     def active_count(self, density: float, shape: torch.Size) -> int:
-        """Entries in A, whatever the density."""
+        """Return the number of entries in A, which does not depend on the density."""
         rows, length = _rows(shape)
         return rows * (length // self.m * self.n + min(length % self.m, self.n))
 
     def updated_count(self, density: float, shape: torch.Size) -> int:
-        """Entries in B at a backward density."""
+        """Return the number of entries in B at a backward density."""
         return round(density * shape.numel())
 
     def selection(self, sharding: Sharding) -> TopK:
-        """The n largest of each group come before all others."""
-        if sharding.cuts - ({0} if len(sharding.shape) > 1 else set()):
+        """Return a selection that ranks the n largest of each group before all others."""
+        if sharding.sharded_dims - ({0} if len(sharding.shape) > 1 else set()):
             raise TopKastError(
-                f"granularity='{self}' needs whole rows of a weight on each device, found one of shape "
-                f"{tuple(sharding.shape)} that is cut across them: exclude it, or shard its first dimension only"
+                f"structure='{self}' needs whole rows of a weight on each device, but the rows of one of shape "
+                f"{tuple(sharding.shape)} are sharded: exclude it, or shard only its first dimension"
             )
         return partial(self._select, active=self.active_count(0, sharding.shape), among=super().selection(sharding))
 
     def _select(self, scores: Tensor, counts: Sequence[int], active: int, among: TopK) -> Tensor:
-        tiers = among(scores, (0,))  # nothing, but what is not finite is refused, on every device
+        tiers = among(scores, (0,))  # selects nothing, but refuses non-finite scores on every device
         first = self._winners(scores)
         for count in counts:
             if count > active:
@@ -259,10 +285,10 @@ class NOfM(Entries):
         return tiers
 
     def _winners(self, scores: Tensor) -> Tensor:
-        """The n largest of each group, ties to the first."""
+        """Return which entries are the n largest of their group; ties go to the first."""
         rows, length = _rows(scores.shape)
         padded = F.pad(scores.reshape(rows, length), (0, -length % self.m), value=-1.0)
-        members = padded.view(-1, self.m).T.contiguous()  # a group is a column: neighbours in memory are compared alike
+        members = padded.view(-1, self.m).T.contiguous()  # a group is a column, so that comparisons vectorise
         larger = torch.zeros_like(members, dtype=torch.uint8)
         for later in range(1, self.m):
             for earlier in range(later):
@@ -274,15 +300,15 @@ class NOfM(Entries):
 
     @property
     def note(self) -> str:
-        """What A is like."""
-        return f"{self.n} of each {self.m} neighbours are active"
+        """A note for the summary."""
+        return f"{self.n} of every {self.m} consecutive entries are active"
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"
 
 
 def units_in_order(grid: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Flat indices of A's units and of those of B\A, by the tiers of a grid."""
+    r"""Return flat indices of A's units and of those of B\A, from the tiers of a grid."""
     flat = grid.reshape(-1)
     return indices(flat == ACTIVE), indices(flat == EXPLORING)
 
@@ -292,10 +318,10 @@ def _squares(values: Tensor) -> Tensor:
 
 
 def _sums_of_runs(values: Tensor, dim: int, length: int, of: Callable[[Tensor], Tensor] = torch.clone) -> Tensor:
-    """Sums of a function over runs of so many neighbours along `dim`.
+    """Sum a function over runs of `length` consecutive entries along `dim`.
 
-    On CPU each goes from its first to its last, as `segment_reduce` does, but takes a tenth of the time, for the
-    function is never in memory as a whole.
+    On CPU the order is from first to last, as in `segment_reduce`, but in a tenth of its time, since the values of the
+    function are never all in memory.
     """
     runs = values.unflatten(dim, (values.shape[dim] // length, length))
     if values.device.type != "cpu":
@@ -307,16 +333,21 @@ def _sums_of_runs(values: Tensor, dim: int, length: int, of: Callable[[Tensor], 
 
 
 def _rows(shape: Sequence[int]) -> tuple[int, int]:
-    """Rows of a weight's matrix, and their length."""
+    """Return the number of rows of a weight's matrix, and their length."""
     return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
 
 
-def granularity_of(name: str, block_shape: Sequence[int]) -> Entries | None:
-    """What "entry", "block" or N:M such as "2:4" means; None if it means nothing."""
-    if name == "block":
-        return Blocks(*block_shape)
-    pattern = re.fullmatch(r"([0-9]{1,2}):([0-9]{1,2})", name)
-    if pattern:
-        n, m = int(pattern[1]), int(pattern[2])
-        return NOfM(n, m) if 0 < n < m else None
-    return Entries() if name == "entry" else None
+def structure_of(given: Any) -> Structure:
+    """Return a structure, given as itself or by its string: "unstructured", "block" (32 × 32), or N:M such as "2:4".
+
+    Raises:
+        TopKastError: anything else; a configuration file may have read 2:4 without quotes as a number.
+    """
+    if isinstance(given, Structure):
+        return given
+    if isinstance(given, str) and (pattern := re.fullmatch(r"([0-9]{1,2}):([0-9]{1,2})", given)):
+        return NOfM(int(pattern[1]), int(pattern[2]))
+    known = {"unstructured": Unstructured(), "block": Block()}
+    valid = isinstance(given, str) and given in known
+    check(valid, "structure", given, "'unstructured', 'block', N:M such as '2:4' (in quotes), or a Structure")
+    return known[given]

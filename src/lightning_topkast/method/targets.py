@@ -1,4 +1,4 @@
-"""Which weights of a model are sparse, and why the others are not."""
+"""Choosing the sparse weights of a model, with a reason for each dense parameter."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -8,9 +8,10 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
+from lightning_topkast.checks import check, check_bool, plain
 from lightning_topkast.errors import TopKastError
 
-# Modules whose weights are sparse unless told otherwise. RNNBase and RNNCellBase cover LSTM, GRU and RNN.
+# Modules whose weights are sparse by default. RNNBase and RNNCellBase cover LSTM, GRU and RNN.
 SPARSE_TYPES: tuple[type[nn.Module], ...] = (
     nn.Linear,
     nn.modules.conv._ConvNd,
@@ -36,9 +37,9 @@ class Target:
     Args:
         name: the parameter's name in the plain model, without the `_orig_mod.` of torch.compile.
         parameter: the parameter itself.
-        shape: the weight's own shape, also where the parameter is packed.
+        shape: the weight's own shape, even if the parameter is packed.
         reason: why it is dense, or "" if it is sparse.
-        owners: every module that holds it (several for tied weights), each with its name for the parameter.
+        owners: all modules that hold it (several for tied weights), each with its name for the parameter.
     """
 
     name: str
@@ -53,61 +54,87 @@ class Target:
         return not self.reason
 
 
-def find_targets(
-    model: nn.Module,
-    include: Sequence[str] | None = None,
-    exclude: Sequence[str] | None = None,
-    include_types: Sequence[str] | None = None,
-    exclude_types: Sequence[str] | None = None,
-    keep_first_dense: bool = True,
-    keep_last_dense: bool = True,
-) -> list[Target]:
-    """Decide for every parameter of `model` whether it is a sparse weight.
+@dataclass(frozen=True)
+class Targets:
+    """The choice of the sparse weights of a model.
 
-    By default the weights of `SPARSE_TYPES` are candidates. With `include` or `include_types` only what they name is
-    sparse, of any module type. Biases, norms and embeddings stay dense unless `include` gives their full name. The
-    first and the last candidate of the *model* stay dense too (the paper's ImageNet set-up), unless `include` gives
-    their full name; what is excluded counts here, so that excluding the first layer does not make the second dense.
+    By default the weights of `SPARSE_TYPES` are candidates. With `include` or `include_types`, only the weights that
+    these name are sparse, of any module type. Biases, norms and embeddings stay dense unless `include` contains their
+    full name. The first and the last candidate of the *model* also stay dense (the paper's ImageNet set-up), unless
+    `include` contains their full name. Excluded weights count as candidates here: if the first is excluded, the second
+    may be sparse.
 
     Args:
-        model: the model whose parameters are looked at; a tied weight counts once, under its first name.
         include: glob patterns of parameter names.
         exclude: glob patterns of parameter names.
-        include_types: class names of modules, bare (`Linear`) or dotted (`transformers.pytorch_utils.Conv1D`); a base
-            class counts too.
-        exclude_types: likewise.
+        include_types: class names of modules, bare (`Linear`) or dotted (`transformers.pytorch_utils.Conv1D`),
+            including base classes.
+        exclude_types: class names of modules, in the same form.
         keep_first_dense: keep the first candidate dense.
         keep_last_dense: keep the last candidate dense.
 
+    Raises:
+        TopKastError: a value has another type.
+    """
+
+    include: Sequence[str] | None = None
+    exclude: Sequence[str] | None = None
+    include_types: Sequence[str] | None = None
+    exclude_types: Sequence[str] | None = None
+    keep_first_dense: bool = True
+    keep_last_dense: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("include", "exclude", "include_types", "exclude_types"):
+            patterns = plain(getattr(self, name))
+            listed = isinstance(patterns, list) and all(isinstance(pattern, str) for pattern in patterns)
+            check(patterns is None or listed, name, patterns, "a list of strings, or None")
+            object.__setattr__(self, name, None if patterns is None else tuple(patterns))
+        check_bool("keep_first_dense", self.keep_first_dense)
+        check_bool("keep_last_dense", self.keep_last_dense)
+
+    @property
+    def patterns(self) -> dict[str, tuple[str, ...] | None]:
+        """The patterns of parameter names and the class names, by argument."""
+        return {name: getattr(self, name) for name in ("include", "exclude", "include_types", "exclude_types")}
+
+
+def find_targets(model: nn.Module, chosen: Targets) -> list[Target]:
+    """Decide for each parameter of a model whether it is a sparse weight.
+
+    Args:
+        model: the model; a tied weight counts once, under its first name.
+        chosen: the choice of sparse weights.
+
     Returns:
-        one `Target` a parameter, in the model's order.
+        one `Target` per parameter, in the model's order.
 
     Raises:
         TopKastError: a pattern or type matches nothing, a parameter has no storage yet, or nothing is sparse.
     """
     targets = list(_parameters(model))
-    _check_patterns(targets, include, exclude, include_types, exclude_types)
+    _check_patterns(targets, chosen)
     candidates = []
     for target in targets:
         target.reason = _why_dense_by_kind(target)
         by_default = target.sparse
         if target.reason not in ("frozen", "not floating point", "empty"):
-            target.reason = _why_dense_by_choice(target, include, include_types)
+            target.reason = _why_dense_by_choice(target, chosen)
         if by_default or target.sparse:
             candidates.append(target)
-    ends = ((0, "first candidate", keep_first_dense), (-1, "last candidate", keep_last_dense))
+    ends = ((0, "first candidate", chosen.keep_first_dense), (-1, "last candidate", chosen.keep_last_dense))
     for position, reason, keep_dense in ends if candidates else ():
         target = candidates[position]
-        if keep_dense and target.sparse and target.name not in (include or ()):
+        if keep_dense and target.sparse and target.name not in (chosen.include or ()):
             target.reason = reason
     for target in candidates:
-        if _matches(target, exclude) or _has_type(target, exclude_types):
+        if _matches(target, chosen.exclude) or _has_type(target, chosen.exclude_types):
             target.reason = "excluded"
 
     if not any(target.sparse for target in targets):
         reasons = ", ".join(f"{t.name} ({t.reason})" for t in targets[:6]) or "the model has no parameters"
         raise TopKastError(
-            f"no weight is left to be sparse: {reasons}{', ...' if len(targets) > 6 else ''}. Name weights with "
+            f"no weight of the model is sparse: {reasons}{', ...' if len(targets) > 6 else ''}. Name weights with "
             "include=[...], or set keep_first_dense=False / keep_last_dense=False"
         )
     return targets
@@ -119,7 +146,7 @@ def _parameters(model: nn.Module) -> Iterator[Target]:
         for own_name, parameter in module.named_parameters(recurse=False):
             if isinstance(parameter, nn.parameter.UninitializedParameter):
                 raise TopKastError(
-                    f"{module_name}.{own_name} has no shape yet (a lazy module); run one forward pass before training"
+                    f"{module_name}.{own_name} of a lazy module has no shape yet; run one forward pass before training"
                 )
             name = f"{module_name}.{own_name}" if module_name else own_name
             packed = getattr(module, "packed_weights", {}).get(own_name)
@@ -130,7 +157,7 @@ def _parameters(model: nn.Module) -> Iterator[Target]:
 
 
 def _why_dense_by_kind(target: Target) -> str:
-    """Why a parameter of its kind is dense by default; "" for a weight of `SPARSE_TYPES`."""
+    """Return why a parameter is dense by default, or "" for a weight of `SPARSE_TYPES`."""
     parameter, modules = target.parameter, [module for module, _ in target.owners]
     if not parameter.requires_grad:
         return "frozen"
@@ -146,9 +173,9 @@ def _why_dense_by_kind(target: Target) -> str:
         own_name.endswith(("_g", "_v")) and f"{own_name[:-1]}g" in module._parameters
         for module, own_name in target.owners
     ):
-        return "weight norm"  # torch.nn.utils.weight_norm's two: a zero gain would divide by a zero length
+        return "weight norm"  # both parts of torch.nn.utils.weight_norm: zeros would cause a division by a zero norm
     if len(target.shape) < 2 and any("norm" in type(module).__name__.lower() for module in modules):
-        return "norm"  # third parties' own, LlamaRMSNorm for one
+        return "norm"  # classes of other packages, such as LlamaRMSNorm
     if any("bias" in own_name for _, own_name in target.owners):
         return "bias"
     if not any(isinstance(module, SPARSE_TYPES) for module in modules):
@@ -156,10 +183,11 @@ def _why_dense_by_kind(target: Target) -> str:
     return "" if len(target.shape) >= 2 else "vector"
 
 
-def _why_dense_by_choice(target: Target, include: Sequence[str] | None, include_types: Sequence[str] | None) -> str:
-    """Why a parameter is dense once `include` and `include_types` have been heard."""
+def _why_dense_by_choice(target: Target, chosen: Targets) -> str:
+    """Return why a parameter is dense, considering `include` and `include_types`, or ""."""
+    include, include_types = chosen.include, chosen.include_types
     if target.name in (include or ()):
-        return ""  # the full name is as explicit as can be
+        return ""  # a full name is explicit
     if target.reason in ("embedding", "norm", "weight norm", "bias") or (include is None and include_types is None):
         return target.reason
     if _matches(target, include) or (_has_type(target, include_types) and len(target.shape) >= 2):
@@ -176,7 +204,7 @@ def _has_type(target: Target, names: Sequence[str] | None) -> bool:
 
 
 def _type_names(module: nn.Module) -> set[str]:
-    """What a user may call a module's type: its class or a base, bare, dotted, or as `torch.nn` shows it."""
+    """Return the names of a module's class and its bases: bare, dotted, and as exported by `torch.nn`."""
     names = set()
     for cls in type(module).__mro__:
         names |= {cls.__name__, f"{cls.__module__}.{cls.__qualname__}"}
@@ -185,26 +213,20 @@ def _type_names(module: nn.Module) -> set[str]:
     return names
 
 
-def _check_patterns(
-    targets: list[Target],
-    include: Sequence[str] | None,
-    exclude: Sequence[str] | None,
-    include_types: Sequence[str] | None,
-    exclude_types: Sequence[str] | None,
-) -> None:
-    """Refuse a pattern or type that matches nothing: most often it is misspelt."""
+def _check_patterns(targets: list[Target], chosen: Targets) -> None:
+    """Refuse a pattern or type that matches nothing, since it is probably misspelt."""
     names = [target.name for target in targets]
     types = sorted({type(module).__name__ for target in targets for module, _ in target.owners})
     checks = (
-        ("include", include, _matches, names, "parameter"),
-        ("exclude", exclude, _matches, names, "parameter"),
-        ("include_types", include_types, _has_type, types, "module type"),
-        ("exclude_types", exclude_types, _has_type, types, "module type"),
+        ("include", chosen.include, _matches, names, "parameter"),
+        ("exclude", chosen.exclude, _matches, names, "parameter"),
+        ("include_types", chosen.include_types, _has_type, types, "module type"),
+        ("exclude_types", chosen.exclude_types, _has_type, types, "module type"),
     )
     for argument, wanted, matches, known, what in checks:
         for pattern in wanted or ():
             if not any(matches(target, [pattern]) for target in targets):
                 near = get_close_matches(pattern, known, n=3, cutoff=0.3) or known[:3]
                 raise TopKastError(
-                    f"{argument}: '{pattern}' matches no {what} of the model; near it: {', '.join(near)}"
+                    f"{argument}: '{pattern}' matches no {what} of the model; similar names: {', '.join(near)}"
                 )

@@ -1,15 +1,15 @@
-from lightning_topkast.ops.blocks import BlockOperators, BlockPattern, block_sparse_linear, choose_block_operators
-from lightning_topkast.ops.csr.compiled import Operators, choose_operators
+from lightning_topkast.ops.blocks import BlockKernels, BlockPattern, block_sparse_linear, choose_block_kernels
+from lightning_topkast.ops.csr.compiled import Kernels, choose_kernels
 from lightning_topkast.ops.csr.linear import sparse_linear
 from lightning_topkast.ops.csr.pattern import Pattern
 
 __all__ = [
-    "BlockOperators",
+    "BlockKernels",
     "BlockPattern",
-    "Operators",
+    "Kernels",
     "Pattern",
     "block_sparse_linear",
-    "choose_block_operators",
-    "choose_operators",
+    "choose_block_kernels",
+    "choose_kernels",
     "sparse_linear",
 ]

@@ -1,4 +1,4 @@
-"""Flat entries of a weight: finding, moving and masking them, by whatever is fastest on the device."""
+"""Finding, moving and masking the flat entries of a weight, with the fastest method on each device."""
 
 import numpy as np
 import torch
@@ -9,34 +9,34 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def flat(tensor: Tensor) -> Tensor:
-    """The entries in memory order, as a 1-D view; `view(-1)` would refuse channels-last weights."""
+    """Return the entries in memory order, as a 1-D view; `view(-1)` does not support channels-last weights."""
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
 def mask_outside_(tensor: Tensor, members: Tensor) -> None:
-    """Zero `tensor` where `members` (int8) is 0, and keep it where all bits are set."""
+    """Zero `tensor` where `members` (int8) is 0, and keep it where all bits are 1."""
     tensor.view(_BITS[tensor.element_size()]).bitwise_and_(members)
 
 
 def copied(tensor: Tensor) -> Tensor:
-    """A contiguous copy on CPU, so that a saved state does not change as training goes on."""
+    """Return a contiguous copy on CPU, so that a saved state does not change when training continues."""
     return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
 
 
 def indices(members: Tensor) -> Tensor:
-    """Where a 1-D bool tensor is true; on CPU by numpy, which is five times as fast."""
+    """Return the indices at which a 1-D bool tensor is true; on CPU with NumPy, which is five times as fast."""
     if members.device.type == "cpu":
         return torch.from_numpy(np.flatnonzero(members.numpy()))
     return torch.nonzero(members).flatten()
 
 
 def where(entries: Tensor, members: Tensor) -> Tensor:
-    """Those of the 1-D `entries` where the bool tensor is true; on CPU by numpy, which is five times as fast."""
+    """Return the 1-D `entries` where `members` (bool) is true; on CPU with NumPy, which is five times as fast."""
     if members.device.type == "cpu":
         return torch.from_numpy(np.compress(members.numpy(), entries.numpy()))
     return entries[members]
 
 
 def merged(some: Tensor, others: Tensor) -> Tensor:
-    """The union of two sorted, disjoint index tensors on CPU, sorted, in one pass over the two runs."""
+    """Return the sorted union of two sorted, disjoint index tensors on CPU, in one pass over both."""
     return torch.from_numpy(np.sort(torch.cat([some, others]).numpy(), kind="stable"))

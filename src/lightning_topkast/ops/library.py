@@ -1,4 +1,4 @@
-"""The namespace of this package's operators, `torch.ops.topkast`."""
+"""The library of this package's operators, `torch.ops.topkast`."""
 
 import torch
 

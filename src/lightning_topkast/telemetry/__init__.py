@@ -1,1 +1,1 @@
-"""What loggers are shown."""
+"""Metrics and media for loggers."""

@@ -1,4 +1,4 @@
-"""What is logged, under which name, to every logger of the Trainer; richer media where the logger takes them."""
+"""Logging of metrics to all loggers of the Trainer, and of media to loggers that support them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,14 +18,14 @@ PREFIX = "topkast"
 
 
 class Telemetry:
-    """Logs the sparsity of one model, over all engines that work on it.
+    """Log the sparsity of one model, over all of its engines.
 
-    Sets change at a refresh only, so what is derived from them is computed there; a step that logs nothing computes
-    nothing and never waits for the device.
+    Sets change only at a refresh, so metrics of the sets are computed there; a step that logs nothing computes nothing
+    and never waits for the device.
 
     Args:
-        trainer: its loggers receive the values, and its `callback_metrics`, for other callbacks to monitor.
-        engines: the engines over disjoint weights of one model.
+        trainer: its loggers receive the values, and so does its `callback_metrics`, for other callbacks to monitor.
+        engines: the engines of disjoint weights of one model.
     """
 
     def __init__(self, trainer: Trainer, engines: Sequence[TopKast]) -> None:
@@ -38,7 +38,7 @@ class Telemetry:
         self._refreshes = -1
 
     def log(self, force: bool = False) -> None:
-        """Log if the trainer logs at this step, or if the sets have changed since the last time."""
+        """Log if the trainer logs at this step, or if the sets have changed since the last call."""
         refreshes = sum(engine.refresh_count for engine in self._engines)
         refreshed = refreshes != self._refreshes
         if refreshed:
@@ -64,7 +64,7 @@ class Telemetry:
             self._show(self._media.at_end(self._engines))
 
     def hand_over(self) -> None:
-        """Give the best checkpoint, or else the last, to the loggers that keep models; densities are those now."""
+        """Give the best checkpoint, or else the last, to loggers that store models, with the present densities."""
         callback: Any = self._trainer.checkpoint_callback
         path = Path(getattr(callback, "best_model_path", "") or getattr(callback, "last_model_path", ""))
         if not (path.is_file() and self._trainer.is_global_zero):
@@ -85,18 +85,18 @@ class Telemetry:
 
     @property
     def _due(self) -> bool:
-        """Whether Lightning logs training metrics after this batch: not while it accumulates gradients."""
+        """Whether Lightning logs training metrics after this batch, but not while it accumulates gradients."""
         accumulates = self._trainer.fit_loop._should_accumulate()
         return self._trainer._logger_connector.should_update_logs and not accumulates
 
     @property
     def _step(self) -> int:
-        # the step Lightning itself logs training metrics at, also under accumulation and manual optimization
+        # the step of Lightning's own training metrics, even under accumulation and manual optimization
         return self._trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 def set_metrics(engines: Sequence[TopKast]) -> dict[str, Tensor]:
-    """What follows from the sets of all engines' weights: name → scalar tensor on the weights' device."""
+    """Return the metrics of the sets of all engines' weights: name → scalar tensor on the weights' device."""
     weights = [weight for engine in engines for weight in engine.weights.values()]
     device = weights[0].parameter.device
     # masks agree on every rank (checked at each refresh), so there is nothing to reduce
@@ -105,11 +105,11 @@ def set_metrics(engines: Sequence[TopKast]) -> dict[str, Tensor]:
     metrics: dict[str, Tensor] = {}
     changes = []
     for weight in weights:
-        size, active = weight.size, weight.active_entries.to(device)  # those of packed weights are on the host
+        size, active = weight.size, weight.active_entries.to(device)  # counts of packed weights are on the host
         forward.count(size - active, size)
         backward.count(size - weight.updated_entries, size)
         change.count(weight.promoted, active)
-        activated = weight.first_reservoir - weight.dormant_entries.to(device)
+        activated = weight.first_reservoir - weight.never_active_entries.to(device)
         activation.count(activated, weight.first_reservoir)
         metrics[f"{PREFIX}/forward_sparsity/{weight.name}"] = 1 - active / size
         changes.append(weight.promoted / active.clamp_min(1))

@@ -1,4 +1,4 @@
-"""What is shown of a run beside its numbers, whichever logger takes it: histograms, pictures, a table."""
+"""Media of a run, independent of the logger: histograms, pictures and a table."""
 
 from collections.abc import Mapping, Sequence
 from itertools import islice
@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from lightning_topkast.distributed import own_part
+from lightning_topkast.distributed import to_local
 from lightning_topkast.telemetry.pictures import heatmap, histogram_picture, mask_picture, on_white
 from lightning_topkast.topkast import TopKast
 from lightning_topkast.weights import SparseWeight
 
 _BINS = 64
-_COLUMNS = 1000  # of a heatmap, and up to twice as many
+_COLUMNS = 1000  # of a heatmap, at least; up to twice as many
 _PICTURED = 4  # weights whose masks and magnitudes are drawn
 _BAND = ("mask_change_min", "mask_change", "mask_change_max")  # over the weights, around the share of all entries
 _ATTENTION = ("attn", "attention", "in_proj", "q_proj", "k_proj", "v_proj", "query", "key", "value")
@@ -21,14 +21,14 @@ _TABLE = ("weight", "shape", "entries", "active", "updated", "forward density", 
 
 
 class Picture(NamedTuple):
-    """An image, and what it shows."""
+    """An image and its caption."""
 
     image: Image.Image
     caption: str
 
 
 class Table(NamedTuple):
-    """Column names, and as many values a row."""
+    """Column names, and rows with one value per column."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[Any]]
@@ -45,7 +45,7 @@ Histogram = tuple[np.ndarray, np.ndarray]  # counts and bin edges
 
 
 class Media:
-    """Collects what a run's pictures need, and draws them.
+    """Collect the data of a run's pictures and draw them.
 
     Masks and magnitudes are shown at refresh 1, 2, 4, 8, ..., so that a long run stays small.
     """
@@ -56,12 +56,12 @@ class Media:
         self._refreshes = 0
 
     def at_refresh(self, engines: Sequence[TopKast], values: Mapping[str, float], step: int) -> dict[str, Any]:
-        """Note what changed; name → histogram or picture, empty at most refreshes.
+        """Record the changes; return name → histogram or picture, empty at most refreshes.
 
         Args:
             engines: of the run.
-            values: what is logged at this refresh, by its name.
-            step: at which.
+            values: the metrics of this refresh by name.
+            step: of this refresh.
         """
         self._band.steps.append(step)
         for name, line in self._band.values.items():
@@ -73,7 +73,7 @@ class Media:
         return {} if self._refreshes & (self._refreshes - 1) else self._of_sets(engines)
 
     def at_end(self, engines: Sequence[TopKast]) -> dict[str, Any]:
-        """Name → the final histograms and pictures, heatmaps and lines over the run, the table of weights."""
+        """Return name → final histograms and pictures, heatmaps and lines over the run, and the table of weights."""
         media = self._of_sets(engines)
         for quantity, columns in self._columns.items():
             if drawn := columns.all():
@@ -93,14 +93,14 @@ class Media:
                 continue
             image = histogram_picture(groups, {name: _least(groups[name]) for name in groups if name != "reservoir"})
             media[f"topkast/thresholds/{weight.name}"] = Picture(image, "magnitudes by set, and where the sets meet")
-            if not weight.sharding.is_cut:
+            if not weight.sharding.is_sharded:
                 picture = on_white(mask_picture(weight.tiers.cpu().numpy()))
                 media[f"topkast/masks/{weight.name}"] = Picture(picture, "blue: active, orange: exploring")
         return media
 
 
 class _Columns:
-    """Columns of a heatmap; of a long run means of 2, 4, 8, ... refreshes, so that their number stays bounded."""
+    """Columns of a heatmap; for a long run means of 2, 4, 8, ... refreshes, so that their number stays bounded."""
 
     def __init__(self) -> None:
         self._means: list[dict[str, float]] = []
@@ -128,7 +128,7 @@ def _mean(columns: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def pictured(weights: Sequence[SparseWeight]) -> frozenset[str]:
-    """Names of the weights whose masks say most at a glance: the first convolution and attention, else the first."""
+    """Return names of the weights to draw: the first convolution and attention weights, or else the first weight."""
     convolutions = islice((weight.name for weight in weights if len(weight.shape) > 2), 1)
     attention = (w.name for w in weights if any(part in w.name.lower().split(".") for part in _ATTENTION))
     chosen = [*convolutions, *attention] or [weight.name for weight in weights]
@@ -136,13 +136,13 @@ def pictured(weights: Sequence[SparseWeight]) -> frozenset[str]:
 
 
 def split_histogram(weight: SparseWeight) -> dict[str, Histogram]:
-    r"""Counts and bin edges of |θ| on A, B\A and C; groups without finite entries are left out.
+    r"""Return counts and bin edges of |θ| on A, B\A and C; groups without finite entries are omitted.
 
-    Of a sharded weight it is this process' part that is counted.
+    For a sharded weight only this process' part is counted.
     """
-    magnitudes = own_part(weight.theta()).abs().float().cpu().flatten()
-    tiers = own_part(weight.tiers).cpu().flatten()
-    finite = magnitudes.isfinite()  # a run may have diverged since its last refresh, which refuses what is not
+    magnitudes = to_local(weight.theta()).abs().float().cpu().flatten()
+    tiers = to_local(weight.tiers).cpu().flatten()
+    finite = magnitudes.isfinite()  # a run may have diverged since its last refresh, which refuses non-finite values
     magnitudes, tiers = magnitudes[finite], tiers[finite]
     groups = {name: magnitudes[tiers == tier] for name, tier in (("active", 2), ("exploring", 1), ("reservoir", 0))}
     groups = {name: group for name, group in groups.items() if group.numel()}
@@ -153,13 +153,13 @@ def split_histogram(weight: SparseWeight) -> dict[str, Histogram]:
 
 
 def _least(histogram: Histogram) -> float:
-    """The smallest magnitude counted: an edge, since the sets meet at edges."""
+    """Return the smallest counted magnitude, which is a bin edge, since the sets meet at edges."""
     counts, edges = histogram
     return float(edges[np.flatnonzero(counts)[0]])
 
 
 def weight_table(engines: Sequence[TopKast]) -> Table:
-    """A row for every parameter of the model: how sparse it is, or why it is not."""
+    """Return a table with one row per parameter of the model: its densities, or why it is dense."""
     rows = []
     sparse = {name for engine in engines for name in engine.weights}
     for engine in engines:

@@ -1,4 +1,4 @@
-"""torchmetrics of sparse training; each sums counts, so that it is exact over batches, weights and ranks."""
+"""Metrics of sparse training for torchmetrics; each sums counts, so it is exact over batches, weights and ranks."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torchmetrics import Metric
 
 
 class _Share(Metric):
-    """A share of entries: counted / total over all updates, 0 before any."""
+    """A share of entries: counted / total over all updates, 0 before the first update."""
 
     full_state_update = False
     higher_is_better: bool | None = None
@@ -22,19 +22,19 @@ class _Share(Metric):
         self.add_state("total", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def count(self, counted: Tensor | int, total: Tensor | int) -> None:
-        """Add counts that were made elsewhere."""
-        self._update_count += 1  # as `update` does; without it `compute` warns
+        """Add existing counts."""
+        self._update_count += 1  # as in `update`; without it `compute` warns
         self._computed = None
         self.counted += torch.as_tensor(counted, device=self.counted.device)
         self.total += torch.as_tensor(total, device=self.total.device)
 
     def compute(self) -> Tensor:
-        """The share, a scalar in [0, 1]."""
+        """Return the share, a scalar in [0, 1]."""
         return self.counted / self.total.clamp_min(1)
 
 
 class Sparsity(_Share):
-    """Share of entries that are zero (or False), over every tensor it was updated with."""
+    """Share of entries that are zero (or False), over all tensors passed to `update`."""
 
     def update(self, entries: Tensor) -> None:
         """Count the zeros of a weight or mask of any shape."""
@@ -45,7 +45,7 @@ class MaskChange(_Share):
     """Share of the active entries that were not active before."""
 
     def update(self, before: Tensor, after: Tensor) -> None:
-        """Compare two bool masks of one shape."""
+        """Compare two bool masks of the same shape."""
         self.count(torch.count_nonzero(after & ~before), torch.count_nonzero(after))
 
 

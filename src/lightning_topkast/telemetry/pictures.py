@@ -1,25 +1,25 @@
-"""Small pictures of weights and their sets, drawn with Pillow: what plain numbers cannot show."""
+"""Small pictures of weights and their sets, drawn with Pillow."""
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-# dark violet → teal → yellow: readable without colour vision, like viridis
+# dark violet → teal → yellow, readable with colour blindness, like viridis
 _COLOURS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], dtype=float)
 SET_NAMES = ("reservoir", "exploring", "active")  # in the order of their tiers
-# red, green, blue and opacity: a hint of grey, which what lies behind shines through, orange and blue
+# red, green, blue and opacity: a transparent grey, orange and blue
 SET_COLOURS = np.array([(140, 150, 165, 41), (230, 126, 20, 255), (47, 111, 222, 255)], dtype=np.uint8)
 _BARS = {name: tuple(colour[:3].tolist()) for name, colour in zip(SET_NAMES, SET_COLOURS, strict=True)}
 _LINE = "#c80000"  # of the thresholds between the bars
 
 
 def heatmap(columns: Sequence[Mapping[str, float]], cell: int = 14) -> Image.Image:
-    """Draw values in [0, top] as an image: a named row a weight, a column a refresh, a colour scale below.
+    """Draw values in [0, top] as an image: one named row per weight, one column per refresh, a colour scale below.
 
     Args:
-        columns: for every refresh, weight name → value.
-        cell: height of a row in pixels; more columns than fit 1,000 pixels are averaged.
+        columns: for each refresh, weight name → value.
+        cell: height of a row in pixels; if the columns exceed 1,000 pixels, they are averaged.
     """
     names = sorted({name for column in columns for name in column}, key=list(columns[-1]).index)
     values = np.array([[column.get(name, 0.0) for column in columns] for name in names])
@@ -55,11 +55,11 @@ def mask_picture(tiers: np.ndarray, longest: int = 512) -> Image.Image:
 
     Args:
         tiers: 0 reservoir, 1 exploring, 2 active, in the weight's shape.
-        longest: of the picture's sides, in pixels. Smaller masks are enlarged; of larger ones a pixel is a block of
-            entries, which is the stronger in colour the more of them are updated.
+        longest: the longest side of the picture in pixels. Smaller masks are enlarged; in larger masks a pixel is a
+            block of entries, whose colour is stronger the more of them are updated.
     """
     shares = _shares_of_blocks(_as_matrix(tiers), longest)
-    # Blocks of many entries would all look grey: colours reach from none to the block that has most.
+    # Blocks of many entries would all look grey, so colours are scaled to the block with the most updated entries.
     shares[..., 1:] /= max(float(shares[..., 1:].sum(axis=-1).max()), 1e-6)
     shares[..., 0] = 1 - shares[..., 1:].sum(axis=-1)
     weights = shares * SET_COLOURS[:, 3]
@@ -75,12 +75,12 @@ def mask_picture(tiers: np.ndarray, longest: int = 512) -> Image.Image:
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """Return a picture without opacity, as it looks on white."""
+    """Return a picture without opacity, composed on white."""
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def _shares_of_blocks(tiers: np.ndarray, longest: int) -> np.ndarray:
-    """Blocks × 3 shares of their entries by tier, in float32; there are at most so many blocks either way."""
+    """Return blocks × 3 shares of their entries by tier, in float32, with at most `longest` blocks per dimension."""
     edges = [np.arange(0, side, -(-side // longest)) for side in tiers.shape]
     rows, columns = (np.diff([*starts, side]) for starts, side in zip(edges, tiers.shape, strict=True))
     counts = [
@@ -91,7 +91,7 @@ def _shares_of_blocks(tiers: np.ndarray, longest: int) -> np.ndarray:
 
 
 def _kernel(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Height and width of what one output has to one input; of a 3-D kernel its slices lie side by side."""
+    """Return height and width of a kernel from one input to one output; slices of a 3-D kernel are side by side."""
     *rest, width = shape[2:]
     return (rest[-1] if rest else 1), width * int(np.prod(rest[:-1], dtype=int))
 
@@ -104,7 +104,7 @@ def _as_matrix(tiers: np.ndarray) -> np.ndarray:
         return tiers
     height, width = _kernel(tiers.shape)
     if tiers.ndim == 5:
-        tiers = tiers.swapaxes(2, 3)  # the rows of all slices, one slice beside the other
+        tiers = tiers.swapaxes(2, 3)  # the rows of all slices, side by side
     blocks = tiers.reshape(outputs, inputs, height, width)
     return blocks.swapaxes(1, 2).reshape(outputs * height, inputs * width)
 
@@ -112,11 +112,11 @@ def _as_matrix(tiers: np.ndarray) -> np.ndarray:
 def histogram_picture(
     groups: Mapping[str, tuple[np.ndarray, np.ndarray]], thresholds: Mapping[str, float]
 ) -> Image.Image:
-    """Draw counts of magnitudes by set, on a logarithmic height, and the thresholds at which the sets meet.
+    """Draw counts of magnitudes by set, on a logarithmic scale, and the thresholds at which the sets meet.
 
     Args:
-        groups: set name → counts and bin edges, as `np.histogram` gives them.
-        thresholds: set name → its smallest magnitude, drawn as a vertical line and written above.
+        groups: set name → counts and bin edges, as returned by `np.histogram`.
+        thresholds: set name → its smallest magnitude, drawn as a vertical line with a label above.
     """
     width, height, left, top = 440, 160, 8, 24
     image = Image.new("RGB", (left + width + 8, top + height + 40), "white")

@@ -11,7 +11,7 @@ from lightning_topkast.telemetry.media import Lines, Picture, Table
 
 
 class TensorBoardMedia:
-    """Shows media in one `TensorBoardLogger`'s run.
+    """Show media in the run of a `TensorBoardLogger`.
 
     Args:
         logger: a logger that `serves` accepts.
@@ -22,19 +22,19 @@ class TensorBoardMedia:
 
     @staticmethod
     def serves(logger: Logger) -> bool:
-        """Whether `logger` can take media."""
+        """Return whether `logger` supports media."""
         return isinstance(logger, TensorBoardLogger)
 
     def show(self, media: Mapping[str, Any], step: int) -> None:
-        """Log histograms, pictures and tables by their names."""
+        """Log histograms, pictures and tables under their names."""
         for name, value in media.items():
             if isinstance(value, Picture):
                 self._writer.add_image(name, np.asarray(value.image), step, dataformats="HWC")
             elif isinstance(value, Table):
                 self._writer.add_text(name, _markdown(value), step)
-            elif not isinstance(value, Lines):  # TensorBoard has those already, one by one
+            elif not isinstance(value, Lines):  # TensorBoard already has each line as a metric
                 counts, edges = (np.asarray(part, dtype=float) for part in value)
-                middles = (edges[:-1] + edges[1:]) / 2  # TensorBoard wants moments, too; of the bins' middles
+                middles = (edges[:-1] + edges[1:]) / 2  # TensorBoard also needs moments, here of the bins' middles
                 self._writer.add_histogram_raw(
                     name, min=edges[0], max=edges[-1], num=counts.sum(), sum=(counts * middles).sum(),
                     sum_squares=(counts * middles**2).sum(), bucket_limits=edges[1:].tolist(),
@@ -42,7 +42,7 @@ class TensorBoardMedia:
                 )  # fmt: skip
 
     def hand_over(self, checkpoint: Path, metadata: Mapping[str, Any]) -> None:
-        """Nothing: TensorBoard keeps no models."""
+        """Do nothing, since TensorBoard does not store models."""
 
 
 def _markdown(table: Table) -> str:

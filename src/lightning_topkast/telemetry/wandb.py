@@ -11,13 +11,13 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning_topkast.telemetry.media import Lines, Picture, Table
 
 _STEP = "trainer/global_step"  # WandbLogger's own name for the x axis
-_LONGEST = 160  # bytes of a part of a name: W&B names files by it, to which it adds step, digest and suffix
-_POINTS = 1000  # of a line: W&B cuts off a table after 10,000 rows
+_LONGEST = 160  # bytes of a part of a name; W&B adds step, digest and suffix to it for a file name
+_POINTS = 1000  # per line; W&B truncates a table after 10,000 rows
 _SUMMARISED = ("forward_sparsity", "backward_sparsity", "model_sparsity", "reservoir_activated", "mask_change")
 
 
 class WandbMedia:
-    """Shows media in one `WandbLogger`'s run.
+    """Show media in the run of a `WandbLogger`.
 
     Args:
         logger: a logger that `serves` accepts.
@@ -33,27 +33,27 @@ class WandbMedia:
 
     @staticmethod
     def serves(logger: Logger) -> bool:
-        """Whether `logger` can take media."""
+        """Return whether `logger` supports media."""
         return isinstance(logger, WandbLogger)
 
     def show(self, media: Mapping[str, Any], step: int) -> None:
-        """Log histograms, pictures, lines and tables by their names."""
+        """Log histograms, pictures, lines and tables under their names."""
         shown = {_short(name): _wandb_form(name, value) for name, value in media.items()}
         self._run.log(shown | {_STEP: step})
 
     def hand_over(self, checkpoint: Path, metadata: Mapping[str, Any]) -> None:
-        """Log the checkpoint as an artifact, if the logger logs models at all."""
+        """Log the checkpoint as an artifact, if the logger logs models."""
         import wandb
 
         if not self._logger._log_model:
             return
         artifact = wandb.Artifact(f"sparse-model-{self._run.id}", "model", metadata=dict(metadata))
-        artifact.add_file(str(checkpoint), name="model.ckpt")  # the name of WandbLogger's own artifacts
+        artifact.add_file(str(checkpoint), name="model.ckpt")  # the name in WandbLogger's own artifacts
         self._run.log_artifact(artifact)
 
 
 def _short(name: str) -> str:
-    """`name`, its parts between slashes cut where they are too long for a file's name, and still different."""
+    """Return `name` with parts between slashes that are too long for a file name shortened, and still unique."""
     parts = name.split("/")
     for index, part in enumerate(parts):
         encoded = part.encode()

@@ -1,1 +1,1 @@
-"""What surrounds a Trainer: averages, gradient reduction and checkpoints."""
+"""Extensions of the Trainer: weight averages, gradient reduction and checkpoints."""

@@ -1,8 +1,8 @@
-"""DDP's all-reduce of gradients, sending of a masked weight's only what is on B.
+"""DDP's all-reduce of gradients that sends the gradients of masked weights on B only.
 
-A communication hook packs each bucket into one dense vector: the gradients of dense parameters whole, those of masked
-weights at B's entries, in the order of B's flat indices. Every rank knows B, so no index is sent. What reduces the
-vector is another hook, PyTorch's own for one. Packed weights need none of this: their gradient is B's values.
+A communication hook packs each bucket into one dense vector: the whole gradients of dense parameters, and those of
+masked weights at B's entries, in the order of B's flat indices. Every rank knows B, so no indices are sent. Another
+hook, such as PyTorch's own, reduces the vector. Packed weights need no hook, since their gradient has only B's values.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -35,42 +35,43 @@ INNER_HOOKS: dict[str, Hook] = {
 
 
 def sparse_all_reduce(*engines: TopKast, hook: Hook = allreduce_hook) -> Hook:
-    """A DDP communication hook that sends the gradients of masked weights on B only; they are zero elsewhere.
+    """Return a DDP communication hook that sends the gradients of masked weights on B only; they are zero elsewhere.
 
         ddp.register_comm_hook(None, sparse_all_reduce(topkast))
 
-    It keeps B's flat indices from one refresh to the next, on the parameters' device: 8 bytes an entry of B. While an
-    engine accompanies no optimizer, its weights' gradients are sent whole.
+    The hook keeps B's flat indices from one refresh to the next, on the parameters' device: 8 bytes per entry of B.
+    While an engine is attached to no optimizer, the gradients of its weights are sent whole.
 
     Args:
-        engines: those that work on the wrapped model.
-        hook: what reduces the packed vector, and gets the state given to `register_comm_hook`: PyTorch's all-reduce,
-            its 16-bit hooks and wrappers, or PowerSGD, which compresses dense gradients then, and whose error feedback
-            can't follow B's change of size when exploration stops. Not post-local SGD: ranks must choose the same sets.
+        engines: the engines of the wrapped model.
+        hook: reduces the packed vector, and gets the state given to `register_comm_hook`: PyTorch's all-reduce, its
+            16-bit hooks and wrappers, or PowerSGD, which then compresses dense gradients, and whose error feedback does
+            not support the change of B's size when exploration stops. Post-local SGD is not supported, since ranks must
+            choose the same sets.
     """
     return sparse_all_reduce_of(lambda: engines, hook)
 
 
 def sparse_all_reduce_of(engines: Callable[[], Iterable[TopKast]], hook: Hook) -> Hook:
-    """`sparse_all_reduce` for engines that are yet to be made."""
+    """Return `sparse_all_reduce` for engines that are created later."""
     kept: WeakKeyDictionary[SparseWeight, tuple[int, Tensor]] = WeakKeyDictionary()
 
     def entries_of(weight: SparseWeight) -> Tensor:
-        """B's flat indices in the parameter's memory order, which is also the bucket's."""
-        changes, entries = kept.get(weight, (None, None))
-        if entries is None or changes != weight.changes:
+        """Return B's flat indices in the parameter's memory order, which is also the bucket's."""
+        version, entries = kept.get(weight, (None, None))
+        if entries is None or version != weight.version:
             entries = indices(flat(weight.updated))
-            kept[weight] = weight.changes, entries
+            kept[weight] = weight.version, entries
         return entries
 
-    # DDP checks both annotations, and reads the name
+    # DDP checks both annotations and reads the name
     def sparse_all_reduce_hook(state: Any, bucket: GradBucket) -> Future[Tensor]:
         masked: dict[Tensor, SparseWeight] = {
             weight.parameter: weight
             for engine in engines()
             if engine.is_attached and not engine.needs_gradients
             for weight in engine.weights.values()
-            if weight.execution == "masked"
+            if not weight.is_packed
         }
         weights = [masked.get(parameter) for parameter in bucket.parameters()]
         if not any(weights):
@@ -82,11 +83,11 @@ def sparse_all_reduce_of(engines: Callable[[], Iterable[TopKast]], hook: Hook) -
 
 
 class PackedBucket:
-    """A bucket of gradients packed into one vector, with all that a hook asks of DDP's own `GradBucket`.
+    """A bucket of gradients packed into one vector, with the interface of DDP's own `GradBucket`.
 
     Args:
-        bucket: to be packed, of DDP or packed already.
-        entries: for each of its gradients the flat indices of what is packed, or None for all of it.
+        bucket: a bucket of DDP or an already packed one.
+        entries: for each gradient the flat indices of the packed entries, or None for all entries.
     """
 
     def __init__(self, bucket: "GradBucket | PackedBucket", entries: Sequence[Tensor | None]) -> None:
@@ -108,49 +109,49 @@ class PackedBucket:
 
     def unpack(self, reduced: Future[Tensor]) -> Tensor:
         """Write the reduced vector back into the bucket, zeros outside the entries; return the bucket's buffer."""
-        # the future's own tensor, not ours: on a GPU its memory is guarded for the stream that this runs on
+        # the future's own tensor, not ours: on a GPU its memory is synchronised with the current stream
         parts = reduced.value().to(self._whole.dtype).split(self._lengths)
         for gradient, kept, part in zip(self._gradients, self._entries, parts, strict=True):
             if kept is None:
                 gradient.copy_(part)
             else:
-                # What ranks hold outside B differs, and must not: gradient scalers and norms read it.
+                # Gradients outside B differ between ranks and are zeroed, since gradient scalers and norms read them.
                 gradient.zero_().index_copy_(0, kept, part)
         return self._whole
 
     def buffer(self) -> Tensor:
-        """The packed vector."""
+        """Return the packed vector."""
         return self._buffer
 
     def set_buffer(self, tensor: Tensor) -> None:
-        """Replace the packed vector by one as long, of another dtype for example."""
+        """Replace the packed vector with another of the same length, for example of another dtype."""
         self._buffer = tensor
 
     def gradients(self) -> list[Tensor]:
-        """Views of the packed vector: in their parameter's shape if whole, else 1-D."""
+        """Return views of the packed vector: in their parameter's shape if whole, else 1-D."""
         return [
             part.view(parameter.shape) if part.numel() == parameter.numel() else part
             for part, parameter in zip(self._buffer.split(self._lengths), self.parameters(), strict=True)
         ]
 
     def parameters(self) -> list[Tensor]:
-        """The parameters whose gradients these are."""
+        """Return the parameters of these gradients."""
         return self._bucket.parameters()
 
     def index(self) -> int:
-        """Of the bucket, in the order in which DDP reduces them."""
+        """Return the index of the bucket in the order in which DDP reduces the buckets."""
         return self._bucket.index()
 
     def is_last(self) -> bool:
-        """Whether it is the last bucket of this backward pass."""
+        """Return whether this is the last bucket of the backward pass."""
         return self._bucket.is_last()
 
 
 def register(ddp: DistributedDataParallel, engines: Sequence[TopKast], all_reduce: str) -> None:
-    """Let `ddp` reduce as `all_reduce` says.
+    """Register the communication hook for `all_reduce` on `ddp`.
 
     Raises:
-        TopKastError: it has a communication hook already.
+        TopKastError: `ddp` already has a communication hook.
     """
     if all_reduce == "dense":
         return
@@ -158,7 +159,6 @@ def register(ddp: DistributedDataParallel, engines: Sequence[TopKast], all_reduc
         ddp.register_comm_hook(None, sparse_all_reduce(*engines, hook=INNER_HOOKS[all_reduce]))
     except RuntimeError as error:
         raise TopKastError(
-            f"all_reduce='{all_reduce}' is a communication hook, and DDP takes one only, which it has already: leave "
-            "all_reduce='dense' and give DDP that hook in ours, "
-            "DDPStrategy(ddp_comm_hook=callback.all_reduce_hook(hook))"
+            f"all_reduce='{all_reduce}' is a communication hook, but DDP supports only one and already has one; use "
+            "all_reduce='dense' and wrap the other hook, DDPStrategy(ddp_comm_hook=callback.all_reduce_hook(hook))"
         ) from error

@@ -1,4 +1,4 @@
-"""Weight averages of a sparse model, kept sparse."""
+"""Keeping weight averages of a sparse model sparse."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,6 @@ from torch import nn
 
 from lightning_topkast.layers import packed_weights
 from lightning_topkast.topkast import TopKast
-from lightning_topkast.weights import MaskedWeight, PackedWeight
 
 # WeightAveraging came with Lightning 2.6
 _AVERAGING = tuple(
@@ -16,14 +15,14 @@ _AVERAGING = tuple(
 
 
 class SparseAverages:
-    """Keeps the averages that other callbacks make of a model zero outside A.
+    """Keep the averages that other callbacks compute of a model zero outside A.
 
-    An average over changing masks is not sparse, yet it is what those callbacks validate and save. `update` is called
-    often enough that it makes no difference whether they come before or after the Top-KAST callback in the Trainer.
+    An average over changing masks is not sparse, but those callbacks validate and save it. `update` is called often
+    enough that the callbacks may come before or after the Top-KAST callback in the Trainer.
 
     Args:
         trainer: its callbacks are searched for averages.
-        topkast: the engine of the model that is averaged.
+        topkast: the engine of the averaged model.
     """
 
     def __init__(self, trainer: Trainer, topkast: TopKast) -> None:
@@ -34,11 +33,11 @@ class SparseAverages:
 
     @staticmethod
     def exist_in(trainer: Trainer) -> bool:
-        """Whether a callback of the Trainer averages the model."""
+        """Return whether a callback of the Trainer averages the model."""
         return any(isinstance(callback, _AVERAGING) for callback in callbacks_of(trainer))
 
     def update(self) -> None:
-        """Make every average sparse by the current sets."""
+        """Make all averages zero outside the current sets."""
         for average in _averages(self._trainer):
             parameters = {
                 name.replace("_orig_mod.", ""): parameter.detach()
@@ -46,24 +45,21 @@ class SparseAverages:
             }
             packed = packed_weights(average)
             for name, weight in self._topkast.weights.items():
-                if isinstance(weight, PackedWeight):
-                    packed[name].follow(weight)
-                elif isinstance(weight, MaskedWeight):
-                    weight.sparsify_average_(parameters[name], self._active[name])
+                weight.sparsify_average(packed.get(name, parameters[name]), self._active[name])
         if self._refreshes != self._topkast.refresh_count:
             self._refreshes = self._topkast.refresh_count
             self._active = {name: weight.active for name, weight in self._topkast.weights.items()}
 
 
 def copy_again(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Make averages whose callbacks were set up before ours begin from the packed model."""
+    """Restart averages from the packed model if their callbacks were set up before ours."""
     for callback in callbacks_of(trainer):
         if isinstance(callback, _AVERAGING) and getattr(callback, "_average_model", None) is not None:
             callback.setup(trainer, pl_module, "fit")
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:
-    """The Trainer's callbacks, which Lightning sets where type checkers don't see it."""
+    """Return the Trainer's callbacks, an attribute that type checkers do not find."""
     return list(trainer.callbacks)  # type: ignore[attr-defined]
 
 

@@ -1,11 +1,10 @@
-"""Our part of Lightning's distributed checkpoints: a folder in which every process saves its own shards.
+"""The Top-KAST state in Lightning's distributed checkpoints, which are folders in which each process saves its shards.
 
-Lightning writes the model and the optimizers' states with `torch.distributed.checkpoint`, and everything else, the
-callbacks' states among it, to a small file of rank 0. What we hold of sharded weights goes the way of the optimizers'
-states, as one more of them, and is read back into the shards of whatever number of processes goes on.
+Lightning writes the model and the optimizers' states with `torch.distributed.checkpoint`, and everything else,
+including the callbacks' states, to a small file of rank 0. The tensors of sharded weights are saved as an additional
+optimizer state, and any number of processes can load their shards from it.
 """
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -18,13 +17,14 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from lightning_topkast.errors import TopKastError
+from lightning_topkast.files import atomic_file
 from lightning_topkast.topkast import TopKast
 
-_MARK = "shards_in"  # in a callback's state: the name under which its tensors were saved
+_MARK = "shards_in"  # key in a callback's state; its value is the name under which the tensors were saved
 
 
 def saves_shards(trainer: Trainer) -> bool:
-    """Whether the Trainer saves distributed checkpoints."""
+    """Return whether the Trainer saves distributed checkpoints."""
     strategy = trainer.strategy
     return isinstance(strategy, ModelParallelStrategy) and strategy._save_distributed_checkpoint
 
@@ -44,13 +44,13 @@ def move_shards_out(checkpoint: dict[str, Any], state_key: str) -> None:
 
 
 def move_shards_back(checkpoint: dict[str, Any], state_key: str) -> None:
-    """Undo `move_shards_out` in a checkpoint that is read as a whole."""
+    """Undo `move_shards_out` in a checkpoint that was loaded completely."""
     state = checkpoint.get("callbacks", {}).get(state_key)
     if not isinstance(state, dict) or _MARK not in state:
         return
     place = state[_MARK]
     if not isinstance(place, str) or not place.startswith("optimizer_"):
-        raise TopKastError(f"the saved Top-KAST state is damaged: it is said to be in {place!r:.60}")
+        raise TopKastError(f"the saved Top-KAST state is damaged: its place is {place!r:.60}, not an optimizer state")
     tensors = checkpoint.pop(place, None)
     if tensors is not None:
         del state[_MARK]
@@ -58,63 +58,61 @@ def move_shards_back(checkpoint: dict[str, Any], state_key: str) -> None:
 
 
 def with_shards(state: dict[str, Any], topkast: TopKast, folder: Any) -> dict[str, Any]:
-    """A callback's state with its tensors, read from a distributed checkpoint where they are still there.
+    """Return a callback's state with its tensors, which are loaded from a distributed checkpoint if necessary.
 
     Raises:
-        TopKastError: it was saved for other weights.
+        TopKastError: the tensors cannot be loaded, or belong to other weights.
     """
     if not isinstance(state, dict) or _MARK not in state:
         return state
     own, saved = topkast.state_dict()["weights"], state.get("weights")
     if not isinstance(saved, dict) or own.keys() != saved.keys():
-        return state  # which is refused, with the names
+        return state  # it is refused later, with the names
     tensors = {name: _tensors(weight) for name, weight in own.items()}
     try:
         load({state[_MARK]: tensors}, checkpoint_id=Path(folder))
     except Exception as error:
-        raise TopKastError(f"the Top-KAST state in {folder} can't be read: {error}") from error
+        raise TopKastError(f"the Top-KAST state in {folder} cannot be read: {error}") from error
     state = {key: value for key, value in state.items() if key != _MARK}
     _merge(state, tensors)
     return state
 
 
 def consolidate(folder: str | Path, file: str | Path) -> None:
-    """Make one ordinary checkpoint of a distributed one, that a single process or DDP can load and go on from.
+    """Convert a distributed checkpoint to an ordinary one, from which a single process or DDP can resume.
 
-    Lightning's own tool for this does not know the checkpoints of `ModelParallelStrategy`. The whole model must fit in
-    host memory, twice. Reading a folder unpickles its `.metadata`, as `torch.distributed.checkpoint` always does: only
-    read what you trust.
+    Lightning's own tool does not support checkpoints of `ModelParallelStrategy`. The whole model must fit in host
+    memory twice. Reading a folder unpickles its `.metadata`, as `torch.distributed.checkpoint` always does, so only
+    read folders that you trust.
 
     Args:
         folder: of a distributed checkpoint.
-        file: to write; it appears once it is complete.
+        file: the file to write; it appears once it is complete.
 
     Raises:
-        TopKastError: the folder is no complete distributed checkpoint, or is damaged; there is no folder for the file.
+        TopKastError: the folder is not a complete distributed checkpoint, or is damaged; or the file's folder does not
+            exist.
     """
     folder, file = Path(folder), Path(file)
     if not file.absolute().parent.is_dir():
-        raise TopKastError(f"there is no folder {file.absolute().parent} to write {file.name} into")
+        raise TopKastError(f"there is no folder {file.absolute().parent} for {file.name}; create it first")
     lacking = [name for name in (".metadata", "meta.pt") if not (folder / name).is_file()]
     if lacking:
-        raise TopKastError(f"{folder} is no complete distributed checkpoint: it has no {' and no '.join(lacking)}")
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+        raise TopKastError(f"{folder} is not a complete distributed checkpoint: it has no {' and no '.join(lacking)}")
     try:
-        dcp_to_torch_save(folder, partial)
-        tensors = torch.load(partial, weights_only=True)
-        checkpoint = torch.load(folder / "meta.pt", map_location="cpu", weights_only=True) | tensors
-        for key in checkpoint.get("callbacks", {}):
-            move_shards_back(checkpoint, key)
-        states = sorted((key for key in checkpoint if key.startswith("optimizer_")), key=lambda key: int(key[10:]))
-        checkpoint["optimizer_states"] = [checkpoint.pop(key) for key in states]
-        torch.save(checkpoint, partial)
-        os.replace(partial, file)
+        with atomic_file(file) as partial:
+            dcp_to_torch_save(folder, partial)
+            tensors = torch.load(partial, weights_only=True)
+            checkpoint = torch.load(folder / "meta.pt", map_location="cpu", weights_only=True) | tensors
+            for key in checkpoint.get("callbacks", {}):
+                move_shards_back(checkpoint, key)
+            states = sorted((key for key in checkpoint if key.startswith("optimizer_")), key=lambda key: int(key[10:]))
+            checkpoint["optimizer_states"] = [checkpoint.pop(key) for key in states]
+            torch.save(checkpoint, partial)
     except (TopKastError, OSError):
         raise
-    except Exception as error:  # whatever damaged files lead to
-        raise TopKastError(f"{folder} can't be read: {type(error).__name__}: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    except Exception as error:  # damaged files cause many kinds of errors
+        raise TopKastError(f"{folder} cannot be read: {type(error).__name__}: {error}") from error
 
 
 def _tensors(weight: Mapping[str, Any]) -> dict[str, Tensor]:

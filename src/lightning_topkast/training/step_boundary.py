@@ -1,4 +1,4 @@
-"""`WholeStepCheckpoint`: checkpoints that training goes on from exactly, since no step is under way in them."""
+"""`StepBoundaryCheckpoint`, which saves checkpoints only between steps, so that training resumes from them exactly."""
 
 import signal
 import threading
@@ -15,61 +15,61 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_topkast.errors import TopKastError
 
 
-class WholeStepCheckpoint(ModelCheckpoint):
-    """`ModelCheckpoint` that saves where nothing is under way; it has the same arguments.
+class StepBoundaryCheckpoint(ModelCheckpoint):
+    """`ModelCheckpoint` that saves only between steps; it has the same arguments.
 
-    On these occasions Lightning saves where a run that is resumed will differ from an uninterrupted one:
+    In these cases Lightning saves checkpoints from which a resumed run differs from an uninterrupted one:
 
-    - `ModelCheckpoint` saves by steps or time also where gradients are still accumulated, which no checkpoint holds:
-      with `every_n_train_steps`, right after having been resumed, and after a validation. Here it waits for the end of
+    - `ModelCheckpoint` saves by steps or time even while gradients are accumulated, which a checkpoint does not
+      contain: with `every_n_train_steps`, right after resuming, and after a validation. This class waits for the end of
       the step.
-    - It saves by steps or time at an epoch's last batch, from where a resumed run counts its epochs wrongly, so that
-      the next resume trains other batches. Here it waits for the end of the epoch, unless it follows a metric. And it
-      takes an epoch that `max_steps` cuts short for a whole one; here it saves at the last step.
-    - The signal by which SLURM announces the end of a job, and SIGTERM where there are several ranks, are answered
-      wherever they hit, perhaps in the middle of the optimizer's step, and by every rank where that is just then, so
-      that they may wait for each other for ever. Here they wait for one of the two, at which the ranks agree by a tiny
-      all-reduce; so the notice that SLURM gives (`--signal=USR1@90`: 90 seconds) must be long enough for a step, or for
-      a validation.
-    - Ctrl-C stops Python wherever it is: where half of the weights have made a step, or in the midst of torch's C++,
-      which may abort the process. Here, where there is one rank, it waits for the end of the step, too, or of a batch
-      of a validation; pressed once more, it stops at once.
+    - It saves by steps or time at the last batch of an epoch, from which a resumed run counts epochs wrongly, so that
+      the next resume trains other batches. This class waits for the end of the epoch, unless it monitors a metric.
+      Lightning also treats an epoch that `max_steps` cuts short as complete; this class saves at the last step.
+    - Lightning handles the signal with which SLURM announces the end of a job, and SIGTERM with several ranks, as soon
+      as it arrives, perhaps in the middle of the optimizer's step, and each rank at a different place, so that ranks
+      may wait for each other forever. This class waits for the end of a step or epoch, on which the ranks agree with a
+      small all-reduce. So SLURM's notice (`--signal=USR1@90`: 90 seconds) must be long enough for a step or a
+      validation.
+    - Ctrl-C interrupts Python at any place: when half of the weights are updated, or inside PyTorch's C++ code, which
+      may abort the process. On a single rank, this class waits for the end of the step, or of a validation batch; a
+      second Ctrl-C stops at once.
 
     Args:
-        args: `ModelCheckpoint`'s.
-        save_on_interrupt: save where Ctrl-C has ended the run between two steps, too; needs a checkpoint that follows
-            no metric, and exact resume a loader with `state_dict` and `load_state_dict`.
-        options: `ModelCheckpoint`'s.
+        args: arguments of `ModelCheckpoint`.
+        save_on_interrupt: also save when Ctrl-C ends the run between two steps; needs a checkpoint without `monitor`,
+            and, to resume exactly, a loader with `state_dict` and `load_state_dict`.
+        options: keyword arguments of `ModelCheckpoint`.
 
     Raises:
-        TopKastError: `save_on_interrupt` with a metric to follow.
+        TopKastError: `save_on_interrupt` is combined with `monitor`.
     """
 
     def __init__(self, *args: Any, save_on_interrupt: bool = False, **options: Any) -> None:
         super().__init__(*args, **options)
         if save_on_interrupt and self.monitor is not None:
             raise TopKastError(
-                f"save_on_interrupt does not look at monitor='{self.monitor}': give it to a checkpoint without monitor"
+                f"save_on_interrupt does not support monitor='{self.monitor}'; use it in a checkpoint without monitor"
             )
         self.save_on_interrupt = save_on_interrupt
 
     _signals: "_Signals | None" = None
-    _validated = False  # what is due after a validation has not been saved yet
+    _validated = False  # whether the checkpoint that is due after a validation is not saved yet
 
     @property
     def state_key(self) -> str:
-        """Also by file name, so that a run may have two that save on the same occasions."""
+        """Key of the state, which includes the file name, so that two callbacks with the same triggers differ."""
         return f"{super().state_key}[{self.filename!r}]"
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Come before Lightning's answers to signals, which have just been registered."""
+        """Replace Lightning's signal handlers, which have just been registered."""
         super().on_train_start(trainer, pl_module)
         self._signals, self._validated = _Signals(trainer), False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save what is due, if a step ends here and the epoch does not."""
+        """Save the checkpoints that are due, if a step ends here but not the epoch."""
         epoch = trainer.fit_loop.epoch_loop
         if epoch._num_ready_batches_reached():
             if self.monitor is not None:  # Lightning waits for the metric
@@ -82,19 +82,19 @@ class WholeStepCheckpoint(ModelCheckpoint):
             self._answer_signals()
 
     def on_validation_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
-        """Let Ctrl-C end a validation."""
+        """Let Ctrl-C stop a validation."""
         if self._signals is not None:
             self._signals.interrupt()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save what is due by validations, in the middle of a step at its end."""
+        """Save the checkpoint that is due after a validation; in the middle of a step, wait for its end."""
         if trainer.state.fn == TrainerFn.FITTING and trainer.fit_loop.epoch_loop._should_accumulate():
             self._validated = True
         else:
             super().on_validation_end(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save what is due by epochs, and what was due at the last batch."""
+        """Save the checkpoints that are due by epochs or were due at the last batch."""
         self._save_after_validation(trainer, pl_module)
         super().on_train_epoch_end(trainer, pl_module)
         if self.monitor is None:
@@ -102,12 +102,12 @@ class WholeStepCheckpoint(ModelCheckpoint):
         self._answer_signals()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give Ctrl-C back to Python."""
+        """Restore Python's handler of Ctrl-C."""
         super().on_train_end(trainer, pl_module)
         self._close_signals()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give Ctrl-C back to Python; save if it came between two steps."""
+        """Restore Python's handler of Ctrl-C; save if Ctrl-C ended the run between two steps."""
         self._close_signals()
         super().on_exception(trainer, pl_module, exception)
         saved = self._last_global_step_saved == trainer.global_step
@@ -130,14 +130,14 @@ class WholeStepCheckpoint(ModelCheckpoint):
 
 
 class _StepInterrupt(KeyboardInterrupt):
-    """Ctrl-C, answered where no step is under way."""
+    """Raised for Ctrl-C when no step is in progress."""
 
 
 class _Signals:
-    """Lightning's answers to signals, put off until the ranks agree that one of them was sent one.
+    """Lightning's signal handlers, deferred until the ranks agree that one of them received a signal.
 
     Args:
-        trainer: which has registered its handlers; it puts back those before its own after the run.
+        trainer: has registered its handlers; after the run it restores the handlers before its own.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -161,12 +161,12 @@ class _Signals:
             self._answers[signal.SIGINT] = _interrupt
 
     def close(self) -> None:
-        """Put back Python's answer to Ctrl-C, which Lightning does not know of."""
+        """Restore Python's handler of Ctrl-C, which Lightning does not restore."""
         if signal.SIGINT in self._answers and signal.getsignal(signal.SIGINT) == self._note:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _take(self, signum: int) -> _HandlersCompose | None:
-        """Note the signal from now on; returns Lightning's handler, None where it is a user's or taken already."""
+        """Record the signal from now on; return Lightning's handler, or None if it is a user's or already replaced."""
         handler = signal.getsignal(signum)
         if not isinstance(handler, _HandlersCompose):
             return None
@@ -179,12 +179,12 @@ class _Signals:
         self._noted.add(signum)
 
     def interrupt(self) -> None:
-        """Answer Ctrl-C where a step is under way, or a validation."""
+        """Raise KeyboardInterrupt for a recorded Ctrl-C, during a step or a validation."""
         if signal.SIGINT in self._noted & self._answers.keys():
             raise KeyboardInterrupt
 
     def answer(self) -> None:
-        """Give the answers that are due, on all ranks; a collective if there are several and anything was put off."""
+        """Call the handlers of recorded signals on all ranks; a collective if there are several ranks and handlers."""
         any_rank = partial(self._trainer.strategy.reduce_boolean_decision, all=False)
         if not self._answers or not any_rank(bool(self._noted)):
             return
@@ -193,8 +193,8 @@ class _Signals:
                 self._answers.pop(signum)()  # once: the signal may reach other ranks later
 
     def _stop(self, handler: _HandlersCompose) -> None:
-        # Lightning raises its SIGTERMException where it sees this next, which is now the same place on every rank. Its
-        # own handler would broadcast, too.
+        # Lightning raises its SIGTERMException when it sees this next, now at the same place on every rank. Its own
+        # handler would also broadcast.
         connector = self._trainer._signal_connector
         connector.received_sigterm = True
         for each in handler.signal_handlers:

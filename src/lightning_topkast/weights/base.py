@@ -1,63 +1,93 @@
-"""What every way of keeping a sparse weight has in common."""
+"""The base class of sparse weights, independent of their storage."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_topkast.distributed import Sharding, own_part
+from lightning_topkast.distributed import Sharding, to_local
 from lightning_topkast.errors import TopKastError
-from lightning_topkast.method.penalty import Penalty
-from lightning_topkast.method.powerpropagation import Reparametrised
+from lightning_topkast.method.penalty import Penalty, Total
+from lightning_topkast.method.powerpropagation import Powerpropagation
 from lightning_topkast.method.selection import ACTIVE
-from lightning_topkast.method.structure import Entries
+from lightning_topkast.method.structure import Structure, Unstructured
 from lightning_topkast.weights.state import problem_with
+
+
+@dataclass(frozen=True)
+class Traits:
+    """Properties that all sparse weights of a run share.
+
+    Args:
+        structure: what the sets consist of.
+        penalty: the exploration penalty, if any.
+        clears_dropped: whether entries that leave B lose their values and return as zeros.
+        sizes_change: whether |A| and |B| change during the run.
+        exponent: the exponent of powerpropagation; 1 without it.
+    """
+
+    structure: Structure = field(default_factory=Unstructured)
+    penalty: Penalty | None = None
+    clears_dropped: bool = False
+    sizes_change: bool = False
+    exponent: float = 1.0
 
 
 class SparseWeight(ABC):
     """One weight θ, its active set A and its updated set B.
 
     Between steps the network computes with α: θ on A and zero elsewhere. `open` and `close` surround the optimizer's
-    update of θ on B; `apply` takes over new sets.
+    update of θ on B; `apply` changes the sets.
 
     Args:
         name: the parameter's name in the model.
-        parameter: what the model and the optimizer share.
-        sharding: the weight's own shape, and how it is cut over devices.
-        active_count: |A|, at the end of the run where sizes vary.
-        updated_count: |B| while exploring, at least `active_count`; likewise.
+        parameter: the parameter that the model and the optimizer share.
+        sharding: the weight's own shape, and how it is sharded over devices.
+        active_count: |A|; at the end of the run if sizes vary.
+        updated_count: |B| while exploring, at least `active_count`; at the end of the run if sizes vary.
+        traits: properties that all weights of the run share.
     """
 
-    execution: str
+    storage: str  # masked, packed or compact
     parameter: nn.Parameter
 
     def __init__(
-        self, name: str, parameter: nn.Parameter, sharding: Sharding, active_count: int, updated_count: int
+        self,
+        name: str,
+        parameter: nn.Parameter,
+        sharding: Sharding,
+        active_count: int,
+        updated_count: int,
+        traits: Traits,
     ) -> None:
         self.name = name
         self.parameter = parameter
         self.sharding = sharding
         self.active_count = active_count
         self.updated_count = updated_count
-        self.strength = 0.0  # λ of this weight's penalty; the engine sets it when it knows the learning rate
+        self.strength = 0.0  # λ of this weight's penalty; the engine sets it once it knows the learning rate
         self.is_open = False
-        # The engine sets these four before the first sets are chosen.
-        self.granularity = Entries()  # what the sets are made of
-        self.forgets = False  # whether entries that leave B are forgotten: they come back as zeros
-        self.sizes_vary = False  # whether |A| and |B| differ from the counts above in the course of the run
-        self.exponent = 1.0  # of powerpropagation, 1 without it
-        self._reparametrised: Reparametrised | None = None  # while the optimizer steps
-        # of the loss everywhere, as it was before the last step, where a rule wants to know
+        self.structure = traits.structure
+        self.clears_dropped = traits.clears_dropped
+        self.exponent = traits.exponent
+        self._penalty = traits.penalty
+        # whether |A| and |B| differ from the counts above during the run
+        self.sizes_change = traits.sizes_change or not self.structure.divides(sharding.shape)
+        self._powerpropagation: Powerpropagation | None = None  # while the optimizer steps
+        # |gradient| of the loss, also outside B, before the last step; only if the rule uses it
         self.gradient_magnitudes: Tensor | None = None
         # entries that the last refresh promoted into A
         self.promoted = 0
         self.first_reservoir = 0
-        # how often other weights were loaded, which choose the sets anew
-        self.loads = 0
-        # how often the sets or their order in memory changed: whoever keeps something made of them looks here
-        self.changes = 0
+        # number of times that other weights were loaded, for which the sets are chosen again
+        self.load_count = 0
+        # changes whenever the sets or their order in memory change; key of results computed from them
+        self.version = 0
+        # whether dense state of an optimizer was packed according to the present sets
+        self.has_gathered = False
 
     # --- the sets -------------------------------------------------------------------------------------------------
 
@@ -98,7 +128,7 @@ class SparseWeight(ABC):
 
     @property
     @abstractmethod
-    def dormant_entries(self) -> Tensor:
+    def never_active_entries(self) -> Tensor:
         """Entries of the first reservoir that have never been active, a scalar tensor."""
 
     @property
@@ -113,7 +143,7 @@ class SparseWeight(ABC):
 
     @property
     def forward_density_target(self) -> float:
-        """D: |A| / n as it was allocated, for the end of the run where sizes vary."""
+        """D: the allocated |A| / n; at the end of the run if sizes vary."""
         return self.active_count / self.size
 
     @property
@@ -128,157 +158,205 @@ class SparseWeight(ABC):
 
     @abstractmethod
     def alpha(self) -> Tensor:
-        """What the network computes with, θ on A and zero elsewhere, also in the middle of a step; dense, a copy."""
+        """Return α, θ on A and zero elsewhere, even in the middle of a step; dense, a copy."""
 
     @abstractmethod
     def theta(self) -> Tensor:
-        """The stored θ, dense, a copy."""
+        """Return the stored θ, dense, a copy."""
 
     @abstractmethod
     def magnitudes(self) -> Tensor:
-        """|θ|, contiguous, a copy; of a sharded weight this process' part."""
+        """Return |θ|, contiguous, a copy; for a sharded weight this process' part."""
 
     def scores(self) -> Tensor:
-        """The units' scores, which the selection goes by; see `Entries.scores`."""
-        return self.granularity.scores(self.magnitudes(), self.sharding)
+        """Return the units' scores, on which the selection is based; see `Structure.scores`."""
+        return self.structure.scores(self.magnitudes(), self.sharding)
 
     def snapshot(self) -> Callable[[], Tensor]:
-        """What gives `scores` as they are now, also later and in another thread."""
+        """Return a function that gives the present `scores`, even later and in another thread."""
         magnitudes = self.magnitudes()
-        return lambda: self.granularity.scores(magnitudes, self.sharding)
+        return lambda: self.structure.scores(magnitudes, self.sharding)
 
     def prepare(self, tiers: Tensor) -> None:  # noqa: B027  most need not
-        """Do what can be done in another thread before `apply` takes over these sets."""
+        """Do the work of `apply` for these sets that another thread can do in advance."""
 
     @abstractmethod
     def apply(self, tiers: Tensor, state: Sequence[Tensor] = ()) -> None:
-        """Take over new sets: the promoted enter with their stored values, the demoted keep theirs.
+        """Change the sets: promoted entries enter A with their stored values, demoted entries keep their values.
 
         Args:
             tiers: uint8 in the weight's shape, or this process' part of them.
-            state: the optimizer's state, tensors in the parameter's shape: what entries outside the new B have of it
-                is lost, and those that enter B begin at zero.
+            state: the optimizer's state, tensors in the parameter's shape. Entries outside the new B lose their state,
+                and the state of entries that enter B starts at zero.
         """
 
     @abstractmethod
-    def note_first_reservoir(self) -> None:
-        """Remember C as it is now, of which `dormant_entries` counts what has not been active since."""
+    def record_first_reservoir(self) -> None:
+        """Record the present C; `never_active_entries` counts its entries that have not been active since."""
 
     @abstractmethod
     def match_layout(self) -> None:
-        """Follow the parameter to the device, dtype and memory format that the model was moved to."""
+        """Move the other tensors to the parameter's device, dtype and memory format after the model was moved."""
 
     # --- around the optimizer's step ------------------------------------------------------------------------------
 
     @abstractmethod
     def mask_gradient(self) -> None:
-        """Zero the gradient outside B; also what is infinite or NaN there."""
+        """Zero the gradient outside B, including infinite and NaN values."""
 
-    def note_gradient(self) -> None:
-        """Remember the gradient's magnitudes everywhere, for the next choice of the sets."""
-        raise NotImplementedError(f"{self.execution} weights have no gradient outside the updated set")
+    def record_gradient(self) -> None:
+        """Record the gradient's magnitudes, also outside B, for the next refresh."""
+        raise NotImplementedError(f"{self.storage} weights have no gradient outside the updated set")
 
     @abstractmethod
     def open(self) -> None:
-        """Make θ on B what the optimizer updates."""
+        """Expose θ on B to the optimizer."""
 
     @abstractmethod
-    def close(self, penalty: Penalty, lr: float | Tensor) -> None:
-        """Apply the penalty on B and make α again what the network computes with.
+    def close(self, lr: float | Tensor) -> None:
+        """Apply the penalty on B and let the network compute with α again.
 
         Args:
-            penalty: form of the penalty.
-            lr: the current learning rate; 0 leaves the values as they are.
+            lr: the current learning rate; 0 leaves the values unchanged.
         """
 
     @abstractmethod
     def recover(self) -> None:
-        """End an interrupted step or refresh, with every θ kept."""
+        """Finish an interrupted step or refresh and keep every θ."""
 
     @abstractmethod
-    def penalty(self, penalty: Penalty) -> Tensor:
-        """The exploration penalty's value, a scalar tensor."""
+    def penalty(self) -> Tensor:
+        """Return the value of the exploration penalty, a scalar tensor."""
+
+    def overshoots(self, lr: float) -> bool:
+        """Return whether the penalty would carry exploring entries past zero, where it stops, at this learning rate."""
+        return self.shrinkage_at(lr) >= 1
+
+    def shrinkage_at(self, lr: float) -> float:
+        """Return the share that an exploring entry loses per step at a learning rate; 0 if it depends on the entry."""
+        if self._penalty is None:
+            return 0.0
+        return self._penalty.shrinkage_at(lr, self.strength, self.forward_density_target)
+
+    def _penalise_(self, values: Tensor, exploring: bool, lr: float | Tensor, total: Total = None) -> None:
+        """Apply the penalty to values of A, or of B outside A, in place."""
+        if self._penalty is not None and self.strength and not (isinstance(lr, float | int) and lr == 0):
+            strength = self.strength / self.forward_density_target if exploring else self.strength
+            self._penalty.shrink_(values, lr * strength, total)
+
+    def _penalty_of(self, active: Tensor, exploring: Tensor, total: Total = None) -> Tensor:
+        """Return the penalty's value for values of A and of B outside A."""
+        if self._penalty is None:
+            return active.new_zeros(())
+        strength = self.strength / self.forward_density_target
+        return self._penalty.value(active, total) * self.strength + self._penalty.value(exploring, total) * strength
 
     @property
     def is_settled(self) -> bool:
-        """Whether the parameter is α as it stands: no step, and no refresh that has to be ended first."""
+        """Whether the parameter is α, since no step or refresh is in progress."""
         return True
 
     @property
     @abstractmethod
     def is_sparse(self) -> bool:
-        """Whether the network computes with α, as it does between steps unless somebody else wrote to the weight."""
+        """Whether the network computes with α, as it does between steps unless other code wrote to the weight."""
 
     @abstractmethod
     def restore_sparsity(self) -> None:
-        """Make the weight α again where somebody else (an average copied into the model) wrote to it."""
+        """Make the weight α again after other code (an average copied into the model) wrote to it."""
 
     def _put_phi(self, values: Tensor, gradient: Tensor | None) -> None:
-        """Under powerpropagation, let the optimizer find φ and its gradient in the place of θ and its own."""
+        """Under powerpropagation, replace θ and its gradient with φ and its gradient for the optimizer."""
         if self.exponent != 1:
-            self._reparametrised = Reparametrised(values, self.exponent)
-            values.copy_(self._reparametrised.phi)
+            self._powerpropagation = Powerpropagation(values, self.exponent)
+            values.copy_(self._powerpropagation.phi)
             if gradient is not None:
-                self._reparametrised.gradient_(gradient)
+                self._powerpropagation.gradient_(gradient)
 
     def _put_theta(self, values: Tensor) -> None:
         """Put θ back."""
-        if self._reparametrised is not None:
-            self._reparametrised.leave_(values)
-            self._reparametrised = None
+        if self._powerpropagation is not None:
+            self._powerpropagation.leave_(values)
+            self._powerpropagation = None
 
     def _as_theta(self, values: Tensor) -> Tensor:
-        """θ for `values`, which are φ while the optimizer steps."""
-        return values if self._reparametrised is None else self._reparametrised.theta_of(values)
+        """Return θ for `values`, which are φ while the optimizer steps."""
+        return values if self._powerpropagation is None else self._powerpropagation.theta_of(values)
 
     # --- state ----------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def state_dict(self, gathered: bool = False) -> dict[str, Any]:
-        """Tiers and reserve (dense, contiguous), on CPU: tensors and primitives only, the same for every execution.
+        """Return tiers and latent values (dense, contiguous), on CPU: tensors and primitives, alike for every storage.
 
         Args:
-            gathered: give those of a sharded weight whole, on rank 0 only, rather than as DTensors; a collective.
+            gathered: return whole tensors of a sharded weight, on rank 0 only, rather than DTensors; a collective.
         """
 
     def check_state(self, state: Any) -> None:
-        """Refuse a state that is not this weight's, before anything is overwritten.
+        """Refuse a state that does not fit this weight, before anything is overwritten.
 
         Raises:
-            TopKastError: with what differs.
+            TopKastError: the state does not fit; the message says what differs.
         """
         problem = problem_with(
-            state, self._in_model(), self.active_count, self.updated_count, self.sharding, self.sizes_vary
+            state, self._in_model(), self.active_count, self.updated_count, self.sharding, self.sizes_change
         )
         if not problem:
-            tiers = self.sharding.part_of(state["tiers"]).to(own_part(self.parameter).device)
-            if not self.granularity.are_whole(tiers, self.sharding):
-                problem = f"its sets do not consist of whole {self.granularity}s; the file is damaged"
+            tiers = self.sharding.to_local(state["tiers"]).to(to_local(self.parameter).device)
+            if not self.structure.are_whole(tiers, self.sharding):
+                problem = f"its sets do not consist of whole {self.structure}s; the file is damaged"
         if problem:
             raise TopKastError(f"the saved Top-KAST state does not fit weight '{self.name}': {problem}")
-        saved = state.get("execution", self.execution)
-        alike = (saved == "masked") == (self.execution == "masked")
+        saved = state["storage"]
+        alike = (saved == "masked") == (self.storage == "masked")
         if not alike and self.shape == (self.updated_count,):  # both orders of the optimizer's state have one shape
             raise TopKastError(
-                f"'{self.name}' is 1-D and updated as a whole, and can't go on {self.execution} after {saved}: resume "
-                f"with execution='{saved}'"
+                f"'{self.name}' is 1-D and all of it is updated, so its optimizer state cannot be converted from "
+                f"'{saved}' to '{self.storage}'; resume with storage='{saved}'"
             )
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a state that `check_state` has accepted; the model already holds the saved α."""
+        """Load a state that `check_state` has accepted; the model already holds the saved α."""
 
     @abstractmethod
     def adopt(self, value: Tensor) -> Tensor:
-        """Optimizer state of this weight in the parameter's shape, which it lacks if saved under another execution."""
+        """Return optimizer state in the parameter's shape, converted if it was saved under another storage."""
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the parameter holds only the values of B."""
+        return self.storage != "masked"
+
+    @property
+    def was_reordered(self) -> bool:
+        """Whether sets were loaded since the optimizer's state was last aligned with them."""
+        return False
+
+    def realign(self, state: Sequence[Tensor]) -> None:  # noqa: B027  only packed state has an order
+        """Put the optimizer's state in the order of the sets that were loaded since it was last aligned."""
+
+    def forget_order(self) -> None:  # noqa: B027  likewise
+        """Treat the optimizer's state, if any, as that of the present sets."""
+
+    @abstractmethod
+    def sparsify_average(self, average: Any, active_before: Tensor) -> None:
+        """Make a running average of α zero outside A, and restart it at θ for entries that have entered A.
+
+        Args:
+            average: the average in its own model: a `Tensor` in the weight's shape, or the `SparseWeight` of a packed
+                layer.
+            active_before: A at the previous call.
+        """
 
     @abstractmethod
     def _in_model(self) -> Tensor:
-        """The weight as the model holds it, dense; of a sharded one this process' part."""
+        """Return the weight that the model holds, dense; for a sharded weight this process' part."""
 
     def _counts(self) -> dict[str, Any]:
         return {
-            "execution": self.execution,
+            "storage": self.storage,
             "first_reservoir": self.first_reservoir,
             "promoted": self.promoted,
             "active_count": self.active_count,

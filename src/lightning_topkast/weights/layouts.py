@@ -1,4 +1,4 @@
-"""Which entries of a weight its packed values are, and products by them."""
+"""Layouts: the places of a weight's packed values, and products with them."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
@@ -8,21 +8,21 @@ import torch
 from torch import Tensor
 
 from lightning_topkast.errors import TopKastError
-from lightning_topkast.method.structure import Blocks, Entries, units_in_order
+from lightning_topkast.method.structure import Block, Structure, units_in_order
 from lightning_topkast.ops import BlockPattern, Pattern, block_sparse_linear, sparse_linear
 
 
 @dataclass(frozen=True, eq=False)
-class Packing(ABC):
-    r"""The places of packed values: first A's, then those of B\A; see `Entries.order`.
+class Layout(ABC):
+    r"""The places of packed values: first those of A, then those of B\A; see `Structure.order`.
 
-    It never changes; a refresh makes a new one. Values beyond the places, once exploration has stopped, stay zero.
+    A layout never changes; a refresh makes a new one. After exploration has stopped, values beyond the places are zero.
 
     Args:
         shape: the weight's own shape.
         active_count: |A|.
         updated_count: |B|.
-        units: where in the grid B's units are, in that order, on CPU; None where entries are the units.
+        units: flat indices of B's units in the grid, in the same order, on CPU; None if the units are entries.
     """
 
     shape: torch.Size
@@ -33,41 +33,41 @@ class Packing(ABC):
     @property
     @abstractmethod
     def device(self) -> torch.device:
-        """Where its indices are."""
+        """The device of the indices."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes that its indices take."""
+        """Size of the indices in bytes."""
         return sum(part.nbytes for part in self._parts().values())
 
-    def to(self, device: torch.device) -> "Packing":
-        """The same on another device."""
+    def to(self, device: torch.device) -> "Layout":
+        """Return the same layout on another device."""
         if device == self.device:
             return self
         return replace(self, **{name: part.to(device) for name, part in self._parts().items()})
 
     def _parts(self) -> dict[str, Any]:
-        """What is on the device, which each kind of packing adds to the fields of all."""
-        own = fields(self)[len(fields(Packing)) :]
+        """Return the fields that a subclass adds, which are on the device."""
+        own = fields(self)[len(fields(Layout)) :]
         return {field.name: getattr(self, field.name) for field in own}
 
     @abstractmethod
     def indices(self) -> Tensor:
-        """Flat indices of the packed values."""
+        """Return the flat indices of the packed values."""
 
-    def product(self, input: Tensor, values: Tensor, bias: Tensor | None, operators: str, transposed: bool) -> Tensor:
-        """The last dimension of `input` times the rows (`transposed`: columns) of A, plus `bias`."""
-        raise TopKastError("these packed values are of a weight that its layer wants whole")
+    def product(self, input: Tensor, values: Tensor, bias: Tensor | None, kernels: str, transposed: bool) -> Tensor:
+        """Multiply the last dimension of `input` by the rows (`transposed`: columns) of A and add `bias`."""
+        raise TopKastError("the layer of this weight computes with the dense weight; use unpack() instead of product()")
 
     def unpack(self, values: Tensor) -> Tensor:
-        """α, dense, in the weight's shape; differentiable, with a gradient for all of B."""
+        """Return α, dense, in the weight's shape; differentiable, with a gradient for all of B."""
         dense: Tensor = _Unpack.apply(values, self)  # type: ignore[no-untyped-call]
         return dense
 
 
 @dataclass(frozen=True, eq=False)
-class Listed(Packing):
-    """Of a weight that its layer wants whole.
+class FlatLayout(Layout):
+    """The layout of a weight whose layer computes with the dense weight.
 
     Args:
         entries: flat indices.
@@ -77,17 +77,17 @@ class Listed(Packing):
 
     @property
     def device(self) -> torch.device:
-        """Where its indices are."""
+        """The device of the indices."""
         return self.entries.device
 
     def indices(self) -> Tensor:
-        """Flat indices of the packed values."""
+        """Return the flat indices of the packed values."""
         return self.entries
 
 
 @dataclass(frozen=True, eq=False)
-class InRows(Packing):
-    r"""Of a weight that is multiplied by entry by entry.
+class CsrLayout(Layout):
+    r"""The layout of a weight for products with single entries.
 
     Args:
         active: A as a sparse matrix.
@@ -99,53 +99,53 @@ class InRows(Packing):
 
     @property
     def device(self) -> torch.device:
-        """Where its indices are."""
+        """The device of the indices."""
         return self.active.col.device
 
     def indices(self) -> Tensor:
-        """Flat indices of the packed values."""
+        """Return the flat indices of the packed values."""
         return torch.cat([_flat_indices(pattern) for pattern in (self.active, self.exploring)])
 
-    def product(self, input: Tensor, values: Tensor, bias: Tensor | None, operators: str, transposed: bool) -> Tensor:
-        """The last dimension of `input` times the rows (`transposed`: columns) of A, plus `bias`."""
-        # chosen before the model was moved, perhaps to a device that the compiled ones don't run on
-        operators = operators if values.device.type == "cpu" else "torch"
-        return sparse_linear(input, values, bias, self.active, self.exploring, operators, transposed)
+    def product(self, input: Tensor, values: Tensor, bias: Tensor | None, kernels: str, transposed: bool) -> Tensor:
+        """Multiply the last dimension of `input` by the rows (`transposed`: columns) of A and add `bias`."""
+        # they were chosen before the model was moved, perhaps to a device without compiled kernels
+        kernels = kernels if values.device.type == "cpu" else "torch"
+        return sparse_linear(input, values, bias, self.active, self.exploring, kernels, transposed)
 
 
 @dataclass(frozen=True, eq=False)
-class InBlocks(Packing):
-    """Of a weight that is multiplied by block by block.
+class BsrLayout(Layout):
+    """The layout of a weight for products with blocks.
 
     Args:
-        pattern: where the blocks are.
+        pattern: the places of the blocks.
     """
 
     pattern: BlockPattern
 
     @property
     def device(self) -> torch.device:
-        """Where its indices are."""
+        """The device of the indices."""
         return self.pattern.device
 
     def indices(self) -> Tensor:
-        """Flat indices of the packed values."""
+        """Return the flat indices of the packed values."""
         return self.pattern.flat_indices()
 
-    def product(self, input: Tensor, values: Tensor, bias: Tensor | None, operators: str, transposed: bool) -> Tensor:
-        """The last dimension of `input` times the rows (`transposed`: columns) of A, plus `bias`."""
+    def product(self, input: Tensor, values: Tensor, bias: Tensor | None, kernels: str, transposed: bool) -> Tensor:
+        """Multiply the last dimension of `input` by the rows (`transposed`: columns) of A and add `bias`."""
         blocks = values.view(-1, *self.pattern.block_shape)
-        return block_sparse_linear(input, blocks, bias, self.pattern, operators, transposed)
+        return block_sparse_linear(input, blocks, bias, self.pattern, kernels, transposed)
 
 
-def pack(tiers: Tensor, shape: torch.Size, units: Entries, products: bool) -> Packing:
-    """The places for these sets.
+def make_layout(tiers: Tensor, shape: torch.Size, structure: Structure, products: bool) -> Layout:
+    """Make the layout for these sets.
 
     Args:
         tiers: uint8, on CPU, in the shape of the weight's grid of units.
         shape: of the weight.
-        units: what the sets are made of, which divide the weight.
-        products: whether its layer multiplies by the packed values, with the first dimension as rows.
+        structure: what the sets consist of; it divides the weight.
+        products: whether the layer multiplies by the packed values, with the first dimension as rows.
     """
     active, exploring = units_in_order(tiers)
     size = shape.numel() // max(tiers.numel(), 1)
@@ -153,11 +153,13 @@ def pack(tiers: Tensor, shape: torch.Size, units: Entries, products: bool) -> Pa
     sets = (shape, active.numel() * size, both.numel() * size, both if size > 1 else None)
     if not products:
         narrow = torch.int32 if shape.numel() <= torch.iinfo(torch.int32).max else torch.int64
-        return Listed(*sets, units.entries(both, shape).to(narrow))
-    if isinstance(units, Blocks):
-        return InBlocks(*sets, BlockPattern.from_tiers(tiers.reshape(len(tiers), -1), (units.outputs, units.inputs)))
+        return FlatLayout(*sets, structure.entries(both, shape).to(narrow))
+    if isinstance(structure, Block):
+        sides = (structure.outputs, structure.inputs)
+        grid = (len(tiers), tiers.numel() // max(len(tiers), 1))
+        return BsrLayout(*sets, BlockPattern.from_flat(active, exploring, grid, sides))
     matrix = (shape[0], shape.numel() // max(shape[0], 1))
-    return InRows(*sets, Pattern.from_flat(active, matrix), Pattern.from_flat(exploring, matrix, transpose=False))
+    return CsrLayout(*sets, Pattern.from_flat(active, matrix), Pattern.from_flat(exploring, matrix, transpose=False))
 
 
 def _flat_indices(pattern: Pattern) -> Tensor:
@@ -168,14 +170,14 @@ def _flat_indices(pattern: Pattern) -> Tensor:
 
 class _Unpack(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, packing: Packing) -> Tensor:
-        entries = packing.indices()
+    def forward(ctx: Any, values: Tensor, layout: Layout) -> Tensor:
+        entries = layout.indices()
         ctx.entries, ctx.length = entries, values.numel()
-        dense = values.new_zeros(packing.shape.numel())
-        # index_copy_ wants int64, and is still faster with the conversion than index_put_ is without
-        active = entries[: packing.active_count].long()
-        dense.index_copy_(0, active, values[: packing.active_count])
-        return dense.view(packing.shape)
+        dense = values.new_zeros(layout.shape.numel())
+        # index_copy_ needs int64; even with the conversion it is faster than index_put_
+        active = entries[: layout.active_count].long()
+        dense.index_copy_(0, active, values[: layout.active_count])
+        return dense.view(layout.shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:

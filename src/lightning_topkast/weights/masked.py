@@ -1,9 +1,9 @@
-"""A sparse weight kept as the module's own dense parameter with zeros in it.
+"""A sparse weight stored as the module's own dense parameter with zeros in it.
 
-The parameter is α (zero outside A) at all times but during the optimizer's step. Beside it lie, per entry, the
-*reserve* (θ outside A), a byte that says whether it is in B, a byte of telemetry; per exploring entry its index.
+The parameter is α (zero outside A) except during the optimizer's step. Each entry also has a *latent value* (θ outside
+A), a byte that says whether it is in B and a byte for telemetry; each exploring entry has its index.
 
-Of a parameter that is sharded (a DTensor) all of this is this process' part; what others read has its sharding.
+For a sharded parameter (a DTensor) these tensors are this process' part; public methods return the same sharding.
 """
 
 import copy
@@ -15,18 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_topkast.distributed import Sharding, own_part
+from lightning_topkast.distributed import Sharding, to_local
 from lightning_topkast.errors import TopKastError
-from lightning_topkast.method.penalty import Penalty, Total, penalty_of, shrink_
+from lightning_topkast.method.penalty import Total
 from lightning_topkast.method.selection import ACTIVE, EXPLORING, RESERVOIR
 from lightning_topkast.ops.flat import copied, flat, indices, mask_outside_, merged, where
-from lightning_topkast.weights.base import SparseWeight
+from lightning_topkast.weights.base import SparseWeight, Traits
 
 
 class MaskedWeight(SparseWeight):
-    """One weight θ, its active set A and its updated set B, in masked mode.
+    """One weight θ, its active set A and its updated set B, in masked storage.
 
-    Between steps the parameter is α. `open` puts the exploring entries' θ into it, so that the optimizer's update and
+    Between steps the parameter is α. `open` puts θ of the exploring entries into it, so that the optimizer's update and
     weight decay act on θ; `close` takes them out again.
 
     Args:
@@ -34,25 +34,28 @@ class MaskedWeight(SparseWeight):
         parameter: the model's own parameter; it is never replaced, so the optimizer and the model keep sharing it.
         active_count: |A|.
         updated_count: |B| while exploring, at least `active_count`.
+        traits: properties that all weights of the run share.
     """
 
-    execution = "masked"
+    storage = "masked"
 
-    def __init__(self, name: str, parameter: nn.Parameter, active_count: int, updated_count: int) -> None:
-        super().__init__(name, parameter, Sharding(name, parameter), active_count, updated_count)
-        self._settled = True  # the parameter is α and no refresh is under way
-        # At first everything is active: θ is the parameter as it is. Only `apply` makes it sparse.
-        # B, all bits set on it: as fast on CPU as multiplying by a byte, 2.5 times as fast as by bool
+    def __init__(
+        self, name: str, parameter: nn.Parameter, active_count: int, updated_count: int, traits: Traits
+    ) -> None:
+        super().__init__(name, parameter, Sharding(name, parameter), active_count, updated_count, traits)
+        self._settled = True  # the parameter is α and no refresh is in progress
+        # At first all entries are active and θ is the parameter itself. Only `apply` makes it sparse.
+        # B, with all bits set: as fast on CPU as multiplying by a byte, 2.5 times as fast as by bool
         self._mask = torch.full_like(self._alpha, -1, dtype=torch.int8)
-        self._reserve = torch.zeros_like(self._alpha)
+        self._latent = torch.zeros_like(self._alpha)
         self._exploring = torch.empty(0, dtype=torch.int64, device=parameter.device)
-        # new exploring indices, where the mask changes, and to what, while a refresh is under way
+        # new exploring indices, indices at which the mask changes, and its new values, while a refresh is in progress
         self._pending: tuple[Tensor, Tensor, Tensor] | None = None
-        # C as it was first chosen, less what has been active since: telemetry of how far exploration reaches
-        self._dormant = torch.zeros_like(self._alpha, dtype=torch.bool)
-        # B, B\A and what is dormant of it, counted over all parts of a weight that is cut into such
+        # the first C without the entries that have been active since: telemetry of how far exploration reaches
+        self._never_active = torch.zeros_like(self._alpha, dtype=torch.bool)
+        # sizes of B, B\A and the never active entries, counted over all parts of a sharded weight
         self._counted = [self.size, 0, 0]
-        if self._reserve.stride() != self._alpha.stride():
+        if self._latent.stride() != self._alpha.stride():
             raise TopKastError(f"'{name}': its entries overlap or have gaps in memory; make the parameter contiguous")
 
     # --- the sets -------------------------------------------------------------------------------------------------
@@ -60,37 +63,37 @@ class MaskedWeight(SparseWeight):
     @property
     def tiers(self) -> Tensor:
         """uint8 in the weight's shape: 0 reservoir, 1 exploring, 2 active."""
-        return self.sharding.join(self._tiers)
+        return self.sharding.to_dtensor(self._tiers)
 
     @property
     def updated(self) -> Tensor:
         """B: bool in the weight's shape."""
-        return self.sharding.join(self._mask.bool())
+        return self.sharding.to_dtensor(self._mask.bool())
 
     @property
     def active_entries(self) -> Tensor:
         """Realised |A|, a scalar tensor."""
-        exploring = self._counted[1] if self.sharding.is_cut else self._exploring.numel()
+        exploring = self._counted[1] if self.sharding.is_sharded else self._exploring.numel()
         return self.updated_entries - exploring
 
     @property
     def updated_entries(self) -> Tensor:
         """Realised |B|, a scalar tensor."""
-        return torch.tensor(self._counted[0]) if self.sharding.is_cut else torch.count_nonzero(self._mask)
+        return torch.tensor(self._counted[0]) if self.sharding.is_sharded else torch.count_nonzero(self._mask)
 
     @property
-    def dormant_entries(self) -> Tensor:
+    def never_active_entries(self) -> Tensor:
         """Entries of the first reservoir that have never been active, a scalar tensor."""
-        return torch.tensor(self._counted[2]) if self.sharding.is_cut else torch.count_nonzero(self._dormant)
+        return torch.tensor(self._counted[2]) if self.sharding.is_sharded else torch.count_nonzero(self._never_active)
 
     @property
     def _total(self) -> Total:
-        return self.sharding.sum if self.sharding.is_cut else None
+        return self.sharding.sum if self.sharding.is_sharded else None
 
     @property
     def _alpha(self) -> Tensor:
         """This process' part of the parameter, whose memory it shares."""
-        return own_part(self.parameter.detach())
+        return to_local(self.parameter.detach())
 
     @property
     def _tiers(self) -> Tensor:
@@ -101,32 +104,32 @@ class MaskedWeight(SparseWeight):
     @property
     def _theta(self) -> Tensor:
         if self.is_open:
-            return torch.where(self._mask.bool(), self._as_theta(self._alpha), self._reserve)
-        return self._alpha + self._reserve  # no entry is in both
+            return torch.where(self._mask.bool(), self._as_theta(self._alpha), self._latent)
+        return self._alpha + self._latent  # no entry is in both
 
     def alpha(self) -> Tensor:
-        """What the network computes with, θ on A and zero elsewhere, also in the middle of a step; dense, a copy."""
+        """Return α, θ on A and zero elsewhere, even in the middle of a step; dense, a copy."""
         settled = self._as_settled()
-        return self.sharding.join(settled._alpha.masked_fill(settled._tiers != ACTIVE, 0))
+        return self.sharding.to_dtensor(settled._alpha.masked_fill(settled._tiers != ACTIVE, 0))
 
     def theta(self) -> Tensor:
-        """The stored θ, dense, a copy."""
-        return self.sharding.join(self._theta)
+        """Return the stored θ, dense, a copy."""
+        return self.sharding.to_dtensor(self._theta)
 
     def magnitudes(self) -> Tensor:
-        """|θ|, contiguous: the scores of the selection; of a sharded weight this process' part."""
+        """Return |θ|, contiguous, a copy; for a sharded weight this process' part."""
         alpha = self._alpha
         if alpha.device.type != "cpu" or not alpha.is_contiguous() or alpha.dtype != torch.float32:
             return self._theta.abs_().contiguous()
-        # numpy asks for huge pages, torch does not: filling new memory takes half the time
+        # NumPy requests huge pages and PyTorch does not, so filling new memory takes half the time
         magnitudes = torch.from_numpy(np.empty(alpha.shape, dtype=np.float32))
-        return torch.add(alpha, self._reserve, out=magnitudes).abs_()
+        return torch.add(alpha, self._latent, out=magnitudes).abs_()
 
     def apply(self, tiers: Tensor, state: Sequence[Tensor] = ()) -> None:
-        """Take over new sets; few entries change theirs, so those are found and moved one by one."""
+        """Change the sets; few entries change their set, so only these are found and moved."""
         self.match_layout()
-        # in the parameter's memory order, so that flat indices of it and of its companions agree
-        new = flat(torch.empty_like(self._mask, dtype=torch.uint8).copy_(own_part(tiers)))
+        # in the parameter's memory order, so that flat indices of all tensors agree
+        new = flat(torch.empty_like(self._mask, dtype=torch.uint8).copy_(to_local(tiers)))
         old = flat(self._tiers)
         changed = indices(new != old)
         before, after = old.index_select(0, changed), new.index_select(0, changed)
@@ -137,79 +140,79 @@ class MaskedWeight(SparseWeight):
         else:
             exploring = indices(new == EXPLORING)
         mask = -(after != RESERVOIR).to(torch.int8)
-        alpha, reserve = flat(self._alpha), flat(self._reserve)
+        alpha, latent = flat(self._alpha), flat(self._latent)
 
-        # First copy, then switch the sets, then clear: wherever an interruption falls, `recover` finds every value.
+        # First copy, then switch the sets, then clear, so that `recover` finds every value after any interruption.
         self._settled = False
-        alpha.index_copy_(0, promoted, reserve.index_select(0, promoted))
-        reserve.index_copy_(0, demoted, alpha.index_select(0, demoted))
+        alpha.index_copy_(0, promoted, latent.index_select(0, promoted))
+        latent.index_copy_(0, demoted, alpha.index_select(0, demoted))
         self._pending = (exploring, changed, mask)
         self._switch()
-        reserve.index_fill_(0, promoted, 0)
+        latent.index_fill_(0, promoted, 0)
         alpha.index_fill_(0, demoted, 0)
         self._forget()
         self._settled = True
 
-        flat(self._dormant).index_fill_(0, promoted, False)
+        flat(self._never_active).index_fill_(0, promoted, False)
         self.promoted = self._count(promoted.numel())
         self.gradient_magnitudes = None
-        for tensor in state:  # it would pull at entries that come back, and decay into denormals
-            mask_outside_(own_part(tensor), self._mask)
+        for tensor in state:  # old state would act on entries that return to B, and decay into denormals
+            mask_outside_(to_local(tensor), self._mask)
 
     def _forget(self) -> None:
-        if self.forgets:
-            mask_outside_(self._reserve, self._mask)
+        if self.clears_dropped:
+            mask_outside_(self._latent, self._mask)
 
     def _switch(self) -> None:
-        """Make the pending sets those of the weight; harmless when done twice."""
+        """Apply the pending sets; a second call does no harm."""
         if self._pending is not None:
             self._exploring, changed, mask = self._pending
             flat(self._mask).index_copy_(0, changed, mask)
-            self.changes += 1
+            self.version += 1
             self._pending = None
 
     def _count(self, promoted: int = 0) -> int:
-        """Count the sets over all parts, once, so that to read the counts is no collective; also what was promoted."""
-        if not self.sharding.is_cut:
+        """Count the sets over all parts, so that reading the counts needs no collective; return the promoted total."""
+        if not self.sharding.is_sharded:
             return promoted
         counts = [
             torch.count_nonzero(self._mask),
             self._exploring.numel(),
-            torch.count_nonzero(self._dormant),
+            torch.count_nonzero(self._never_active),
             promoted,
         ]
         *self._counted, promoted = self.sharding.sum(torch.tensor(counts, device=self._mask.device)).tolist()
         return promoted
 
-    def note_first_reservoir(self) -> None:
-        """Remember C as it is now, of which `dormant_entries` counts what has not been active since."""
-        torch.eq(self._mask, 0, out=self._dormant)
+    def record_first_reservoir(self) -> None:
+        """Record the present C; `never_active_entries` counts its entries that have not been active since."""
+        torch.eq(self._mask, 0, out=self._never_active)
         self._count()
-        self.first_reservoir = int(self.dormant_entries)
+        self.first_reservoir = int(self.never_active_entries)
 
     def match_layout(self) -> None:
-        """Follow the parameter to the device, dtype and memory format that the model was moved to."""
-        alpha, reserve = self._alpha, self._reserve
-        if (reserve.device, reserve.dtype, reserve.stride()) == (alpha.device, alpha.dtype, alpha.stride()):
+        """Move the other tensors to the parameter's device, dtype and memory format after the model was moved."""
+        alpha, latent = self._alpha, self._latent
+        if (latent.device, latent.dtype, latent.stride()) == (alpha.device, alpha.dtype, alpha.stride()):
             return
         tiers = self._tiers
-        self._reserve = torch.empty_like(alpha).copy_(reserve)
+        self._latent = torch.empty_like(alpha).copy_(latent)
         self._mask = torch.empty_like(alpha, dtype=torch.int8).copy_(self._mask)
         tiers = torch.empty_like(self._mask, dtype=torch.uint8).copy_(tiers)
         self._exploring = indices(flat(tiers) == EXPLORING)
-        self._dormant = torch.empty_like(self._mask, dtype=torch.bool).copy_(self._dormant)
-        self.changes += 1
+        self._never_active = torch.empty_like(self._mask, dtype=torch.bool).copy_(self._never_active)
+        self.version += 1
 
     # --- around the optimizer's step ------------------------------------------------------------------------------
 
     def mask_gradient(self) -> None:
-        """Zero the gradient outside B; also what is infinite or NaN there."""
+        """Zero the gradient outside B, including infinite and NaN values."""
         gradient = self._gradient()
         if gradient is not None:
             mask_outside_(gradient, self._mask)
 
-    def note_gradient(self) -> None:
-        """Remember the gradient's magnitudes, contiguous; not those of one that was masked since they were noted."""
+    def record_gradient(self) -> None:
+        """Record the gradient's magnitudes, contiguous, unless the gradient was masked since they were recorded."""
         gradient = self._gradient()
         if gradient is None:
             return
@@ -219,30 +222,30 @@ class MaskedWeight(SparseWeight):
             self.gradient_magnitudes = gradient.abs().contiguous()
 
     def _gradient(self) -> Tensor | None:
-        """This process' part of the gradient, sharded as the parameter is."""
+        """Return this process' part of the gradient, in the sharding of the parameter."""
         gradient = self.parameter.grad
         if isinstance(gradient, DTensor) and gradient.placements != self.parameter.placements:  # type: ignore[attr-defined]
             gradient = gradient.redistribute(placements=self.parameter.placements)  # type: ignore[attr-defined]
             self.parameter.grad = gradient
-        return None if gradient is None else own_part(gradient)
+        return None if gradient is None else to_local(gradient)
 
     def open(self) -> None:
-        r"""Put θ on B\A into the parameter, for the optimizer to update."""
+        r"""Put θ on B\A into the parameter, so that the optimizer updates it."""
         self.match_layout()
         self._settled = False
         entries = flat(self._alpha)
-        entries.index_copy_(0, self._exploring, flat(self._reserve).index_select(0, self._exploring))
+        entries.index_copy_(0, self._exploring, flat(self._latent).index_select(0, self._exploring))
         self.is_open = True
         self._put_phi(self._alpha, self._gradient())
 
     def recover(self) -> None:
-        """Make the parameter α after an interruption in the middle of a step or a refresh, with every θ kept."""
+        """Make the parameter α after an interrupted step or refresh and keep every θ."""
         if self._settled:
             return
         self._switch()
         if self.is_open:
             self._put_theta(self._alpha)
-            flat(self._reserve).index_copy_(0, self._exploring, flat(self._alpha).index_select(0, self._exploring))
+            flat(self._latent).index_copy_(0, self._exploring, flat(self._alpha).index_select(0, self._exploring))
             self.is_open = False
         self.restore_sparsity()
         self._forget()
@@ -250,13 +253,13 @@ class MaskedWeight(SparseWeight):
 
     @property
     def is_settled(self) -> bool:
-        """Whether no step or refresh is under way."""
+        """Whether no step or refresh is in progress."""
         return self._settled
 
     def _as_settled(self) -> "MaskedWeight":
-        """This weight or, while a step or refresh is under way, a copy as `recover` would make it.
+        """Return this weight or, while a step or refresh is in progress, a copy after `recover`.
 
-        A signal handler may save in between, but must change nothing that is going to be continued.
+        A signal handler may save in between, but must not change a step that continues afterwards.
         """
         if self._settled:
             return self
@@ -268,57 +271,44 @@ class MaskedWeight(SparseWeight):
         """Make the parameter θ."""
         self._alpha.copy_(self._theta)
 
-    def close(self, penalty: Penalty, lr: float | Tensor) -> None:
-        r"""Apply the penalty on B, store θ on B\A and make the parameter α again.
-
-        Args:
-            penalty: form of the penalty.
-            lr: the current learning rate; 0 leaves the values as they are.
-        """
+    def close(self, lr: float | Tensor) -> None:
+        r"""Apply the penalty on B, store θ on B\A and make the parameter α again; see `SparseWeight.close`."""
         self._put_theta(self._alpha)
         alpha = self._alpha
         entries = flat(alpha)
-        penalised = self.strength != 0 and not (isinstance(lr, float | int) and lr == 0)
         exploring = entries.index_select(0, self._exploring)
-        if penalised and self.is_exploring:
-            shrink_(exploring, penalty, lr * (self.strength / self.forward_density_target), self._total)
-        flat(self._reserve).index_copy_(0, self._exploring, exploring)
-        self.is_open = False  # already here: what an interruption leaves undone from now on, `recover` can do
+        if self.is_exploring:
+            self._penalise_(exploring, True, lr, self._total)
+        flat(self._latent).index_copy_(0, self._exploring, exploring)
+        self.is_open = False  # set here already, since `recover` can do the rest after an interruption
         entries.index_fill_(0, self._exploring, 0)
         mask_outside_(alpha, self._mask)
-        if penalised:
-            shrink_(alpha, penalty, lr * self.strength, self._total)
+        self._penalise_(alpha, False, lr, self._total)
         self._settled = True
 
-    def penalty(self, penalty: Penalty) -> Tensor:
-        """The exploration penalty's value, a scalar tensor; of a weight that is cut, a collective."""
-        exploring = flat(self._reserve).index_select(0, self._exploring)
-        on_active = penalty_of(self._alpha, penalty, self.strength, self._total)
-        return on_active + penalty_of(exploring, penalty, self.strength / self.forward_density_target, self._total)
+    def penalty(self) -> Tensor:
+        """Return the value of the exploration penalty, a scalar tensor; a collective for a sharded weight."""
+        exploring = flat(self._latent).index_select(0, self._exploring)
+        return self._penalty_of(self._alpha, exploring, self._total)
 
     @property
     def is_sparse(self) -> bool:
-        """Whether the parameter is zero outside A, as it is between steps unless somebody else wrote to it."""
+        """Whether the parameter is zero outside A, as it is between steps unless other code wrote to it."""
         return not int(self.sharding.sum(torch.count_nonzero(self._alpha.masked_fill(self._tiers == ACTIVE, 0))))
 
     def restore_sparsity(self) -> None:
-        """Zero the parameter outside A where somebody else (an average copied into the model) wrote to it."""
+        """Zero the parameter outside A after other code (an average copied into the model) wrote to it."""
         active = -(self._tiers == ACTIVE).to(torch.int8)
         mask_outside_(self._alpha, active)
-        mask_outside_(self._reserve, ~active)
+        mask_outside_(self._latent, ~active)
 
     @property
     def is_exploring(self) -> bool:
         r"""Whether B\A has entries at present."""
-        return (self._counted[1] if self.sharding.is_cut else self._exploring.numel()) > 0
+        return (self._counted[1] if self.sharding.is_sharded else self._exploring.numel()) > 0
 
-    def sparsify_average_(self, average: Tensor, active_before: Tensor) -> None:
-        """Make a running average of α zero outside A, and begin it anew at α where an entry has entered A.
-
-        Args:
-            average: the average, in the weight's shape.
-            active_before: A when this was last done.
-        """
+    def sparsify_average(self, average: Any, active_before: Tensor) -> None:
+        """Make a running average, a `Tensor`, zero outside A; see `SparseWeight.sparsify_average`."""
         active = self.active
         average.mul_(active.to(average.device))
         entered = active & ~active_before
@@ -327,39 +317,41 @@ class MaskedWeight(SparseWeight):
     # --- state ----------------------------------------------------------------------------------------------------
 
     def state_dict(self, gathered: bool = False) -> dict[str, Any]:
-        """Tiers and reserve (dense, contiguous), on CPU: tensors and primitives only."""
+        """Return tiers and latent values (dense, contiguous), on CPU: tensors and primitives only."""
         settled = self._as_settled()
-        parts = {"tiers": settled._tiers, "reserve": settled._reserve, "dormant": settled._dormant}
-        if not self.sharding.is_distributed:
+        parts = {"tiers": settled._tiers, "latent": settled._latent, "never_active": settled._never_active}
+        if not self.sharding.is_dtensor:
             whole = {key: copied(part) for key, part in parts.items()}
         elif gathered:
-            whole = {key: self.sharding.gather(part) for key, part in parts.items()}
+            whole = {key: self.sharding.full_tensor(part) for key, part in parts.items()}
         else:
-            whole = {key: self.sharding.join(part.clone()).cpu() for key, part in parts.items()}
+            whole = {key: self.sharding.to_dtensor(part.clone()).cpu() for key, part in parts.items()}
         return whole | self._counts()
 
     def adopt(self, value: Tensor) -> Tensor:
-        """A packed one is spread out, with zeros outside B."""
+        """Return optimizer state in the parameter's shape; packed state is unpacked, with zeros outside B."""
         if value.shape == self.shape or value.shape != (self.updated_count,):
             return value
-        order = self.granularity.order(self.tiers)
+        order = self.structure.order(self.tiers)
         dense = value.new_zeros(self.size)
         dense[order] = value[: order.numel()]
-        # in the parameter's memory format, by which fused optimizers go
+        # in the parameter's memory format, which fused optimizers expect
         return torch.empty_like(self._alpha, dtype=value.dtype, device=value.device).copy_(dense.view(self.shape))
 
     def _in_model(self) -> Tensor:
         return self._alpha
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a state that `check_state` has accepted; the parameter already holds the saved α."""
-        saved_tiers, reserve, dormant = (self.sharding.part_of(state[key]) for key in ("tiers", "reserve", "dormant"))
+        """Load a state that `check_state` has accepted; the parameter already holds the saved α."""
+        saved_tiers, latent, never_active = (
+            self.sharding.to_local(state[key]) for key in ("tiers", "latent", "never_active")
+        )
         tiers = torch.empty_like(self._mask, dtype=torch.uint8).copy_(saved_tiers)
-        self._reserve.copy_(reserve)
+        self._latent.copy_(latent)
         torch.ne(tiers, 0, out=self._mask).neg_()
         self._exploring = indices(flat(tiers) == EXPLORING)
-        self._dormant = torch.empty_like(self._mask, dtype=torch.bool).copy_(dormant)
+        self._never_active = torch.empty_like(self._mask, dtype=torch.bool).copy_(never_active)
         self._count()
         self._load_counts(state)
-        self.changes += 1
+        self.version += 1
         self.is_open = False

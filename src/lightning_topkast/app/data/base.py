@@ -1,4 +1,4 @@
-"""What all data modules share: three data sets, their loaders, and splits that depend on nothing but a seed."""
+"""The base of all data modules: three data sets, their loaders, and splits that depend on a seed only."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class SplitData(LightningDataModule):
     (but for `overfit_batches`).
 
     Args:
-        batch_size: Examples a step and process.
-        num_workers: Loader processes; 0 is right for data that lies in memory.
-        seed: Of the order of the training examples.
+        batch_size: Examples per step and process.
+        num_workers: Worker processes of the loaders; 0 is right for data that lies in memory.
+        seed: Seed of the order of the training examples.
     """
 
     train_set: Dataset[Example]
@@ -53,18 +53,18 @@ class SplitData(LightningDataModule):
         """Read the files and set the three data sets."""
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the data once, whichever stage comes first."""
+        """Read the data once, in the first stage."""
         if not self._loaded:
             self.load()
             self._loaded = True
 
     def train_dataloader(self) -> DataLoader[Example]:
-        """Shuffled batches; the last incomplete one is dropped, unless it is the only one."""
+        """Return shuffled batches; an incomplete last batch is dropped, unless it is the only one."""
         if self.trainer is not None and self.trainer.overfit_batches:  # type: ignore[attr-defined]
             return self._loader(self.train_set)  # the same batches each epoch
         world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         size = len(self.train_set)  # type: ignore[arg-type]
-        # Lightning tells this sampler the epoch, also on one process; its order then survives a resume.
+        # Lightning sets the epoch of this sampler, also on a single process, so that its order survives a resume.
         sampler = ResumableSampler(self.train_set, num_replicas=world, rank=rank, shuffle=True, seed=self.seed)
         loader = self._loader(
             self.train_set, kind=ResumableLoader, sampler=sampler, drop_last=size // world >= self.batch_size
@@ -74,7 +74,7 @@ class SplitData(LightningDataModule):
         return loader
 
     def state_dict(self) -> dict[str, int]:
-        """Where training is in its epoch.
+        """Return the position of training in its epoch.
 
         Lightning asks the loader itself, too, but gives its state back to none that was made before the loops were
         restored, as it is where the length of the run is asked for.
@@ -82,15 +82,15 @@ class SplitData(LightningDataModule):
         return self._train_loader.state_dict() if self._train_loader is not None else {}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Let the next training loader begin there."""
+        """Start the next training loader at that position."""
         self._position = state_dict or None
 
     def val_dataloader(self) -> DataLoader[Example]:
-        """Validation batches in order."""
+        """Return validation batches in order."""
         return self._loader(self.val_set)
 
     def test_dataloader(self) -> DataLoader[Example]:
-        """Test batches in order."""
+        """Return test batches in order."""
         return self._loader(self.test_set)
 
     def _loader(
@@ -108,7 +108,7 @@ class SplitData(LightningDataModule):
 
 
 class ResumableSampler(DistributedSampler[Example]):
-    """A `DistributedSampler` that can leave out the examples an epoch has begun with."""
+    """A `DistributedSampler` that can skip the first examples of an epoch."""
 
     skip = 0
 
@@ -118,15 +118,15 @@ class ResumableSampler(DistributedSampler[Example]):
 
 
 class ResumableLoader(DataLoader[Example]):
-    """A loader over a `ResumableSampler` that can begin in the middle of an epoch; what was seen is not read again."""
+    """A loader over a `ResumableSampler` that can start in the middle of an epoch without reading what was seen."""
 
     sampler: ResumableSampler
-    position: Mapping[str, int] | None = None  # where to begin: an epoch, and how many of its batches were seen
+    position: Mapping[str, int] | None = None  # where to start: an epoch, and the number of batches seen in it
 
     _batches = 0
 
     def state_dict(self) -> dict[str, int]:
-        """The present epoch, and how many of its batches were handed out, of how many examples on all processes."""
+        """Return the epoch, the number of batches returned in it, and their number of examples on all processes."""
         return {"epoch": self.sampler.epoch, "batches": self._batches, "examples": self._examples}
 
     @property
@@ -134,13 +134,13 @@ class ResumableLoader(DataLoader[Example]):
         return (self.batch_size or 1) * self.sampler.num_replicas
 
     def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
-        """Begin there the next time."""
+        """Start there the next time."""
         self.position = state_dict
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # what DataLoader returns is one
-        """Yield an epoch's batches, or those that are left of it."""
+        """Yield the batches of an epoch, or the remaining ones."""
         position, self.position = self.position, None
-        # saved at an epoch's end, it is the next epoch that comes now
+        # a position at the end of an epoch belongs to the next epoch
         goes_on = position is not None and position["epoch"] == self.sampler.epoch
         self._batches = position["batches"] % len(self) if position is not None and goes_on else 0
         if self._batches and position is not None and position["examples"] != self._examples:
@@ -156,7 +156,7 @@ class ResumableLoader(DataLoader[Example]):
 
 
 class ArrayDataset(Dataset[Any]):
-    """Images and labels that lie in memory, read a whole batch at a time.
+    """Images and labels in memory, read a batch at a time.
 
     Args:
         images: (n, channels, height, width), float or uint8; a batch of uint8 becomes (x / 255 - mean) / std.
@@ -178,7 +178,7 @@ class ArrayDataset(Dataset[Any]):
         return self._convert(self.images[index]), self.labels[index]
 
     def __getitems__(self, indices: list[int]) -> Batch:
-        """Return a batch; torch's loader calls this in place of one call an example."""
+        """Return a batch; torch's loader calls this instead of `__getitem__` for each example."""
         return self._convert(self.images[indices]), self.labels[indices]
 
     def _convert(self, images: Tensor) -> Tensor:
@@ -188,18 +188,18 @@ class ArrayDataset(Dataset[Any]):
 
 
 class ArrayData(SplitData):
-    """A data module over `ArrayDataset`s, whose batches come ready-made."""
+    """A data module over `ArrayDataset`s, which return whole batches."""
 
     @staticmethod
     def collate(batch: Batch) -> Batch:
-        """Pass the batch on: `ArrayDataset.__getitems__` has collated it."""
+        """Return the batch, which `ArrayDataset.__getitems__` has collated."""
         return batch
 
 
 def split_sizes(total: int, parts: Sequence[float], unit: str) -> list[int]:
-    """Turn fractions (all below or equal to 1) or counts into counts whose sum is at most `total`."""
+    """Convert fractions (all at most 1) or counts to counts whose sum is at most `total`."""
     if any(part < 0 for part in parts):
-        raise AppError(f"a split can't be negative: {list(parts)}")
+        raise AppError(f"expected a split of non-negative numbers, got {list(parts)}")
     fractions = all(part <= 1 for part in parts)
     if fractions and sum(parts) > 1 + 1e-9:
         raise AppError(f"the fractions {list(parts)} add up to more than 1")
@@ -210,12 +210,12 @@ def split_sizes(total: int, parts: Sequence[float], unit: str) -> list[int]:
 
 
 def shuffled(total: int, seed: int) -> Tensor:
-    """A permutation of `range(total)` that depends on `seed` only."""
+    """Return a permutation of `range(total)` that depends on `seed` only."""
     return torch.randperm(total, generator=torch.Generator().manual_seed(seed))
 
 
 def check_classes(found: int, num_classes: int, source: str) -> None:
-    """Refuse labels that the model's output has no place for."""
+    """Refuse labels that exceed the number of classes of the model."""
     if found != num_classes:
         raise AppError(
             f"{source} has {found} classes, but data.num_classes={num_classes}: set data.num_classes={found}"

@@ -1,4 +1,4 @@
-"""Folders of files that are dear to make, which are there as a whole or not at all."""
+"""Cached folders of files that are expensive to create, which are complete or absent."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from filelock import FileLock, Timeout
 
 from lightning_topkast.app.errors import AppError
 
-_PATIENCE = 3600.0  # seconds that another process may take
+_TIMEOUT = 3600.0  # seconds to wait for another process
 
 
 def cached_folder(name: str, places: Sequence[Path], make: Callable[[Path], None]) -> Path:
-    """Return the folder `name` in the first of `places` that has it; else have it made in the first that lets us.
+    """Return the folder `name` in the first of `places` that has it, or create it in the first writable one.
 
     One process at a time makes it, under another name that it loses only when all is on the disk: whoever is killed
     leaves nothing that is taken for it, and what he leaves goes when it is made again.
@@ -26,7 +26,7 @@ def cached_folder(name: str, places: Sequence[Path], make: Callable[[Path], None
         make: fills the empty folder that it is given.
 
     Raises:
-        AppError: nothing can be written to any of the places, or another process takes longer than an hour.
+        AppError: No place is writable, or another process takes longer than an hour.
     """
     for place in places:
         if (place / name).is_dir():
@@ -37,8 +37,8 @@ def cached_folder(name: str, places: Sequence[Path], make: Callable[[Path], None
         place.mkdir(parents=True, exist_ok=True)
         whole, part = place / name, place / f"{name}.part"
         try:
-            with FileLock(place / f"{name}.lock", timeout=_PATIENCE):
-                if not whole.is_dir():  # else another process has just made it
+            with FileLock(place / f"{name}.lock", timeout=_TIMEOUT):
+                if not whole.is_dir():  # otherwise another process has just created it
                     shutil.rmtree(part, ignore_errors=True)
                     part.mkdir()
                     make(part)
@@ -46,7 +46,7 @@ def cached_folder(name: str, places: Sequence[Path], make: Callable[[Path], None
                     part.rename(whole)
         except Timeout as error:
             raise AppError(
-                f"another process has been writing {part} for an hour: end it, or name another data.cache"
+                f"another process has been writing {part} for an hour: end it, or set another data.cache"
             ) from error
         return whole
     raise AppError(
@@ -56,7 +56,7 @@ def cached_folder(name: str, places: Sequence[Path], make: Callable[[Path], None
 
 
 def _may_write(place: Path) -> bool:
-    """Whether `place` or, where there is none yet, the nearest folder above it can be written to."""
+    """Return whether `place`, or the nearest existing folder above it, is writable."""
     while not place.exists() and place != place.parent:
         place = place.parent
     return place.is_dir() and os.access(place, os.W_OK | os.X_OK)

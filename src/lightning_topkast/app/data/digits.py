@@ -1,4 +1,4 @@
-"""The handwritten digits that scikit-learn carries: 1,797 images of 8×8, no download."""
+"""The handwritten digits of scikit-learn: 1,797 images of 8×8 pixels, without a download."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ class Digits(ArrayData):
     """`sklearn.datasets.load_digits`, split at random into training, validation and test images.
 
     Args:
-        batch_size: Examples a step and process.
-        num_workers: Loader processes.
-        seed: Of the order of the training examples.
-        split: Fractions or counts of training, validation and test.
-        split_seed: Decides which image is in which part; the same in all runs, so that their figures compare.
-        num_classes: 10; models read it.
-        input_shape: [1, 8, 8]; models read it.
+        batch_size: Examples per step and process.
+        num_workers: Worker processes of the loaders.
+        seed: Seed of the order of the training examples.
+        split: Fractions or counts of the training, validation and test images.
+        split_seed: Seed of the split, the same in all runs so that their metrics compare.
+        num_classes: 10; models refer to it.
+        input_shape: [1, 8, 8]; models refer to it.
     """
 
     def __init__(
@@ -39,8 +39,8 @@ class Digits(ArrayData):
         self.input_shape = tuple(input_shape)
 
     def load(self) -> None:
-        """Scale the 17 grey levels to 0..1 and split."""
-        from sklearn.datasets import load_digits  # takes a second to import
+        """Scale the 17 grey levels to [0, 1] and split."""
+        from sklearn.datasets import load_digits  # slow to import
 
         digits = load_digits()
         images = torch.from_numpy(digits.images).float().div(16.0).unsqueeze(1)

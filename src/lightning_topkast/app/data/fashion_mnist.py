@@ -1,4 +1,4 @@
-"""FashionMNIST in its original idx files, wherever they are at hand."""
+"""FashionMNIST from its original idx files."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ _HELP = (
 
 
 class FashionMNIST(ArrayData):
-    """60,000 training images, of which some are kept for validation, and the 10,000 test images.
+    """60,000 training images, some of which are used for validation, and 10,000 test images.
 
     Args:
         folder: Where the four idx files are, compressed or not. None: the folder of the Debian package
             `dataset-fashion-mnist`, else `download_folder`.
         download_folder: Where torchvision's download goes.
-        download: Let torchvision download the files where they are missing.
-        batch_size: Examples a step and process.
-        num_workers: Loader processes.
-        seed: Of the order of the training examples.
+        download: Whether torchvision downloads the files if they are missing.
+        batch_size: Examples per step and process.
+        num_workers: Worker processes of the loaders.
+        seed: Seed of the order of the training examples.
         val_size: Training images kept for validation, as a fraction or a count.
-        split_seed: Decides which ones; the same in all runs.
-        num_classes: 10; models read it.
-        input_shape: [1, 28, 28]; models read it.
+        split_seed: Seed of the choice of these images, the same in all runs.
+        num_classes: 10; models refer to it.
+        input_shape: [1, 28, 28]; models refer to it.
     """
 
     def __init__(
@@ -67,18 +67,18 @@ class FashionMNIST(ArrayData):
         self.input_shape = tuple(input_shape)
 
     def prepare_data(self) -> None:
-        """Download the files unless they are there; Lightning calls this on one process a node."""
+        """Download the files if they are missing; Lightning calls this on one process per node."""
         if self._find() is not None:
             return
         if self.folder is not None or not self.download:
             raise AppError(f"no FashionMNIST in {self._looked_at()}: {_HELP}")
         try:
             load_torchvision("datasets").FashionMNIST(self.download_folder, train=True, download=True)
-        except (OSError, RuntimeError) as error:  # torchvision raises either where no mirror answers
+        except (OSError, RuntimeError) as error:  # torchvision raises either if no mirror responds
             raise AppError(f"no FashionMNIST in {self._looked_at()}, and the download failed: {_HELP}") from error
 
     def load(self) -> None:
-        """Read the idx files and keep the pixels as bytes."""
+        """Read the idx files; pixels stay bytes."""
         folder = self._find()
         if folder is None:
             raise AppError(f"no FashionMNIST in {self._looked_at()}: {_HELP}")

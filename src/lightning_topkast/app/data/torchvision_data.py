@@ -1,4 +1,4 @@
-"""CIFAR-10 and ImageNet through torchvision's data set classes and v2 transforms."""
+"""CIFAR-10 and ImageNet, with the data sets and v2 transforms of torchvision."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Transform = Callable[[Any], Any]
 
 
 class TransformedSubset(Dataset[Any]):
-    """Some examples of a data set, each image transformed: training and validation share images, not augmentation."""
+    """A subset with its own transform, since training and validation share images but not augmentation."""
 
     def __init__(self, dataset: Dataset[Any], indices: Tensor, transform: Transform) -> None:
         self.dataset = dataset
@@ -34,7 +34,7 @@ class TransformedSubset(Dataset[Any]):
 
 
 class _TorchvisionData(SplitData):
-    """Shared by both: a training set of which some images are kept for validation, and a test set."""
+    """The base of both: a training set, some images of which are used for validation, and a test set."""
 
     mean: Sequence[float]
     std: Sequence[float]
@@ -86,15 +86,15 @@ class CIFAR10(_TorchvisionData):
     """CIFAR-10 with random crops and flips.
 
     Args:
-        folder: Holds `cifar-10-batches-py`, as torchvision unpacks it.
-        download: Let torchvision download it where it is missing.
-        batch_size: Examples a step and process.
-        num_workers: Loader processes.
-        seed: Of the order of the training examples.
+        folder: Holds `cifar-10-batches-py`, as unpacked by torchvision.
+        download: Whether torchvision downloads it if it is missing.
+        batch_size: Examples per step and process.
+        num_workers: Worker processes of the loaders.
+        seed: Seed of the order of the training examples.
         val_size: Training images kept for validation, as a fraction or a count.
-        split_seed: Decides which ones; the same in all runs.
-        num_classes: 10; models read it.
-        input_shape: [3, 32, 32]; models read it.
+        split_seed: Seed of the choice of these images, the same in all runs.
+        num_classes: 10; models refer to it.
+        input_shape: [3, 32, 32]; models refer to it.
     """
 
     mean = (0.4914, 0.4822, 0.4465)
@@ -116,12 +116,12 @@ class CIFAR10(_TorchvisionData):
         self.download = download
 
     def prepare_data(self) -> None:
-        """Download if asked to; Lightning calls this on one process a node."""
+        """Download if asked to; Lightning calls this on one process per node."""
         if self.download:
             self._open(train=True, download=True)
 
     def load(self) -> None:
-        """Open both parts, which torchvision checks against their known hashes."""
+        """Open both parts, whose hashes torchvision checks."""
         self._split(self._open(train=True), self._open(train=False))
 
     def _open(self, train: bool, download: bool = False) -> Any:
@@ -141,20 +141,20 @@ class CIFAR10(_TorchvisionData):
 
 
 class ImageNet(_TorchvisionData):
-    """ImageNet, or any folder of images laid out like it: `train/<class>/*.jpg` and `val/<class>/*.jpg`.
+    """ImageNet, or any folder of images with the same layout: `train/<class>/*.jpg` and `val/<class>/*.jpg`.
 
     The labels of ImageNet's own test images aren't public: as usual its validation images are the test set here, and
     part of the training images serves for validation.
 
     Args:
         folder: Holds `train` and `val`.
-        batch_size: Examples a step and process.
-        num_workers: Loader processes; decoding needs many.
-        seed: Of the order of the training examples.
+        batch_size: Examples per step and process.
+        num_workers: Worker processes of the loaders; decoding needs many.
+        seed: Seed of the order of the training examples.
         val_size: Training images kept for validation, as a fraction or a count.
-        split_seed: Decides which ones; the same in all runs.
-        num_classes: Folders in `train`; models read it.
-        input_shape: Channels, height and width of the crops; models read it.
+        split_seed: Seed of the choice of these images, the same in all runs.
+        num_classes: Folders in `train`; models refer to it.
+        input_shape: Channels, height and width of the crops; models refer to it.
     """
 
     mean = (0.485, 0.456, 0.406)

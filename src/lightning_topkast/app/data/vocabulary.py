@@ -1,4 +1,4 @@
-"""Words and their numbers, as Transformer-XL's code has them, whose perplexities are the published ones."""
+"""Words and their numbers as in the code of Transformer-XL, so that perplexities compare with published ones."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy as np
 from lightning_topkast.app.errors import AppError
 
 END, UNKNOWN = "<eos>", "<unk>"
-_CHUNK = 1 << 20  # numbers that are held before they are written
+_CHUNK = 1 << 20  # numbers per write
 
 
 def count_words(text: Path) -> dict[str, int]:
-    """Number the words of a text: `<eos>` is 0, then the most frequent first, in the order of their first use.
+    """Number the words of a text: `<eos>` is 0, then by decreasing frequency and in the order of their first use.
 
     Words are what stands between white space, capital letters and all.
     """
@@ -29,10 +29,10 @@ def count_words(text: Path) -> dict[str, int]:
 
 
 def encode(text: Path, vocabulary: Mapping[str, int], target: Path) -> None:
-    """Write a text as the numbers of its words, int32 one after the other, with an `<eos>` at each line's end.
+    """Write the numbers of the words of a text as int32, with `<eos>` at the end of each line.
 
     Raises:
-        AppError: a word is not in the vocabulary, and neither is `<unk>` for it.
+        AppError: A word is not in the vocabulary, which has no `<unk>` either.
     """
     unknown = vocabulary.get(UNKNOWN)
     chunk: list[int] = []
@@ -41,7 +41,7 @@ def encode(text: Path, vocabulary: Mapping[str, int], target: Path) -> None:
             for word in words:
                 number = vocabulary.get(word, unknown)
                 if number is None:
-                    raise AppError(f"{text} has the word '{word}', which the training text has not, nor {UNKNOWN}")
+                    raise AppError(f"{text} has the word '{word}', but the training text has neither it nor {UNKNOWN}")
                 chunk.append(number)
             chunk.append(vocabulary[END])
             if len(chunk) >= _CHUNK:
@@ -51,10 +51,10 @@ def encode(text: Path, vocabulary: Mapping[str, int], target: Path) -> None:
 
 
 def _lines(text: Path) -> Iterator[list[str]]:
-    """Yield the words of each line, none for an empty one."""
+    """Yield the words of each line, without words for an empty line."""
     try:
         with open(text, encoding="utf-8") as file:
             for line in file:
                 yield line.split()
     except UnicodeDecodeError as error:
-        raise AppError(f"{text} is not in UTF-8 ({error.reason}): fetch it again") from error
+        raise AppError(f"{text} is not valid UTF-8 ({error.reason}): download it again") from error

@@ -1,4 +1,4 @@
-"""WikiText-103, or another text in its format, as words."""
+"""WikiText-103, or another text in the same format, as words."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_topkast.app.data.vocabulary import count_words, encode
 from lightning_topkast.app.data.windows import Tokens, WindowData, Windows
 from lightning_topkast.app.errors import AppError
 
-_FORMAT = "1"  # of what is cached, part of its name
+_FORMAT = "1"  # version of the cached files, part of their folder's name
 _PARTS = ("train", "valid", "test")
 
 
@@ -29,10 +29,10 @@ class WikiText(WindowData):
         cache: Where the numbers are kept, 4 bytes a word; None: beside the texts or, where nothing can be written to,
             in the user's cache.
         sequence_length: Words a training example.
-        batch_size: Examples a step and process.
-        num_workers: Loader processes.
-        seed: Of the order of the training examples.
-        num_classes: Size of the vocabulary; models read it.
+        batch_size: Examples per step and process.
+        num_workers: Worker processes of the loaders.
+        seed: Seed of the order of the training examples.
+        num_classes: Size of the vocabulary; models refer to it.
         fetch: The command that fetches missing files, for the message.
     """
 
@@ -53,7 +53,7 @@ class WikiText(WindowData):
         self.fetch = fetch
 
     def prepare_data(self) -> None:
-        """Number the words once a node, unless they are."""
+        """Number the words once per node, unless they are cached."""
         self._numbered()
 
     def load(self) -> None:
@@ -97,7 +97,7 @@ class WikiText(WindowData):
 
 
 def _digest(texts: list[Path]) -> str:
-    """Of everything in the texts; half a second for WikiText-103's 540 MB."""
+    """Return a digest of the texts; half a second for the 540 MB of WikiText-103."""
     digest = hashlib.sha256(_FORMAT.encode())
     for text in texts:
         digest.update(text.stat().st_size.to_bytes(8, "little"))

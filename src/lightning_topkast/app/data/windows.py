@@ -1,4 +1,4 @@
-"""Long sequences of tokens, bytes or words, cut into windows that each predict their next tokens."""
+"""Long sequences of tokens, bytes or words, cut into windows for next-token prediction."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from lightning_topkast.app.data.base import ArrayData, Batch, Example
 
 Tokens = np.ndarray[Any, np.dtype[Any]]
 
-IGNORED = -100  # the target where nothing is to be predicted; the default of torch's own losses
+IGNORED = -100  # target of positions without a prediction; the default of torch's losses
 
 
 class Windows(Dataset[Any]):
-    """Consecutive windows of `length` tokens and, as targets, the token after each; a batch at a time.
+    """Consecutive windows of `length` tokens with the token after each as targets, read a batch at a time.
 
     Every token but the first is a target at most once.
 
@@ -45,16 +45,16 @@ class Windows(Dataset[Any]):
         return inputs[0], targets[0]
 
     def __getitems__(self, indices: list[int]) -> Batch:
-        """Return a batch; torch's loader calls this in place of one call an example."""
-        begins = np.asarray(indices)[:, None] * self.length  # of what is to be predicted in each window
-        starts = np.minimum(begins, self._targets - self.length)  # of the window itself, which is as long as the others
+        """Return a batch; torch's loader calls this instead of `__getitem__` for each example."""
+        begins = np.asarray(indices)[:, None] * self.length  # of the predicted tokens of each window
+        starts = np.minimum(begins, self._targets - self.length)  # of the window itself, which has the full length
         rows = torch.from_numpy(self.content[starts + np.arange(self.length + 1)].astype(np.int64))
         before = torch.from_numpy(starts + np.arange(self.length) < begins)
         return rows[:, :-1], rows[:, 1:].masked_fill(before, IGNORED)
 
 
 class WindowData(ArrayData):
-    """A data module over `Windows`, the base of those for text.
+    """A data module over `Windows`, the base of the text modules.
 
     Validation and test score every token of their part but the first exactly once, on any number of processes: what
     is left behind the last whole window too, and no window twice to give each process as many.
@@ -62,9 +62,9 @@ class WindowData(ArrayData):
     Args:
         sequence_length: Tokens a window.
         batch_size: Windows a step and process.
-        num_workers: Loader processes.
+        num_workers: Worker processes of the loaders.
         seed: Of the order of the training windows.
-        num_classes: Size of the vocabulary; models read it.
+        num_classes: Size of the vocabulary; models refer to it.
     """
 
     train_set: Windows
@@ -79,14 +79,14 @@ class WindowData(ArrayData):
         self.num_classes = num_classes
 
     def val_dataloader(self) -> DataLoader[Example]:
-        """Validation windows in order, as many on each process."""
+        """Return validation windows in order, the same number on each process."""
         return self._loader(self._shared(self.val_set))
 
     def test_dataloader(self) -> DataLoader[Example]:
-        """Test windows in order, as many on each process."""
+        """Return test windows in order, the same number on each process."""
         return self._loader(self._shared(self.test_set))
 
     def _shared(self, windows: Windows) -> Windows:
-        """Return windows that the sampler which Lightning adds deals out evenly without repeating any."""
+        """Return windows that Lightning's sampler distributes evenly without repetition."""
         processes = self.trainer.world_size if self.trainer else 1
         return Windows(windows.content, windows.length, complete=True, multiple=processes)

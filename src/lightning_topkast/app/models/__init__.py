@@ -1,4 +1,4 @@
-"""Networks for the application's `model` group: each takes the data's shape and returns logits."""
+"""Networks for the application's `model` group: each takes the shape of the data and returns logits."""
 
 from lightning_topkast.app.models.image import CNN, MLP, resnet
 from lightning_topkast.app.models.transformer import TransformerLM

@@ -22,7 +22,7 @@ class MLP(nn.Sequential):
         num_classes: Number of logits.
         hidden: Widths of the hidden layers.
         dropout: Probability after each hidden layer.
-        width_factor: Of the hidden widths.
+        width_factor: Factor of the hidden widths.
     """
 
     def __init__(
@@ -49,11 +49,11 @@ class CNN(nn.Sequential):
     """Blocks of 3×3 convolution, batch norm, ReLU and halving, then one hidden and one output layer.
 
     Args:
-        input_shape: Channels, height and width; any size that survives the halvings.
+        input_shape: Channels, height and width, large enough for the halvings.
         num_classes: Number of logits.
         channels: Output channels of each block; every block but the last halves the image.
         hidden: Width of the hidden layer.
-        width_factor: Of the channels and of the hidden width.
+        width_factor: Factor of the channels and of the hidden width.
     """
 
     def __init__(
@@ -76,7 +76,9 @@ class CNN(nn.Sequential):
                 height, breadth = height // 2, breadth // 2
             width = out
         if min(height, breadth) < 1:
-            raise ValueError(f"images of {list(input_shape)} are too small for {len(channels)} blocks: fewer channels=")
+            raise ValueError(
+                f"images of {list(input_shape)} are too small for {len(channels)} blocks: use fewer channels="
+            )
         layers["shrink"] = nn.AdaptiveAvgPool2d(min(4, height, breadth))
         layers["flatten"] = nn.Flatten()
         layers["hidden"] = nn.Linear(width * min(4, height, breadth) ** 2, hidden)
@@ -93,15 +95,15 @@ def resnet(
     width_factor: float = 1.0,
     **options: object,
 ) -> nn.Module:
-    """Return torchvision's ResNet, with the stem that suits the images.
+    """Return torchvision's ResNet, with a stem for the size of the images.
 
     Args:
         depth: 18, 34, 50, 101 or 152.
         input_shape: Channels, height and width.
         num_classes: Number of logits.
         small_images: Use a 3×3 stem without max-pooling (as for CIFAR); None does so up to 64 pixels.
-        width_factor: Of all channels but the images' own, at most 1.
-        options: Passed on to `torchvision.models.resnet<depth>`.
+        width_factor: Factor of all channels except those of the images, at most 1.
+        options: Further arguments of `torchvision.models.resnet<depth>`.
     """
     models = load_torchvision("models")
     if (build := getattr(models, f"resnet{depth}", None)) is None:
@@ -121,5 +123,5 @@ def resnet(
 def _stem(channels: int, kernel: int, stride: int) -> nn.Conv2d:
     stem = nn.Conv2d(channels, 64, kernel_size=kernel, stride=stride, padding=kernel // 2, bias=False)
     weight: Tensor = stem.weight
-    nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")  # as torchvision does for its own
+    nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")  # as torchvision initializes its own
     return stem

@@ -1,4 +1,4 @@
-"""Narrower networks: fewer channels in every layer, and the same in all other respects."""
+"""Narrower networks: fewer channels in every layer, and otherwise the same."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from torch import Tensor, nn
 
 
 def scaled(width: int, factor: float) -> int:
-    """Return `factor` times `width`, rounded, at least 1; a width that is none, for torch to refuse, stays so."""
+    """Return `factor` times `width`, rounded and at least 1; an invalid width is returned for torch to refuse."""
     if not factor > 0.0:
         raise ValueError(f"width_factor={factor} is not valid: expected a number above 0")
     return max(1, round(factor * width)) if width > 0 else width
 
 
 def narrow_(net: nn.Module, factor: float) -> nn.Module:
-    """Shrink every convolution, batch norm and linear layer of `net`, a freshly made one, to `factor` of its channels.
+    """Shrink every convolution, batch norm and linear layer of a new network to `factor` of its channels.
 
     The first of these layers keeps its inputs, the images' channels, and the last one its outputs, the classes. Equal
     numbers of channels shrink to equal ones, so that sums and chains of layers still fit; the network must not lay
@@ -22,8 +22,8 @@ def narrow_(net: nn.Module, factor: float) -> nn.Module:
     it) and the fan-in of linear layers.
 
     Args:
-        net: what torchvision's ResNets are made of.
-        factor: in (0, 1].
+        net: A network of the layers of torchvision's ResNets.
+        factor: Factor in (0, 1].
 
     Raises:
         ValueError: a factor out of range, or grouped convolutions.
@@ -34,7 +34,7 @@ def narrow_(net: nn.Module, factor: float) -> nn.Module:
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             if module.groups != 1:
-                raise ValueError(f"width_factor={factor} can't narrow convolutions of groups={module.groups}")
+                raise ValueError(f"width_factor={factor} does not support convolutions with groups={module.groups}")
             old = module.out_channels
             module.in_channels = _inputs(module, module.in_channels, layers, factor)
             module.out_channels = _outputs(module, module.out_channels, layers, factor)
@@ -64,5 +64,5 @@ def _outputs(module: nn.Module, width: int, layers: list[nn.Conv2d | nn.Linear],
 
 
 def _cut(parameter: Tensor, *sizes: int, gain: float = 1.0) -> nn.Parameter:
-    """The first entries of each dimension."""
+    """Return the first entries of each dimension."""
     return nn.Parameter(parameter.detach()[tuple(slice(size) for size in sizes)] * gain)

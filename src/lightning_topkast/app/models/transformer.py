@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 class TransformerLM(nn.Module):
-    """Predict the next token: tokens of shape (batch, time) to logits of shape (batch, time, vocabulary).
+    """Predict the next token, from tokens of shape (batch, time) to logits of shape (batch, time, vocabulary).
 
     Pre-norm blocks with causal attention and rotary positions (Su et al., 2021); every projection is an `nn.Linear`, so
     that all of them can be sparse.
@@ -19,9 +19,9 @@ class TransformerLM(nn.Module):
         width: Size of the embedding.
         depth: Number of blocks.
         heads: Attention heads; must divide `width`.
-        feedforward: Size inside a feed-forward part; None for four times `width`.
-        dropout: Probability after each attention and feed-forward part.
-        attention_dropout: Probability of a weight of the attention itself.
+        feedforward: Hidden size of the feed-forward layers; None for four times `width`.
+        dropout: Dropout probability after each attention and feed-forward layer.
+        attention_dropout: Dropout probability of the attention weights.
         tie_output: The output layer's weights are the embedding's, which stays dense. The last candidate for sparsity
             is then the last block's, hence recipe.keep_last_dense=false in model=transformer_tied.
     """
@@ -57,7 +57,7 @@ class TransformerLM(nn.Module):
                 nn.init.normal_(weight, std=0.02 / (2 * depth) ** 0.5)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Return logits for the token after each given one."""
+        """Return logits for the token after each input token."""
         x = self.tokens(tokens)
         for block in self.blocks:
             x = block(x)
@@ -78,13 +78,13 @@ class Block(nn.Module):
         self.feedforward = FeedForward(width, feedforward, dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return (batch, time, width) for (batch, time, width)."""
+        """Map (batch, time, width) to the same shape."""
         x = x + self.attention(self.norm1(x))
         return x + self.feedforward(self.norm2(x))
 
 
 class Attention(nn.Module):
-    """Multi-head causal self-attention through `scaled_dot_product_attention`, with rotary positions."""
+    """Multi-head causal self-attention with `scaled_dot_product_attention` and rotary positions."""
 
     cosine: Tensor
     sine: Tensor
@@ -109,7 +109,7 @@ class Attention(nn.Module):
         self.sine.copy_(angles.sin())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Let each position look at itself and at earlier ones."""
+        """Attend from each position to itself and to earlier positions."""
         batch, time, width = x.shape
         q, k, v = self.query_key_value(x).view(batch, time, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         cosine, sine = self.cosine[:time], self.sine[:time]
@@ -121,7 +121,7 @@ class Attention(nn.Module):
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Turn pairs of entries of x, (..., time, size), so that products of queries and keys depend on distance only.
+    """Rotate pairs of entries of x, (..., time, size), so that query-key products depend only on distance.
 
     `cosine` and `sine`, (time, size // 2), are of the angle by which a pair turns at a position. The last entry of an
     odd size stays as it is.
@@ -133,7 +133,7 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
 
 class FeedForward(nn.Sequential):
-    """Two linear layers around a GELU."""
+    """Two linear layers with a GELU in between."""
 
     def __init__(self, width: int, inside: int, dropout: float) -> None:
         super().__init__()

@@ -15,10 +15,10 @@ class WideResNet(nn.Module):
     Args:
         input_shape: Channels, height and width; the image is halved twice.
         num_classes: Number of logits.
-        depth: 6n + 4, for n blocks a group.
+        depth: 6n + 4, for n blocks per group.
         widen: Widening factor of the groups.
-        dropout: Probability between a block's two convolutions.
-        width_factor: Of all channels but the images' own, on top of `widen`.
+        dropout: Dropout probability between the two convolutions of a block.
+        width_factor: Factor of all channels except those of the images, on top of `widen`.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class WideResNet(nn.Module):
 
 
 class Block(nn.Module):
-    """Twice batch norm, ReLU and 3×3 convolution, added to the input, or to its projection where the shape changes."""
+    """Twice batch norm, ReLU and 3×3 convolution, added to the input, or to its projection if the shape changes."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, dropout: float) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Reports: a run, or the runs of a sweep side by side, as one HTML page that needs no network, and as PNG files."""
+"""Reports of a run or a sweep, as one HTML page that needs no network, and as PNG files."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from lightning.pytorch.utilities import rank_zero_only
 
 @rank_zero_only
 def leave_report(folder: Path) -> None:
-    """Write the report of the run in `folder` and say where it is; what hinders it is no failure of the run."""
+    """Write the report of the run in `folder` and print its path; a failure does not fail the run."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # such as of letters that a font lacks
+            warnings.simplefilter("ignore")  # for example about characters that a font lacks
             from lightning_topkast.app.report.run_page import has_matplotlib, write_run_report
 
             page = write_run_report(folder)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        print(f"Report:      none, since it failed ({reason}); report=false leaves it out", file=sys.stderr, flush=True)
+        print(f"Report:      none, since it failed ({reason}); report=false skips it", file=sys.stderr, flush=True)
         return
     lacks = "" if has_matplotlib() else "  (without curves: pip install 'lightning-topkast[report]')"
     print(f"Report:      {page}{lacks}", flush=True)

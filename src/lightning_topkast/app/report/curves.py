@@ -1,55 +1,25 @@
-"""The curves of a run, from what its loggers left on disk."""
+"""Preparing curves for drawing."""
 
 from __future__ import annotations
 
-import csv
-import math
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Mapping
 
 import numpy as np
 
+from lightning_topkast.app.run_folder.logs import Curve
+
 MASK_CHANGE = "topkast/mask_change"
-
-# Under a folder of topkast-train; in that of one of Lightning's loggers.
-_CSV = ("csv*/metrics.csv", "metrics.csv")
-_EVENTS = ("tensorboard*/events.out.tfevents.*", "events.out.tfevents.*")
-
-Curve = tuple[np.ndarray, np.ndarray]
-"""Steps, and the value logged at each: two float64 arrays of one length, steps rising, values finite."""
-
-
-def read_curves(folder: Path) -> dict[str, Curve]:
-    """Return the curves of the run in `folder` by name, from its CSV logs, or else from its TensorBoard files.
-
-    A run that was resumed has a log for each part; the later part holds from its first step on.
-    """
-    parts = [_read_csv(path) for path in _by_age(folder, _CSV)]
-    if not any(parts):
-        parts = [_read_events(path) for path in _by_age(folder, _EVENTS)]
-    joined: dict[str, dict[float, float]] = {}
-    for part in parts:
-        for name, points in part.items():
-            before = {step: value for step, value in joined.get(name, {}).items() if step < min(points)}
-            joined[name] = before | points
-    return {name: _curve(points) for name, points in joined.items()}
-
-
-def has_log(folder: Path) -> bool:
-    """Whether the run in `folder` kept curves on disk."""
-    return any(any(folder.glob(pattern)) for pattern in (*_CSV, *_EVENTS))
 
 
 def of_layers(curves: Mapping[str, Curve], quantity: str = MASK_CHANGE) -> dict[str, Curve]:
-    """Return the curves of a quantity that is logged for each sparse weight, by the weight's name."""
+    """Return the curves of a quantity that is logged for each sparse weight, by the name of the weight."""
     return {
         name.removeprefix(f"{quantity}/"): curve for name, curve in curves.items() if name.startswith(f"{quantity}/")
     }
 
 
 def on_grid(curves: Mapping[str, Curve], most: int = 400) -> Curve:
-    """Return steps, at most so many, and a matrix curve × step: of each curve the last value logged by then."""
+    """Return at most `most` steps and a matrix of shape (curves, steps), with the last value logged up to each step."""
     steps = np.unique(np.concatenate([steps for steps, _ in curves.values()]))
     if len(steps) > most:
         steps = np.linspace(steps[0], steps[-1], most)
@@ -58,58 +28,9 @@ def on_grid(curves: Mapping[str, Curve], most: int = 400) -> Curve:
 
 
 def thinned(curve: Curve, most: int = 600) -> Curve:
-    """Return a curve of at most so many points, each the mean of its neighbours."""
+    """Return a curve of at most `most` points, each the mean of neighbouring points."""
     steps, values = curve
     if len(steps) <= most:
         return curve
     means = [np.array([part.mean() for part in np.array_split(each, most)]) for each in (steps, values)]
     return means[0], means[1]
-
-
-def _by_age(folder: Path, patterns: Sequence[str]) -> list[Path]:
-    return sorted(
-        (path for pattern in patterns for path in folder.glob(pattern)), key=lambda path: path.stat().st_mtime_ns
-    )
-
-
-def _read_csv(path: Path) -> dict[str, dict[float, float]]:
-    found: dict[str, dict[float, float]] = {}
-    with path.open(encoding="utf-8", errors="replace", newline="") as file:
-        rows = csv.DictReader(file)
-        with suppress(csv.Error):  # what follows is damaged: a field without an end, a null byte (Python 3.10)
-            for row in rows:
-                step = _number(row.pop("step", None))
-                if step is None:
-                    continue  # a line that was cut off
-                for name, text in row.items():
-                    value = _number(text) if name else None  # cells beyond the header have no name
-                    if value is not None:
-                        found.setdefault(name, {})[step] = value
-    return found
-
-
-def _read_events(path: Path) -> dict[str, dict[float, float]]:
-    try:
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    except ImportError:
-        return {}
-    events = EventAccumulator(str(path), size_guidance={"scalars": 0, "images": 1, "tensors": 1})
-    events.Reload()
-    found = {
-        name: {float(event.step): event.value for event in events.Scalars(name) if math.isfinite(event.value)}
-        for name in events.Tags()["scalars"]
-    }
-    return {name: points for name, points in found.items() if points}
-
-
-def _number(text: object) -> float | None:
-    try:
-        value = float(text) if isinstance(text, str) else math.nan
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
-
-
-def _curve(points: Mapping[float, float]) -> Curve:
-    steps = np.array(sorted(points))
-    return steps, np.array([points[step] for step in steps])

@@ -1,4 +1,4 @@
-"""matplotlib's figures as files and as inline SVG that follows the page's colours. Imports it, so import this late."""
+"""matplotlib figures as PNG and as SVG that follows the colours of the page. Imports matplotlib, so import it late."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from matplotlib.figure import Figure
 
 from lightning_topkast.telemetry.pictures import SET_COLOURS, SET_NAMES
 
-# What the page has as CSS variables; the values are those of its light scheme, and those of the PNG files.
+# CSS variables of the page, with the values of its light scheme, which PNG files have, too.
 COLOURS = {"ink": "#1f2530", "muted": "#5d6777", "line": "#d5dae2", "third": "#2a9d6f"} | {
     name: to_hex(colour[:3] / 255) for name, colour in zip(SET_NAMES, SET_COLOURS, strict=True)
 }
 METHODS: tuple[str, ...] = tuple(map(to_hex, color_sequences["tab10"]))
-# What other figures of the application are drawn in: black, matplotlib's greys, and its colours for methods.
+# Colours of other figures of the application: black, matplotlib's greys, and its colours for methods.
 _ALIASES = {
     "#000000": "ink", "#404040": "muted", "#666666": "muted", "#d9d9d9": "line", "#b0b0b0": "line", "#ffffff": "card",
 } | {colour: f"method-{number}" for number, colour in enumerate(METHODS)}  # fmt: skip
@@ -30,20 +30,20 @@ _STYLE: dict[Any, Any] = {
     "axes.edgecolor": COLOURS["muted"], "axes.labelcolor": COLOURS["muted"], "text.color": COLOURS["ink"],
     "xtick.color": COLOURS["muted"], "ytick.color": COLOURS["muted"], "grid.color": COLOURS["line"],
     "axes.grid": True, "axes.axisbelow": True, "grid.linewidth": 0.6, "axes.linewidth": 0.6, "lines.linewidth": 1.4,
-    "text.parse_math": False,  # names of weights may have a $
+    "text.parse_math": False,  # names of weights may contain a $
     "svg.fonttype": "none", "svg.hashsalt": "topkast",
 }  # fmt: skip
 
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Draw in the report's style."""
+    """Draw in the style of the report."""
     with rc_context(_STYLE):
         yield
 
 
 def to_png(figure: Figure) -> bytes:
-    """Return a figure as a PNG file on white."""
+    """Return a figure as a PNG file with a white background."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=150, facecolor="white")
     return file.getvalue()
@@ -53,9 +53,9 @@ def to_svg(figure: Figure, name: str, label: str) -> str:
     """Return a figure as an SVG element for an HTML page.
 
     Args:
-        figure: drawn in `COLOURS`.
-        name: prefix of its ids, which must differ from those of the page's other figures.
-        label: what it shows, for those who don't see it.
+        figure: A figure in `COLOURS`.
+        name: Prefix of its ids, which must be unique in the page.
+        label: Description for screen readers.
     """
     from markupsafe import escape
 

@@ -1,4 +1,4 @@
-"""The figures of one run. Imports matplotlib, so import this late."""
+"""The figures of one run. Imports matplotlib, so import this module late."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from lightning_topkast.app.report.curves import MASK_CHANGE, Curve, of_layers, on_grid, thinned
+from lightning_topkast.app.report.curves import MASK_CHANGE, of_layers, on_grid, thinned
 from lightning_topkast.app.report.drawing import COLOURS, style
-from lightning_topkast.app.report.masks import ACTIVE, EXPLORING, RESERVOIR, SavedWeight
+from lightning_topkast.app.run_folder.logs import Curve
+from lightning_topkast.app.run_folder.masks import ACTIVE, EXPLORING, RESERVOIR, SavedWeight
 
-SMALL = (3.7, 2.35)  # inches: as wide as a phone, so that its letters stay legible there
+SMALL = (3.7, 2.35)  # inches: as wide as a phone, so that text stays legible there
 _CYCLE = [COLOURS[name] for name in ("active", "exploring", "third", "muted")]
 _TIERS = {RESERVOIR: ("reservoir", "C"), EXPLORING: ("exploring", "B\\A"), ACTIVE: ("active", "A")}
 _PARTS = {
     "train": ("muted", 0.9),
     "val": ("active", 1.6),
     "": ("active", 1.4),
-}  # the colour and the width of a part's curve
-# What callbacks=mask_dynamics logs, over windows of many refreshes.
+}  # colour and width of each part's curve
+# Logged by callbacks=mask_dynamics, over windows of many refreshes.
 _WINDOWS = {"change": "share of A that changed in a window", "activated": "reservoir ever active, by layer"}
 _MOST_METRICS = 9
-_FEW = 12  # points that are marked each
+_FEW = 12  # points up to which each is marked
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,9 @@ class Drawn:
     """A figure.
 
     Attributes:
-        name: of its file, and prefix of its ids.
-        label: what it shows, in words.
-        figure: itself.
+        name: Name of its file, and prefix of its ids.
+        label: Description of the figure.
+        figure: The figure.
     """
 
     name: str
@@ -45,7 +46,7 @@ class Drawn:
 
 
 def curve_figures(curves: Mapping[str, Curve], monitor: str | None) -> list[Drawn]:
-    """Draw losses and metrics, sparsities, how the masks move, the penalty and the learning rate."""
+    """Draw losses and metrics, sparsities, mask changes, the penalty and the learning rate."""
     drawn = []
     with style():
         for quantity, parts in _metrics(curves, monitor).items():
@@ -69,7 +70,7 @@ def curve_figures(curves: Mapping[str, Curve], monitor: str | None) -> list[Draw
         for name, title in _WINDOWS.items():
             if all(f"masks/{name}_{of_layers}" in curves for of_layers in ("min", "mean", "max")):
                 least, mean, most = (curves[f"masks/{name}_{of_layers}"] for of_layers in ("min", "mean", "max"))
-                steps, values = on_grid({"min": least, "max": most})  # of a line that was cut off one may be missing
+                steps, values = on_grid({"min": least, "max": most})  # a truncated line may lack one of them
                 bounds = values[0], values[1]
                 drawn.append(_band(f"window-{name}", title, steps, bounds, mean, "mean of the layers"))
         for name, title in (
@@ -88,7 +89,7 @@ def curve_figures(curves: Mapping[str, Curve], monitor: str | None) -> list[Draw
 
 
 def heatmap(curves: Mapping[str, Curve]) -> Drawn | None:
-    """Draw mask change as layer × step; None where it was not logged."""
+    """Draw the mask change by layer and step, or return None if it was not logged."""
     layers = of_layers(curves)
     if not layers:
         return None
@@ -109,11 +110,11 @@ def heatmap(curves: Mapping[str, Curve]) -> Drawn | None:
         axes.set_xlabel("optimizer step")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.colorbar(image, ax=axes, pad=0.01, fraction=0.03).outline.set_visible(False)
-    return Drawn("mask-change-heatmap", "share of A that is new at each refresh, a row a sparse weight", figure)
+    return Drawn("mask-change-heatmap", "share of A that is new at each refresh, one row per sparse weight", figure)
 
 
 def histograms(weights: Iterable[SavedWeight]) -> list[Drawn]:
-    """Draw the magnitudes of each weight by set, with the magnitudes at which selection would cut."""
+    """Draw the magnitudes of each weight by set, with the thresholds of selection by magnitude."""
     drawn = []
     with style():
         for number, weight in enumerate(weights, start=1):
@@ -154,7 +155,7 @@ def _histogram(weight: SavedWeight, groups: Mapping[int, np.ndarray], counted: s
 
 
 def _metrics(curves: Mapping[str, Curve], monitor: str | None) -> dict[str, dict[str, str]]:
-    """Quantity → part → name of the curve: the loss first, then what checkpoints follow."""
+    """Return the curve of each part of each quantity, the loss first and then the monitored metric."""
     found: dict[str, dict[str, str]] = {}
     for name in curves:
         part, _, quantity = name.partition("/")
@@ -182,7 +183,7 @@ def _lines(name: str, title: str, lines: Mapping[str, tuple[Curve, str, float]])
 def _band(
     name: str, title: str, steps: np.ndarray, bounds: tuple[np.ndarray, np.ndarray], mean: Curve, of: str
 ) -> Drawn:
-    """A curve, and a band from the least to the greatest of the layers."""
+    """Draw a curve, and a band from the lowest to the highest layer."""
     figure, axes = new_axes(title)
     axes.fill_between(
         steps,
@@ -192,7 +193,7 @@ def _band(
         color=COLOURS["active"],
         alpha=0.25,
         linewidth=0,
-        label="least to greatest layer",
+        label="lowest to highest layer",
     )
     axes.plot(*mean, color=COLOURS["active"], drawstyle="steps-post", label=of)
     finish(axes, [(steps, bound) for bound in bounds])
@@ -215,15 +216,15 @@ def finish(axes: Axes, curves: Sequence[Curve]) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_locator(
         MaxNLocator(6, steps=[1, 2, 2.5, 5, 10])
-    )  # not by the space there is, which the labels change
+    )  # not by the available space, which depends on the labels
     least, most = (bound(float(getattr(values, bound.__name__)()) for _, values in curves) for bound in (min, max))
-    if most - least < 1e-6 * max(abs(most), 1e-12):  # a constant, which rounding would blow up
+    if most - least < 1e-6 * max(abs(most), 1e-12):  # a constant, whose rounding errors would fill the axis
         axes.set_ylim(least - 0.05 * abs(least), most + 0.05 * (abs(most) or 1))
     axes.ticklabel_format(axis="y", useOffset=False)
 
 
 def slug(name: str) -> str:
-    """Return a name that can be a file's and an id's."""
+    """Return a name that is valid as a file name and as an id."""
     return re.sub(r"[^A-Za-z0-9_.]+", "-", name).strip("-.") or "other"
 
 

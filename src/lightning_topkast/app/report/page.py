@@ -1,10 +1,8 @@
-"""HTML pages: one file each, with all that they show."""
+"""HTML pages, each a single file without external resources."""
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
 from base64 import b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +14,8 @@ import yaml
 from jinja2 import Environment, FunctionLoader
 from markupsafe import Markup
 
+from lightning_topkast.files import atomic_file
+
 PAGE, PICTURES = "report.html", "report"
 
 
@@ -24,10 +24,10 @@ class Inline:
     """A picture in a page.
 
     Attributes:
-        name: of its PNG file beside the page.
-        label: what it shows, in words.
-        markup: an SVG or img element.
-        caption: below it.
+        name: Name of its PNG file beside the page.
+        label: Description of the picture.
+        markup: An SVG or img element.
+        caption: Text below the picture.
     """
 
     name: str
@@ -43,7 +43,7 @@ def inline_png(name: str, label: str, content: bytes, caption: str = "") -> Inli
 
 
 def render(template: str, **values: Any) -> str:
-    """Fill in one of the package's templates; everything but `Markup` is escaped."""
+    """Render a template of the package; everything but `Markup` is escaped."""
     loader = FunctionLoader(lambda name: files(__package__).joinpath("templates", name).read_text(encoding="utf-8"))
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["yaml"] = lambda value: yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100)
@@ -52,27 +52,20 @@ def render(template: str, **values: Any) -> str:
 
 
 def write_page(folder: Path, html: str, pictures: Mapping[str, bytes]) -> Path:
-    """Write a page and its pictures into `folder`; return the page. Pictures of an earlier report are removed."""
+    """Write a page and its pictures, remove the pictures of an earlier report, and return the page."""
     beside = folder / PICTURES
     beside.mkdir(parents=True, exist_ok=True)
     for old in _pictures_of(folder / PAGE) - pictures.keys():
         (beside / f"{old}.png").unlink(missing_ok=True)
     for name, content in pictures.items():
         (beside / f"{name}.png").write_bytes(content)
-    descriptor, name = tempfile.mkstemp(dir=folder, prefix=f".{PAGE}-")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8", errors="replace") as file:
-            file.write(html)
-        os.chmod(name, 0o644)  # mkstemp's is for the owner only
-        os.replace(name, folder / PAGE)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with atomic_file(folder / PAGE) as partial:
+        partial.write_text(html, encoding="utf-8", errors="replace")
     return folder / PAGE
 
 
 def _pictures_of(page: Path) -> set[str]:
-    """The names of the pictures in a page: the folder beside it may hold others, which are not ours."""
+    """Return the names of the pictures in a page; other files in their folder are not ours to remove."""
     try:
         return set(re.findall(r'<figure id="([\w.-]+)">', page.read_text(encoding="utf-8", errors="replace")))
     except OSError:

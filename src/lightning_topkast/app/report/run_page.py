@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from markupsafe import Markup
 
-from lightning_topkast.app.report.cards import cards, percent
-from lightning_topkast.app.report.masks import SavedWeight, chosen, picture
+from lightning_topkast.app import formatting
+from lightning_topkast.app.report.contents import RunContents, read_contents
+from lightning_topkast.app.report.key_figures import key_figures
+from lightning_topkast.app.report.mask_pictures import choose_weights, draw_mask
 from lightning_topkast.app.report.page import Inline, inline_png, render, write_page
-from lightning_topkast.app.report.run import RunFolder, read_run
+from lightning_topkast.app.run_folder.masks import SavedWeight
+from lightning_topkast.app.run_folder.result import Weight
 
 _NO_MATPLOTLIB = "Curves and histograms are left out: they need matplotlib, pip install 'lightning-topkast[report]'."
 
 
 @dataclass(frozen=True)
 class WeightRow:
-    """A row of the table of weights; None stands for what is not known, or does not apply to a dense weight.
+    """A row of the table of weights. None stands for a value that is not known or does not apply to a dense weight.
 
-    `reason` says why a weight is dense, as far as it is known.
+    `reason` is why a weight is dense, if it is known.
     """
 
     name: str
@@ -37,21 +39,21 @@ class WeightRow:
 
 
 def write_run_report(folder: Path) -> Path:
-    """Write `report.html`, and its pictures as PNG files into `report/`, into a run's folder; return the page."""
-    run = read_run(folder)
+    """Write `report.html` and the PNG files in `report/` to the folder of a run, and return the page."""
+    run = read_contents(folder)
     notes = list(run.notes)
     curves: list[Inline] = []
     layers: list[Inline] = []
     magnitudes: list[Inline] = []
     pictures: dict[str, bytes] = {}
-    weights = chosen(run.saved.weights) if run.saved else []
+    weights = choose_weights(run.saved.weights) if run.saved else []
     try:
         from lightning_topkast.app.report.drawing import to_png, to_svg
         from lightning_topkast.app.report.figures import Drawn, curve_figures, heatmap, histograms
     except ImportError:
         notes.append(_NO_MATPLOTLIB)
     else:
-        monitor = (run.result.get("monitor") or {}).get("name")
+        monitor = run.result.monitor.name if run.result and run.result.monitor else None
         changes = heatmap(run.curves)
         found: list[tuple[list[Inline], list[Drawn]]] = [
             (curves, curve_figures(run.curves, monitor)),
@@ -65,19 +67,19 @@ def write_run_report(folder: Path) -> Path:
     masks = []
     for number, weight in enumerate(weights, start=1):
         name = f"mask-{number}"
-        pictures[name] = picture(weight)
+        pictures[name] = draw_mask(weight)
         label = f"sets of {weight.name}, {_shape(weight.shape)}"
         masks.append(inline_png(name, label, pictures[name], f"{weight.name}  {_shape(weight.shape)}"))
     rows, rest = _rows(run)
     html = render(
-        "run.html", run=run, cards=cards(run.result, run.saved), notes=notes, curves=curves, layers=layers,
-        masks=masks, magnitudes=magnitudes, rows=rows, rest=rest, percent=percent,
+        "run.html", run=run, figures=key_figures(run.result, run.saved), notes=notes, curves=curves, layers=layers,
+        masks=masks, magnitudes=magnitudes, rows=rows, rest=rest, percent=formatting.percent,
     )  # fmt: skip
     return write_page(folder, html, pictures)
 
 
 def has_matplotlib() -> bool:
-    """Whether curves can be drawn."""
+    """Return whether curves can be drawn."""
     return find_spec("matplotlib") is not None
 
 
@@ -90,28 +92,25 @@ class Rest:
     nonzero: int
 
 
-def _rows(run: RunFolder) -> tuple[list[WeightRow], Rest]:
-    """Every weight that was counted in the test, in the model's order, and those of the checkpoint."""
+def _rows(run: RunContents) -> tuple[list[WeightRow], Rest]:
+    """Return all counted weights in the order of the model, and then those that only the checkpoint has."""
     saved = {weight.name: weight for weight in run.saved.weights} if run.saved else {}
-    counted: list[dict[str, Any]] = run.result.get("weights") or []
-    rest = [each for each in counted if len(each["shape"]) < 2 and each["name"] not in saved]
-    rows = [_row(saved.pop(each["name"], None), each) for each in counted if each not in rest]
-    rows += [
-        _row(weight, {"name": weight.name, "shape": weight.shape, "entries": weight.entries})
-        for weight in saved.values()
-    ]
-    return rows, Rest(len(rest), *(sum(each[key] for each in rest) for key in ("entries", "nonzero")))
+    counted = (run.result.weights if run.result else None) or []
+    rest = [each for each in counted if len(each.shape) < 2 and each.name not in saved]
+    rows = [_counted_row(each, saved.pop(each.name, None)) for each in counted if each not in rest]
+    rows += [_with_sets(WeightRow(w.name, _shape(w.shape), w.entries, None), w) for w in saved.values()]
+    return rows, Rest(len(rest), sum(each.entries for each in rest), sum(each.nonzero for each in rest))
 
 
-def _row(weight: SavedWeight | None, counted: Mapping[str, Any]) -> WeightRow:
-    row = WeightRow(counted["name"], _shape(counted["shape"]), counted["entries"], counted.get("nonzero"))
-    if weight is None:
-        return replace(row, reason=counted.get("kept_dense") or "")
-    forward_cut, backward_cut = weight.thresholds()
-    return replace(
-        row, active=weight.active, updated=weight.updated, forward_cut=forward_cut, backward_cut=backward_cut
-    )
+def _counted_row(counted: Weight, saved: SavedWeight | None) -> WeightRow:
+    row = WeightRow(counted.name, _shape(counted.shape), counted.entries, counted.nonzero)
+    return replace(row, reason=counted.kept_dense or "") if saved is None else _with_sets(row, saved)
 
 
-def _shape(shape: Sequence[int]) -> str:
-    return "×".join(map(str, shape)) or "scalar"
+def _with_sets(row: WeightRow, saved: SavedWeight) -> WeightRow:
+    forward_cut, backward_cut = saved.thresholds()
+    return replace(row, active=saved.active, updated=saved.updated, forward_cut=forward_cut, backward_cut=backward_cut)
+
+
+def _shape(sizes: Sequence[int]) -> str:
+    return formatting.shape(sizes) or "scalar"

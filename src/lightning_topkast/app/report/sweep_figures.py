@@ -1,4 +1,4 @@
-"""The figures of a sweep: the curves of all its runs. Imports matplotlib, so import this late."""
+"""The figures of a sweep: the curves of all runs. Imports matplotlib, so import this module late."""
 
 from __future__ import annotations
 
@@ -8,26 +8,28 @@ from typing import Any
 
 from matplotlib.lines import Line2D
 
-from lightning_topkast.app.report.curves import MASK_CHANGE, Curve, read_curves, thinned
+from lightning_topkast.app.report.curves import MASK_CHANGE, thinned
 from lightning_topkast.app.report.drawing import METHODS, style
 from lightning_topkast.app.report.figures import SMALL, Drawn, finish, new_axes, slug
+from lightning_topkast.app.run_folder.logs import Curve, read_curves
+from lightning_topkast.app.run_folder.result import Result
 
-# Of a curve, and of a figure's curves together: many runs make no page of many megabytes.
+# Points per curve and per figure, so that a page of many runs stays small.
 _MOST_POINTS, _MOST_OF_ALL, _LEAST_POINTS = 150, 15_000, 20
 _ALWAYS = ("train/loss", "topkast/forward_sparsity", MASK_CHANGE)
 
 
-def overlays(runs: Sequence[tuple[Path, Mapping[str, Any]]], prefix: str, of_all: int = 0) -> list[Drawn]:
-    """Draw a figure a quantity with a line a run, coloured by method.
+def overlays(runs: Sequence[tuple[Path, Result | None]], prefix: str, of_all: int = 0) -> list[Drawn]:
+    """Draw one figure per quantity with one line per run, coloured by method.
 
     Args:
-        runs: of one data set and model: folder and result.
-        prefix: of the figures' names.
-        of_all: how many runs the page shows, by default these.
+        runs: Folder and result of each run of one data set and model.
+        prefix: Prefix of the names of the figures.
+        of_all: Number of runs on the page, by default that of `runs`.
     """
     methods = sorted({_method(result) for _, result in runs})
     colours = {method: METHODS[number % len(METHODS)] for number, method in enumerate(methods)}
-    monitor = next((m["name"] for _, result in runs if (m := result.get("monitor") or {}).get("name")), "val/acc")
+    monitor = next((result.monitor.name for _, result in runs if result and result.monitor), "val/acc")
     points = max(_LEAST_POINTS, min(_MOST_POINTS, _MOST_OF_ALL // max(of_all, len(runs))))
     lines: dict[str, list[tuple[str, Curve]]] = {name: [] for name in dict.fromkeys((monitor, "val/loss", *_ALWAYS))}
     for folder, result in runs:
@@ -53,5 +55,5 @@ def _overlay(name: str, title: str, lines: Sequence[tuple[str, Curve]], colours:
     return Drawn(name, f"{title} of {len(lines)} runs, coloured by method, over the optimizer steps", figure)
 
 
-def _method(result: Mapping[str, Any]) -> str:
-    return str((result.get("choices") or {}).get("sparsity") or "?")
+def _method(result: Result | None) -> str:
+    return (result.choices.get("sparsity") if result else None) or "?"

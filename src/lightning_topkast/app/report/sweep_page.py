@@ -1,21 +1,19 @@
-"""The report of a folder with runs in it: side by side, each a line of every picture."""
+"""The report of a sweep: all runs of a folder in one table and in the same pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 from markupsafe import Markup
 
-from lightning_topkast.app.collect import collect
-from lightning_topkast.app.compare_tables import cells, header, notes
 from lightning_topkast.app.errors import AppError
 from lightning_topkast.app.report.page import PAGE, Inline, render, write_page
-from lightning_topkast.app.report.run import is_run, known_result
-from lightning_topkast.app.result import RESULT_FILE, RUNNING
+from lightning_topkast.app.run_folder.result import RUNNING, Result, read_result
+from lightning_topkast.app.sweep.collect import collect
+from lightning_topkast.app.sweep.tables import cells, header, notes
 
 
 @dataclass(frozen=True)
@@ -23,38 +21,31 @@ class Entry:
     """A run in the list of all.
 
     Attributes:
-        name: its folder, beneath the sweep's.
-        link: to its page, where it has one.
-        result: `result.json`; empty where there is none that can be read.
+        name: Its folder, relative to that of the sweep.
+        link: Link to its page, if it has one.
+        result: None if there is none that can be read.
     """
 
     name: str
     link: str | None
-    result: Mapping[str, Any]
+    result: Result | None
 
     @property
     def status(self) -> str:
-        """What is known of it."""
-        return str(self.result.get("status", RUNNING))
+        """Status of the run."""
+        return self.result.status if self.result else RUNNING
 
     @property
     def score(self) -> float | None:
-        """The metric that its checkpoints follow, of the test where it was tested."""
-        monitor = self.result.get("monitor") or {}
-        test = f"test/{str(monitor.get('name')).partition('/')[2]}"
-        return (self.result.get("metrics") or {}).get(test, monitor.get("value"))
-
-
-def runs_beneath(folder: Path) -> list[Path]:
-    """Return the folders of runs beneath `folder`, by name."""
-    found = {path.parent for path in folder.rglob(RESULT_FILE)}
-    for left in ("metrics.csv", "events.out.tfevents.*", "*.ckpt"):
-        found |= {path.parents[1] for path in folder.rglob(left) if is_run(path.parents[1])}
-    return sorted(run for run in found if run != folder)
+        """The monitored metric, from the test if the run was tested."""
+        monitor = self.result.monitor if self.result else None
+        if self.result is None or monitor is None:
+            return None
+        return (self.result.metrics or {}).get(f"test/{monitor.name.partition('/')[2]}", monitor.value)
 
 
 def write_sweep_report(folder: Path, runs: Sequence[Path]) -> Path:
-    """Write `report.html`, and its pictures as PNG files into `report/`, into `folder`; return the page."""
+    """Write `report.html` and the PNG files of its pictures in `report/` to `folder`, and return the page."""
     collected = collect(folder)
     remarks = [*collected.broken]
     entries = [_entry(run, folder, remarks) for run in runs]
@@ -62,12 +53,12 @@ def write_sweep_report(folder: Path, runs: Sequence[Path]) -> Path:
     overview: list[Inline] = []
     curves: dict[tuple[str, str], list[Inline]] = {}
     try:
-        from lightning_topkast.app.compare_plot import draw
         from lightning_topkast.app.report.drawing import to_png, to_svg
         from lightning_topkast.app.report.figures import Drawn
         from lightning_topkast.app.report.sweep_figures import overlays
+        from lightning_topkast.app.sweep.plot import draw
     except ImportError:
-        remarks.append("Pictures are left out: they need matplotlib, pip install 'lightning-topkast[report]'.")
+        remarks.append("Pictures are missing: they need matplotlib, pip install 'lightning-topkast[report]'.")
     else:
 
         def inline(drawn: Drawn) -> Inline:
@@ -77,7 +68,7 @@ def write_sweep_report(folder: Path, runs: Sequence[Path]) -> Path:
         figure = draw(collected.comparisons)
         if figure is not None:
             overview.append(
-                inline(Drawn("comparison", "score against training FLOPs, a point a configuration", figure))
+                inline(Drawn("comparison", "score against training FLOPs, one point per configuration", figure))
             )
         for number, (key, members) in enumerate(_by_table(zip(runs, entries, strict=True)).items(), start=1):
             curves[key] = [inline(drawn) for drawn in overlays(members, f"curves-{number}", len(runs))]
@@ -93,17 +84,17 @@ def _entry(run: Path, folder: Path, remarks: list[str]) -> Entry:
     name = run.relative_to(folder)
     link = "/".join(quote(part) for part in (*name.parts, PAGE)) if (run / PAGE).is_file() else None
     try:
-        return Entry(str(name), link, known_result(run))
+        return Entry(str(name), link, read_result(run))
     except AppError as error:
         if str(error) not in remarks:
             remarks.append(str(error))
-        return Entry(str(name), link, {})
+        return Entry(str(name), link, None)
 
 
-def _by_table(runs: Any) -> dict[tuple[str, str], list[tuple[Path, Mapping[str, Any]]]]:
-    """Runs by data set and model, as `collect` puts them into tables."""
-    tables: dict[tuple[str, str], list[tuple[Path, Mapping[str, Any]]]] = {}
+def _by_table(runs: Iterable[tuple[Path, Entry]]) -> dict[tuple[str, str], list[tuple[Path, Result | None]]]:
+    """Group runs by data set and model, like the tables."""
+    tables: dict[tuple[str, str], list[tuple[Path, Result | None]]] = {}
     for run, entry in runs:
-        choices = entry.result.get("choices") or {}
-        tables.setdefault((str(choices.get("data", "")), str(choices.get("model", ""))), []).append((run, entry.result))
+        choices = entry.result.choices if entry.result else {}
+        tables.setdefault((choices.get("data", ""), choices.get("model", "")), []).append((run, entry.result))
     return tables

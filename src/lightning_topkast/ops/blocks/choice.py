@@ -1,4 +1,4 @@
-"""Which of the two implementations computes: Triton's kernels, or torch's own operators."""
+"""The choice between the two implementations: Triton kernels and PyTorch's own operators."""
 
 from functools import cache
 from types import ModuleType
@@ -10,43 +10,43 @@ from torch import Tensor
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.ops.blocks import portable
 
-BlockOperators = Literal["auto", "torch", "triton"]
+BlockKernels = Literal["auto", "torch", "triton"]
 
 _SIDES = (16, 32, 64, 128)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_TRITON = (3, 4)  # the first with tensor descriptors
-_CAPABILITY = (8, 0)  # NVIDIA's first with bfloat16 and TensorFloat-32
+_TRITON = (3, 4)  # first version with tensor descriptors
+_CAPABILITY = (8, 0)  # first NVIDIA GPUs with bfloat16 and TensorFloat-32
 
 
-def choose_block_operators(
-    name: BlockOperators, device: torch.device, block_shape: tuple[int, int], dtype: torch.dtype
+def choose_block_kernels(
+    name: BlockKernels, device: torch.device, block_shape: tuple[int, int], dtype: torch.dtype
 ) -> Literal["torch", "triton"]:
-    """The operators that `block_sparse_linear` runs by.
+    """Return the kernels that `block_sparse_linear` uses.
 
     Args:
-        name: `"auto"` takes Triton's kernels on a GPU where they can be had, and torch's operators elsewhere.
-        device: where the tensors are; on CPU `"triton"` needs the variable TRITON_INTERPRET, and is for tests only.
+        name: `"auto"` uses Triton's kernels on a GPU if they are available, and PyTorch's otherwise.
+        device: of the tensors; on CPU `"triton"` needs the environment variable TRITON_INTERPRET, for tests only.
         block_shape: of the weight's blocks.
-        dtype: that is computed in.
+        dtype: of the computation.
 
     Raises:
-        TopKastError: `"triton"` and its kernels can't be had.
+        TopKastError: `"triton"` and its kernels are not available.
     """
-    if name not in get_args(BlockOperators):
-        raise TopKastError(f"operators must be one of {', '.join(get_args(BlockOperators))}, got {name!r}")
+    if name not in get_args(BlockKernels):
+        raise TopKastError(f"expected kernels to be one of {', '.join(get_args(BlockKernels))}, got {name!r}")
     if name == "torch" or (name == "auto" and device.type != "cuda"):
         return "torch"
     obstacle = _obstacle(device, block_shape, dtype)
     if not obstacle:
         return "triton"
     if name == "triton":
-        raise TopKastError(f"operators='triton' can't be had: {obstacle}; use operators='auto' or 'torch'")
+        raise TopKastError(f"kernels='triton' is not available: {obstacle}; use kernels='auto' or 'torch'")
     return "torch"
 
 
-def implementation(operators: str, dense: Tensor, block_shape: tuple[int, int]) -> ModuleType:
-    """The module with the products, of which there are two, for these operators (see `choose_block_operators`)."""
-    chosen = choose_block_operators(cast(BlockOperators, operators), dense.device, block_shape, dense.dtype)
+def implementation(kernels: str, dense: Tensor, block_shape: tuple[int, int]) -> ModuleType:
+    """Return the module with the two products for these kernels; see `choose_block_kernels`."""
+    chosen = choose_block_kernels(cast(BlockKernels, kernels), dense.device, block_shape, dense.dtype)
     if chosen == "torch":
         return portable
     from lightning_topkast.ops.blocks import launch
@@ -59,20 +59,20 @@ def _obstacle(device: torch.device, block_shape: tuple[int, int], dtype: torch.d
     if not found:
         return "triton is not installed"
     if tuple(map(int, found.split(".")[:2])) < _TRITON:
-        return f"triton {'.'.join(map(str, _TRITON))} or newer is needed, this is {found}"
+        return f"expected triton {'.'.join(map(str, _TRITON))} or newer, got {found}"
     if not set(block_shape) <= set(_SIDES):
-        return f"a block's sides must be of {_SIDES}, these are {tuple(block_shape)}"
+        return f"expected block sides from {_SIDES}, got {tuple(block_shape)}"
     if dtype not in _DTYPES:
-        return f"it computes in {', '.join(map(str, _DTYPES))}, not in {dtype}"
+        return f"expected {', '.join(map(str, _DTYPES))}, got {dtype}"
     if device.type == "cpu":
         from lightning_topkast.ops.blocks import launch
 
         return "" if launch.INTERPRETED else "on CPU it needs TRITON_INTERPRET=1 in the environment"
     if device.type != "cuda":
-        return f"it runs on CUDA devices, not on {device.type}"
+        return f"expected a CUDA device, got {device.type}"
     capability = _capability(device)
     if torch.version.hip is None and capability < _CAPABILITY:
-        return f"it needs compute capability {_CAPABILITY}, this device has {capability}"
+        return f"expected compute capability {_CAPABILITY} or higher, got {capability}"
     return ""
 
 
@@ -83,7 +83,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 @cache
 def _triton_version() -> str:
-    """Empty where it can't be imported."""
+    """Return Triton's version, or "" if it cannot be imported."""
     try:
         import triton
     except ImportError:

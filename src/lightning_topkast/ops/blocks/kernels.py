@@ -1,7 +1,7 @@
-"""The products of block-sparse matrices as Triton kernels; `launch` starts them, and says what their arguments are.
+"""Triton kernels for products of block-sparse matrices; `launch` starts them and computes their arguments.
 
-Every element of a result is summed by one program in the order of the blocks, and none by atomics, so that results
-don't depend on how programs are scheduled. Block sides are powers of two from 16 to 128.
+One program sums each element of a result in the order of the blocks, without atomics, so that results do not depend on
+the scheduling of programs. Block sides are powers of two from 16 to 128.
 """
 
 import triton
@@ -18,7 +18,7 @@ def _dot(a, b, total, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
 
 @triton.jit
 def _load(matrix, stride, row, column, rows, TALL: tl.constexpr, BROAD: tl.constexpr, DESCRIBED: tl.constexpr):
-    """TALL × BROAD elements of a matrix; zero behind its last row."""
+    """Load TALL × BROAD elements of a matrix; zero beyond its last row."""
     if DESCRIBED:
         box = matrix.load([row, column])
     else:
@@ -42,21 +42,21 @@ def product_kernel(
     lines,
     value_rows,
     dense_stride,
-    batch_bucket,  # these two tell autotuning's cases apart
+    batch_bucket,  # this and the next distinguish the cases of autotuning
     length_bucket,
     DEPTH: tl.constexpr,  # side of a block that is summed over
-    BREADTH: tl.constexpr,  # its other side
-    DEEP: tl.constexpr,  # so many terms are summed at a time; divides DEPTH
-    TRANSPOSED: tl.constexpr,  # blocks lie as (DEPTH, BREADTH), else as (BREADTH, DEPTH)
+    BREADTH: tl.constexpr,  # the other side
+    DEEP: tl.constexpr,  # number of terms that are summed at a time; divides DEPTH
+    TRANSPOSED: tl.constexpr,  # blocks are stored as (DEPTH, BREADTH), else as (BREADTH, DEPTH)
     HAS_BIAS: tl.constexpr,
     DESCRIBED: tl.constexpr,  # dense, values and result are tensor descriptors, else pointers
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
     TILE: tl.constexpr,  # rows of the result that a program computes
-    GROUP: tl.constexpr,  # tiles that go through the lines together
+    GROUP: tl.constexpr,  # tiles that pass through the lines together
 ):
-    """`dense` times the blocks of one line, for one tile of rows."""
-    # Programs that run at the same time share lines and tiles, whose data the L2 cache then holds.
+    """Multiply `dense` by the blocks of one line, for one tile of rows."""
+    # Programs that run at the same time share lines and tiles, so that the L2 cache holds their data.
     program = tl.program_id(0)
     tiles = tl.cdiv(rows, TILE)
     first = program // (GROUP * lines) * GROUP
@@ -69,7 +69,7 @@ def product_kernel(
     column = line * BREADTH
     broad = column + tl.arange(0, BREADTH)
     total = tl.zeros((TILE, BREADTH), tl.float32)
-    if HAS_BIAS:  # first, as nothing waits for it here
+    if HAS_BIAS:  # loaded first, since nothing waits for it here
         total += tl.load(bias + broad)[None, :].to(tl.float32)
     for turn in range(tl.load(starts + line) * PARTS, tl.load(starts + line + 1) * PARTS):
         at = turn // PARTS
@@ -93,9 +93,9 @@ def product_kernel(
 
 @triton.jit
 def _find(starts, lines, SIDE: tl.constexpr, LINES: tl.constexpr):
-    """This program's line, where in it its SIDE neighbouring blocks begin, and where the line ends.
+    """Return this program's line, the start of its SIDE neighbouring blocks in that line, and the end of the line.
 
-    Behind the last of them begin and end are equal.
+    For programs after the last block, start and end are equal.
     """
     program = tl.program_id(0)
     line = tl.arange(0, LINES)
@@ -128,7 +128,7 @@ def sampled_kernel(
     length_bucket,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
-    LINES: tl.constexpr,  # a power of two, `lines` at least
+    LINES: tl.constexpr,  # a power of two, at least `lines`
     ITEM: tl.constexpr,  # bytes of an element
     DESCRIBED: tl.constexpr,  # grads and dense are tensor descriptors, else pointers
     PRECISION: tl.constexpr,
@@ -136,7 +136,7 @@ def sampled_kernel(
     SIDE: tl.constexpr,  # blocks that a program computes side by side
     STEP: tl.constexpr,  # bytes of a column that are summed at a time
 ):
-    """SIDE neighbouring blocks of one line of gradsᵀ @ dense, summed over one split of the rows."""
+    """Compute SIDE neighbouring blocks of one line of gradsᵀ @ dense, summed over one split of the rows."""
     line, begin, end = _find(starts, lines, SIDE, LINES)
     if begin >= end:
         return
@@ -148,7 +148,7 @@ def sampled_kernel(
     result += split.to(tl.int64) * split_stride
     type = result.dtype.element_ty
     if DESCRIBED:
-        # A sum for each block: tensor cores multiply 64 rows of it at a time.
+        # One sum per block: tensor cores multiply 64 rows of it at a time.
         totals = ()
         columns = ()
         for i in tl.static_range(SIDE):
@@ -166,7 +166,7 @@ def sampled_kernel(
                 block = tl.load(blocks + begin + i).to(tl.int64) * (HEIGHT * WIDTH)
                 tl.store(result + block + element, totals[i].to(type))
     else:
-        # The blocks' columns side by side are the sum's rows, of which a tensor core wants 64 at least.
+        # The adjacent columns of the blocks are the rows of the sum, of which a tensor core needs at least 64.
         lane = tl.arange(0, SIDE * WIDTH)
         at = begin + lane // WIDTH
         present = at < end
@@ -195,7 +195,7 @@ def fold_kernel(
     splits,
     CHUNK: tl.constexpr,
 ):
-    """The sum of `partial` over its splits, in their order, and zeros up to `count`."""
+    """Sum `partial` over its splits, in order, and write zeros from `size` up to `count`."""
     at = tl.program_id(0).to(tl.int64) * CHUNK + tl.arange(0, CHUNK)
     inside = at < size
     total = tl.zeros((CHUNK,), tl.float32)

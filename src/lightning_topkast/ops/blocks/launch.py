@@ -1,6 +1,6 @@
-"""Starts the Triton kernels: grids, tuning, and how the rows of a sum are split.
+"""Launch of the Triton kernels: grids, tuning and the splitting of sums over rows.
 
-Importing it imports triton, which not every environment has; `choice` looks whether it can be had.
+Importing this module imports triton, which is optional; `choice` checks whether it is available.
 """
 
 import threading
@@ -18,11 +18,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from lightning_topkast.ops.blocks.kernels import fold_kernel, product_kernel, sampled_kernel
 from lightning_topkast.ops.blocks.pattern import Lines
 
-# A kernel runs in Python, on CPU tensors, if the variable TRITON_INTERPRET was set when triton was imported.
+# Kernels run in Python, on CPU tensors, if the variable TRITON_INTERPRET was set when triton was imported.
 INTERPRETED = not isinstance(product_kernel, triton.JITFunction)
 
-# Where the hardware copies boxes of a matrix by itself, tensor descriptors tell it their shape.
-_DESCRIBING = (9, 0)  # NVIDIA's first compute capability that does; Triton's stand-in for the others copies by 2 bytes
+# Tensor descriptors give the shape of boxes of a matrix to hardware that copies such boxes by itself.
+_DESCRIBING = (9, 0)  # NVIDIA's first compute capability with such copies; Triton's emulation copies 2 bytes at a time
 
 
 def _shape_product_boxes(arguments: dict[str, Any]) -> None:
@@ -43,8 +43,8 @@ def _shape(matrix: Tensor | TensorDescriptor, tall: int, broad: int) -> None:
         matrix.block_shape = [tall, broad]
 
 
-# What tuning chooses from, by the names of the kernels' arguments; the interpreter takes small fixed ones. The product
-# finds its blocks by loaded indices, which takes stages of its own: 3 and 5 stages are 2 and 3 buffers of tiles.
+# Candidates of tuning, by the names of the kernels' arguments; the interpreter uses small fixed values. The product
+# loads the indices of its blocks, which needs additional stages: 3 and 5 stages are 2 and 3 buffers of tiles.
 _PRODUCT_TILES = [
     triton.Config({"TILE": tile, "GROUP": group}, num_warps=warps, num_stages=stages, pre_hook=_shape_product_boxes)
     for tile, warps, stages, group in (
@@ -70,18 +70,18 @@ _SAMPLED_TILES = [
         (8, 128, 8, 3),
     )
 ]
-_TERMS = 128  # bytes of a row of `dense` that a product sums at a time: as the shared memory of a tensor core lies
-_SUMS_PER_THREAD = 128  # so many float32 sums at most, or its registers spill
+_TERMS = 128  # bytes of a row of `dense` that a product sums at a time: a row of a tensor core's shared memory
+_SUMS_PER_THREAD = 128  # largest number of float32 sums per thread without register spilling
 _FIXED_PRODUCT = {"TILE": 16, "GROUP": 2} if INTERPRETED else {}
 _FIXED_SAMPLED = {"SIDE": 2, "STEP": 64} if INTERPRETED else {}
-_tiles: dict[tuple[object, ...], dict[str, Any]] = {}  # what tuning chose, by case
+_tiles: dict[tuple[object, ...], dict[str, Any]] = {}  # results of tuning by case
 _entered = threading.local()
 
-# Splits begin at multiples of this many rows, whichever tile tuning chooses: the order of a sum must not depend on it.
+# Splits start at multiples of this many rows for all tiles, since the order of a sum must not depend on the tile.
 _SPLIT_UNIT = 128
 _MOST_SPLITS = 16
-_ROWS_TO_FOLD = 700  # to write and fold the sums of a split takes as long as summing so many rows; on an H200
-_TYPICAL_COLUMNS = 128  # of the blocks that a program computes side by side, whichever tile tuning chooses
+_ROWS_TO_FOLD = 700  # writing and folding the sums of a split takes as long as summing this many rows, on an H200
+_TYPICAL_COLUMNS = 128  # of the blocks that a program computes side by side, independent of the chosen tile
 _FOLD_CHUNK = 2048
 
 
@@ -129,7 +129,7 @@ def sampled(grads: Tensor, dense: Tensor, lines: Lines, shape: Sequence[int]) ->
     size = present * height * width
     splits, split_rows = split(rows, -(-present * width // _TYPICAL_COLUMNS), _processors(dense.device))
     partial = result if splits == 1 else dense.new_empty(splits, present, height, width, dtype=torch.float32)
-    # A tensor core multiplies 64 rows at least: of narrower blocks it takes several, which no box holds.
+    # A tensor core multiplies at least 64 rows, so it needs several narrower blocks, which are not in one box.
     described = _describes(dense.device) and (INTERPRETED or min(height, width) >= 64)
     matrices = [_aligned(grads), _aligned(dense)]
     arguments = {
@@ -155,7 +155,7 @@ def sampled(grads: Tensor, dense: Tensor, lines: Lines, shape: Sequence[int]) ->
     }
 
     def grid(meta: dict[str, Any]) -> tuple[int, int]:
-        """As many programs as lines of any lengths may need."""
+        """Return the largest number of programs that lines of any lengths may need."""
         side = meta["SIDE"]
         return min(present, (present + count * (side - 1)) // side), splits
 
@@ -170,17 +170,17 @@ def sampled(grads: Tensor, dense: Tensor, lines: Lines, shape: Sequence[int]) ->
 
 
 def split(rows: int, programs: int, processors: int) -> tuple[int, int]:
-    """Into how many sums that of `rows` rows is split, and of how many rows each, so that the device is used evenly.
+    """Return the number of sums into which a sum over `rows` rows is split to use the device evenly, and their rows.
 
     Args:
         rows: at least 1.
-        programs: at least 1; how many there are without a split.
-        processors: of the device.
+        programs: number of programs without a split, at least 1.
+        processors: number of processors of the device.
     """
 
     def cost(splits: int) -> float:
-        """The rows that the busiest processor sums, and what folding costs in rows."""
-        rounds = max(-(-programs * splits // processors), 1.5)  # one program alone does not keep a processor busy
+        """Return the rows that the busiest processor sums, plus the cost of folding in rows."""
+        rounds = max(-(-programs * splits // processors), 1.5)  # a single program does not keep a processor busy
         folding = programs * splits / processors * _ROWS_TO_FOLD if splits > 1 else 0.0
         return rounds * _split_rows(rows, splits) + folding
 
@@ -199,9 +199,9 @@ def _start(
     arguments: dict[str, Any],
     shape_boxes: Callable[[dict[str, Any]], None],
 ) -> None:
-    """Start a kernel in the tiling that was found the best for its case.
+    """Start a kernel with the best tiling for its case.
 
-    Triton's tuner knows the case from the arguments, but to look through them at each start takes as long as starting.
+    Triton's tuner derives the case from the arguments, but doing so at each start takes as long as the start itself.
     """
     described = arguments["result"]
     result = described.base if isinstance(described, TensorDescriptor) else described
@@ -221,12 +221,12 @@ def _start(
 
 
 def _bucket(size: int) -> int:
-    """Sizes that are tuned together."""
+    """Return the bucket of a size; sizes in one bucket are tuned together."""
     return 1 << max(size - 1, 0).bit_length()
 
 
 def _numerics(dense: Tensor) -> dict[str, Any]:
-    """float32 as torch's own products: TensorFloat-32 where they may use it."""
+    """Return the precision arguments: float32 as in PyTorch's products, TensorFloat-32 if they may use it."""
     return {
         "PRECISION": "tf32" if dense.dtype == torch.float32 and _may_use_tf32() else "ieee",
         "WIDEN": INTERPRETED and dense.dtype == torch.bfloat16,
@@ -236,24 +236,24 @@ def _numerics(dense: Tensor) -> dict[str, Any]:
 
 def _may_use_tf32() -> bool:
     settings = torch.backends.cuda.matmul
-    # the newer of the two settings never raises, whichever of them was written
+    # reading the newer of the two settings never raises, whichever of them was set
     return settings.fp32_precision == "tf32" if hasattr(settings, "fp32_precision") else settings.allow_tf32
 
 
 @cache
 def _processors(device: torch.device) -> int:
     if device.type != "cuda":
-        return 64  # the interpreter: small tests are to split too
+        return 64  # the interpreter: small tests should also use splits
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _on(tensor: Tensor) -> Any:
-    """Triton starts kernels on the current device, whichever the tensors are on."""
+    """Return a context that makes the tensor's device the current one, on which Triton starts kernels."""
     if not tensor.is_cuda:
         return nullcontext()
     device = tensor.get_device()
     if device not in _entered.__dict__.setdefault("devices", set()):
-        # A thread of autograd's may not have entered the device's context yet, which describing a matrix needs.
+        # An autograd thread may not have entered the device's context yet, which a tensor descriptor needs.
         torch.cuda.mem_get_info(device)
         _entered.devices.add(device)
     return torch.cuda.device(device) if device != torch.cuda.current_device() else nullcontext()
@@ -267,12 +267,12 @@ def _describes(device: torch.device) -> bool:
 
 
 def _describe(matrix: Tensor) -> TensorDescriptor:
-    """Of an aligned matrix. What a box of it is depends on the tile, which is chosen later."""
+    """Return the descriptor of an aligned matrix; the tile, chosen later, determines the shape of a box."""
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [16, 16])
 
 
 def _aligned(matrix: Tensor) -> Tensor:
-    """The matrix, or its copy, with contiguous rows that begin at multiples of 16 bytes, as copies of boxes need it."""
+    """Return the matrix or a copy, with contiguous rows that start at multiples of 16 bytes, as box copies require."""
     stride, step = matrix.stride()
     apart = stride >= matrix.shape[1] and stride * matrix.element_size() % 16 == 0
     if step == 1 and apart and matrix.data_ptr() % 16 == 0:
@@ -281,10 +281,10 @@ def _aligned(matrix: Tensor) -> Tensor:
 
 
 def _product_tiles(configs: list[Any], arguments: dict[str, Any], **constants: Any) -> list[Any]:
-    """Tiles that are as large as the batch at most.
+    """Return the tiles that are at most as large as the batch.
 
-    Below 64 rows there is one, and from there on none is below 64: that is where tensor cores change their
-    instruction, and with it the order of sums.
+    Below 64 rows this is one tile; from 64 rows on all tiles have at least 64 rows, since tensor cores use another
+    instruction, and so another order of sums, below 64.
     """
     batch = (arguments | constants)["batch_bucket"]
     smallest = min(max(batch, 16), 64)
@@ -293,7 +293,7 @@ def _product_tiles(configs: list[Any], arguments: dict[str, Any], **constants: A
 
 
 def _sampled_tiles(configs: list[Any], arguments: dict[str, Any], **constants: Any) -> list[Any]:
-    """Tiles of 128 to 256 columns that fit into registers."""
+    """Return the tiles of 128 to 256 columns that fit into registers."""
     height, width = constants["HEIGHT"], constants["WIDTH"]
     return [
         config

@@ -1,7 +1,7 @@
-"""The products of block-sparse matrices as operators of torch, computed by torch's own operators or Triton's kernels.
+"""Custom PyTorch operators for the products of block-sparse matrices, computed by PyTorch's or Triton's kernels.
 
-They are opaque to torch.compile, which needs their fakes only, and not differentiable themselves. `Lines` are given as
-their four tensors: the dispatcher takes those faster than a list.
+They are opaque to torch.compile, which needs only their fake implementations, and are not differentiable themselves.
+`Lines` are passed as four tensors, which the dispatcher processes faster than a list.
 """
 
 from collections.abc import Sequence
@@ -14,10 +14,8 @@ from lightning_topkast.ops.blocks.pattern import Lines
 from lightning_topkast.ops.library import LIBRARY
 
 _LINES = "Tensor starts, Tensor others, Tensor blocks, Tensor longest_first"
-_PRODUCT = (
-    f"block_product(Tensor dense, Tensor values, Tensor? bias, {_LINES}, bool transposed, str operators) -> Tensor"
-)
-_SAMPLED = f"block_sampled(Tensor grads, Tensor dense, {_LINES}, SymInt[] shape, str operators) -> Tensor"
+_PRODUCT = f"block_product(Tensor dense, Tensor values, Tensor? bias, {_LINES}, bool transposed, str kernels) -> Tensor"
+_SAMPLED = f"block_sampled(Tensor grads, Tensor dense, {_LINES}, SymInt[] shape, str kernels) -> Tensor"
 
 
 def _product(
@@ -29,10 +27,10 @@ def _product(
     blocks: Tensor,
     longest_first: Tensor,
     transposed: bool,
-    operators: str,
+    kernels: str,
 ) -> Tensor:
     lines = Lines(starts, others, blocks, longest_first)
-    return implementation(operators, dense, (values.shape[1], values.shape[2])).product(
+    return implementation(kernels, dense, (values.shape[1], values.shape[2])).product(
         dense, values, bias, lines, transposed
     )
 
@@ -46,7 +44,7 @@ def _fake_product(
     blocks: Tensor,
     longest_first: Tensor,
     transposed: bool,
-    operators: str,
+    kernels: str,
 ) -> Tensor:
     return dense.new_empty(dense.shape[0], (starts.shape[0] - 1) * values.shape[2 if transposed else 1])
 
@@ -59,10 +57,10 @@ def _sampled(
     blocks: Tensor,
     longest_first: Tensor,
     shape: Sequence[int],
-    operators: str,
+    kernels: str,
 ) -> Tensor:
     lines = Lines(starts, others, blocks, longest_first)
-    return implementation(operators, dense, (shape[1], shape[2])).sampled(grads, dense, lines, shape)
+    return implementation(kernels, dense, (shape[1], shape[2])).sampled(grads, dense, lines, shape)
 
 
 def _fake_sampled(
@@ -73,7 +71,7 @@ def _fake_sampled(
     blocks: Tensor,
     longest_first: Tensor,
     shape: Sequence[int],
-    operators: str,
+    kernels: str,
 ) -> Tensor:
     return dense.new_empty(shape)
 
@@ -83,6 +81,6 @@ for _schema, _implementation, _fake in ((_PRODUCT, _product, _fake_product), (_S
     LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"topkast::{_name}", _fake, lib=LIBRARY)
 
-# The overloads themselves: torch would look for them at each call.
+# The overloads themselves, since PyTorch would search for them at each call.
 block_product = torch.ops.topkast.block_product.default
 block_sampled = torch.ops.topkast.block_sampled.default

@@ -1,4 +1,4 @@
-"""Where the blocks of a block-sparse matrix are."""
+"""The places of the blocks of a block-sparse matrix."""
 
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -7,20 +7,18 @@ import torch
 from torch import Tensor
 
 from lightning_topkast.errors import TopKastError
-from lightning_topkast.method.selection import ACTIVE, EXPLORING
 
 _LARGEST = torch.iinfo(torch.int32).max
 
 
 class Lines(NamedTuple):
-    """Blocks in the order of the grid's rows, or of its columns: its *lines*.
+    """Blocks in the order of the grid's *lines*, which are its rows or its columns.
 
     Attributes:
-        starts: int32 (lines + 1,); line i holds the places starts[i] to starts[i + 1] of the next two.
-        others: int32 (blocks,); where across its line a block is, increasing within a line.
-        blocks: int32 (blocks,); which of the packed blocks it is.
-        longest_first: int32 (lines,); the lines by falling number of blocks: work that is begun in this order ends
-            evenly.
+        starts: int32 (lines + 1,); line i holds positions starts[i] to starts[i + 1] of the next two tensors.
+        others: int32 (blocks,); position of a block within its line, increasing within a line.
+        blocks: int32 (blocks,); index of the block among the packed blocks.
+        longest_first: int32 (lines,); the lines by decreasing number of blocks; work started in this order ends evenly.
     """
 
     starts: Tensor
@@ -30,11 +28,11 @@ class Lines(NamedTuple):
 
     @classmethod
     def of(cls, lines: Tensor, others: Tensor, count: int) -> "Lines":
-        """Sort packed blocks by line and, within one, by their place across.
+        """Sort packed blocks by line and, within a line, by position.
 
         Args:
-            lines: int64 (blocks,), which of the `count` lines each is in.
-            others: int64 (blocks,), where across.
+            lines: int64 (blocks,), the line of each block.
+            others: int64 (blocks,), its position within the line.
             count: number of lines.
         """
         blocks = torch.argsort(lines * (others.max() + 1) + others) if others.numel() else others
@@ -44,30 +42,31 @@ class Lines(NamedTuple):
         return cls(starts.int(), others[blocks].int(), blocks.int(), longest_first.int())
 
     def to(self, device: torch.device | str) -> "Lines":
-        """The same on another device."""
+        """Return the same lines on another device."""
         return Lines(*(tensor.to(device) for tensor in self))
 
     @property
     def nbytes(self) -> int:
-        """The memory that the indices take."""
+        """Size of the indices in bytes."""
         return sum(tensor.nbytes for tensor in self)
 
 
 @dataclass(frozen=True, eq=False)
 class BlockPattern:
-    r"""The blocks of a weight (out, in) that are in B, in packed order, and the two ways to walk along those of A.
+    """The places of the blocks of a block-sparse weight (out, in); some blocks have only a gradient.
 
-    Packed order: A's blocks in row-major order of the grid, then those of B\A.
+    Packed order: first the active blocks, which the product uses, in row-major order of the grid, then the exploring
+    blocks, which have only a gradient. Together they are the updated blocks.
 
     Attributes:
-        shape: of the weight.
-        block_shape: of a block, which divides it.
-        active_count: blocks in A.
-        rows: int32 (blocks of B,); each block's row in the grid.
-        columns: int32 (blocks of B,); its column.
-        active_by_row: A's blocks along the grid's rows, as the forward product needs them.
-        active_by_column: A's blocks along its columns, for the gradient of the input.
-        updated_by_row: B's blocks along its rows, for the gradient of the values.
+        shape: shape of the weight.
+        block_shape: shape of a block, which divides that of the weight.
+        active_count: number of active blocks.
+        rows: int32 (updated blocks,); row of each block in the grid.
+        columns: int32 (updated blocks,); column of each block.
+        active_by_row: active blocks along the grid's rows, for the forward product.
+        active_by_column: active blocks along its columns, for the gradient of the input.
+        updated_by_row: updated blocks along its rows, for the gradient of the values.
     """
 
     shape: tuple[int, int]
@@ -80,29 +79,32 @@ class BlockPattern:
     updated_by_row: Lines
 
     @classmethod
-    def from_tiers(cls, tiers: Tensor, block_shape: tuple[int, int]) -> "BlockPattern":
-        """The pattern of a grid of blocks.
+    def from_flat(
+        cls, active: Tensor, exploring: Tensor, grid: tuple[int, int], block_shape: tuple[int, int]
+    ) -> "BlockPattern":
+        """Make the pattern of blocks with these flat row-major indices in a grid.
 
         Args:
-            tiers: uint8 (rows, columns) of the grid, on any device: 0 reservoir, 1 exploring, 2 active.
+            active: int64 (blocks,), increasing: the blocks of the product.
+            exploring: int64 (blocks,), increasing: the blocks that have only a gradient; none of them is active.
+            grid: rows and columns of the grid of blocks.
             block_shape: rows and columns of a block.
 
         Raises:
-            TopKastError: the grid is no matrix, or too large for int32.
+            TopKastError: the grid is not a matrix, or is too large for int32.
         """
-        if tiers.dim() != 2 or min(block_shape) < 1:
+        if len(grid) != 2 or min(block_shape) < 1:
             raise TopKastError(
-                f"a block pattern needs the tiers of a 2-D grid and positive block sides, got a grid of shape "
-                f"{tuple(tiers.shape)} and blocks of {tuple(block_shape)}"
+                f"expected a 2-D grid and positive block sides, got a grid of shape {tuple(grid)} and blocks of "
+                f"{tuple(block_shape)}"
             )
-        rows, columns = tiers.shape
-        height, width = block_shape
-        if max(tiers.numel(), rows * height, columns * width) > _LARGEST:
+        (rows, columns), (height, width) = grid, block_shape
+        if max(rows * columns, rows * height, columns * width) > _LARGEST:
             raise TopKastError(
-                f"{rows} × {columns} blocks of {height} × {width}: int32 counts to {_LARGEST}; use larger blocks"
+                f"{rows} × {columns} blocks of {height} × {width} exceed the int32 limit of {_LARGEST}; use larger "
+                "blocks"
             )
-        active = torch.nonzero(tiers.reshape(-1) == ACTIVE).squeeze(1)
-        updated = torch.cat([active, torch.nonzero(tiers.reshape(-1) == EXPLORING).squeeze(1)])
+        updated = torch.cat([active, exploring])
         row, column = updated // max(columns, 1), updated % max(columns, 1)
         count = active.numel()
         return cls(
@@ -118,22 +120,22 @@ class BlockPattern:
 
     @property
     def updated_count(self) -> int:
-        """Blocks in B."""
+        """Number of updated blocks."""
         return self.rows.numel()
 
     @property
     def device(self) -> torch.device:
-        """Where its indices are."""
+        """The device of the indices."""
         return self.rows.device
 
     @property
     def nbytes(self) -> int:
-        """The memory that the indices take."""
+        """Size of the indices in bytes."""
         lines = (self.active_by_row, self.active_by_column, self.updated_by_row)
         return self.rows.nbytes + self.columns.nbytes + sum(each.nbytes for each in lines)
 
     def to(self, device: torch.device | str) -> "BlockPattern":
-        """The same pattern on another device."""
+        """Return the same pattern on another device."""
         return replace(
             self,
             rows=self.rows.to(device),
@@ -144,7 +146,7 @@ class BlockPattern:
         )
 
     def flat_indices(self) -> Tensor:
-        """Where in the weight each packed value is: int64 (blocks of B × height × width,), row-major."""
+        """Return the flat index in the weight of each packed value: int64 (updated blocks × height × width,)."""
         height, width = self.block_shape
         device = self.device
         down = self.rows.long()[:, None] * height + torch.arange(height, device=device)

@@ -1,7 +1,7 @@
-"""The products of block-sparse matrices by torch's own operators, for every device and dtype.
+"""The products of block-sparse matrices with PyTorch's own operators, for every device and dtype.
 
-A line of the grid at a time: what its blocks need of the dense matrix is gathered, so that all of them are one dense
-product, whose sums are in the order of the blocks. On one thread of a CPU this took half as long as torch's BSR
+For each line of the grid, the parts of the dense matrix that its blocks need are gathered, so that one dense product
+computes all of them, with sums in the order of the blocks. On one CPU thread this took half as long as PyTorch's BSR
 matrices.
 """
 
@@ -14,17 +14,17 @@ from lightning_topkast.ops.blocks.pattern import Lines
 
 
 def product(dense: Tensor, values: Tensor, bias: Tensor | None, lines: Lines, transposed: bool) -> Tensor:
-    """`dense` times the blocks of each line, plus `bias`.
+    """Multiply `dense` by the blocks of each line and add `bias`.
 
     Args:
-        dense: (M, in), or `transposed` (M, out).
+        dense: (M, in); (M, out) if `transposed`.
         values: (blocks, height, width).
         bias: (columns of the result,).
-        lines: the rows of the grid, or `transposed` its columns.
-        transposed: multiply by the blocks as they are, else by their transposes.
+        lines: the rows of the grid; its columns if `transposed`.
+        transposed: multiply by the blocks themselves instead of their transposes.
 
     Returns:
-        (M, out), or `transposed` (M, in); zero, or the bias, where a line has no blocks.
+        (M, out); (M, in) if `transposed`; zero, or the bias, for lines without blocks.
     """
     height, width = values.shape[1:]
     depth, breadth = (height, width) if transposed else (width, height)
@@ -47,7 +47,7 @@ def product(dense: Tensor, values: Tensor, bias: Tensor | None, lines: Lines, tr
 
 
 def sampled(grads: Tensor, dense: Tensor, lines: Lines, shape: Sequence[int]) -> Tensor:
-    """The blocks of gradsᵀ @ dense.
+    """Compute the blocks of gradsᵀ @ dense.
 
     Args:
         grads: (M, out).
@@ -56,7 +56,7 @@ def sampled(grads: Tensor, dense: Tensor, lines: Lines, shape: Sequence[int]) ->
         shape: of the result.
 
     Returns:
-        (packed blocks, height, width); zero where none of the lines holds the block.
+        (packed blocks, height, width); zero for blocks that are in none of the lines.
     """
     count, height, width = shape
     result = dense.new_empty(count, height, width)

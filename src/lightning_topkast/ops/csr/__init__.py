@@ -1,1 +1,1 @@
-"""Products with unstructured sparse matrices on CPU."""
+"""Products of unstructured sparse matrices."""

@@ -1,7 +1,7 @@
-"""The compiled kernels: when they are used, and how they are built, kept and loaded.
+"""The compiled kernels: choosing, building, caching and loading them.
 
-torch's own `cpp_extension.load` would wait for ever on the lock file of a killed build, and needs ninja, setuptools
-and Python's headers. Here a build has a folder of its own and its result is moved into place in one step.
+PyTorch's own `cpp_extension.load` would wait forever on the lock file of a killed build, and needs ninja, setuptools
+and Python's headers. Here each build has its own folder and its result is moved into place in one step.
 """
 
 import hashlib
@@ -21,10 +21,10 @@ import torch
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.ops.csr import library  # noqa: F401  the kernels implement its operators
 
-Operators = Literal["auto", "torch", "compiled"]
+Kernels = Literal["auto", "torch", "compiled"]
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
-_PATIENCE = 900  # seconds that a build may take
+_PATIENCE = 900  # time limit of a build in seconds
 _LINES = 8  # of the compiler's output that an error quotes
 _INSTRUCTIONS = {
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"),
@@ -36,30 +36,30 @@ _lock = threading.Lock()
 _obstacle: str | None = None  # why the kernels could not be loaded; "" once they are
 
 
-def choose_operators(name: Operators, device: torch.device) -> Literal["torch", "compiled"]:
-    """The operators that `sparse_linear` runs by on `device`; the first call may compile them.
+def choose_kernels(name: Kernels, device: torch.device) -> Literal["torch", "compiled"]:
+    """Return the kernels that `sparse_linear` uses on `device`; the first call may compile them.
 
     Args:
-        name: `"auto"` takes the compiled kernels where they can be had and torch's operators elsewhere.
-        device: where the tensors are.
+        name: `"auto"` uses the compiled kernels if they are available, and PyTorch's otherwise.
+        device: of the tensors.
 
     Raises:
-        TopKastError: `"compiled"` and the kernels can't be had.
+        TopKastError: `"compiled"` and the kernels are not available.
     """
-    if name not in get_args(Operators):
-        raise TopKastError(f"operators must be one of {', '.join(get_args(Operators))}, got {name!r}")
+    if name not in get_args(Kernels):
+        raise TopKastError(f"expected kernels to be one of {', '.join(get_args(Kernels))}, got {name!r}")
     if name == "torch":
         return "torch"
     obstacle = _load_once() if device.type == "cpu" else f"they run on CPU, not on {device.type}"
     if not obstacle:
         return "compiled"
     if name == "compiled":
-        raise TopKastError(f"operators='compiled' can't be had: {obstacle}\nUse operators='auto' or 'torch'.")
+        raise TopKastError(f"kernels='compiled' is not available: {obstacle}\nUse kernels='auto' or 'torch'.")
     return "torch"
 
 
 def _load_once() -> str:
-    """Load the kernels, or say what keeps this process from it; a failed build isn't tried again."""
+    """Load the kernels and return "", or return why they are not available; a failed build is not repeated."""
     global _obstacle
     with _lock:
         if _obstacle is None:
@@ -68,12 +68,12 @@ def _load_once() -> str:
                 _obstacle = ""
             except (OSError, RuntimeError, subprocess.SubprocessError) as error:
                 _obstacle = str(error)
-                _log.info("using torch's sparse operators, since the compiled ones can't be had: %s", error)
+                _log.info("using PyTorch's sparse operators, since compiled kernels are not available: %s", error)
         return _obstacle
 
 
 def _command() -> list[str]:
-    """The compiler's command but for the names of its input and output."""
+    """Return the compiler's command without the names of its input and output."""
     if sys.platform == "win32":
         raise OSError("they are not built on Windows")
     mac = sys.platform == "darwin"
@@ -88,7 +88,7 @@ def _command() -> list[str]:
         f"-I{folder / 'include'}",
         f"-I{folder / 'include' / 'torch' / 'csrc' / 'api' / 'include'}",
         f"-L{folder / 'lib'}",
-        # torch's threads are OpenMP's; Apple's compiler has none, and the kernels then run on one thread
+        # PyTorch uses OpenMP threads; Apple's compiler has none, so the kernels run on one thread there
         *(("-undefined", "dynamic_lookup") if mac else ("-fopenmp",)),
     ]
 
@@ -102,7 +102,7 @@ def _load(command: list[str]) -> None:
             torch.ops.load_library(path)
             return
         except OSError as error:
-            _log.info("building %s again, as it can't be loaded: %s", path, error)
+            _log.info("building %s again, since it cannot be loaded: %s", path, error)
     _build(command, path)
     torch.ops.load_library(path)
 
@@ -120,7 +120,7 @@ def _digest_of(path: Path) -> Path:
 
 
 def _intact(path: Path) -> bool:
-    """Whether a built library is as it was written; to load a truncated one could end the process."""
+    """Return whether a built library is unchanged; loading a truncated one could end the process."""
     try:
         return _digest_of(path).read_text() == hashlib.sha256(path.read_bytes()).hexdigest()
     except (OSError, UnicodeDecodeError):
@@ -128,7 +128,7 @@ def _intact(path: Path) -> bool:
 
 
 def _build(command: list[str], path: Path) -> None:
-    _log.info("compiling the sparse kernels to %s, once; this takes some ten seconds", path)
+    _log.info("compiling the sparse kernels to %s; this takes about ten seconds, once", path)
     with tempfile.TemporaryDirectory(prefix="build_", dir=path.parent) as folder:
         built, digest = Path(folder, path.name), Path(folder, "digest")
         try:
@@ -141,7 +141,7 @@ def _build(command: list[str], path: Path) -> None:
                 timeout=_PATIENCE,
             )
         except FileNotFoundError as error:
-            raise OSError(f"no C++ compiler '{command[0]}'; install one, or name it by the variable CXX") from error
+            raise OSError(f"no C++ compiler '{command[0]}'; install one, or set the variable CXX to one") from error
         if result.returncode or not built.exists():
             lines = (result.stderr or result.stdout).strip().splitlines()[-_LINES:]
             raise OSError("\n".join([f"'{command[0]}' failed with exit status {result.returncode}", *lines]))

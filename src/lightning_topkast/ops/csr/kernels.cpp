@@ -1,5 +1,5 @@
-// The sparse products for CPUs. Dense operands are (features, batch): a sparse entry meets whole rows of them, which
-// vectorise whatever the pattern is.
+// The sparse products for CPUs. Dense operands are (features, batch): each sparse entry is multiplied by whole rows,
+// which vectorise for every pattern.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -21,30 +21,30 @@ namespace {
 using at::Tensor;
 using at::vec::Vectorized;
 
-// Vectors of a batch tile: as many accumulators stay in registers over all entries of a row.
+// Vectors per batch tile; this many accumulators stay in registers over all entries of a row.
 constexpr int kVectors = 8;
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kFusedVectors = 8;
 #else
-constexpr int kFusedVectors = 4; // it keeps two of each, and there are 16 registers
+constexpr int kFusedVectors = 4; // the fused kernel keeps two of each, and there are 16 registers
 #endif
-constexpr int64_t kTileBytes = 1 << 20; // of a dense operand's tile, as a usual L2 cache holds it
+constexpr int64_t kTileBytes = 1 << 20; // size of a dense operand's tile that fits a typical L2 cache
 constexpr int kAhead = 24; // entries between the prefetch of a scattered value and its use
-constexpr int64_t kGrain = 1 << 15; // multiply-adds worth a thread
+constexpr int64_t kGrain = 1 << 15; // smallest number of multiply-adds per thread
 
 struct Pattern {
   const int32_t* crow;
   const int32_t* col;
 };
 
-// A part of the batch that the kernels take at a time: `vectors` vectors, of which the last ends where the tile does,
-// and so overlaps the one before.
+// The part of the batch that the kernels process at a time: `vectors` vectors, of which the last ends at the end of the
+// tile and so overlaps the previous one.
 struct Tile {
   int64_t start, width;
   int vectors;
 };
 
-// The tiles of a batch of at least one vector, of at most so many vectors each.
+// Returns the tiles of a batch of at least one vector, with at most `most` vectors per tile.
 template <typename T>
 std::vector<Tile> tiles_of(int64_t batch, int64_t most) {
   constexpr int64_t lanes = Vectorized<T>::size();
@@ -58,11 +58,11 @@ std::vector<Tile> tiles_of(int64_t batch, int64_t most) {
   return tiles;
 }
 
-// How many vectors a tile may have so that the cache holds it, for an operand with so many features.
+// Returns how many vectors a tile may have to fit the cache, for an operand with this many features.
 template <typename T>
 int64_t cached_vectors(int64_t features) {
   const int64_t bytes = features * Vectorized<T>::size() * sizeof(T) * kVectors;
-  return bytes <= kTileBytes ? kVectors : kVectors / 2; // narrower ones lose more than the cache wins
+  return bytes <= kTileBytes ? kVectors : kVectors / 2; // narrower tiles lose more than the cache gains
 }
 
 template <typename F, int... K>
@@ -80,10 +80,10 @@ inline int64_t offset(int64_t width, int vector) {
   return vector == K - 1 ? width - Vectorized<T>::size() : vector * Vectorized<T>::size();
 }
 
-// Runs `function(first_row, last_row)` on several threads, each with about as many entries.
+// Runs `function(first_row, last_row)` on several threads, with about the same number of entries per thread.
 template <typename F>
 void parallel_rows(const int32_t* crow, int64_t rows, int64_t batch, const F& function) {
-  const auto row_of = [&](int64_t work) { // a row's work is an entry more than it has
+  const auto row_of = [&](int64_t work) { // the work of a row is its number of entries plus one
     int64_t low = 0, high = rows;
     while (low < high) {
       const int64_t middle = (low + high) / 2;
@@ -96,7 +96,7 @@ void parallel_rows(const int32_t* crow, int64_t rows, int64_t batch, const F& fu
   });
 }
 
-// The product for a tile: `dense` is (columns, width) and contiguous, `out` has rows of `stride`.
+// Computes the product for a tile: `dense` is (columns, width) and contiguous, `out` has rows of `stride`.
 template <int K, bool Ordered, typename T>
 void product_rows(
     const T* values, Pattern pattern, const int32_t* order, const T* dense, int64_t width, const T* bias, T* out,
@@ -127,7 +127,7 @@ void product_rows(
   }
 }
 
-// The sums over the lanes of every vector, as the lanes of one.
+// Returns the sums over the lanes of each vector, as the lanes of one vector.
 template <typename T>
 inline Vectorized<T> lane_sums(Vectorized<T>* vectors) {
 #pragma GCC unroll 16
@@ -141,9 +141,9 @@ inline Vectorized<T> lane_sums(Vectorized<T>* vectors) {
   return vectors[0];
 }
 
-// For a tile, the products of row r of `own` with the rows of `other` that row r of the pattern names; with `Fused`
-// row r of `out` is also the sum of the latter, weighted by the values. `other` is (columns, width) and contiguous,
-// `own` and `out` have rows of `stride`.
+// Computes, for a tile, the products of row r of `own` with the rows of `other` in row r of the pattern. With
+// `Fused`, row r of `out` is also the sum of these rows, weighted by the values. `other` is (columns, width) and
+// contiguous, `own` and `out` have rows of `stride`.
 template <int K, bool Fused, bool Ordered, typename T>
 void sampled_rows(
     const T* own, const T* other, int64_t width, Pattern pattern, const int32_t* order, const T* values, T* sampled,
@@ -158,7 +158,7 @@ void sampled_rows(
       vectors[i] = Vec::loadu(own + row * stride + offset<K, T>(width, i));
       sums[i] = Vec(T(0));
     }
-    if (overlap) { // what two vectors hold counts once
+    if (overlap) { // elements that are in two vectors count once
       T last[lanes];
       vectors[K - 1].store(last);
       std::fill_n(last, overlap, T(0));
@@ -213,12 +213,12 @@ void sampled_rows(
   }
 }
 
-// A tile of a dense operand, contiguous so that its rows spread over all of the cache.
+// Returns a tile of a dense operand, contiguous so that its rows spread over the whole cache.
 Tensor tile_of(const Tensor& dense, const Tile& tile) {
   return dense.narrow(1, tile.start, tile.width).contiguous();
 }
 
-// `dense` is (columns, batch), `out` (rows, batch), and the batch at least a vector.
+// `dense` is (columns, batch), `out` is (rows, batch), and the batch is at least one vector.
 template <typename T>
 void product(
     const T* values, Pattern pattern, const int32_t* order, int64_t rows, const Tensor& dense, const T* bias, T* out) {
@@ -238,7 +238,7 @@ void product(
   }
 }
 
-// `own` is (rows, batch) and `other` (columns, batch), the batch at least a vector; see `sampled_rows`.
+// `own` is (rows, batch), `other` is (columns, batch), and the batch is at least one vector; see `sampled_rows`.
 template <bool Fused, typename T>
 void sampled(
     const Tensor& own, const Tensor& other, Pattern pattern, const int32_t* order, const T* values, T* result,
@@ -260,7 +260,7 @@ void sampled(
   }
 }
 
-// A dense operand as the kernels take it: at least a vector wide, the added columns zero.
+// Returns a dense operand that is at least one vector wide; added columns are zero.
 template <typename T>
 Tensor widened(const Tensor& dense) {
   constexpr int64_t width = Vectorized<T>::size();
@@ -272,7 +272,7 @@ Tensor widened(const Tensor& dense) {
   return wide;
 }
 
-// Runs `function(out)` for `out` of `batch` columns or a whole vector's.
+// Runs `function(out)` for `out` with `batch` columns, or with those of one vector if there are more.
 template <typename T, typename F>
 void with_wide(const Tensor& result, int64_t rows, int64_t batch, const F& function) {
   constexpr int64_t width = Vectorized<T>::size();
@@ -284,7 +284,7 @@ void with_wide(const Tensor& result, int64_t rows, int64_t batch, const F& funct
   result.as_strided({rows, batch}, {batch, 1}).copy_(out.narrow(1, 0, batch));
 }
 
-// An uninitialised tensor (*lead, features) with the batch last in memory; no view.
+// Returns an uninitialised tensor (*lead, features) with the batch last in memory; not a view.
 Tensor batch_last(const Tensor& like, at::IntArrayRef lead, int64_t features) {
   std::vector<int64_t> sizes(lead.begin(), lead.end()), strides(lead.size() + 1);
   int64_t batch = 1;
@@ -329,7 +329,7 @@ std::tuple<Tensor, Tensor> gradients_op(
     const Tensor& t_order, const Tensor& crow2, const Tensor& col2, const Tensor& inputs, const Tensor& grads,
     at::IntArrayRef lead, bool transposed, bool of_input, bool of_values) {
   const int64_t batch = inputs.size(1), first = col.numel(), both = first + col2.numel();
-  // A by rows that are the layer's inputs
+  // A with the layer's inputs as rows
   const Tensor &by_crow = transposed ? crow : t_crow, &by_col = transposed ? col : t_col;
   const auto order = transposed ? std::optional<Tensor>() : t_order;
   if (!of_values || batch == 0) {
@@ -350,7 +350,7 @@ std::tuple<Tensor, Tensor> gradients_op(
       sampled<false, T>(own, other, pattern_of(crow, col), nullptr, nullptr, out, nullptr);
       return;
     }
-    // each row of the output's gradient that is read serves both
+    // each row of the output's gradient is read once for both results
     with_wide<T>(input_grad, inputs.size(0), batch, [&](T* input_out) {
       sampled<true, T>(
           input, grad, pattern_of(by_crow, by_col), order ? order->const_data_ptr<int32_t>() : nullptr,

@@ -1,8 +1,8 @@
-"""What a sparse layer computes, as operators of torch, each in two implementations: `torch_*` and `compiled_*`.
+"""Custom PyTorch operators for a sparse layer, each with two implementations: `torch_*` and `compiled_*`.
 
-`*_product` is A @ dense + bias, and `*_gradients` what the backward pass needs. Both work on matrices whose last
-dimension is the batch. They are opaque to torch.compile, which needs their fakes only, and not differentiable
-themselves.
+`*_product` computes A @ dense + bias, and `*_gradients` the gradients of the backward pass. The last dimension of their
+matrices is the batch. They are opaque to torch.compile, which needs only their fake implementations, and are not
+differentiable themselves.
 """
 
 from collections.abc import Callable, Sequence
@@ -58,19 +58,19 @@ def _fake_gradients(
     )
 
 
-for _operators in ("torch", "compiled"):
+for _kernels in ("torch", "compiled"):
     for _schema, _fake in ((_PRODUCT, _fake_product), (_GRADIENTS, _fake_gradients)):
-        LIBRARY.define(_operators + _schema)
-        torch.library.register_fake(f"topkast::{_operators}{_schema.partition('(')[0]}", _fake, lib=LIBRARY)
+        LIBRARY.define(_kernels + _schema)
+        torch.library.register_fake(f"topkast::{_kernels}{_schema.partition('(')[0]}", _fake, lib=LIBRARY)
 LIBRARY.impl("torch_product", portable.product, "CompositeExplicitAutograd")
 LIBRARY.impl("torch_gradients", portable.gradients, "CompositeExplicitAutograd")
 
 
-def product(operators: str) -> Callable[..., Tensor]:
-    """The operator A @ dense + bias; see `portable.product`."""
-    return torch.ops.topkast.compiled_product if operators == "compiled" else torch.ops.topkast.torch_product
+def product(kernels: str) -> Callable[..., Tensor]:
+    """Return the operator for A @ dense + bias; see `portable.product`."""
+    return torch.ops.topkast.compiled_product if kernels == "compiled" else torch.ops.topkast.torch_product
 
 
-def gradients(operators: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The operator for the gradients of the input and the values; see `portable.gradients`."""
-    return torch.ops.topkast.compiled_gradients if operators == "compiled" else torch.ops.topkast.torch_gradients
+def gradients(kernels: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return the operator for the gradients of the input and the values; see `portable.gradients`."""
+    return torch.ops.topkast.compiled_gradients if kernels == "compiled" else torch.ops.topkast.torch_gradients

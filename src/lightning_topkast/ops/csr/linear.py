@@ -1,4 +1,4 @@
-"""A linear layer whose weight is sparse, and whose gradient covers more entries than its product."""
+"""A linear product with a sparse weight, whose gradient covers more entries than the product."""
 
 import math
 from typing import Any
@@ -18,24 +18,24 @@ def sparse_linear(
     bias: Tensor | None,
     active: Pattern,
     exploring: Pattern,
-    operators: str = "torch",
+    kernels: str = "torch",
     transposed: bool = False,
 ) -> Tensor:
-    """`F.linear(input, A, bias)` for a sparse A, whose gradient covers the exploring entries too.
+    """Compute `F.linear(input, A, bias)` for a sparse A, with a gradient that includes the exploring entries.
 
-    The result's memory holds the batch last, as the products need it: a neighbouring sparse layer, with elementwise
-    operations between, copies nothing. Like `F.linear` it runs in the inputs' dtype, or autocast's; 16-bit types
+    The batch is last in the result's memory, as the products need it, so that an adjacent sparse layer, with pointwise
+    operations between, copies nothing. Like `F.linear`, it returns the inputs' dtype or that of autocast; 16-bit types
     are computed in float32.
 
     Args:
         input: (..., in).
-        values: (at least nnz of both patterns,): A's values row by row, then those of the exploring entries.
-            The gradient of what lies behind them is zero.
+        values: (at least nnz of both patterns,): A's values row by row, then those of the exploring entries. The
+            gradient of further values is zero.
         bias: (out,).
-        active: the places of A's entries in (out, in). Its transpose serves the input's gradient.
+        active: the places of A's entries in (out, in). Its transpose is used for the input's gradient.
         exploring: the places of the exploring entries, whose transpose is not used.
-        operators: `"torch"` or `"compiled"`, as `choose_operators` returned it.
-        transposed: the weight is (in, out), and so are the patterns; then A's transpose serves the product.
+        kernels: `"torch"` or `"compiled"`, the result of `choose_kernels`.
+        transposed: the weight and the patterns are (in, out); then A's transpose is used for the product.
 
     Returns:
         (..., out).
@@ -50,7 +50,7 @@ def sparse_linear(
     result = torch.get_autocast_dtype(device) if autocast else input.dtype
     if not autocast and not (values.dtype == input.dtype and (bias is None or bias.dtype == input.dtype)):
         raise TopKastError(
-            f"input ({input.dtype}), values ({values.dtype}) and bias must have one dtype; convert the input, "
+            f"input ({input.dtype}), values ({values.dtype}) and bias must have the same dtype; convert the input, "
             "or run under torch.autocast"
         )
     output: Tensor = _SparseLinear.apply(  # type: ignore[no-untyped-call]
@@ -64,7 +64,7 @@ def sparse_linear(
         active.t_order,
         exploring.crow,
         exploring.col,
-        operators,
+        kernels,
         transposed,
     )
     return output.to(result)
@@ -75,26 +75,26 @@ def _check(
 ) -> None:
     columns, rows = active.shape if transposed else active.shape[::-1]
     if exploring.shape != active.shape:
-        raise TopKastError(f"the patterns' shapes differ: active {active.shape}, exploring {exploring.shape}")
+        raise TopKastError(f"expected an exploring pattern of shape {active.shape}, got {exploring.shape}")
     if input.dim() == 0 or input.shape[-1] != columns:
-        raise TopKastError(f"input must be (..., {columns}), got {tuple(input.shape)}")
+        raise TopKastError(f"expected input to be (..., {columns}), got {tuple(input.shape)}")
     if values.dim() != 1 or values.shape[0] < active.nnz + exploring.nnz:
         raise TopKastError(
-            f"values must be 1-D with at least {active.nnz} + {exploring.nnz} entries, got {tuple(values.shape)}"
+            f"expected 1-D values with at least {active.nnz} + {exploring.nnz} entries, got {tuple(values.shape)}"
         )
     if bias is not None and bias.shape != (rows,):
-        raise TopKastError(f"bias must be ({rows},), got {tuple(bias.shape)}")
+        raise TopKastError(f"expected bias to be ({rows},), got {tuple(bias.shape)}")
     if not active.t_crow.numel() and (transposed or (input.requires_grad and torch.is_grad_enabled())):
-        raise TopKastError("the active pattern lacks its transpose; make it with transpose=True")
+        raise TopKastError("the active pattern has no transpose; make it with transpose=True")
     if not (input.device == values.device == active.col.device == exploring.col.device):
         raise TopKastError(
             f"input ({input.device}), values ({values.device}) and patterns ({active.col.device}, "
-            f"{exploring.col.device}) must be on one device"
+            f"{exploring.col.device}) must be on the same device"
         )
 
 
 class _SparseLinear(torch.autograd.Function):
-    """Both gradients of the product; torch.compile traces into it, as far as the opaque operators."""
+    """The product and its gradients; torch.compile traces into it, down to the opaque operators."""
 
     @staticmethod
     def forward(
@@ -109,15 +109,15 @@ class _SparseLinear(torch.autograd.Function):
         t_order: Tensor,
         crow2: Tensor,
         col2: Tensor,
-        operators: str,
+        kernels: str,
         transposed: bool,
     ) -> Tensor:
         lead = input.shape[:-1]
-        # a view where the input came from another sparse layer
+        # a view if the input came from another sparse layer
         batch_last = _batch_last(input)
         ctx.save_for_backward(batch_last, values, crow, col, t_crow, t_col, t_order, crow2, col2)
-        ctx.operators, ctx.transposed = operators, transposed
-        product = library.product(operators)
+        ctx.kernels, ctx.transposed = kernels, transposed
+        product = library.product(kernels)
         if transposed:
             return product(values, t_crow, t_col, t_order, batch_last, bias, lead)
         return product(values, crow, col, None, batch_last, bias, lead)
@@ -130,7 +130,7 @@ class _SparseLinear(torch.autograd.Function):
         of_input, of_values, of_bias = ctx.needs_input_grad[:3]
         input_grad = values_grad = None
         if of_input or of_values:
-            input_grad, values_grad = library.gradients(ctx.operators)(
+            input_grad, values_grad = library.gradients(ctx.kernels)(
                 *tensors, inputs, grads, grad.shape[:-1], ctx.transposed, of_input, of_values
             )
         return (
@@ -142,6 +142,6 @@ class _SparseLinear(torch.autograd.Function):
 
 
 def _batch_last(tensor: Tensor) -> Tensor:
-    """(..., features) as a contiguous (features, batch)."""
+    """Return (..., features) as a contiguous (features, batch)."""
     *lead, features = tensor.shape
     return tensor.reshape(math.prod(lead), features).t().contiguous()

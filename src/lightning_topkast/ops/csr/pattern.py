@@ -1,4 +1,4 @@
-"""Where the entries of a sparse matrix are."""
+"""The places of the entries of a sparse matrix."""
 
 from dataclasses import dataclass, fields
 
@@ -16,8 +16,8 @@ class Pattern:
     Attributes:
         shape: rows and columns of the matrix.
         crow: int32 (rows + 1,); row r holds the entries crow[r] to crow[r + 1].
-        col: int32 (nnz,); the column of every entry.
-        t_crow: int32 (columns + 1,); `crow` of the transpose. Empty, as are the next two, if it wasn't asked for.
+        col: int32 (nnz,); the column of each entry.
+        t_crow: int32 (columns + 1,); `crow` of the transpose. Like the next two, empty if it was not requested.
         t_col: int32 (nnz,); `col` of the transpose.
         t_order: int32 (nnz,); entry k of the transpose is entry t_order[k] of the matrix.
     """
@@ -31,24 +31,24 @@ class Pattern:
 
     @classmethod
     def from_flat(cls, indices: Tensor, shape: tuple[int, int], transpose: bool = True) -> "Pattern":
-        """The pattern of entries with these flat row-major indices.
+        """Make the pattern of entries with these flat row-major indices.
 
         Args:
             indices: int64 (nnz,) on CPU, strictly increasing.
             shape: rows and columns.
-            transpose: also make the transpose, which a product needs for the gradient of its input.
+            transpose: also make the transpose, which the gradient of a product's input needs.
 
         Raises:
             ValueError: the indices are out of range or not strictly increasing, or too many for int32.
         """
         rows, columns = shape
         if max(rows, columns, indices.numel()) > _LARGEST:
-            raise ValueError(f"{indices.numel()} entries in {rows} × {columns}: int32 counts to {_LARGEST}")
+            raise ValueError(f"{indices.numel()} entries in {rows} × {columns} exceed the int32 limit of {_LARGEST}")
         entries = indices.numpy()
         if entries.size and not (entries[0] >= 0 and entries[-1] < rows * columns):
-            raise ValueError(f"indices from {entries[0]} to {entries[-1]} do not fit {rows} × {columns} entries")
+            raise ValueError(f"expected indices for {rows} × {columns} entries, got {entries[0]} to {entries[-1]}")
         if not (entries[1:] > entries[:-1]).all():
-            raise ValueError("indices must be strictly increasing")
+            raise ValueError("expected strictly increasing indices")
         starts = np.arange(rows + 1, dtype=np.int64) * columns
         crow = np.searchsorted(entries, starts).astype(np.int32)
         rows_of_entries = np.repeat(np.arange(rows, dtype=np.int32), np.diff(crow))
@@ -56,24 +56,24 @@ class Pattern:
         if not transpose:
             nothing = torch.empty(0, dtype=torch.int32)
             return cls((rows, columns), torch.from_numpy(crow), col, nothing, nothing, nothing)
-        # a stable sort by column leaves the rows in order; torch's is a radix sort
+        # a stable sort by column keeps the rows in order; PyTorch uses a radix sort
         sorted_columns, order = torch.sort(col, stable=True)
         t_crow = torch.searchsorted(sorted_columns, torch.arange(columns + 1, dtype=torch.int32), out_int32=True)
         t_col = torch.from_numpy(rows_of_entries)[order]
         return cls((rows, columns), torch.from_numpy(crow), col, t_crow, t_col, order.int())
 
     def to(self, device: torch.device | str) -> "Pattern":
-        """The same pattern on another device."""
+        """Return the same pattern on another device."""
         return Pattern(self.shape, *(tensor.to(device) for tensor in self._tensors()))
 
     @property
     def nnz(self) -> int:
-        """How many entries the matrix has."""
+        """Number of entries of the matrix."""
         return self.col.numel()
 
     @property
     def nbytes(self) -> int:
-        """The memory that the indices take."""
+        """Size of the indices in bytes."""
         return sum(tensor.nbytes for tensor in self._tensors())
 
     def _tensors(self) -> list[Tensor]:

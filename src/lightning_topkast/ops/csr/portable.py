@@ -1,4 +1,4 @@
-"""The sparse products by torch's own operators, for every device that has them."""
+"""The sparse products with PyTorch's own operators, for every device that supports them."""
 
 import math
 import warnings
@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def batch_last(like: Tensor, lead: Sequence[int], features: int) -> Tensor:
-    """An uninitialised tensor (*lead, features) whose memory holds a row of the whole batch for every feature.
+    """Return an uninitialised tensor (*lead, features) whose memory holds one row of the whole batch per feature.
 
-    It is no view, which an in-place operation after a custom autograd function could not take.
+    It is not a view, since in-place operations after a custom autograd function do not support views.
     """
     batch = math.prod(lead)
     strides = [math.prod(lead[dim + 1 :]) for dim in range(len(lead))]
@@ -27,7 +27,7 @@ def product(
     bias: Tensor | None,
     lead: Sequence[int],
 ) -> Tensor:
-    """A @ dense + bias, laid out as `batch_last`.
+    """Compute A @ dense + bias, in the memory format of `batch_last`.
 
     Args:
         values: (at least nnz,) the entries of A.
@@ -35,8 +35,8 @@ def product(
         col: int32 (nnz,), see `Pattern`.
         order: int32 (nnz,); entry k of A is values[order[k]] (None: values[k]).
         dense: contiguous (columns, batch).
-        bias: (rows,), added to every column of the result.
-        lead: the sizes that the batch is the product of.
+        bias: (rows,), added to each column of the result.
+        lead: the leading sizes, whose product is the batch.
     """
     rows, (columns, batch) = crow.numel() - 1, dense.shape
     result = batch_last(dense, lead, rows)
@@ -47,7 +47,7 @@ def product(
         return result if bias is not None else result.zero_()
     entries = values.narrow(0, 0, col.numel()) if order is None else values.index_select(0, order)
     matrix = torch.sparse_csr_tensor(crow, col, entries, size=(rows, columns), check_invariants=False)
-    # with `out` autocast leaves the operands alone
+    # with `out`, autocast does not convert the operands
     torch.addmm(flat, matrix, dense, beta=0 if bias is None else 1, out=flat)
     return result
 
@@ -68,16 +68,16 @@ def gradients(
     of_input: bool,
     of_values: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of a layer's input, laid out as `batch_last`, and of its values; each empty if not asked for.
+    """Compute the gradients of a layer's input, in the format of `batch_last`, and values; empty if not requested.
 
     Args:
-        values: the layer's; A's entries, those of the second pattern, and a tail whose gradient is zero.
+        values: of the layer: A's entries, those of the second pattern, and a tail whose gradient is zero.
         crow, col, t_crow, t_col, t_order: A's `Pattern`.
         crow2, col2: the second pattern.
         inputs: contiguous (in, batch).
         grads: contiguous (out, batch), the gradient of the layer's output.
-        lead: the sizes that the batch is the product of.
-        transposed: whether the patterns are (in, out), rather than (out, in).
+        lead: the leading sizes, whose product is the batch.
+        transposed: whether the patterns are (in, out) instead of (out, in).
         of_input, of_values: which gradients to compute.
     """
     input_grad, values_grad = inputs.new_empty(0), values.new_empty(0)
@@ -96,7 +96,7 @@ def gradients(
 
 
 def _sampled(rows: Tensor, columns: Tensor, crow: Tensor, col: Tensor) -> Tensor:
-    """The entries of rows @ columns^T at the places of a pattern."""
+    """Compute the entries of rows @ columns^T at the places of a pattern."""
     entries = rows.new_zeros(col.numel())
     if col.numel() == 0 or rows.shape[1] == 0:
         return entries
@@ -106,7 +106,7 @@ def _sampled(rows: Tensor, columns: Tensor, crow: Tensor, col: Tensor) -> Tensor
 
 
 with warnings.catch_warnings():
-    # The first CSR tensor of a process warns that they are in beta state.
+    # The first CSR tensor of a process warns that CSR support is in beta.
     warnings.simplefilter("ignore")
     _none = torch.zeros(1, dtype=torch.int32)
     torch.sparse_csr_tensor(_none, _none[:0], torch.zeros(0), size=(0, 0), check_invariants=False)

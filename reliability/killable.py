@@ -1,0 +1,249 @@
+"""A small training that says where it stands, goes on from its checkpoint, and can be told to wait to be killed."""
+
+import io
+import mmap
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from enum import IntEnum
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import DDPStrategy
+from nouns import nouns
+from torch import Tensor, nn
+
+from lightning_topkast import AtomicCheckpointIO, StepBoundaryCheckpoint, TopKastCallback
+from lightning_topkast.engine.refresh import Refresher
+from lightning_topkast.weights import MaskedWeight, PackedWeight
+
+BATCHES, EPOCHS, SAVE_EVERY = 13, 5, 3
+STUCK = timedelta(seconds=60)  # how long a rank waits for another
+
+
+class Moment(IntEnum):
+    """What a process is doing."""
+
+    STARTING, TRAINING, REFRESHING, WRITING, ENDED = range(5)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One way to train."""
+
+    storage: str
+    ranks: int
+    accumulate: int = 1
+    delay: int = 0
+    plugin: str = "ours"
+
+    def __str__(self) -> str:
+        delay = f", delay {self.delay}" if self.delay else ""
+        return f"{self.storage}, {self.ranks} rank{'s'[: self.ranks - 1]}, accumulate {self.accumulate}{delay}"
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a process shall wait to be killed: the `nth` time that `rank` gets there."""
+
+    rank: int
+    moment: Moment
+    nth: int
+    part: int = 0  # of writing: in the middle, before it is on the disk, before it is in place, after that
+
+
+class Place:
+    """Where every rank stands, in memory that parent and children share."""
+
+    def __init__(self) -> None:
+        self._shared = mmap.mmap(-1, 64)
+
+    def clear(self) -> None:
+        self._shared[:] = bytes(64)
+
+    def moment(self, rank: int) -> Moment:
+        return Moment(self._shared[2 * rank])
+
+    def set_moment(self, rank: int, moment: Moment) -> None:
+        self._shared[2 * rank] = moment
+
+    def waits(self, rank: int) -> bool:
+        return bool(self._shared[2 * rank + 1])
+
+    def wait(self, rank: int) -> None:
+        """Wait to be killed; if another rank is, go on after a while."""
+        self._shared[2 * rank + 1] = 1
+        time.sleep(0.3)
+
+
+class Batches(list[tuple[Tensor, Tensor]]):
+    """A rank's share of fixed batches, which go on in the middle of an epoch."""
+
+    def __init__(self, rank: int, ranks: int) -> None:
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(BATCHES, 8, 12, generator=generator)
+        y = torch.stack([x[..., 0] * x[..., 1], x[..., 2].sin()], dim=-1)
+        own = slice(rank * 8 // ranks, (rank + 1) * 8 // ranks)
+        super().__init__(zip(x[:, own], y[:, own], strict=True))
+        self.position = 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for index in range(self.position, len(self)):
+            self.position = (index + 1) % len(self)
+            yield self[index]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = state["position"]
+
+
+class Net(LightningModule):
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.layers = nn.Sequential(
+            nn.Linear(12, 96), nn.Tanh(), nn.Linear(96, 96), nn.Tanh(), nn.Linear(96, 48), nn.Tanh(), nn.Linear(48, 2)
+        )
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return nn.functional.mse_loss(self.layers(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=0.01, weight_decay=0.1)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, BATCHES * EPOCHS)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class Reports(Callback):
+    def __init__(self, place: Place) -> None:
+        self.place = place
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        self.place.set_moment(trainer.global_rank, Moment.TRAINING)
+
+
+def train(kind: Kind, folder: Path, rank: int, port: int, place: Place, target: Target | None) -> None:
+    """Train, from the checkpoint if there is one, and leave everything the run consists of in `folder`."""
+    torch.set_num_threads(1)
+    report(place, rank, target)
+    changes: dict[str, Any] = {}
+    if kind.ranks > 1:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
+        changes["strategy"] = DDPStrategy(process_group_backend="gloo", timeout=STUCK)
+    callback = TopKastCallback(
+        0.8, 0.6, **nouns(update_every=4, delay=kind.delay, shrinkage=1e-3, storage=kind.storage, kernels="torch")
+    )
+    saving = StepBoundaryCheckpoint(folder, "last", every_n_train_steps=SAVE_EVERY, enable_version_counter=False)
+    trainer = Trainer(
+        accelerator="cpu", devices=kind.ranks, max_epochs=EPOCHS, accumulate_grad_batches=kind.accumulate,
+        callbacks=[Reports(place), callback, saving], use_distributed_sampler=False, default_root_dir=folder,
+        plugins=[AtomicCheckpointIO() if kind.plugin == "ours" else TorchCheckpointIO()],
+        logger=False, enable_progress_bar=False, enable_model_summary=False, **changes,
+    )  # fmt: skip
+    last = folder / "last.ckpt"
+    resumed = last.exists()
+    model = Net(seed=7 if resumed else 0)
+    trainer.fit(model, Batches(rank, kind.ranks), ckpt_path=last if resumed else None, weights_only=True)
+    place.set_moment(rank, Moment.ENDED)
+    assert callback.topkast is not None
+    result = {
+        "model": model.state_dict(),
+        "θ": {name: weight.theta() for name, weight in callback.topkast.weights.items()},
+        "sets": callback.topkast.state_dict(),
+        "optimizer": trainer.optimizers[0].state_dict(),
+        "schedule": trainer.lr_scheduler_configs[0].scheduler.state_dict(),
+        "steps": trainer.global_step,
+    }
+    with (folder / f"ended-{rank}.pt").open("wb") as file:
+        torch.save(result, file)
+
+
+def report(place: Place, rank: int, target: Target | None) -> None:
+    """Have this process say where it stands, and wait at its target."""
+    visits = 0
+
+    def reached(moment: Moment, part: int = 0) -> None:
+        nonlocal visits
+        if target is not None and (rank, moment, part) == (target.rank, target.moment, target.part):
+            visits += 1
+            if visits == target.nth:
+                place.wait(rank)
+
+    @contextmanager
+    def during(moment: Moment) -> Iterator[None]:
+        before = place.moment(rank)
+        place.set_moment(rank, moment if before != Moment.STARTING else before)  # the first selection is no refresh
+        try:
+            yield
+        finally:
+            place.set_moment(rank, before)
+
+    def refreshing(method: Callable[..., None]) -> Callable[..., None]:
+        @wraps(method)
+        def wrapped(*arguments: Any) -> None:
+            with during(Moment.REFRESHING):
+                method(*arguments)
+
+        return wrapped
+
+    def applying(method: Callable[..., None]) -> Callable[..., None]:
+        @wraps(method)
+        def wrapped(*arguments: Any) -> None:
+            method(*arguments)
+            if place.moment(rank) == Moment.REFRESHING:
+                reached(Moment.REFRESHING)  # one weight has its new sets, others do not
+
+        return wrapped
+
+    Refresher.refresh = refreshing(Refresher.refresh)  # type: ignore[method-assign]
+    Refresher._apply = refreshing(Refresher._apply)  # type: ignore[method-assign]
+    MaskedWeight.apply = applying(MaskedWeight.apply)  # type: ignore[method-assign]
+    PackedWeight.apply = applying(PackedWeight.apply)  # type: ignore[method-assign]
+
+    def writing(method: Callable[..., None]) -> Callable[..., None]:
+        @wraps(method)
+        def wrapped(*arguments: Any, **others: Any) -> None:
+            with during(Moment.WRITING):
+                method(*arguments, **others)
+
+        return wrapped
+
+    save, fsync, replace = torch.save, os.fsync, os.replace
+
+    def write_in_halves(data: bytes, goal: Any, part: int) -> None:
+        goal.write(data[: len(data) // 2])
+        goal.flush()
+        if place.moment(rank) == Moment.WRITING:
+            reached(Moment.WRITING, part)
+        goal.write(data[len(data) // 2 :])
+
+    def save_in_halves(content: Any, goal: Any) -> None:
+        buffer = io.BytesIO()
+        save(content, buffer)
+        write_in_halves(buffer.getvalue(), goal, part=0)
+
+    def sync(descriptor: int) -> None:
+        reached(Moment.WRITING, 1)
+        fsync(descriptor)
+
+    def put_in_place(source: Any, goal: Any) -> None:
+        reached(Moment.WRITING, 2)
+        replace(source, goal)
+        reached(Moment.WRITING, 3)
+
+    for plugin in (AtomicCheckpointIO, TorchCheckpointIO):
+        plugin.save_checkpoint = writing(plugin.save_checkpoint)  # type: ignore[method-assign]
+    torch.save, os.fsync, os.replace = save_in_halves, sync, put_in_place  # type: ignore[assignment]
+    # how Lightning's own plugin puts a file in place from another file system
+    shutil._USE_CP_SENDFILE = False  # type: ignore[attr-defined]
+    shutil.copyfileobj = lambda source, goal, *_: write_in_halves(source.read(), goal, part=2)

@@ -1,0 +1,27 @@
+"""What the console scripts share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from lightning_topkast.app.errors import CONFIG_NAME, let_errors_through, one_line_errors, quiet_broken_pipe
+
+
+@contextmanager
+def console_script(program: str, config_name: str = CONFIG_NAME) -> Iterator[None]:
+    """Answer a user's mistake with one line and exit code 2, and end quietly on Ctrl-C or a closed pipe."""
+    let_errors_through()
+    with quiet_broken_pipe(), one_line_errors(program, config_name):
+        yield
+
+
+def argument_parser(
+    program: str, description: str, epilog: str | None = None, usage: str | None = None
+) -> argparse.ArgumentParser:
+    """Return a parser that prints its texts as they are laid out."""
+    return argparse.ArgumentParser(
+        prog=program, description=description, epilog=epilog, usage=usage,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip

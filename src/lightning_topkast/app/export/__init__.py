@@ -1,0 +1,1 @@
+"""Export the weights or the network of a trained run."""

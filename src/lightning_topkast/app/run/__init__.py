@@ -1,0 +1,1 @@
+"""Compose, build, run and describe one training."""

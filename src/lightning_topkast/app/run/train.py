@@ -1,0 +1,210 @@
+"""Train and test a configured run, and record the result."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+import warnings
+from collections.abc import Mapping
+from numbers import Real
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from lightning import LightningDataModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from omegaconf import DictConfig, OmegaConf
+
+from lightning_topkast.app.errors import (
+    AppError,
+    did_you_mean,
+    let_errors_through,
+)
+from lightning_topkast.app.run.build import build_all, build_callbacks, build_model
+from lightning_topkast.app.run.describe import Outcome, all_finite, describe_end, kept_dense
+from lightning_topkast.app.run.loggers import (
+    check_all_writable,
+    check_writable,
+    close_wandb,
+    log_config,
+    log_outcome,
+    track_best,
+    wandb_folder,
+)
+from lightning_topkast.app.run.meter import RunMeter
+from lightning_topkast.app.run.multirun import one_job
+from lightning_topkast.app.run.resume import (
+    AUTO,
+    RESUME,
+    SameCheckpoint,
+    newest_checkpoint,
+)
+from lightning_topkast.app.run.small_dense import with_width
+from lightning_topkast.app.run.summary import count_weights, print_summary
+from lightning_topkast.app.run_folder.checkpoint import SAFELY, Checkpoint, open_checkpoint
+from lightning_topkast.app.run_folder.folder import RunFolder
+from lightning_topkast.app.run_folder.result import write_result
+from lightning_topkast.errors import NonFiniteWeightError
+
+
+def train(cfg: DictConfig) -> float:
+    """Train and test the run that `cfg` describes, and return its `cfg.recipe.monitor` for sweepers.
+
+    Raises:
+        AppError: The configuration or the data is not valid; the message names the way out.
+    """
+    failed = True
+    try:
+        with warnings.catch_warnings():
+            # Data sets that are held in memory load fastest without worker processes.
+            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+            # Lightning 2.6 uses a deprecated function of newer torch.
+            warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*", category=FutureWarning)
+            score = _train(cfg)
+        failed = False
+        return score
+    finally:
+        close_wandb(failed)
+
+
+def _train(cfg: DictConfig) -> float:
+    check_numbers(cfg)
+    folder = RunFolder(cfg.paths.output_dir)
+    check_writable(folder.path)
+    seed_everything(cfg.seed, workers=True, verbose=False)
+    auto = cfg.ckpt_path == AUTO
+    ckpt_path = newest_checkpoint(folder) if auto else cfg.ckpt_path
+    checkpoint = open_checkpoint(ckpt_path)
+    data: LightningDataModule = instantiate(cfg.data, _convert_="all")
+    model = build_model(cfg)
+    loggers: list[Logger] = build_all(cfg.logger)
+    check_all_writable(loggers)
+    meter = RunMeter()
+    callbacks = [*build_callbacks(cfg, has_loggers=bool(loggers)), meter]
+    if auto:
+        callbacks.append(SameCheckpoint(ckpt_path))
+    if checkpoint is not None:
+        checkpoint.check_model(model)
+        checkpoint.check_callbacks(callbacks)
+        checkpoint.check_optimizer(getattr(model, "optimizer", None))
+    trainer: Trainer = instantiate(cfg.trainer, logger=loggers or False, callbacks=callbacks, _convert_="all")
+    with one_job(trainer):
+        log_config(trainer.loggers, cast(dict[str, Any], OmegaConf.to_container(with_width(cfg), resolve=True)))
+        track_best(trainer.loggers, cfg.recipe.monitor, cfg.recipe.mode)
+
+        try:
+            trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, **SAFELY)
+        except SystemExit as stop:  # Lightning has handled Ctrl-C or SIGTERM, and has written its checkpoints
+            _say_how_to_resume(stop, trainer, RunFolder(folder.path.resolve()))
+        except NonFiniteWeightError:
+            if trainer.is_global_zero:
+                write_result(folder.path, describe_end(cfg, Outcome(True, meter.progress())))
+            raise
+        if not (auto and ckpt_path):  # a run that is restarted after its end only repeats its test
+            _refuse_no_training(trainer, checkpoint)
+        progress = meter.progress()  # before the test, which loads the counts of a checkpoint
+        own = {name: value for name, value in trainer.callback_metrics.items() if not name.startswith("topkast/")}
+        # max_steps may be reached before the first validation
+        if cfg.recipe.monitor.startswith("val/") and cfg.recipe.monitor not in own:
+            trainer.validate(model, datamodule=data, verbose=False)
+            own.update(trainer.callback_metrics)
+        score = monitored(trainer, cfg.recipe.monitor)
+        best: str = getattr(trainer.checkpoint_callback, "best_model_path", "")
+        figures: Mapping[str, float] = {cfg.recipe.monitor: score}
+        tested: Mapping[str, float] = {}
+        if cfg.test:
+            tested = trainer.test(model, datamodule=data, ckpt_path=best or None, verbose=False)[0]
+            figures = {name: value for name, value in tested.items() if name.startswith("test/")} or tested
+        counts = count_weights(model)
+        if trainer.is_global_zero:
+            diverged = not all_finite({**own, **figures})
+            result = describe_end(cfg, Outcome(diverged, progress, score, tested, counts, kept_dense(callbacks)))
+            write_result(folder.path, result)
+            log_outcome(trainer.loggers, result, trainer.global_step)
+            wandb_dir = wandb_folder(trainer.loggers)
+            close_wandb(failed=False)  # before the summary, which names its folder
+            print_summary(counts, figures, folder.path, wandb_dir, Path(best) if best else None)
+        return score
+
+
+def check_numbers(cfg: DictConfig) -> None:
+    """Refuse text where a number is expected, which would otherwise fail far from its cause."""
+    for key, kind, optional in (
+        ("seed", int, False),
+        ("trainer.max_epochs", int, True),
+        ("trainer.max_steps", int, True),
+        ("optimizer.lr", Real, True),
+    ):
+        value = OmegaConf.select(cfg, key)
+        if not (isinstance(value, kind) and not isinstance(value, bool)) and not (optional and value is None):
+            raise AppError(f"{key}={value} is not valid: expected {'an int' if kind is int else 'a number'}")
+
+
+def _say_how_to_resume(stop: SystemExit, trainer: Trainer, folder: RunFolder) -> NoReturn:
+    """Tell the user how to resume, and exit with the code that shells expect of an interrupted program."""
+    newest = [
+        callback
+        for callback in trainer.checkpoint_callbacks
+        if isinstance(callback, ModelCheckpoint) and callback.monitor is None
+    ]
+    last = [str(callback.best_model_path) for callback in newest]  # without a metric, the newest is the best
+    if trainer.is_global_zero:
+        if not any(last):
+            way = "there is no checkpoint yet"
+        elif Path(last[-1]).parent == folder.path / "checkpoints" and folder.overrides() is not None:
+            way = f"resume with topkast-train {RESUME} {shlex.quote(str(folder.path))}"
+        else:
+            overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+            kept = (f"'{text}'" for text in overrides if not text.startswith("ckpt_path="))
+            way = f"resume with {' '.join(['topkast-train', *kept])} {_override('ckpt_path', last[-1])}"
+        at = f"interrupted in epoch {trainer.current_epoch}, step {trainer.global_step}"
+        saved = max((callback._last_global_step_saved for callback in newest), default=0)
+        if saved and saved != trainer.global_step:  # for example during validation, before the epoch is complete
+            at += f", the last checkpoint is of step {saved}"
+        print(f"\ntopkast-train: {at}; {way}", file=sys.stderr, flush=True)
+    raise SystemExit(143 if isinstance(stop, SIGTERMException) else 130)
+
+
+def _override(key: str, value: str) -> str:
+    """Return `key=value` in a form that a shell and Hydra accept, with quotes around values such as `epoch=3.ckpt`."""
+    return f"{key}={value}" if not set(value) & set("=,:' ()[]{}") else f"\"{key}='{value}'\""
+
+
+def _refuse_no_training(trainer: Trainer, checkpoint: Checkpoint | None) -> None:
+    before = checkpoint.step if checkpoint else 0
+    if trainer.global_step > before or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
+    if checkpoint is not None:
+        raise AppError(
+            f"nothing is left to train: {checkpoint.path} is at step {checkpoint.step}, the end of "
+            f"trainer.max_epochs={trainer.max_epochs}, trainer.max_steps={trainer.max_steps}; raise them"
+        )
+    raise AppError(
+        f"nothing was trained: trainer.max_epochs={trainer.max_epochs}, trainer.max_steps={trainer.max_steps}, "
+        f"{trainer.num_training_batches} batches per epoch; each of them must allow at least one step"
+    )
+
+
+def monitored(trainer: Trainer, name: str) -> float:
+    """Return the best value of a metric if checkpoints follow it, and otherwise its last value."""
+    checkpoint = trainer.checkpoint_callback
+    best = getattr(checkpoint, "best_model_score", None)
+    if best is not None and getattr(checkpoint, "monitor", None) == name:
+        return float(best)
+    metrics = trainer.callback_metrics
+    if name not in metrics:
+        raise AppError(f"recipe.monitor: no metric '{name}' was logged: {did_you_mean(name, metrics)}")
+    return float(metrics[name])
+
+
+def set_up_process() -> None:
+    """Apply the settings of a process that trains."""
+    torch.set_float32_matmul_precision("high")  # use tensor cores where there are any
+    # Suppress Lightning's advertisement of its cloud service.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "Tip: For" not in r.getMessage())
+    let_errors_through()

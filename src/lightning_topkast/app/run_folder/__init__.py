@@ -1,0 +1,1 @@
+"""Read and write what a run leaves in its folder."""

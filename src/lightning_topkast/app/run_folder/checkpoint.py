@@ -1,0 +1,176 @@
+"""Checkpoints: read without running code, and refused before any training if they do not fit the run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from inspect import signature
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile, ZipFile, is_zipfile
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch.optim import Optimizer
+
+from lightning_topkast import TopKastCallback
+from lightning_topkast.app.errors import AppError
+
+# Before 2.6 Lightning unpickles every checkpoint; since then, by default, only those that it does not download.
+SAFELY = {"weights_only": True} if "weights_only" in signature(Trainer.fit).parameters else {}
+
+_OF_OTHERS = ("hpc", "registry")  # Lightning finds these by itself: after a SLURM requeue, and in its model registry
+
+SHARDED_FILES = (".metadata", "meta.pt")  # in a distributed checkpoint, written in this order after the shards
+
+
+class Checkpoint:
+    """The contents of a checkpoint file, read without unpickling code and without copying its tensors.
+
+    Args:
+        path: The file.
+
+    Raises:
+        AppError: The file is missing, truncated, damaged, or not a checkpoint of Lightning.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        if path in ("last", "best"):
+            raise AppError(
+                f"ckpt_path={path} is not supported, since every run has its own folder: name the file, "
+                f"{_newest() or 'outputs/<day>/<time>/checkpoints/last.ckpt'}"
+            )
+        if not self.path.exists():
+            siblings = [entry.name for entry in self.path.parent.glob("*.ckpt")] if self.path.parent.is_dir() else []
+            hint = f"; that folder has {', '.join(sorted(siblings))}" if siblings else ""
+            raise AppError(f"there is no checkpoint {self.path.absolute()}{hint}")
+        if not _is_zip(self.path):  # a checkpoint is a zip file, with its directory at the end
+            raise AppError(
+                f"the checkpoint {path} is not complete: it is truncated or not a checkpoint; use another one"
+            )
+        if damage := _damage(self.path):
+            raise AppError(f"the checkpoint {path} is damaged ({damage}); use another one")
+        try:
+            content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:
+            raise AppError(f"{path} is not a checkpoint that can be read safely ({_first_line(error)})") from error
+        needed = {"pytorch-lightning_version", "state_dict", "global_step"}
+        if not isinstance(content, dict) or not needed <= content.keys():
+            raise AppError(f"{path} is not a checkpoint of a run: it has no training state; use a last.ckpt")
+        for key, kind in {"state_dict": dict, "callbacks": dict, "optimizer_states": list, "global_step": int}.items():
+            if not isinstance(content.get(key, kind()), kind):
+                raise AppError(
+                    f"the checkpoint {path} is damaged: expected '{key}' to be a {kind.__name__}, got a "
+                    f"{type(content[key]).__name__}"
+                )
+        self.content: dict[str, Any] = content
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken when the checkpoint was written."""
+        return int(self.content["global_step"])
+
+    def check_complete(self) -> None:
+        """Refuse a checkpoint that has weights, but not the state that training resumes from."""
+        lacking = sorted({"optimizer_states", "loops"} - self.content.keys())
+        if lacking:
+            raise AppError(
+                f"the checkpoint {self.path} holds weights only (no {' and no '.join(lacking)}), so that training "
+                "cannot resume from it; use another one"
+            )
+
+    def check_model(self, model: LightningModule) -> None:
+        """Refuse a model whose weights have other names or shapes."""
+        saved: Mapping[str, torch.Tensor] = self.content["state_dict"]
+        own = model.state_dict()
+        for name in [*own, *(name for name in saved if name not in own)]:
+            if not isinstance(saved.get(name, own.get(name)), torch.Tensor):
+                raise AppError(f"the checkpoint {self.path} is damaged: expected '{name}' to be a tensor")
+            found, expected = (tuple(s[name].shape) if name in s else None for s in (saved, own))
+            if found != expected:
+                raise AppError(
+                    f"the checkpoint {self.path} belongs to another model: its '{name}' is {found or 'missing'}, this "
+                    f"run's is {expected or 'missing'}; resume with the model and data it was trained with"
+                )
+
+    def check_callbacks(self, callbacks: list[Callback]) -> None:
+        """Refuse to resume a sparse run without its sparsity callback."""
+        sparse = any(str(key).startswith(TopKastCallback.__qualname__) for key in self.content.get("callbacks", {}))
+        if sparse and not any(isinstance(callback, TopKastCallback) for callback in callbacks):
+            raise AppError(
+                f"the checkpoint {self.path} belongs to a sparse run, which would become dense: resume with the "
+                "sparsity=... it was trained with"
+            )
+
+    def check_optimizer(self, part: Any) -> None:
+        """Refuse an optimizer of another class, whose state would be missing in its first step."""
+        optimizer = part([torch.zeros(1, requires_grad=True)])
+        if not isinstance(optimizer, Optimizer):
+            return
+        for state in self.content.get("optimizer_states", [])[:1]:
+            if not _has_groups(state):
+                raise AppError(f"the checkpoint {self.path} is damaged: its optimizer has no parameter groups")
+            missing = sorted(optimizer.defaults.keys() - state["param_groups"][0].keys())
+            if missing:
+                raise AppError(
+                    f"the checkpoint {self.path} was written with another optimizer than {type(optimizer).__name__}: "
+                    f"it has no '{missing[0]}'; resume with the optimizer it was trained with"
+                )
+
+
+def open_checkpoint(path: str | None) -> Checkpoint | None:
+    """Return the checkpoint to resume from, or None if there is none or only Lightning can read it."""
+    if path is None:
+        return None
+    if not SAFELY and ("://" in path or path in _OF_OTHERS):
+        raise AppError(
+            f"ckpt_path={path}: this version of Lightning runs the code in a checkpoint that it finds by itself; "
+            "name a local file, or install lightning>=2.6"
+        )
+    if "://" in path or path in _OF_OTHERS:
+        return None
+    folder = Path(path)
+    if folder.is_dir():
+        if is_sharded(folder):
+            return None
+        inside = ", ".join(sorted(str(file) for file in folder.rglob("*.ckpt"))[:4])
+        raise AppError(f"ckpt_path={path} is a folder: name the file{f', {inside}' if inside else ' in it'}")
+    return Checkpoint(path)
+
+
+def is_sharded(path: Path) -> bool:
+    """Return whether a folder is a distributed checkpoint, complete or not."""
+    return any((path / name).exists() for name in SHARDED_FILES)
+
+
+def _is_zip(path: Path) -> bool:
+    try:
+        return is_zipfile(path)
+    except BadZipFile:  # raised by Python 3.11 if the directory claims that there are several disks
+        return False
+
+
+def _damage(path: Path) -> str | None:
+    """Return what fails its checksum, if anything. torch does not check it, so a flipped bit would become a weight."""
+    try:
+        with ZipFile(path) as archive:
+            if not any(entry.CRC for entry in archive.infolist()):  # torch.serialization.set_crc32_options(False)
+                return None
+            part = archive.testzip()
+    except Exception as error:  # garbage in the directory can raise anything
+        return _first_line(error)
+    return f"its part {part} fails its checksum" if part else None
+
+
+def _has_groups(state: Any) -> bool:
+    groups = state.get("param_groups") if isinstance(state, dict) else None
+    return isinstance(groups, list) and bool(groups) and all(isinstance(group, dict) for group in groups)
+
+
+def _newest() -> Path | None:
+    found = sorted(Path("outputs").glob("*/*/checkpoints/last.ckpt"), key=lambda file: file.stat().st_mtime)
+    return found[-1] if found else None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

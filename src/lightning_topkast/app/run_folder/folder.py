@@ -1,0 +1,164 @@
+"""`RunFolder`: where everything lies that a run leaves, and how it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from lightning_topkast.app.errors import AppError
+from lightning_topkast.app.run_folder.checkpoint import SHARDED_FILES, Checkpoint
+from lightning_topkast.app.run_folder.logs import Curve, has_log, read_curves
+from lightning_topkast.app.run_folder.result import RESULT_FILE, RUNNING, Result, Status, read_result
+
+
+class RunFolder:
+    """The folder of a run. Whatever it holds is read as data; no code in it is run.
+
+    ```
+    result.json                              what came out
+    .hydra/config.yaml, overrides.yaml       what was asked for
+    checkpoints/*.ckpt, hpc_ckpt_*.ckpt      files, or folders if they are sharded; the latter are SLURM's
+    csv*/metrics.csv, tensorboard*/events*   curves
+    ```
+
+    Which checkpoint is *the* checkpoint depends on what it is for, and there are two answers: `best_checkpoint` to
+    evaluate, export or draw, `newest_checkpoint` to resume from.
+
+    Args:
+        path: The folder, which need not exist.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def hydra(self) -> Path:
+        """The folder of Hydra's files."""
+        return self.path / ".hydra"
+
+    @property
+    def is_run(self) -> bool:
+        """Whether a run has left anything here, as opposed to a folder with runs in it."""
+        return (self.path / RESULT_FILE).is_file() or (self.path / "checkpoints").is_dir() or has_log(self.path)
+
+    def result(self) -> Result | None:
+        """Return the result, or None if there is none; raises `AppError` if it is damaged."""
+        return read_result(self.path)
+
+    @property
+    def status(self) -> Status:
+        """The status in the result; "running" also where no result can be read."""
+        try:
+            result = self.result()
+        except AppError:
+            return RUNNING
+        return RUNNING if result is None else result.status
+
+    def config(self) -> DictConfig | None:
+        """Return the configuration of the run, or None if there is none.
+
+        Raises:
+            AppError: It cannot be read, or is not a configuration of `topkast-train`.
+        """
+        path = self.hydra / "config.yaml"
+        if not path.is_file():
+            return None
+        try:
+            config = OmegaConf.load(path)
+        except Exception as error:  # of YAML, of OmegaConf, or of the text's encoding
+            raise AppError(f"{path} cannot be read: {error}") from error
+        parts = ("model", "data", "sparsity")
+        if not isinstance(config, DictConfig) or not all(isinstance(config.get(part), DictConfig) for part in parts):
+            raise AppError(f"{path} is not a configuration of topkast-train: it needs a model, data and sparsity")
+        return config
+
+    def plain_config(self) -> Any:
+        """Return the configuration as plain data, unchecked; None if it cannot be read."""
+        return _read_yaml(self.hydra / "config.yaml")
+
+    def overrides(self) -> list[str] | None:
+        """Return the overrides that the run was started with, or None if they cannot be read."""
+        read = _read_yaml(self.hydra / "overrides.yaml")
+        return [str(override) for override in read] if isinstance(read, list) else None
+
+    def checkpoints(self) -> list[Path]:
+        """Return all checkpoints, complete or not."""
+        return sorted([*self.path.glob("checkpoints/*.ckpt"), *self.path.glob("hpc_ckpt_*.ckpt")])
+
+    def best_checkpoint(self) -> Path | None:
+        """Return the checkpoint to evaluate, export or draw, or None if there is none.
+
+        It is the latest `best*.ckpt`, without one the latest `last*.ckpt`, and otherwise the latest of all in
+        `checkpoints`. It is not opened here, so it may be damaged, or a folder.
+        """
+        for pattern in ("best*.ckpt", "last*.ckpt", "*.ckpt"):
+            if found := list((self.path / "checkpoints").glob(pattern)):
+                return max(found, key=lambda file: file.stat().st_mtime_ns)
+        return None
+
+    def newest_checkpoint(self, skip: Callable[[Exception], None]) -> tuple[Path, int] | None:
+        """Return the checkpoint to resume from and its step, or None if no checkpoint is complete.
+
+        It is the one with the most steps, and of several at the same step the latest.
+
+        Args:
+            skip: Called with the reason for each checkpoint that is not complete.
+        """
+        complete: list[tuple[int, int, str]] = []
+        for path in self.checkpoints():
+            try:
+                step = _sharded_step(path) if path.is_dir() else _step(path)
+                complete.append((step, path.stat().st_mtime_ns, str(path)))
+            except (AppError, OSError) as error:
+                skip(error)
+        if not complete:
+            return None
+        step, _, name = max(complete)
+        return Path(name), step
+
+    def curves(self) -> dict[str, Curve]:
+        """Return the logged curves by name."""
+        return read_curves(self.path)
+
+
+def run_of(checkpoint: Path) -> RunFolder | None:
+    """Return the run that a checkpoint lies in, or None if it lies somewhere else."""
+    runs = (RunFolder(folder) for folder in checkpoint.absolute().parents[:2])
+    return next((run for run in runs if (run.hydra / "config.yaml").is_file()), None)
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """Return the folders of all runs below `folder`, sorted by name."""
+    found = {path.parent for path in folder.rglob(RESULT_FILE)}
+    for left in ("metrics.csv", "events.out.tfevents.*", "*.ckpt"):
+        found |= {path.parents[1] for path in folder.rglob(left) if RunFolder(path.parents[1]).is_run}
+    return sorted(run for run in found if run != folder)
+
+
+def _step(file: Path) -> int:
+    checkpoint = Checkpoint(str(file))
+    checkpoint.check_complete()
+    return checkpoint.step
+
+
+def _sharded_step(folder: Path) -> int:
+    for name in SHARDED_FILES:
+        if not (folder / name).is_file():
+            raise AppError(f"the checkpoint {folder} is not complete: it has no {name}")
+    try:
+        return int(torch.load(folder / "meta.pt", map_location="cpu", weights_only=True)["global_step"])
+    except (RuntimeError, UnpicklingError, EOFError, KeyError) as error:
+        raise AppError(f"the checkpoint {folder} is not complete: its meta.pt cannot be read") from error
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None

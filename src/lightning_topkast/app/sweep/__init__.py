@@ -1,0 +1,1 @@
+"""Expand, run, collect and compare many runs."""

@@ -1,0 +1,209 @@
+"""Choosing the storage of each sparse weight, and putting weights into the model and out again."""
+
+import warnings
+from collections.abc import Collection, Sequence
+from typing import Literal, cast
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from lightning_topkast.distributed import from_rank_0_
+from lightning_topkast.errors import TopKastError
+from lightning_topkast.layers import SparseLayer, pack_layer, product_of, unpack_layer
+from lightning_topkast.method.density import Counts
+from lightning_topkast.method.structure import Block, Structure
+from lightning_topkast.method.targets import Target
+from lightning_topkast.ops import Kernels, choose_kernels
+from lightning_topkast.settings import Settings
+from lightning_topkast.storage import Masked, Packed
+from lightning_topkast.weights import MaskedWeight, PackedWeight, SparseWeight, Traits
+
+# Time of a packed product per entry, as a multiple of a dense product's, and the number of entries below which the
+# fixed cost of a layer outweighs the gain: measured on CPUs at batches of 128 and 256 (benchmarks/README.md, packed
+# mode).
+_COST_OF_ENTRY = {"torch": 5.0, "compiled": 3.2}
+_LEAST_ENTRIES = 1 << 16
+
+
+def check_targets(
+    sparse: Sequence[Target], packed: Collection[str], settings: Settings, taken: Collection[str]
+) -> None:
+    """Refuse weights for which the settings are not supported."""
+    for target in sparse:
+        if target.name in taken:
+            raise TopKastError(
+                f"'{target.name}' is already sparse through another TopKast; use include and exclude so that their "
+                "targets do not overlap"
+            )
+        if any(getattr(module, "sparse", False) is True for module, _ in target.owners):
+            raise TopKastError(
+                f"'{target.name}' has sparse gradients, which cannot be masked; create its embedding with "
+                "sparse=False, or exclude it"
+            )
+        if target.name in packed:
+            raise TopKastError(
+                f"'{target.name}' is already packed by an earlier TopKast; restore the ordinary layers first, with "
+                "release() of that TopKast or, with zeros outside A, with to_dense(model)"
+            )
+        if not isinstance(target.parameter, DTensor):
+            continue
+        if settings.allocation.distribution == "global":
+            raise TopKastError(
+                f"'{target.name}' is sharded over devices (FSDP2 or tensor parallel), which distribution='global' does "
+                "not support; use distribution='uniform' or 'erk'"
+            )
+        if settings.storage.name != "masked" or settings.schedule.delay:
+            raise TopKastError(
+                f"'{target.name}' is sharded over devices (FSDP2 or tensor parallel): expected storage='masked' and "
+                f"delay=0, got '{settings.storage.name}' and {settings.schedule.delay}; packed weights train with DDP"
+            )
+
+
+def make_weights(
+    targets: Sequence[Target], counts: Counts, storage: Masked | Packed, traits: Traits
+) -> dict[str, SparseWeight]:
+    """Make the weight of every target, without changing the model yet.
+
+    Args:
+        targets: parameters to be sparse.
+        counts: weight name → |A| and |B|.
+        storage: the storage setting of the run.
+        traits: properties that all weights share.
+
+    Raises:
+        TopKastError: a weight cannot be packed and unsupported="error", blocks do not divide a weight to be packed, or
+            compiled kernels are not available.
+    """
+    weights: dict[str, SparseWeight] = {}
+    left_masked: list[str] = []
+    for target in targets:
+        active, updated = counts[target.name]
+        name, obstacle = storage_of(target, active, updated, storage, traits.structure)
+        if obstacle:
+            left_masked.append(f"'{target.name}' ({obstacle})")
+        if name == "masked" or isinstance(storage, Masked):
+            weights[target.name] = MaskedWeight(target.name, target.parameter, active, updated, traits)
+            continue
+        if not traits.structure.divides(target.shape):
+            raise TopKastError(
+                f"'{target.name}' of shape {tuple(target.shape)} is not a multiple of the {traits.structure}, so the "
+                f"size of its updated set would change, which storage='{storage.name}' does not support: exclude it, "
+                "choose another block size, or train with storage='masked'"
+            )
+        from_rank_0_(target.parameter)
+        kernels = ""
+        if name == "packed":
+            # kernels for blocks are chosen at run time, since the model may compute on another device
+            blocks = isinstance(traits.structure, Block)
+            kernels = storage.kernels if blocks else _kernels_for(storage, target.parameter.device)
+        weights[target.name] = PackedWeight(
+            target.name, target.parameter, active, updated, traits, name == "packed", kernels
+        )
+    if left_masked and isinstance(storage, Packed):
+        refuse_or_warn(storage, left_masked)
+    return weights
+
+
+def refuse_or_warn(storage: Packed, left_masked: Sequence[str]) -> None:
+    """Raise or warn about weights that stay masked, according to `storage.unsupported`.
+
+    Args:
+        storage: the storage setting of the run.
+        left_masked: names of the weights, with the reasons.
+
+    Raises:
+        TopKastError: unsupported="error".
+    """
+    what = f"storage='{storage.name}' leaves {', '.join(left_masked)} masked"
+    if storage.unsupported == "error":
+        raise TopKastError(f"{what}, which unsupported='error' refuses; exclude them, or set unsupported='masked'")
+    warnings.warn(f"{what}: dense tensors that hold zeros", stacklevel=3)
+
+
+def storage_of(
+    target: Target, active: int, updated: int, storage: Masked | Packed, structure: Structure
+) -> tuple[Literal["masked", "packed", "compact"], str]:
+    """Return the storage of one weight, and the reason if it stays masked although packing was requested, or "".
+
+    Args:
+        target: the parameter.
+        active: |A|.
+        updated: |B|.
+        storage: the storage setting of the run.
+        structure: what the sets consist of.
+
+    Raises:
+        TopKastError: products="auto" and compiled kernels are not available.
+    """
+    if isinstance(storage, Masked):
+        return "masked", ""
+    if obstacle := _obstacle(target):
+        return "masked", obstacle
+    if storage.products == "dense" or not all(product_of(*owner) for owner in target.owners):
+        return "compact", ""
+    if storage.products == "auto":
+        parameter = target.parameter
+        # a parameter on the meta device will be initialized on the CPU
+        device = torch.device("cpu") if parameter.is_meta else parameter.device
+        if isinstance(structure, Block):
+            cost = _cost_in_blocks(structure)
+        else:
+            cost = _COST_OF_ENTRY[_kernels_for(storage, device)]
+        if not _pays(active, updated, parameter.numel(), cost):
+            return "compact", ""
+    return "packed", ""
+
+
+def install(target: Target, weight: SparseWeight) -> None:
+    """Make the layers of `target` hold a packed `weight` in place of the dense parameter."""
+    if not isinstance(weight, PackedWeight):
+        return
+    for module, name in target.owners:
+        kind = product_of(module, name) if weight.storage == "packed" else None
+        pack_layer(module, name, weight, kind or SparseLayer)
+    target.parameter = weight.parameter
+
+
+def release(target: Target, weight: SparseWeight) -> None:
+    """Put θ back into the model as an ordinary dense weight."""
+    if isinstance(weight, MaskedWeight):
+        weight.release()
+        return
+    parameter = weight.parameter
+    theta = weight.theta().to(parameter.device, parameter.dtype)
+    target.parameter = nn.Parameter(theta, requires_grad=parameter.requires_grad)
+    for module, name in target.owners:
+        unpack_layer(module, name, target.parameter)
+
+
+def _obstacle(target: Target) -> str:
+    """Return why a weight cannot be packed, or "" if it can."""
+    parameter = target.parameter
+    if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+        return "it has hooks, which expect a dense gradient"
+    for module, name in target.owners:
+        if isinstance(module, nn.utils.parametrize.ParametrizationList):
+            return "it is parametrized"
+        if isinstance(module, torch.jit.ScriptModule):
+            return f"{type(module).__name__} is compiled by TorchScript"
+        if name not in module._parameters or getattr(type(module), name, None) is not None:
+            return f"{type(module).__name__} computes its '{name}' itself"
+    return ""
+
+
+def _kernels_for(storage: Packed, device: torch.device) -> str:
+    return choose_kernels(cast(Kernels, storage.kernels), device)
+
+
+def _cost_in_blocks(block: Block) -> float:
+    """Return the time per entry relative to a dense product, fitted to square blocks of side 16, 32 and 64 on a CPU.
+
+    A GPU takes less for large blocks.
+    """
+    return 2 + 40 / min(block.outputs, block.inputs)
+
+
+def _pays(active: int, updated: int, size: int, cost: float) -> bool:
+    """Return whether the products of a packed step (two with A, one on B) should be faster than three dense ones."""
+    return size >= _LEAST_ENTRIES and cost * (2 * active + updated) < 3 * size

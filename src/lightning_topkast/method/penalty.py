@@ -130,17 +130,26 @@ class L2(Penalty):
 
 
 @dataclass(frozen=True)
-class L1(Penalty):
-    """‖θ‖₁: every entry moves towards zero by the same amount.
-
-    Args:
-        strength: λ, at least 0, applied as that of `L2`.
-    """
+class _GivenStrength(Penalty):
+    """A penalty whose λ does not depend on the learning rate."""
 
     strength: float
 
     def __post_init__(self) -> None:
         _check_strength(self.strength)
+
+    def strength_for(self, name: str, density: float, peak: float | None) -> float:
+        """Return λ."""
+        return float(self.strength)
+
+
+@dataclass(frozen=True)
+class L1(_GivenStrength):
+    """‖θ‖₁: every entry moves towards zero by the same amount.
+
+    Args:
+        strength: λ, at least 0, applied as that of `L2`.
+    """
 
     def shrink_(self, values: Tensor, amount: float | Tensor, total: Total = None) -> Tensor:
         """Move towards zero by `amount`."""
@@ -150,23 +159,14 @@ class L1(Penalty):
         """Return the sum of magnitudes."""
         return _summed(values.abs().sum(), total)
 
-    def strength_for(self, name: str, density: float, peak: float | None) -> float:
-        """Return λ."""
-        return float(self.strength)
-
 
 @dataclass(frozen=True)
-class Norm(Penalty):
+class Norm(_GivenStrength):
     """‖θ‖₂, not squared: a weight's entries lose the same share, larger as their norm gets smaller.
 
     Args:
         strength: λ, at least 0, applied as that of `L2`.
     """
-
-    strength: float
-
-    def __post_init__(self) -> None:
-        _check_strength(self.strength)
 
     def shrink_(self, values: Tensor, amount: float | Tensor, total: Total = None) -> Tensor:
         """Shorten the vector of all values by `amount`."""
@@ -177,10 +177,6 @@ class Norm(Penalty):
         """Return the norm."""
         norm = torch.linalg.vector_norm(values)
         return norm if total is None else total(norm.square()).sqrt()
-
-    def strength_for(self, name: str, density: float, peak: float | None) -> float:
-        """Return λ."""
-        return float(self.strength)
 
 
 def _summed(value: Tensor, total: Total) -> Tensor:

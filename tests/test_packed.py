@@ -15,7 +15,7 @@ from lightning_topkast import Packed, Targets, TopKast, TopKastError, to_csr, to
 from lightning_topkast.engine.materialize import materialize
 from lightning_topkast.layers.csr import CsrLinear
 from lightning_topkast.method.selection import nested_top_k
-from lightning_topkast.weights import PackedWeight, Traits
+from lightning_topkast.weights import EntryState, PackedWeight, Traits
 from tests.helpers import nouns
 
 OPTIMIZERS = {
@@ -611,7 +611,7 @@ def test_saving_in_the_middle_of_a_refresh_is_whole():
     sys.settrace(trace)
     try:
         tiers = largest(weight, torch.rand(30, 40), weight.updated_count, weight.active_count)
-        weight.apply(tiers, [torch.zeros(weight.updated_count, dtype=torch.float64)])
+        weight.apply(tiers, [EntryState(torch.zeros(weight.updated_count, dtype=torch.float64))])
     finally:
         sys.settrace(before)
     assert len(saved) > 15
@@ -661,13 +661,6 @@ def test_optimizer_made_before_the_layers_were_packed_is_refused():
 def test_state_outside_B_cannot_be_kept():
     with pytest.raises(TypeError, match="unexpected keyword argument 'reset_optimizer_state'"):
         Packed(reset_optimizer_state=False)
-
-
-@pytest.mark.parametrize(("make_optimizer", "key"), [(torch.optim.Adagrad, "sum"), (torch.optim.Rprop, "step_size")])
-def test_optimizer_state_of_unknown_beginning_is_refused_at_the_first_step(make_optimizer, key):
-    run = Run("packed", make_optimizer)
-    with pytest.raises(TopKastError, match=rf"keeps '{key}' for every entry of '2.weight'.*storage='masked'"):
-        run.step()
 
 
 def test_nan_leaves_a_model_as_it_was():
@@ -873,7 +866,7 @@ def test_refresh_interrupted_anywhere_is_finished_or_has_not_begun():
         old = sys.gettrace()
         sys.settrace(trace)
         try:
-            weight.apply(tiers, [state])
+            weight.apply(tiers, [EntryState(state)])
             finished = True
         except KeyboardInterrupt:
             finished = False

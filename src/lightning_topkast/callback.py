@@ -8,6 +8,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.trainer.call import _call_configure_model
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -19,6 +20,8 @@ from lightning_topkast.telemetry.log import Telemetry
 from lightning_topkast.topkast import TopKast
 from lightning_topkast.training.all_reduce import Hook, register, sparse_all_reduce_of
 from lightning_topkast.training.averages import SparseAverages, callbacks_of, copy_again
+from lightning_topkast.training.kept import Handover, keep, kept_engine
+from lightning_topkast.training.module import after_setup, warn_of_packed_in_loss
 from lightning_topkast.training.sharded_checkpoint import move_shards_out, saves_shards, with_shards
 
 
@@ -45,10 +48,14 @@ class TopKastCallback(Callback):
         self.settings = settings
         self.topkast: TopKast | None = None
         self._telemetry: Telemetry | None = None
+        # of a checkpoint that the model has loaded, as long as no engine has taken it over
         self._saved_state: dict[str, Any] | None = None
         self._averages: SparseAverages | None = None
         self._new: TopKast | None = None  # an engine whose training has not started
-        self._saves_shards = False
+        self._fits = self._saves_shards = False
+        self._steps_seen = 0, 0  # the Trainer's and ours, at the last batch
+        self._looked_at_graph = False
+        self._handover = Handover()
 
     @property
     def state_key(self) -> str:
@@ -58,8 +65,9 @@ class TopKastCallback(Callback):
     # --- start ----------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what is not supported before anything is built."""
-        self._saved_state = None  # of a checkpoint whose training never started
+        """Refuse what is not supported before anything is built, and see to it that packed layers are built in time."""
+        self._saved_state = self._handover.fetch() or self._saved_state
+        self._fits = stage == "fit"
         if stage == "fit" and isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
             raise TopKastError(
                 f"{type(trainer.strategy).__name__} is not supported: it flattens weights into shards in which single "
@@ -67,28 +75,37 @@ class TopKastCallback(Callback):
             )
         self._saves_shards = saves_shards(trainer)
 
-        packs = stage == "fit" and self.settings.storage.name != "masked"
-        if packs and self._kept_engine(pl_module) is None and (self._new is None or self._new.model is not pl_module):
-            # Layers are replaced before the checkpoint is loaded and the optimizers are made. `configure_model` may be
-            # called twice, as Lightning itself calls it for every stage.
-            _call_configure_model(trainer)
-            if next(pl_module.parameters(), None) is None:
-                raise TopKastError(
-                    f"storage='{self.settings.storage.name}' replaces layers before LightningModule.setup, but the "
-                    "module has no layers yet; build them in __init__ or configure_model"
-                )
-            self._new = self._build(trainer, pl_module)
-            copy_again(trainer, pl_module)
+        if stage == "fit" and self.settings.storage.name != "masked":
+            # Layers are replaced before the checkpoint is loaded and the optimizers are made, but after the module has
+            # written what it wants into them.
+            after_setup(pl_module, lambda: self._pack(trainer, pl_module))
+
+    def _pack(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._kept_engine(trainer, pl_module) is not None:
+            return
+        if self._new is not None and self._new.model is pl_module:
+            return
+        # `configure_model` may be called twice, as Lightning itself calls it for every stage
+        _call_configure_model(trainer)
+        if next(pl_module.parameters(), None) is None:
+            raise TopKastError(
+                f"storage='{self.settings.storage.name}' replaces layers after LightningModule.setup, but the module "
+                "has no layers yet; build them in __init__, setup or configure_model"
+            )
+        self._new = self._build(trainer, pl_module)
+        copy_again(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Build the engine here: parameters are final (moved, wrapped, restored) and optimizers exist."""
-        topkast = self._kept_engine(pl_module)
+        topkast = self._kept_engine(trainer, pl_module)
         if topkast is None:
             topkast = self._new = self._new or self._build(trainer, pl_module)
         if self.settings.needs_length:
             topkast.plan(self._steps_of_run(trainer, topkast))
         self._attach(topkast, trainer)
         self.topkast, self._new = topkast, None
+        self._steps_seen = trainer.global_step, topkast.hooked_steps
+        keep(pl_module, topkast)
         if SparseAverages.exist_in(trainer):
             self._averages = SparseAverages(trainer, topkast)
             topkast.on_refresh(self._averages.update)  # before this step updates the average
@@ -138,17 +155,20 @@ class TopKastCallback(Callback):
                 "them (requires_grad_(False)) or exclude them; unless storage='masked', "
                 "configure_optimizers must use the layers that __init__ or configure_model built"
             )
+        state, self._saved_state = self._saved_state, None
+        if state:
+            try:
+                topkast.load_state_dict(with_shards(state, topkast, trainer.ckpt_path))
+            except TopKastError:
+                if trainer.ckpt_path is not None:
+                    raise
+                # the state of a checkpoint that was only tested, and the model is no longer that checkpoint's
         if trainer.global_step == 0:
             topkast.restart()
-        if self._saved_state is not None:
-            topkast.load_state_dict(with_shards(self._saved_state, topkast, trainer.ckpt_path))
-            self._saved_state = None
 
-    def _kept_engine(self, pl_module: LightningModule) -> TopKast | None:
-        """Return the engine of an earlier `fit`, if the model is still as that `fit` left it."""
-        if self.topkast is not None and self.topkast.model is pl_module and self.topkast.is_intact:
-            return self.topkast
-        return None
+    def _kept_engine(self, trainer: Trainer, pl_module: LightningModule) -> TopKast | None:
+        others = [c.settings for c in callbacks_of(trainer) if isinstance(c, TopKastCallback) and c is not self]
+        return kept_engine(pl_module, self.settings, others)
 
     def _build(self, trainer: Trainer, pl_module: LightningModule) -> TopKast:
         others = [c for c in callbacks_of(trainer) if isinstance(c, TopKastCallback) and c is not self]
@@ -187,8 +207,23 @@ class TopKastCallback(Callback):
     # --- every step -----------------------------------------------------------------------------------------------
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Restore sparsity, since an average may have been updated after our own `on_train_batch_end`."""
+        """Restore sparsity, since other callbacks may have written to the weights after our `on_train_batch_end`."""
         self._restore_sparsity()
+        if self.topkast is not None:
+            self.topkast.accept_writes()
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Warn if the forward pass was not sparse, or if the loss depends on packed parameters themselves."""
+        if self.topkast is not None:
+            self.topkast.warn_if_dense()
+            if not self._looked_at_graph:
+                self._looked_at_graph = True
+                warn_of_packed_in_loss(loss, self.topkast.weights)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Mask the gradients under manual optimization, so that `clip_gradients` sees what the optimizer uses."""
+        if self.topkast is not None and not pl_module.automatic_optimization and not self.topkast.needs_gradients:
+            self.topkast.mask_gradients()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Mask the gradients, which are unscaled here, not yet clipped, and complete even under accumulation."""
@@ -198,7 +233,17 @@ class TopKastCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log the metrics; the optimizer's own hooks did the step and the refresh."""
+        """Refuse a step that the hooks have not seen, and log the metrics."""
+        if self.topkast is not None:
+            steps, self._steps_seen = self._steps_seen, (trainer.global_step, self.topkast.hooked_steps)
+            stepped, hooked = (now != before for now, before in zip(self._steps_seen, steps, strict=True))
+            if stepped and not hooked and self.topkast.was_written:
+                kinds = ", ".join(type(getattr(each, "optimizer", each)).__name__ for each in trainer.optimizers)
+                raise TopKastError(
+                    f"the Trainer has taken an optimizer step ({kinds}) that changed sparse weights without calling "
+                    "the optimizer's hooks, so it was no step of Top-KAST; use an optimizer whose step() is that of a "
+                    "torch.optim.Optimizer"
+                )
         if self._telemetry is not None:
             self._telemetry.log()
 
@@ -208,6 +253,13 @@ class TopKastCallback(Callback):
         """Make the average sparse before its callback swaps it in at `on_validation_epoch_start`."""
         if self._averages is not None:
             self._averages.update()
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Warn if other code has swapped in weights that are not sparse."""
+        if self.topkast is not None and batch_idx == 0 and self._averages is None:
+            self.topkast.warn_if_dense()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save α even from a signal handler in the middle of a step or refresh, and make saved averages sparse.
@@ -248,10 +300,10 @@ class TopKastCallback(Callback):
         """Detach from the optimizers; the engine stays readable, and a second `fit` continues with it."""
         self._telemetry = None
         self._averages = None
-        self._saved_state = None  # of a checkpoint that was only validated or tested
         if self.topkast is not None and stage == "fit":
             self.topkast.detach()
             self.topkast.on_refresh(None)
+            self._handover.leave(trainer, self.state_dict())
 
     def _restore_sparsity(self) -> None:
         if self._averages is not None and self.topkast is not None:
@@ -262,16 +314,30 @@ class TopKastCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the engine's state: tensors and primitives only."""
+        self._saved_state = self._handover.fetch() or self._saved_state
         engine = self._new or self.topkast
-        if engine is None:
+        if self._saved_state is not None or engine is None:
             return self._saved_state or {}
         return engine.state_dict(gathered=not self._saves_shards)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state until training starts, since its weights and the optimizers may not exist yet."""
+        """Load the state into an engine whose model has loaded its part; else keep it until training starts.
+
+        The engine exists already if its layers are packed, if the weights are restored in the middle of a run (by the
+        learning rate finder), and if a checkpoint is tested after the run.
+        """
         self._saved_state = state_dict
-        if self._new is not None and state_dict:  # packed layers exist already, and have loaded only α
-            self._new.load_state_dict(state_dict)
+        engine = self._new or self.topkast
+        if engine is None or not state_dict or self._saves_shards:
+            return
+        try:
+            engine.load_state_dict(state_dict, with_optimizers=self._fits)
+        except TopKastError:
+            if self._fits:
+                raise
+            return  # another model's, which is only tested
+        if engine is self.topkast:
+            self._saved_state = None
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
         """Refuse to resume from a sparse checkpoint whose sets would be silently lost."""

@@ -1,15 +1,17 @@
 """Top-KAST for the weights of a model (Jayakumar et al. 2020); depends on PyTorch only, not on Lightning."""
 
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from itertools import chain, repeat
 from types import MappingProxyType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from lightning_topkast.engine.install import check_targets, install, make_weights, release
 from lightning_topkast.engine.materialize import materialize
@@ -17,15 +19,17 @@ from lightning_topkast.engine.refresh import Refresher, Selection
 from lightning_topkast.engine.state import STATE_VERSION, SavedState
 from lightning_topkast.engine.step_hooks import StepHooks
 from lightning_topkast.engine.summary import Summary, summarize
-from lightning_topkast.errors import TopKastError
+from lightning_topkast.engine.watch import unwatch_steps, watch_loading, watch_steps
+from lightning_topkast.errors import NonFiniteWeightError, TopKastError
 from lightning_topkast.layers import packed_weights
 from lightning_topkast.method.density import SetSizes
 from lightning_topkast.method.penalty import L2, peak_learning_rates
 from lightning_topkast.method.schedule import Timeline
+from lightning_topkast.method.selection import NonFiniteScoresError
 from lightning_topkast.method.targets import find_targets
 from lightning_topkast.settings import Settings, takes_settings
 from lightning_topkast.storage import Masked
-from lightning_topkast.weights import SparseWeight, Traits
+from lightning_topkast.weights import EntryState, SparseWeight, Traits
 
 
 class TopKast:
@@ -81,6 +85,10 @@ class TopKast:
         self._hooks: list[StepHooks] = []
         # Steps taken with optimizers that were detached, or of a state loaded before any optimizer was attached.
         self._steps_before: list[int] = []
+        self._past_hooks: list[StepHooks] = []  # of the optimizers that were detached last
+        self._watches: list[RemovableHandle] = []
+        self._met: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()  # with the number of their parameters
+        self._warned_of_writes = self._warned_of_dense_pass = False
 
         if settings.storage.name != "masked":
             materialize(model)
@@ -103,6 +111,7 @@ class TopKast:
         self._choose_first()
         for target in sparse:
             install(target, self._weights[target.name])
+        self._watch()
 
     # --- properties -----------------------------------------------------------------------------------------------
 
@@ -143,20 +152,38 @@ class TopKast:
         return bool(self._hooks)
 
     @property
+    def hooked_steps(self) -> int:
+        """Number of steps of attached optimizers that the hooks have seen, with those that were skipped."""
+        return sum(hooks.seen for hooks in self._hooks)
+
+    @property
+    def was_written(self) -> bool:
+        """Whether other code has written to a weight since the last step."""
+        return any(weight.was_written for weight in self._weights.values())
+
+    @property
     def needs_gradients(self) -> bool:
         """Whether the next sets depend on the next step's gradients, including those outside B (RigL)."""
         return any(hooks.needs_gradients for hooks in self._hooks)
 
     @property
-    def is_intact(self) -> bool:
-        """Whether the model still holds these parameters, zero outside A; a collective if any of them is sharded."""
+    def holds_parameters(self) -> bool:
+        """Whether the model still holds the parameters of all sparse weights."""
         _reshard(self.model)
         held = {id(parameter) for parameter in self.model.parameters()}
-        return all(id(w.parameter) in held and w.is_sparse for w in self._weights.values())
+        return all(id(weight.parameter) in held for weight in self._weights.values())
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether the model still holds these parameters, as sparse as A; a collective if any of them is sharded."""
+        return self.holds_parameters and all(
+            weight.is_sparse or int(weight.nonzero_entries) <= int(weight.active_entries)
+            for weight in self._weights.values()
+        )
 
     def summary(self) -> Summary:
         """Return a table of all parameters: exact sizes of A and B, or why a parameter is dense."""
-        optimizers = [hooks.optimizer for hooks in self._hooks]
+        optimizers = [optimizer for hooks in self._hooks for optimizer in hooks.optimizers[:1]]
         return summarize(self._targets, self._weights, self.timeline, self.settings, optimizers)
 
     def penalty(self) -> Tensor:
@@ -166,7 +193,9 @@ class TopKast:
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy, which is attached to no optimizer, even if the optimizer is copied with it."""
         self._align_states()
-        return self.__dict__ | {"_hooks": [], "_steps_before": self._steps}
+        return self.__dict__ | {
+            "_hooks": [], "_past_hooks": [], "_steps_before": self._steps, "_watches": [], "_met": WeakKeyDictionary(),
+        }  # fmt: skip
 
     # --- the method -----------------------------------------------------------------------------------------------
 
@@ -178,9 +207,9 @@ class TopKast:
             total_steps: length of the run in optimizer steps; required if a setting is a fraction of it.
 
         Raises:
-            TopKastError: there is no optimizer; an optimizer evaluates its closure repeatedly, holds no sparse weight,
-                is already attached, has no learning rate, or has one at which the penalty overshoots zero; or a setting
-                is a fraction of a run of unknown length.
+            TopKastError: there is no optimizer; an optimizer is known not to train sparse weights (see
+                `register_optimizer`), holds none of them, is already attached, has no learning rate, or has one at
+                which the penalty overshoots zero; or a setting is a fraction of a run of unknown length.
         """
         if not optimizers:
             raise TopKastError("attach() expected at least one optimizer, got none; pass those that train the model")
@@ -189,17 +218,21 @@ class TopKast:
         before = self._hooks
         try:
             for optimizer, steps in zip(optimizers, chain(self._steps_before, repeat(0)), strict=False):
-                if any(hooks.optimizer is optimizer for hooks in self._hooks):
+                if any(optimizer in hooks.optimizers for hooks in self._hooks):
                     raise TopKastError(f"this {type(optimizer).__name__} is already attached; attach it only once")
                 hooks = StepHooks(
-                    optimizer, self._by_parameter, self._after_step, self._refresher.looks_at_gradients, steps
-                )
+                    optimizer, self._by_parameter, self._after_step, self._refresher.looks_at_gradients,
+                    self.accept_writes, steps,
+                )  # fmt: skip
                 self._hooks = [*self._hooks, hooks]
             self._set_strength()
         except TopKastError:
             self._hooks = before
             raise
+        self.accept_writes()
+        self._watch()
         for weight in self._weights.values():
+            weight.is_trained = True
             weight.match_layout()
             weight.forget_order()
         for hooks in self._hooks[len(before) :]:
@@ -232,7 +265,13 @@ class TopKast:
         self._steps_before = self._steps
         for hooks in self._hooks:
             hooks.end()
-        self._hooks = []
+        self._past_hooks, self._hooks = self._hooks or self._past_hooks, []
+        for weight in self._weights.values():
+            weight.is_trained = False
+        unwatch_steps(self)
+        for watch in self._watches:
+            watch.remove()
+        self._watches = []
 
     def release(self) -> None:
         """Put every stored θ back into the model, which is dense afterwards; this engine cannot be used again."""
@@ -275,8 +314,9 @@ class TopKast:
 
     def prepare_step(self, optimizer: Optimizer) -> None:
         """Mask the gradients of the next step of `optimizer`, so that the step itself need not mask them."""
+        self.meet(optimizer)
         for hooks in self._hooks:
-            if hooks.optimizer is optimizer:
+            if optimizer in hooks.optimizers:
                 hooks.prepare_step()
 
     def refresh(self) -> None:
@@ -303,6 +343,83 @@ class TopKast:
         for weight in self._weights.values():
             weight.restore_sparsity()
 
+    @torch.no_grad()
+    def accept_writes(self, weights: Iterable[SparseWeight] | None = None, closely: bool = False) -> None:
+        """Accept what other code wrote to the weights since the last step, so that the network is sparse again.
+
+        Weights that are sparse, or that `load_state_dict` has loaded, become the model's; see
+        `SparseWeight.take_over`. Of all others the entries outside A are zeroed, with a warning. Every step does this
+        by itself. It takes microseconds per weight that nobody wrote to.
+
+        Args:
+            weights: those to look at; None: all.
+            closely: read all values, which finds also what was written through `parameter.data`.
+
+        Raises:
+            NonFiniteWeightError: a weight that was loaded holds NaN or infinity.
+        """
+        strays: dict[str, int] = {}
+        for weight in self._weights.values() if weights is None else weights:
+            if weight.is_settled and (weight.was_written or (closely and weight.stray_entries)):
+                try:
+                    count = weight.take_over()
+                except NonFiniteScoresError:
+                    raise NonFiniteWeightError(
+                        f"weights with NaN or infinity were loaded into '{weight.name}'; load others"
+                    ) from None
+                if count:
+                    strays[weight.name] = count
+        if strays and not self._warned_of_writes:
+            self._warned_of_writes = True
+            warnings.warn(
+                f"other code wrote to sparse weights between optimizer steps, outside their active sets: "
+                f"{_listed(strays)}; these entries were zeroed again, here and from now on. Noise, an average or a "
+                "perturbation must keep to `topkast.weights[name].active`; to load other weights, use load_state_dict",
+                stacklevel=2,
+            )
+
+    def warn_if_dense(self) -> None:
+        """Warn if the weights with which the network has just computed are not zero outside A, since they were written.
+
+        Call it after a forward pass; `TopKastCallback` does. A perturbation that is undone before the optimizer's step,
+        such as SAM's, is not noticed otherwise.
+        """
+        if self._warned_of_dense_pass:
+            return
+        written = [weight for weight in self._weights.values() if weight.is_settled and weight.was_written]
+        strays = {weight.name: count for weight in written if (count := weight.stray_entries)}
+        if strays:
+            self._warned_of_dense_pass = True
+            warnings.warn(
+                f"the network has computed with entries outside the active sets: {_listed(strays)}; other code wrote "
+                "to the weights since the last optimizer step, such as a perturbation (SAM) or an average that was "
+                "swapped in. Call restore_sparsity() of the engine after writing, or keep to "
+                "`topkast.weights[name].active`",
+                stacklevel=2,
+            )
+
+    def _watch(self) -> None:
+        """Notice optimizers that step on the weights without being attached, and weights that are loaded."""
+        watch_steps(self)
+        for target in self._targets if not self._watches else ():
+            weight = self._weights.get(target.name)
+            if weight is not None and not weight.is_packed:
+                self._watches += watch_loading(weight, target.owners)
+
+    def meet(self, optimizer: Optimizer) -> None:
+        """Act on the steps of an optimizer if it holds weights of an attached one: inside a wrapper, or made anew.
+
+        This is called before every step of any optimizer of the process.
+        """
+        size = sum(len(group["params"]) for group in optimizer.param_groups)
+        if self._met.get(optimizer) == size:
+            return
+        self._met[optimizer] = size
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for hooks in self._hooks:
+            if optimizer not in hooks.optimizers and any(id(weight.parameter) in held for weight in hooks.weights):
+                hooks.join(optimizer)
+
     @property
     def _shrinkage(self) -> float | None:
         """The shrinkage that determines λ once the learning rates are known, if the penalty has one."""
@@ -314,8 +431,8 @@ class TopKast:
         return [hooks.steps for hooks in self._hooks] or self._steps_before
 
     def _align_states(self) -> None:
-        """Align the optimizers' state with the present sets before it is used without us."""
-        for hooks in self._hooks:
+        """Align the optimizers' state with the present sets before it is used without us, or saved."""
+        for hooks in self._hooks or self._past_hooks:
             hooks.align_state()
 
     def _follow_schedule(self) -> None:
@@ -344,12 +461,12 @@ class TopKast:
             )
         self._refresher.after_step(hooks.weights, hooks.steps)
 
-    def _state_to_reset(self, weight: SparseWeight) -> list[Tensor]:
+    def _state_to_reset(self, weight: SparseWeight) -> list[EntryState]:
         storage = self.settings.storage
         return [] if isinstance(storage, Masked) and not storage.reset_optimizer_state else self._state_of(weight)
 
-    def _state_of(self, weight: SparseWeight) -> list[Tensor]:
-        return [tensor for hooks in self._hooks for tensor in hooks.state_of(weight)]
+    def _state_of(self, weight: SparseWeight) -> list[EntryState]:
+        return [state for hooks in self._hooks for state in hooks.state_of(weight)]
 
     def _check_order(self, weight: SparseWeight, saved: Mapping[str, Any]) -> None:
         """Refuse saved sets if an optimizer's dense state was already packed according to other sets."""
@@ -363,7 +480,7 @@ class TopKast:
 
     def _set_strength(self) -> None:
         names = {id(weight.parameter): name for name, weight in self._weights.items()}
-        peaks = peak_learning_rates(names, [hooks.optimizer for hooks in self._hooks])
+        peaks = peak_learning_rates(names, [optimizer for hooks in self._hooks for optimizer in hooks.optimizers[:1]])
         penalty = self.settings.penalty
         for name, weight in self._weights.items():
             density, peak = weight.forward_density_target, peaks.get(name)
@@ -379,6 +496,7 @@ class TopKast:
                 `torch.distributed.checkpoint` saves; every rank must call it then. Every rank can load the DTensors,
                 and the whole tensors once it has read or received them.
         """
+        self.accept_writes(closely=True)
         self._align_states()
         return {
             "version": STATE_VERSION,
@@ -391,8 +509,13 @@ class TopKast:
         }
 
     @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], with_optimizers: bool = True) -> None:
         """Continue from a saved state, after the model and its optimizers have loaded theirs.
+
+        Args:
+            state: what `state_dict` has returned.
+            with_optimizers: whether the optimizers load their state of the same moment, before or after this. If not,
+                theirs is moved to the loaded sets.
 
         Raises:
             TopKastError: the state has another format version, other weights, other densities or damaged tensors, or
@@ -411,13 +534,21 @@ class TopKast:
             weight.load_state_dict(saved.weights[name])
             if not keep_strength:
                 weight.strength = asked
+            if with_optimizers:
+                weight.forget_order()
         for hooks in self._hooks:
             hooks.adopt_state()
         self._steps_before = [] if self._hooks else list(saved.steps)
         for hooks, count in zip(self._hooks, saved.steps, strict=False):
             hooks.steps = count
         self._refresher.count, self._refresher.selections = saved.refresh_count, selections
+        self._align_states()
         self._follow_schedule()
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    shown = [f"'{name}' ({count})" for name, count in list(counts.items())[:5]]
+    return ", ".join(shown) + (f" and {len(counts) - 5} more" if len(counts) > 5 else "")
 
 
 def _reshard(model: nn.Module) -> None:

@@ -15,7 +15,7 @@ from lightning_topkast.method.density import Counts, SetSizes
 from lightning_topkast.method.rule import Candidates, Rule
 from lightning_topkast.method.selection import ACTIVE, EXPLORING, NonFiniteScoresError
 from lightning_topkast.method.structure import Structure
-from lightning_topkast.weights import SparseWeight
+from lightning_topkast.weights import EntryState, SparseWeight
 from lightning_topkast.weights.state import holds_values
 
 # One thread for all weights: selection is limited by memory bandwidth, and training continues meanwhile.
@@ -199,7 +199,7 @@ class Refresher:
     """
 
     def __init__(
-        self, sizes: SetSizes, rule: Rule, seed: int, state_of: Callable[[SparseWeight], list[Tensor]]
+        self, sizes: SetSizes, rule: Rule, seed: int, state_of: Callable[[SparseWeight], list[EntryState]]
     ) -> None:
         self.sizes = sizes
         self.count = 0

@@ -1,16 +1,24 @@
 """Hooks on an optimizer's step, which open sparse weights before the update and close them after it."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_topkast.engine.optimizers import (
+    calls_hooks,
+    check_hidden_state,
+    check_optimizer,
+    entry_states,
+    inner_optimizers,
+)
 from lightning_topkast.errors import TopKastError
-from lightning_topkast.weights import SparseWeight
+from lightning_topkast.weights import EntryState, SparseWeight
 
 Hook = tuple[tuple[Any, ...], dict[str, Any]] | None
 
@@ -18,16 +26,20 @@ Hook = tuple[tuple[Any, ...], dict[str, Any]] | None
 class StepHooks:
     """Hooks that make one optimizer's step update θ only on B of the sparse weights, after `begin`.
 
+    Other optimizers may step on the same weights: one inside a wrapper, or one made anew. `join` hooks them too. What
+    happens inside the step of one optimizer, such as the step of the one that it wraps, is part of that step.
+
     Args:
         optimizer: any optimizer that needs one gradient per step.
         weights: sparse weights by their parameter; the hooks act on those in the optimizer's groups.
         after_step: called with these hooks after every step that was not skipped.
         looks_at_gradients: returns whether the gradients outside B are used at the step after this number of steps.
+        accept_writes: called before every step, to accept what other code wrote to the weights since the last one.
         steps: number of steps taken before.
 
     Raises:
-        TopKastError: `optimizer` is not an optimizer, evaluates its closure repeatedly, holds no sparse weight, or
-            another `TopKast` is attached to it.
+        TopKastError: `optimizer` is not an optimizer, cannot train sparse weights, holds no sparse weight, or another
+            `TopKast` is attached to it.
     """
 
     def __init__(
@@ -36,51 +48,92 @@ class StepHooks:
         weights: Mapping[Tensor, SparseWeight],
         after_step: Callable[["StepHooks"], None],
         looks_at_gradients: Callable[[int], bool],
+        accept_writes: Callable[[Sequence[SparseWeight]], None],
         steps: int = 0,
     ) -> None:
         name = type(optimizer).__name__
         if not isinstance(optimizer, Optimizer):
             raise TopKastError(f"expected a torch.optim.Optimizer, got {name}")
-        if isinstance(optimizer, LBFGS):
-            raise TopKastError(
-                "LBFGS evaluates its closure many times per step, but the weights can be opened for one update only: "
-                "use an optimizer that needs one gradient per step (SGD, Adam, AdamW, ...)"
-            )
-        self.optimizer = optimizer
         self.after_step = after_step
         self._looks_at_gradients = looks_at_gradients
+        self._accept_writes = accept_writes
         self.steps = steps
+        self.seen = 0  # steps, with those that were skipped
         self._weights_by_parameter = weights
+        # weak, so that an optimizer that was replaced is freed; the first one is the one that was attached
+        self._optimizers: list[ref[Optimizer]] = []
+        self._last_held: list[SparseWeight] = []
+        self._stepping: ref[Optimizer] | None = None  # the outermost optimizer whose step is in progress
         self._gradients_masked = False
+        self._checked: list[ref[Optimizer]] = []  # those whose state was found to be known
         self._warned_of_overshoot = False
         self._handles: list[RemovableHandle] = []
-        if not self.weights:
+        if not self._held_by(optimizer):
             raise TopKastError(
                 f"this {name} holds none of the sparse weights; attach the optimizer of this model (unless "
                 "storage='masked': made after TopKast, which replaces layers and makes the weights 1-D)"
             )
+        for each in [optimizer, *inner_optimizers(optimizer)]:
+            self._check(each)
+        if not calls_hooks(optimizer) and not any(map(calls_hooks, inner_optimizers(optimizer))):
+            raise TopKastError(
+                f"{name} calls no hooks on its steps, since its __init__ does not call that of torch.optim.Optimizer; "
+                "call it there, or attach the optimizer inside it"
+            )
+        self._optimizers = [ref(optimizer)]
+        self._last_held = self._held_by(optimizer)
         self._warn_of_lost_decay()
-        for hook in optimizer._optimizer_step_pre_hooks.values():
+
+    def _check(self, optimizer: Optimizer) -> None:
+        held = self._held_by(optimizer)
+        check_optimizer(optimizer, [weight.name for weight in held if weight.is_packed])
+        check_hidden_state(optimizer, {weight.name: weight.parameter for weight in held})
+        for hook in getattr(optimizer, "_optimizer_step_pre_hooks", {}).values():
             other = getattr(hook, "__self__", None)
-            if isinstance(other, StepHooks):
-                for weight in self.weights:
-                    if weight.parameter in other._weights_by_parameter:
-                        raise TopKastError(
-                            f"another TopKast is already attached to this {name}, for '{weight.name}'; call its "
-                            "detach() first"
-                        )
+            for weight in held if isinstance(other, StepHooks) else ():
+                if weight.parameter in other._weights_by_parameter:  # type: ignore[union-attr]
+                    raise TopKastError(
+                        f"another TopKast is already attached to this {type(optimizer).__name__}, for '{weight.name}'; "
+                        "call its detach() first"
+                    )
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """The optimizers that step on the weights, first the one that was attached; without those that are gone."""
+        return [optimizer for each in self._optimizers if (optimizer := each()) is not None]
 
     @property
     def weights(self) -> list[SparseWeight]:
-        """The sparse weights that the optimizer holds now, including those of groups added since."""
-        return [weight for weight, _ in self._weights_and_groups()]
+        """The sparse weights that the optimizers hold now, including those of groups added since.
+
+        Once all optimizers are gone, those that they held at last, since another may be made for them.
+        """
+        held = [self._held_by(optimizer) for optimizer in self.optimizers]
+        if held:
+            self._last_held = list(dict.fromkeys(weight for weights in held for weight in weights))
+        return self._last_held
+
+    def _held_by(self, optimizer: Optimizer) -> list[SparseWeight]:
+        return [weight for weight, _ in self._weights_and_groups(optimizer)]
 
     def begin(self) -> None:
         """Register the hooks."""
-        self._handles = [
-            self.optimizer.register_step_pre_hook(self._before_step),
-            self.optimizer.register_step_post_hook(self._after_step),
-        ]
+        for optimizer in self.optimizers:
+            self._hook(optimizer)
+
+    def _hook(self, optimizer: Optimizer) -> None:
+        if calls_hooks(optimizer):
+            self._handles += [
+                optimizer.register_step_pre_hook(self._before_step),
+                optimizer.register_step_post_hook(self._after_step),
+            ]
+
+    def join(self, optimizer: Optimizer) -> None:
+        """Act on the steps of another optimizer of the same weights too, beginning with the one that it takes now."""
+        self._check(optimizer)
+        self._optimizers = [each for each in self._optimizers if each() is not None] + [ref(optimizer)]
+        self._adopt_state(optimizer)
+        self._hook(optimizer)
 
     def end(self) -> None:
         """Remove the hooks."""
@@ -102,97 +155,106 @@ class StepHooks:
 
     def prepare_step(self) -> None:
         """Mask the gradients of the next step, so that the step itself need not mask them."""
+        self._stepping = None  # an earlier step may have raised an error
         self.mask_gradients()
         self._gradients_masked = True
 
-    def state_of(self, weight: SparseWeight) -> list[Tensor]:
-        """Return the optimizer's state of a weight that starts at zero: momenta and averages in the parameter's shape.
+    def state_of(self, weight: SparseWeight) -> list[EntryState]:
+        """Return the state that the optimizers keep for the entries of a weight.
 
         Raises:
-            TopKastError: the weight is packed, so that a refresh must move all of its state, and some of it may not
-                start at zero.
+            TopKastError: some of the state is not known.
         """
-        found = []
-        for key, value in self.optimizer.state.get(weight.parameter, {}).items():
-            if isinstance(value, Tensor) and value.shape == weight.parameter.shape:
-                if key in _ZERO_AT_FIRST:
-                    found.append(value)
-                elif weight.is_packed:
-                    raise TopKastError(
-                        f"{type(self.optimizer).__name__} keeps '{key}' for every entry of '{weight.name}', and its "
-                        "initial value for an entry that enters the updated set is not known; train with "
-                        "storage='masked', or use an optimizer with momenta and averages (SGD, Adam, AdamW, ...)"
-                    )
-        return found
+        return [
+            state for optimizer in self.optimizers for state in entry_states(optimizer, weight.parameter, weight.name)
+        ]
 
     @torch.no_grad()
     def align_state(self) -> None:
-        """Put the optimizer's state in the order of the sets, if other weights were loaded since the last step."""
+        """Put the optimizers' state in the order of the sets, if other weights were loaded since the last step."""
         for weight in self.weights:
             if weight.was_reordered:
                 weight.realign(self.state_of(weight))
 
     def adopt_state(self, packed_only: bool = False) -> None:
         """Convert state that was loaded from a run with another storage to the parameters' shapes."""
-        for weight in self.weights:
+        for optimizer in self.optimizers:
+            self._adopt_state(optimizer, packed_only)
+
+    def _adopt_state(self, optimizer: Optimizer, packed_only: bool = False) -> None:
+        for weight in self._held_by(optimizer):
             if packed_only and not weight.is_packed:
                 continue
-            state = self.optimizer.state.get(weight.parameter, {})
+            state = optimizer.state.get(weight.parameter, {})
             for key, value in state.items():
                 if isinstance(value, Tensor):
                     state[key] = weight.adopt(value)
 
     # --- hooks ----------------------------------------------------------------------------------------------------
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled step calls it
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hook:
         """Open the weights now, or after the closure given to `step` has computed the gradients."""
-        if _only_makes_state(optimizer, kwargs):
+        if _only_makes_state(optimizer, kwargs) or self._is_inside_another(optimizer):
             return None
+        self._stepping = ref(optimizer)
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
-            self._open()
+            self._open(optimizer)
             return None
-        wrapped = self._opening_after(closure)
+        wrapped = self._opening_after(closure, optimizer)
         if "closure" in kwargs:
             return args, {**kwargs, "closure": wrapped}
         return (args[0], wrapped, *args[2:]), kwargs
 
-    def _opening_after(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+    def _is_inside_another(self, optimizer: Optimizer) -> bool:
+        """Return whether this is a step within the step of another optimizer."""
+        outer = None if self._stepping is None else self._stepping()
+        return outer is not None and outer is not optimizer
+
+    def _opening_after(self, closure: Callable[[], Any], optimizer: Optimizer) -> Callable[[], Any]:
         evaluated = False
 
         def wrapped() -> Any:
             nonlocal evaluated
             if evaluated:
                 raise TopKastError(
-                    f"{type(self.optimizer).__name__} evaluates its closure more than once per step, but the weights "
+                    f"{type(optimizer).__name__} evaluates its closure more than once per step, but the weights "
                     "can be opened for one update only; use an optimizer that needs one gradient per step"
                 )
             evaluated = True
             result = closure()
-            self._open()
+            self._open(optimizer)
             return result
 
         return wrapped
 
     @torch.no_grad()
-    def _open(self) -> None:
+    def _open(self, optimizer: Optimizer) -> None:
+        weights = self._held_by(optimizer)
+        self._accept_writes(weights)
         self.align_state()
         if not self._gradients_masked:
             self.mask_gradients()
-        for weight in self.weights:
+        for weight in weights:
             # like the optimizer, skip parameters without a gradient
             if weight.parameter.grad is not None and not weight.is_open:
                 weight.open()
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Apply the penalty on B and make the parameters α again."""
+        if self._is_inside_another(optimizer):
+            return
+        self._stepping = None
+        self.seen += 1
         self._gradients_masked = False
         # A fused optimizer under a gradient scaler skips the step inside its own kernel; others are not even called.
         found_inf = getattr(optimizer, "found_inf", None)
         skipped = found_inf is not None and bool(found_inf)
         stepped = False
-        for weight, group in self._weights_and_groups():
+        for weight, group in self._weights_and_groups(optimizer):
             if weight.is_open:
                 weight.close(lr=0 if skipped else self._within_reach(weight, group["lr"]))
                 stepped = not skipped
@@ -200,18 +262,26 @@ class StepHooks:
                 # A subclass that continues after super().step(), whose own hook closed the weight.
                 weight.restore_sparsity()
         if stepped:
-            if self.steps == 0:  # raise now rather than at the first refresh
-                for weight in self.weights:
-                    self.state_of(weight)
+            if self._optimizers[-1] not in self._checked:  # raise now rather than at the first refresh
+                self._check_state()
             self.steps += 1
             self.after_step(self)
 
+    def _check_state(self) -> None:
+        """Refuse state that is not known, once it exists."""
+        for weight in self.weights:
+            self.state_of(weight)
+        for optimizer in self.optimizers:
+            check_hidden_state(optimizer, {weight.name: weight.parameter for weight in self._held_by(optimizer)})
+        self._checked = list(self._optimizers)
+
     def _warn_of_lost_decay(self) -> None:
         """Warn if packed weights lack weight decay: a rule such as "no decay for 1-D" takes them for biases."""
-        decays = any(group.get("weight_decay") for group in self.optimizer.param_groups)
+        (optimizer,) = self.optimizers
+        decays = any(group.get("weight_decay") for group in optimizer.param_groups)
         lost = [
             weight.name
-            for weight, group in self._weights_and_groups()
+            for weight, group in self._weights_and_groups(optimizer)
             if weight.parameter.dim() < len(weight.shape) and not group.get("weight_decay")
         ]
         if decays and lost:
@@ -221,8 +291,8 @@ class StepHooks:
                 stacklevel=4,
             )
 
-    def _weights_and_groups(self) -> Iterator[tuple[SparseWeight, dict[str, Any]]]:
-        for group in self.optimizer.param_groups:
+    def _weights_and_groups(self, optimizer: Optimizer) -> Iterator[tuple[SparseWeight, dict[str, Any]]]:
+        for group in optimizer.param_groups:
             for parameter in group["params"]:
                 weight = self._weights_by_parameter.get(parameter)
                 if weight is not None:
@@ -247,11 +317,3 @@ def _only_makes_state(optimizer: Optimizer, kwargs: Mapping[str, Any]) -> bool:
     It gives every parameter a zero gradient and every group the learning rate 0, and calls `step(closure=None)`.
     """
     return kwargs == {"closure": None} and not any(group.get("lr", 1) for group in optimizer.param_groups)
-
-
-# Names of the momenta and averages of PyTorch's and most other optimizers. No other state is reset: Rprop's step sizes
-# and Adagrad's sums do not start at zero, and some optimizers keep a copy of the weight in their state.
-_ZERO_AT_FIRST = {
-    "momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_avg_diff", "exp_inf", "square_avg", "grad_avg",
-    "acc_delta", "prev",
-}  # fmt: skip

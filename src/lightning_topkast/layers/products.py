@@ -2,7 +2,9 @@
 
 from typing import cast
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_topkast.layers.sparse_layer import SparseLayer
 
@@ -16,6 +18,10 @@ class ProductLayer(SparseLayer):
         """Multiply the last dimension of `input` by the rows (`transposed`: columns) of weight `name`; add `bias`."""
         weight = self.packed_weights[name]
         values = cast(Tensor, self._parameters[name])
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            # a picture of the network is made of it; a trace does not hold our operators
+            matrix = weight.layout.unpack(values).flatten(1)
+            return F.linear(input, matrix.t() if transposed else matrix, bias)
         return weight.layout.product(input, values, bias, weight.kernels, transposed)
 
 

@@ -1,6 +1,8 @@
 """Layers with a packed weight; the module stays the same object but changes to a class derived from its own."""
 
+import warnings
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from typing import Any
 
 from torch import Tensor, nn
@@ -69,6 +71,20 @@ class SparseLayer(nn.Module):
             f"{type(self).__name__} holds packed weights, for which reset_parameters() is not supported; initialize "
             "them before they are packed, or load others with load_state_dict"
         )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Return a copy; warn while the layer is trained, since an average with copies would mix entries."""
+        if any(weight.is_trained for weight in self.packed_weights.values()):
+            warnings.warn(
+                f"a {type(self).__name__} was copied while it is trained. The order of its values changes at every "
+                "refresh, so an average of parameters or of state dicts would mix entries: average into a dense copy, "
+                "`to_dense(deepcopy(model))`, from the `weight` of each layer, or use Lightning's WeightAveraging",
+                stacklevel=2,
+            )
+        make, arguments, state = self.__reduce_ex__(4)
+        copied = memo[id(self)] = make(*arguments)
+        copied.__setstate__(deepcopy(state, memo))
+        return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Return the parts of the class, which is created at run time, for copies and pickles."""

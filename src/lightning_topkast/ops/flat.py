@@ -18,6 +18,11 @@ def mask_outside_(tensor: Tensor, members: Tensor) -> None:
     tensor.view(_BITS[tensor.element_size()]).bitwise_and_(members)
 
 
+def count_outside(tensor: Tensor, members: Tensor) -> Tensor:
+    """Count the entries of `tensor` that are not zero where `members` (int8) is 0; a scalar tensor."""
+    return torch.count_nonzero(torch.bitwise_and(tensor.view(_BITS[tensor.element_size()]), ~members))
+
+
 def copied(tensor: Tensor) -> Tensor:
     """Return a contiguous copy on CPU, so that a saved state does not change when training continues."""
     return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)

@@ -20,8 +20,8 @@ PREFIX = "topkast"
 class Telemetry:
     """Log the sparsity of one model, over all of its engines.
 
-    Sets change only at a refresh, so metrics of the sets are computed there; a step that logs nothing computes nothing
-    and never waits for the device.
+    Sets change only at a refresh, so metrics of the sets are computed there. The forward sparsity is counted in the
+    weights themselves whenever it is logged. A step that logs nothing computes nothing and never waits for the device.
 
     Args:
         trainer: its loggers receive the values, and so does its `callback_metrics`, for other callbacks to monitor.
@@ -46,8 +46,10 @@ class Telemetry:
             self._of_sets = set_metrics(self._engines)
         if not (refreshed or force or self._due):
             return
+        for engine in self._engines:
+            engine.accept_writes(closely=True)
         penalty = torch.stack([engine.penalty() for engine in self._engines]).sum()
-        metrics = self._of_sets | {f"{PREFIX}/penalty": penalty}
+        metrics = measured_metrics(self._engines) | self._of_sets | {f"{PREFIX}/penalty": penalty}
         self._trainer.callback_metrics.update(metrics)
         if not self._trainer.loggers:
             return
@@ -74,7 +76,8 @@ class Telemetry:
             for engine in self._engines
             for weight in engine.weights.values()
         }
-        totals = {name: float(value) for name, value in self._of_sets.items() if name.count("/") == 1}
+        metrics = measured_metrics(self._engines) | self._of_sets
+        totals = {name: float(value) for name, value in metrics.items() if name.count("/") == 1}
         for show in self._shows:
             show.hand_over(path, {**totals, "densities": densities, "step": self._trainer.global_step})
 
@@ -95,33 +98,46 @@ class Telemetry:
         return self._trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
+def measured_metrics(engines: Sequence[TopKast]) -> dict[str, Tensor]:
+    """Return the sparsity of the weights that the network computes with: name → scalar tensor on their device.
+
+    The zeros are counted now, whatever the sets say; a collective if a weight is sharded.
+    """
+    weights = [weight for engine in engines for weight in engine.weights.values()]
+    device = weights[0].parameter.device
+    forward, model = (Sparsity(sync_on_compute=False).to(device) for _ in range(2))
+    metrics: dict[str, Tensor] = {}
+    for weight in weights:
+        zeros = weight.size - weight.nonzero_entries.to(device)
+        forward.count(zeros, weight.size)
+        metrics[f"{PREFIX}/forward_sparsity/{weight.name}"] = zeros / weight.size
+    everything = sum(parameter.numel() for parameter in engines[0].model.parameters())
+    everything += sum(weight.size - weight.parameter.numel() for weight in weights)
+    model.count(forward.counted, everything)
+    totals = {f"{PREFIX}/forward_sparsity": forward.compute(), f"{PREFIX}/model_sparsity": model.compute()}
+    return totals | metrics
+
+
 def set_metrics(engines: Sequence[TopKast]) -> dict[str, Tensor]:
     """Return the metrics of the sets of all engines' weights: name → scalar tensor on the weights' device."""
     weights = [weight for engine in engines for weight in engine.weights.values()]
     device = weights[0].parameter.device
     # masks agree on every rank (checked at each refresh), so there is nothing to reduce
-    forward, backward, model = (Sparsity(sync_on_compute=False).to(device) for _ in range(3))
+    backward = Sparsity(sync_on_compute=False).to(device)
     change, activation = (kind(sync_on_compute=False).to(device) for kind in (MaskChange, ReservoirActivation))
     metrics: dict[str, Tensor] = {}
     changes = []
     for weight in weights:
         size, active = weight.size, weight.active_entries.to(device)  # counts of packed weights are on the host
-        forward.count(size - active, size)
         backward.count(size - weight.updated_entries, size)
         change.count(weight.promoted, active)
         activated = weight.first_reservoir - weight.never_active_entries.to(device)
         activation.count(activated, weight.first_reservoir)
-        metrics[f"{PREFIX}/forward_sparsity/{weight.name}"] = 1 - active / size
         changes.append(weight.promoted / active.clamp_min(1))
         metrics[f"{PREFIX}/mask_change/{weight.name}"] = changes[-1]
         metrics[f"{PREFIX}/reservoir_activated/{weight.name}"] = activated / max(weight.first_reservoir, 1)
-    everything = sum(parameter.numel() for parameter in engines[0].model.parameters())
-    everything += sum(weight.size - weight.parameter.numel() for weight in weights)
-    model.count(forward.counted, everything)
     totals = {
-        f"{PREFIX}/forward_sparsity": forward.compute(),
         f"{PREFIX}/backward_sparsity": backward.compute(),
-        f"{PREFIX}/model_sparsity": model.compute(),
         f"{PREFIX}/mask_change": change.compute(),
         f"{PREFIX}/mask_change_min": torch.stack(changes).min(),
         f"{PREFIX}/mask_change_max": torch.stack(changes).max(),

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,18 @@ class Traits:
     clears_dropped: bool = False
     sizes_change: bool = False
     exponent: float = 1.0
+
+
+class EntryState(NamedTuple):
+    """A tensor of an optimizer's state with a value for each entry of the parameter.
+
+    Args:
+        values: in the parameter's shape.
+        start: the value of an entry that was never updated.
+    """
+
+    values: Tensor
+    start: float = 0.0
 
 
 class SparseWeight(ABC):
@@ -70,6 +82,7 @@ class SparseWeight(ABC):
         self.updated_count = updated_count
         self.strength = 0.0  # λ of this weight's penalty; the engine sets it once it knows the learning rate
         self.is_open = False
+        self.is_trained = False  # whether an engine is attached to an optimizer
         self.structure = traits.structure
         self.clears_dropped = traits.clears_dropped
         self.exponent = traits.exponent
@@ -88,6 +101,9 @@ class SparseWeight(ABC):
         self.version = 0
         # whether dense state of an optimizer was packed according to the present sets
         self.has_gathered = False
+        # whether `load_state_dict` of the model has loaded other weights that were not taken over yet
+        self.was_loaded = False
+        self._seen = self._stamp()  # after our last write
 
     # --- the sets -------------------------------------------------------------------------------------------------
 
@@ -181,13 +197,13 @@ class SparseWeight(ABC):
         """Do the work of `apply` for these sets that another thread can do in advance."""
 
     @abstractmethod
-    def apply(self, tiers: Tensor, state: Sequence[Tensor] = ()) -> None:
+    def apply(self, tiers: Tensor, state: Sequence[EntryState] = ()) -> None:
         """Change the sets: promoted entries enter A with their stored values, demoted entries keep their values.
 
         Args:
             tiers: uint8 in the weight's shape, or this process' part of them.
-            state: the optimizer's state, tensors in the parameter's shape. Entries outside the new B lose their state,
-                and the state of entries that enter B starts at zero.
+            state: the optimizer's state. Entries outside the new B lose theirs, and that of entries that enter B
+                begins anew.
         """
 
     @abstractmethod
@@ -257,13 +273,56 @@ class SparseWeight(ABC):
         return True
 
     @property
-    @abstractmethod
     def is_sparse(self) -> bool:
         """Whether the network computes with α, as it does between steps unless other code wrote to the weight."""
+        return not self.stray_entries
 
+    @property
     @abstractmethod
-    def restore_sparsity(self) -> None:
-        """Make the weight α again after other code (an average copied into the model) wrote to it."""
+    def nonzero_entries(self) -> Tensor:
+        """Entries of the weight that the network computes with which are not zero, counted now; a scalar tensor."""
+
+    def _stamp(self) -> tuple[int, int]:
+        """Return what changes when other code writes to the parameter, unless it writes through `parameter.data`."""
+        values = to_local(self.parameter.detach())
+        return values._version, values.data_ptr()
+
+    def _note_own_write(self) -> None:
+        """Remember that the parameter is what we wrote."""
+        self._seen = self._stamp()
+
+    @property
+    def was_written(self) -> bool:
+        """Whether other code has written to the parameter since we last did; takes microseconds, reads few values."""
+        return self.is_settled and self._seen != self._stamp()
+
+    def begin_loading(self) -> None:
+        """Prepare for `load_state_dict`, which is about to overwrite the parameter."""
+        self.was_loaded = True
+
+    @property
+    def stray_entries(self) -> int:
+        """Entries outside A that are not zero in the weight that the network computes with; a collective if sharded."""
+        return 0
+
+    def take_over(self) -> int:
+        """Accept what other code wrote: the weight is α again.
+
+        A sparse weight becomes α: its non-zero entries are the active ones, and θ is kept where it is zero. So does a
+        dense one that `load_state_dict` of the model has loaded, after the sets are chosen again. Otherwise what was
+        written outside A is zeroed, and θ is kept there.
+
+        Returns:
+            the number of entries outside A that were zeroed.
+
+        Raises:
+            NonFiniteScoresError: a weight that was loaded holds NaN or infinity.
+        """
+        self._note_own_write()
+        return 0
+
+    def restore_sparsity(self) -> None:  # noqa: B027  packed weights are always sparse
+        """Make the weight zero outside A after other code wrote to it; θ outside A is kept."""
 
     def _put_phi(self, values: Tensor, gradient: Tensor | None) -> None:
         """Under powerpropagation, replace θ and its gradient with φ and its gradient for the optimizer."""
@@ -320,6 +379,33 @@ class SparseWeight(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load a state that `check_state` has accepted; the model already holds the saved α."""
 
+    def _sets_of(self, alpha: Tensor) -> tuple[Tensor, Tensor]:
+        """Return θ and the tiers for other weights: A has their largest entries, B the largest of θ besides.
+
+        Where weights that are sparse already are zero, θ is kept.
+
+        Raises:
+            NonFiniteScoresError: the weights hold NaN or infinity.
+        """
+        structure, sharding = self.structure, self.sharding
+        active, updated = (self._units_in(to_local(members)) for members in (self.active, self.updated))
+        select, support = structure.selection(sharding), alpha != 0
+        first = select(structure.scores(alpha.abs(), sharding), (active,)).bool()
+        theta = alpha
+        if int(sharding.sum(torch.count_nonzero(support))) <= int(self.active_entries):
+            chosen = structure.tiers(first.to(torch.uint8), sharding).bool()
+            theta = torch.where(support | chosen, alpha, to_local(self.theta()))
+        scores = structure.scores(theta.abs(), sharding)
+        tiers = select(scores.masked_fill(first, torch.finfo(scores.dtype).max), (updated, active))
+        return theta, structure.tiers(tiers, sharding)
+
+    def _units_in(self, members: Tensor) -> int:
+        """Return the number of units in a set; a collective if the weight is sharded."""
+        units = self.structure.members(members, self.sharding)
+        counts = torch.tensor([int(torch.count_nonzero(units)), units.numel()], device=units.device)
+        counted, all_units = self.sharding.sum(counts).tolist()  # every process may have all of them
+        return counted * self.structure.grid(self.shape).numel() // max(all_units, 1)
+
     @abstractmethod
     def adopt(self, value: Tensor) -> Tensor:
         """Return optimizer state in the parameter's shape, converted if it was saved under another storage."""
@@ -334,7 +420,7 @@ class SparseWeight(ABC):
         """Whether sets were loaded since the optimizer's state was last aligned with them."""
         return False
 
-    def realign(self, state: Sequence[Tensor]) -> None:  # noqa: B027  only packed state has an order
+    def realign(self, state: Sequence[EntryState]) -> None:  # noqa: B027  only packed state has an order
         """Put the optimizer's state in the order of the sets that were loaded since it was last aligned."""
 
     def forget_order(self) -> None:  # noqa: B027  likewise

@@ -61,6 +61,10 @@ class Layout(ABC):
 
     def unpack(self, values: Tensor) -> Tensor:
         """Return α, dense, in the weight's shape; differentiable, with a gradient for all of B."""
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            active = self.indices()[: self.active_count].long()
+            zeros = values.new_zeros(self.shape.numel())
+            return zeros.index_copy(0, active, values[: self.active_count]).view(self.shape)
         dense: Tensor = _Unpack.apply(values, self)  # type: ignore[no-untyped-call]
         return dense
 

@@ -19,8 +19,11 @@ from lightning_topkast.distributed import Sharding, to_local
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.method.penalty import Total
 from lightning_topkast.method.selection import ACTIVE, EXPLORING, RESERVOIR
-from lightning_topkast.ops.flat import copied, flat, indices, mask_outside_, merged, where
-from lightning_topkast.weights.base import SparseWeight, Traits
+from lightning_topkast.ops.flat import copied, count_outside, flat, indices, mask_outside_, merged, where
+from lightning_topkast.weights.base import EntryState, SparseWeight, Traits
+
+# Places outside A that are looked at before every step, beside the version counter.
+_PROBES = 256
 
 
 class MaskedWeight(SparseWeight):
@@ -55,6 +58,10 @@ class MaskedWeight(SparseWeight):
         self._never_active = torch.zeros_like(self._alpha, dtype=torch.bool)
         # sizes of B, B\A and the never active entries, counted over all parts of a sharded weight
         self._counted = [self.size, 0, 0]
+        self._overwritten: Tensor | None = None  # θ on A, in memory order, before other weights were loaded
+        # places outside A that are looked at before every step
+        self._probe = torch.empty(0, dtype=torch.int64)
+        self._state_is_stale = False  # entries that have left B may have kept their optimizer state
         if self._latent.stride() != self._alpha.stride():
             raise TopKastError(f"'{name}': its entries overlap or have gaps in memory; make the parameter contiguous")
 
@@ -125,7 +132,7 @@ class MaskedWeight(SparseWeight):
         magnitudes = torch.from_numpy(np.empty(alpha.shape, dtype=np.float32))
         return torch.add(alpha, self._latent, out=magnitudes).abs_()
 
-    def apply(self, tiers: Tensor, state: Sequence[Tensor] = ()) -> None:
+    def apply(self, tiers: Tensor, state: Sequence[EntryState] = ()) -> None:
         """Change the sets; few entries change their set, so only these are found and moved."""
         self.match_layout()
         # in the parameter's memory order, so that flat indices of all tensors agree
@@ -152,12 +159,19 @@ class MaskedWeight(SparseWeight):
         alpha.index_fill_(0, demoted, 0)
         self._forget()
         self._settled = True
+        self._note_own_write()
 
         flat(self._never_active).index_fill_(0, promoted, False)
         self.promoted = self._count(promoted.numel())
         self.gradient_magnitudes = None
-        for tensor in state:  # old state would act on entries that return to B, and decay into denormals
-            mask_outside_(to_local(tensor), self._mask)
+        self._reset(state)
+
+    def _reset(self, state: Sequence[EntryState]) -> None:
+        for values, start in state:  # old state would act on entries that return to B, and decay into denormals
+            mask_outside_(to_local(values), self._mask)
+            if start:
+                to_local(values).masked_fill_(self._mask == 0, start)
+        self._state_is_stale = False
 
     def _forget(self) -> None:
         if self.clears_dropped:
@@ -251,6 +265,15 @@ class MaskedWeight(SparseWeight):
         self._forget()
         self._settled = True
 
+    def _note_own_write(self) -> None:
+        """Remember that the parameter is α now."""
+        super()._note_own_write()
+        self._overwritten, self.was_loaded = None, False
+        self._probe = torch.empty(0, dtype=torch.int64)
+        if not self.sharding.is_sharded and self._alpha.device.type == "cpu":  # elsewhere reading values takes long
+            places = torch.arange(0, self.size, self.size // _PROBES | 1)
+            self._probe = places[flat(self._tiers).index_select(0, places) != ACTIVE]
+
     @property
     def is_settled(self) -> bool:
         """Whether no step or refresh is in progress."""
@@ -285,6 +308,7 @@ class MaskedWeight(SparseWeight):
         mask_outside_(alpha, self._mask)
         self._penalise_(alpha, False, lr, self._total)
         self._settled = True
+        self._seen = self._stamp()
 
     def penalty(self) -> Tensor:
         """Return the value of the exploration penalty, a scalar tensor; a collective for a sharded weight."""
@@ -292,15 +316,73 @@ class MaskedWeight(SparseWeight):
         return self._penalty_of(self._alpha, exploring, self._total)
 
     @property
-    def is_sparse(self) -> bool:
-        """Whether the parameter is zero outside A, as it is between steps unless other code wrote to it."""
-        return not int(self.sharding.sum(torch.count_nonzero(self._alpha.masked_fill(self._tiers == ACTIVE, 0))))
+    def nonzero_entries(self) -> Tensor:
+        """Entries of the parameter that are not zero, counted now; a scalar tensor; a collective if it is sharded."""
+        return self.sharding.sum(torch.count_nonzero(self._alpha))
+
+    @property
+    def stray_entries(self) -> int:
+        """Entries of the parameter outside A that are not zero, counted now; a collective if it is sharded."""
+        alpha = self._alpha
+        exploring = torch.count_nonzero(flat(alpha).index_select(0, self._exploring))
+        return int(self.sharding.sum(exploring + count_outside(alpha, self._mask)))
+
+    @property
+    def was_written(self) -> bool:
+        """Whether other code has written to the parameter since we last did.
+
+        Every write is noticed but one through `parameter.data` that misses all of a few hundred places outside A.
+        """
+        if not self._settled or super().was_written:
+            return self._settled
+        return self._probe.numel() > 0 and bool(flat(self._alpha).index_select(0, self._probe).any())
+
+    def begin_loading(self) -> None:
+        """Keep θ on A, which `load_state_dict` is about to overwrite."""
+        super().begin_loading()
+        if self._overwritten is None:
+            self._overwritten = flat(self._alpha)[flat(self._tiers) == ACTIVE]
+
+    def take_over(self) -> int:
+        """Accept what other code wrote: the parameter is α again; see `SparseWeight.take_over`."""
+        self.match_layout()
+        strays = self.stray_entries
+        if strays and (self.was_loaded or int(self.nonzero_entries) <= int(self.active_entries)):
+            loaded = self._alpha.clone()
+            if self._overwritten is not None:
+                flat(self._latent)[flat(self._tiers) == ACTIVE] = self._overwritten
+            self._alpha.zero_()  # so that θ is that of before
+            theta, tiers = self._sets_of(loaded)
+            self._alpha.copy_(theta.masked_fill(tiers != ACTIVE, 0))
+            self._put_sets(tiers, theta.masked_fill(tiers == ACTIVE, 0))
+            self.record_first_reservoir()
+            self.load_count += 1
+            self._state_is_stale = True
+            return 0
+        if strays:
+            self.restore_sparsity()
+        self._note_own_write()
+        return strays
 
     def restore_sparsity(self) -> None:
         """Zero the parameter outside A after other code (an average copied into the model) wrote to it."""
         active = -(self._tiers == ACTIVE).to(torch.int8)
         mask_outside_(self._alpha, active)
         mask_outside_(self._latent, ~active)
+        self._note_own_write()
+
+    @property
+    def was_reordered(self) -> bool:
+        """Whether sets were taken over since the optimizer's state was last aligned with them."""
+        return self._state_is_stale
+
+    def realign(self, state: Sequence[EntryState]) -> None:
+        """Reset the optimizer's state of entries that left B when other weights were taken over."""
+        self._reset(state)
+
+    def forget_order(self) -> None:
+        """Treat the optimizer's state, if any, as that of the present sets."""
+        self._state_is_stale = False
 
     @property
     def is_exploring(self) -> bool:
@@ -346,12 +428,20 @@ class MaskedWeight(SparseWeight):
         saved_tiers, latent, never_active = (
             self.sharding.to_local(state[key]) for key in ("tiers", "latent", "never_active")
         )
-        tiers = torch.empty_like(self._mask, dtype=torch.uint8).copy_(saved_tiers)
-        self._latent.copy_(latent)
-        torch.ne(tiers, 0, out=self._mask).neg_()
-        self._exploring = indices(flat(tiers) == EXPLORING)
+        self._put_sets(saved_tiers, latent)
         self._never_active = torch.empty_like(self._mask, dtype=torch.bool).copy_(never_active)
         self._count()
         self._load_counts(state)
+        self._state_is_stale = True
+
+    def _put_sets(self, tiers: Tensor, latent: Tensor) -> None:
+        """Replace the sets and θ outside A; the parameter is α already."""
+        tiers = torch.empty_like(self._mask, dtype=torch.uint8).copy_(tiers)
+        self._latent.copy_(latent)
+        torch.ne(tiers, 0, out=self._mask).neg_()
+        self._exploring = indices(flat(tiers) == EXPLORING)
+        self._count()
         self.version += 1
         self.is_open = False
+        self._settled = True
+        self._note_own_write()

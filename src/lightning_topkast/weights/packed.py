@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_topkast.distributed import Sharding
-from lightning_topkast.method.selection import ACTIVE, RESERVOIR, nested_top_k, ranked
+from lightning_topkast.method.selection import ACTIVE, RESERVOIR
 from lightning_topkast.method.structure import Block
 from lightning_topkast.ops.flat import indices
-from lightning_topkast.weights.base import SparseWeight, Traits
+from lightning_topkast.weights.base import EntryState, SparseWeight, Traits
 from lightning_topkast.weights.layouts import Layout, make_layout
 
 
@@ -149,7 +149,7 @@ class PackedWeight(SparseWeight):
         """Make the layout of these sets, which takes longer than choosing them."""
         self._prepared = tiers, self._pack(self._on_grid(tiers))
 
-    def apply(self, tiers: Tensor, state: Sequence[Tensor] = ()) -> None:
+    def apply(self, tiers: Tensor, state: Sequence[EntryState] = ()) -> None:
         """Change the sets: values of entries that stay in B are moved, others are exchanged with the host's copy."""
         self.match_layout()
         prepared, self._prepared = self._prepared, None
@@ -181,8 +181,8 @@ class PackedWeight(SparseWeight):
         """Return the units' tiers."""
         return self.structure.units_of(tiers.cpu()).contiguous()
 
-    def _moved(self, state: Sequence[Tensor], before: Tensor, after: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Return each tensor of the state and its content for the new units: moved for units that stay, else zero."""
+    def _moved(self, state: Sequence[EntryState], before: Tensor, after: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return each tensor of the state and its content for the new units: moved for units that stay, else anew."""
         if not state:
             return []
         # position of each unit among the packed units
@@ -193,9 +193,9 @@ class PackedWeight(SparseWeight):
         kept = indices(source >= 0)
         source = source.index_select(0, kept)
         writes = []
-        for tensor in state:
+        for tensor, start in state:
             on = tensor.device
-            moved = torch.zeros_like(tensor)
+            moved = torch.full_like(tensor, start)
             # single entries stay in one dimension, where index_select is four times as fast
             by_unit = tensor.view(-1, self._unit_size) if self._unit_size > 1 else tensor
             moved.view_as(by_unit).index_copy_(0, kept.to(on), by_unit.index_select(0, source.to(on)))
@@ -216,6 +216,7 @@ class PackedWeight(SparseWeight):
         for tensor, content in writes:
             tensor.copy_(content)
         self._pending = None
+        self._note_own_write()
 
     def record_first_reservoir(self) -> None:
         """Record the present C; `never_active_entries` counts its entries that have not been active since."""
@@ -261,6 +262,7 @@ class PackedWeight(SparseWeight):
             self._penalise_(exploring, True, lr)
         values[layout.updated_count :].zero_()
         self.is_open = False
+        self._note_own_write()
 
     def recover(self) -> None:
         """Finish an interrupted step or refresh; a penalty that was not applied yet is skipped."""
@@ -274,12 +276,9 @@ class PackedWeight(SparseWeight):
         return self._penalty_of(values[: layout.active_count], values[layout.active_count : layout.updated_count])
 
     @property
-    def is_sparse(self) -> bool:
-        """Always true, since the network can compute only with A."""
-        return True
-
-    def restore_sparsity(self) -> None:
-        """Do nothing, since the weight is always sparse."""
+    def nonzero_entries(self) -> Tensor:
+        """Non-zero values of A, counted now; a scalar tensor."""
+        return torch.count_nonzero(self.parameter.detach()[: self._layout.active_count])
 
     def sparsify_average(self, average: Any, active_before: Tensor) -> None:
         """Give a running average, a `PackedWeight`, the sets of this weight; see `SparseWeight.sparsify_average`."""
@@ -324,10 +323,11 @@ class PackedWeight(SparseWeight):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load a state that `check_state` has accepted; the model already holds the saved α."""
+        if self._state_units is None:
+            self._state_units = self._units()
         self._take_over(self.alpha() + state["latent"].cpu(), state["tiers"].cpu())
         self._never_active = self._on_grid(state["never_active"]).clone()
         self._load_counts(state)
-        self.forget_order()
         self.is_open = False
 
     def load_alpha(self, alpha: Tensor) -> None:
@@ -340,24 +340,13 @@ class PackedWeight(SparseWeight):
             NonFiniteScoresError: the weights hold NaN or infinity.
         """
         alpha = alpha.detach().cpu().to(self._theta.dtype).contiguous()
-        structure, sharding, support = self.structure, self.sharding, alpha != 0
-        select = structure.selection(sharding)  # refuses non-finite values, even if the sets stay the same
-        first = select(
-            structure.scores(alpha.abs(), sharding), (structure.units(self.active_count, self.shape),)
-        ).bool()
-        if not bool((support & ~self.active).any()):
+        theta, tiers = self._sets_of(alpha)  # refuses non-finite values, even if the sets stay the same
+        if not bool(((alpha != 0) & ~self.active).any()):
             count = self._layout.active_count
             values = alpha.view(-1).index_select(0, self._places()[:count])
             self.parameter.detach()[:count] = values.to(self.parameter)
+            self._note_own_write()
             return
-        theta = alpha
-        if int(torch.count_nonzero(support)) <= self.active_count:
-            active = structure.tiers(first.to(torch.uint8), sharding).bool()
-            theta = torch.where(support | active, alpha, self.theta())
-        exploring = self.updated_count - self.active_count if self.is_exploring else 0
-        others = ranked(structure.scores(theta.abs(), sharding), ~first)
-        chosen = nested_top_k(others, (structure.units(exploring, self.shape),)).masked_fill_(first, ACTIVE)
-        tiers = structure.tiers(chosen, sharding)
         if self._state_units is None:
             self._state_units = self._units()
         self.load_count += 1
@@ -369,7 +358,7 @@ class PackedWeight(SparseWeight):
         """Whether sets were loaded since the optimizer's state was last aligned with them."""
         return self._state_units is not None
 
-    def realign(self, state: Sequence[Tensor]) -> None:
+    def realign(self, state: Sequence[EntryState]) -> None:
         """Put the optimizer's state in the order of the sets that were loaded since it was last aligned."""
         if self._state_units is not None:
             before, self._state_units = self._state_units, None

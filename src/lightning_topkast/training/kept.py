@@ -1,0 +1,82 @@
+"""What outlives a `fit`: engines that a module keeps, and the state that a launched process leaves behind."""
+
+import shutil
+import tempfile
+import uuid
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+
+from lightning_topkast.settings import Settings
+from lightning_topkast.topkast import TopKast
+
+_ATTRIBUTE = "_topkast_engines"
+
+
+class _Engines(list[TopKast]):
+    """The engines of a module; a copy or pickle of the module has none, and does not need this package."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return list, ()
+
+
+def keep(pl_module: LightningModule, topkast: TopKast) -> None:
+    """Keep an engine with its module, where another callback finds it; `configure_callbacks` makes one for each fit."""
+    engines = _engines_of(pl_module)
+    if topkast not in engines:
+        pl_module.__dict__[_ATTRIBUTE] = _Engines([*engines, topkast])
+
+
+def kept_engine(pl_module: LightningModule, settings: Settings, others: Collection[Settings]) -> TopKast | None:
+    """Return the engine of an earlier `fit` with the same settings, if the model is still as that `fit` left it.
+
+    An engine that no callback goes on with gives θ back to the model, so that a second stage with other settings does
+    not begin with the zeros of the first.
+
+    Args:
+        pl_module: the module to be trained.
+        settings: of the callback that asks.
+        others: settings of the Trainer's other Top-KAST callbacks.
+    """
+    found = None
+    for topkast in list(_engines_of(pl_module)):
+        if topkast.is_attached or any(vars(topkast.settings) == vars(other) for other in others):
+            continue
+        intact = topkast.model is pl_module and topkast.is_intact
+        if intact and found is None and vars(topkast.settings) == vars(settings):
+            found = topkast
+            continue
+        if intact:
+            topkast.release()
+        _engines_of(pl_module).remove(topkast)
+    return found
+
+
+def _engines_of(pl_module: LightningModule) -> list[TopKast]:
+    engines: list[TopKast] = pl_module.__dict__.get(_ATTRIBUTE, [])
+    return engines
+
+
+class Handover:
+    """The state that a process that the Trainer has spawned or forked leaves to the process that launched it."""
+
+    def __init__(self) -> None:
+        self._folder = Path(tempfile.gettempdir(), f"topkast-{uuid.uuid4().hex}")
+
+    def leave(self, trainer: Trainer, state: dict[str, Any]) -> None:
+        """Write the state of the process with rank 0, if the Trainer has launched it."""
+        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) and trainer.is_global_zero:
+            self._folder.mkdir(mode=0o700)
+            torch.save(state, self._folder / "state.pt")
+
+    def fetch(self) -> dict[str, Any] | None:
+        """Return the state that was left, once, or None."""
+        if not self._folder.is_dir():
+            return None
+        state: dict[str, Any] = torch.load(self._folder / "state.pt", weights_only=True)
+        shutil.rmtree(self._folder)
+        return state

@@ -1,0 +1,62 @@
+"""What is done with a LightningModule at moments for which callbacks have no hook."""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from lightning_topkast.weights import SparseWeight
+
+# Operations through which packed layers use their parameter, as autograd names them.
+_OWN = ("_Unpack", "Sparse", "Block", "CompiledFunction", "ToCopy", "View", "Cast")
+
+
+def after_setup(pl_module: LightningModule, then: Callable[[], None]) -> None:
+    """Call `then` once, right after the next `LightningModule.setup`."""
+    own = pl_module.__dict__.get("setup")
+    setup = pl_module.setup
+
+    def setup_and_then(stage: str) -> None:
+        pl_module.__dict__.pop("setup")
+        if own is not None:
+            pl_module.__dict__["setup"] = own
+        setup(stage)
+        then()
+
+    pl_module.__dict__["setup"] = setup_and_then
+
+
+def warn_of_packed_in_loss(loss: Tensor, weights: Mapping[str, SparseWeight]) -> None:
+    """Warn by name of packed parameters that a loss uses by itself, not through their layers."""
+    packed = {id(weight.parameter): name for name, weight in weights.items() if weight.is_packed}
+    if not packed:
+        return
+    used = ((packed.get(id(leaf)), user) for leaf, user in _leaves(loss.grad_fn))
+    found = sorted({name for name, user in used if name is not None and not _is_own(user)})
+    if found:
+        warnings.warn(
+            f"the loss uses the parameters of packed weights by themselves: {', '.join(found[:5])}. They are 1-D and "
+            "hold θ of the updated set in an order that changes at every refresh, so the loss differs from that of a "
+            "masked run; use the `weight` of the layers, which is α in the weight's shape, or storage='masked'",
+            stacklevel=2,
+        )
+
+
+def _is_own(user: str) -> bool:
+    return any(own in user for own in _OWN)
+
+
+def _leaves(root: Any) -> Iterator[tuple[Any, str]]:
+    """Yield the parameters of an autograd graph, each with the name of the operation that uses it."""
+    seen, stack = {None}, [root]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        for following, _ in node.next_functions:
+            if hasattr(following, "variable"):
+                yield following.variable, node.name()
+            stack.append(following)

@@ -423,7 +423,7 @@ def test_state_without_the_model_it_belongs_to_is_refused():
 def test_optimizers_that_are_not_supported_are_refused():
     model = make_net()
     topkast = TopKast(model, 0.75, 0.5)
-    with pytest.raises(TopKastError, match="LBFGS evaluates its closure many times"):
+    with pytest.raises(TopKastError, match="LBFGS cannot train sparse weights: it evaluates its closure many times"):
         topkast.attach(torch.optim.LBFGS(model.parameters()))
     with pytest.raises(TopKastError, match="holds none of the sparse weights"):
         topkast.attach(torch.optim.SGD(make_net().parameters(), lr=0.1))

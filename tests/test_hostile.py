@@ -89,8 +89,9 @@ def loaded_run(storage):
 
 
 def everything(model, topkast, optimizer):
+    # first, since it accepts the weights that the model has loaded
+    parts = (topkast.state_dict(), model.state_dict(), optimizer.state_dict())
     thetas = {name: (weight.theta(), weight.tiers) for name, weight in topkast.weights.items()}
-    parts = (model.state_dict(), topkast.state_dict(), optimizer.state_dict())
     return copy.deepcopy((thetas, parts, topkast.step_count, topkast.refresh_count))
 
 

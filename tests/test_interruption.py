@@ -429,5 +429,6 @@ def test_summary_says_when_the_precision_rounds_the_penalty_away():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 4)).bfloat16()
     topkast = TopKast(model, 0.75, 0.5, penalty=L2(shrinkage=1e-3))
-    topkast.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    topkast.attach(optimizer)
     assert "lost to rounding" in str(topkast.summary())

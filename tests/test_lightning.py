@@ -391,7 +391,9 @@ def test_lbfgs_is_refused_with_the_way_out(tmp_path):
         def configure_optimizers(self):
             return torch.optim.LBFGS(self.parameters())
 
-    with pytest.raises(TopKastError, match=r"LBFGS cannot train sparse weights: it evaluates its closure many times.*use an optimizer"):
+    with pytest.raises(
+        TopKastError, match=r"LBFGS cannot train sparse weights: it evaluates its closure many times.*use an optimizer"
+    ):
         fit(make_trainer(tmp_path, make_callback()), Quasi())
 
 

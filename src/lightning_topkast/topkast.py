@@ -5,7 +5,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from itertools import chain, repeat
 from types import MappingProxyType
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +86,6 @@ class TopKast:
         self._steps_before: list[int] = []
         self._past_hooks: list[StepHooks] = []  # of the optimizers that were detached last
         self._watches: list[RemovableHandle] = []
-        self._met: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()  # with the number of their parameters
         self._warned_of_writes = self._warned_of_dense_pass = False
 
         if settings.storage.name != "masked":
@@ -194,7 +192,7 @@ class TopKast:
         """Return the state of a copy, which is attached to no optimizer, even if the optimizer is copied with it."""
         self._align_states()
         return self.__dict__ | {
-            "_hooks": [], "_past_hooks": [], "_steps_before": self._steps, "_watches": [], "_met": WeakKeyDictionary(),
+            "_hooks": [], "_past_hooks": [], "_steps_before": self._steps, "_watches": [],
         }  # fmt: skip
 
     # --- the method -----------------------------------------------------------------------------------------------
@@ -411,13 +409,11 @@ class TopKast:
 
         This is called before every step of any optimizer of the process.
         """
-        size = sum(len(group["params"]) for group in optimizer.param_groups)
-        if self._met.get(optimizer) == size:
+        if any(optimizer in hooks.optimizers for hooks in self._hooks):
             return
-        self._met[optimizer] = size
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for hooks in self._hooks:
-            if optimizer not in hooks.optimizers and any(id(weight.parameter) in held for weight in hooks.weights):
+            if any(id(weight.parameter) in held for weight in hooks.weights):
                 hooks.join(optimizer)
 
     @property

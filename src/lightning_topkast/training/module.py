@@ -1,5 +1,6 @@
 """What is done with a LightningModule at moments for which callbacks have no hook."""
 
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -9,8 +10,9 @@ from torch import Tensor
 
 from lightning_topkast.weights import SparseWeight
 
-# Operations through which packed layers use their parameter, as autograd names them.
-_OWN = ("_Unpack", "Sparse", "Block", "CompiledFunction", "ToCopy", "View", "Cast")
+# PyTorch's own operations as autograd names them. Packed layers use their parameter through operations of ours or of a
+# compiler, whose names have no number, after at most a change of shape or precision.
+_BUILT_IN = re.compile(r"(?!View|ToCopy)\w+Backward\d+")
 
 
 def after_setup(pl_module: LightningModule, then: Callable[[], None]) -> None:
@@ -34,7 +36,7 @@ def warn_of_packed_in_loss(loss: Tensor, weights: Mapping[str, SparseWeight]) ->
     if not packed:
         return
     used = ((packed.get(id(leaf)), user) for leaf, user in _leaves(loss.grad_fn))
-    found = sorted({name for name, user in used if name is not None and not _is_own(user)})
+    found = sorted({name for name, user in used if name is not None and _BUILT_IN.fullmatch(user)})
     if found:
         warnings.warn(
             f"the loss uses the parameters of packed weights by themselves: {', '.join(found[:5])}. They are 1-D and "
@@ -42,10 +44,6 @@ def warn_of_packed_in_loss(loss: Tensor, weights: Mapping[str, SparseWeight]) ->
             "masked run; use the `weight` of the layers, which is α in the weight's shape, or storage='masked'",
             stacklevel=2,
         )
-
-
-def _is_own(user: str) -> bool:
-    return any(own in user for own in _OWN)
 
 
 def _leaves(root: Any) -> Iterator[tuple[Any, str]]:

@@ -19,7 +19,7 @@ from lightning_topkast.distributed import Sharding, to_local
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.method.penalty import Total
 from lightning_topkast.method.selection import ACTIVE, EXPLORING, RESERVOIR
-from lightning_topkast.ops.flat import copied, count_outside, flat, indices, mask_outside_, merged, where
+from lightning_topkast.ops.flat import copied, count_outside, flat, has_bits, indices, mask_outside_, merged, where
 from lightning_topkast.weights.base import EntryState, SparseWeight, Traits
 
 # Places outside A that are looked at before every step, beside the version counter.
@@ -60,7 +60,7 @@ class MaskedWeight(SparseWeight):
         self._counted = [self.size, 0, 0]
         self._overwritten: Tensor | None = None  # θ on A, in memory order, before other weights were loaded
         # places outside A that are looked at before every step
-        self._probe = torch.empty(0, dtype=torch.int64)
+        self._probe: np.ndarray = np.empty(0, dtype=np.int64)
         self._state_is_stale = False  # entries that have left B may have kept their optimizer state
         if self._latent.stride() != self._alpha.stride():
             raise TopKastError(f"'{name}': its entries overlap or have gaps in memory; make the parameter contiguous")
@@ -269,10 +269,10 @@ class MaskedWeight(SparseWeight):
         """Remember that the parameter is α now."""
         super()._note_own_write()
         self._overwritten, self.was_loaded = None, False
-        self._probe = torch.empty(0, dtype=torch.int64)
+        self._probe = np.empty(0, dtype=np.int64)
         if not self.sharding.is_sharded and self._alpha.device.type == "cpu":  # elsewhere reading values takes long
             places = torch.arange(0, self.size, self.size // _PROBES | 1)
-            self._probe = places[flat(self._tiers).index_select(0, places) != ACTIVE]
+            self._probe = places[flat(self._tiers).index_select(0, places) != ACTIVE].numpy()
 
     @property
     def is_settled(self) -> bool:
@@ -335,7 +335,7 @@ class MaskedWeight(SparseWeight):
         """
         if not self._settled or super().was_written:
             return self._settled
-        return self._probe.numel() > 0 and bool(flat(self._alpha).index_select(0, self._probe).any())
+        return self._probe.size > 0 and has_bits(self._alpha, self._probe)
 
     def begin_loading(self) -> None:
         """Keep θ on A, which `load_state_dict` is about to overwrite."""

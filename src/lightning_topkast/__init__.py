@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_topkast.baselines import SET, RigL, Static
     from lightning_topkast.callback import TopKastCallback
+    from lightning_topkast.engine.optimizers import register_optimizer
     from lightning_topkast.errors import NonFiniteWeightError, TopKastError
     from lightning_topkast.layers import to_csr, to_dense
     from lightning_topkast.method.penalty import L1, L2, Norm, Penalty
@@ -51,6 +52,7 @@ __all__ = [
     "TopKast",
     "TopKastCallback",
     "TopKastError",
+    "register_optimizer",
     "sparse_all_reduce",
     "to_csr",
     "to_dense",
@@ -86,6 +88,7 @@ _HOMES = {
     "TopKast": "topkast",
     "TopKastCallback": "callback",
     "TopKastError": "errors",
+    "register_optimizer": "engine.optimizers",
     "sparse_all_reduce": "training.all_reduce",
     "to_csr": "layers",
     "to_dense": "layers",

@@ -1,0 +1,282 @@
+"""Which optimizers train sparse weights; all others are refused by name, because of their state or their update."""
+
+import inspect
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_topkast import Packed, TopKast, TopKastError, register_optimizer
+from lightning_topkast.engine import optimizers
+from tests.helpers import check_sparse
+
+STORAGES = {"masked": "masked", "packed": Packed(kernels="torch", products="sparse"), "compact": "compact"}
+
+# class of torch.optim → the storages with which it trains
+EVERY = ("masked", "packed", "compact")
+SUPPORTED = {
+    "ASGD": ("masked",),
+    "Adadelta": EVERY,
+    "Adafactor": ("masked",),
+    "Adagrad": EVERY,
+    "Adam": EVERY,
+    "AdamW": EVERY,
+    "Adamax": EVERY,
+    "LBFGS": (),
+    "Muon": ("masked",),
+    "NAdam": EVERY,
+    "RAdam": EVERY,
+    "RMSprop": EVERY,
+    "Rprop": EVERY,
+    "SGD": EVERY,
+    "SparseAdam": (),  # takes sparse gradients only
+}
+OPTIONS = {
+    "SGD": {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1},
+    "Adagrad": {"lr": 0.05, "initial_accumulator_value": 0.3},
+    "RMSprop": {"lr": 1e-3, "momentum": 0.9, "centered": True},
+    "Adam": {"lr": 0.01, "amsgrad": True},
+}
+
+
+def mlp() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 2))
+
+
+def trained(make_optimizer, storage="masked", steps=10):
+    """Ten steps with three refreshes; return the engine and the optimizer."""
+    model = mlp()
+    topkast = TopKast(model, 0.75, 0.5, update_every=3, penalty=None, storage=STORAGES[storage])
+    # Muon takes matrices only
+    matrices = [p for name, p in model.named_parameters() if name in topkast.weights or p.dim() == 2]
+    optimizer = make_optimizer(matrices)
+    topkast.attach(optimizer)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        x = torch.randn(8, 6, generator=generator)
+        optimizer.zero_grad()
+        (model(x)[:, 0] - x[:, 0] * x[:, 1]).square().mean().backward()
+        optimizer.step()
+    return topkast, optimizer
+
+
+def maker(name, **options):
+    options = options or OPTIONS.get(name, {"lr": 0.01})
+    return lambda parameters: getattr(torch.optim, name)(parameters, **options)
+
+
+def test_every_optimizer_of_torch_is_in_the_table():
+    found = {
+        name
+        for name, each in vars(torch.optim).items()
+        if inspect.isclass(each) and issubclass(each, torch.optim.Optimizer) and each is not torch.optim.Optimizer
+    }
+    assert found == set(SUPPORTED)
+
+
+@pytest.mark.parametrize("name", [name for name, storages in SUPPORTED.items() if storages])
+def test_optimizer_trains_alike_in_every_storage_or_is_refused_by_name(name):
+    expected, _ = trained(maker(name))
+    check_sparse(expected)
+    assert (expected.step_count, expected.refresh_count) == (10, 3)
+    for storage in ("packed", "compact"):
+        if storage not in SUPPORTED[name]:
+            with pytest.raises(TopKastError, match=rf"{name} looks at the shape of a weight.*2\.weight.*'masked'"):
+                trained(maker(name), storage)
+            continue
+        topkast, _ = trained(maker(name), storage)
+        assert torch.allclose(topkast.weights["2.weight"].theta(), expected.weights["2.weight"].theta(), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name, storages in SUPPORTED.items() if "packed" in storages])
+def test_state_of_entries_outside_b_is_that_of_entries_which_were_never_updated(name):
+    """Also where it does not begin at zero: Adagrad's sums and Rprop's step sizes."""
+    never = torch.zeros(16, 16)
+    topkast, optimizer = trained(maker(name), steps=9)
+    weight = topkast.weights["2.weight"]
+    state = optimizer.state[weight.parameter]
+    fresh = nn.Parameter(torch.zeros(16, 16))
+    beginner = maker(name)([fresh])
+    fresh.grad = never
+    beginner.step()
+    checked = 0
+    for key, value in state.items():
+        if value.shape == (16, 16):
+            assert torch.equal(value[~weight.updated], beginner.state[fresh][key][~weight.updated]), key
+            checked += 1
+    assert checked or name == "SGD"
+
+
+@pytest.mark.parametrize("name", ["LBFGS", "SparseAdam"])
+@pytest.mark.parametrize("storage", ["masked", "packed"])
+def test_optimizer_that_cannot_is_refused_at_the_start(name, storage):
+    with pytest.raises((TopKastError, RuntimeError), match=f"{name} cannot train sparse weights|sparse gradients"):
+        trained(lambda parameters: getattr(torch.optim, name)(parameters, lr=0.01), storage)
+
+
+# --- optimizers of others ---------------------------------------------------------------------------------------------
+
+
+class Wrapped(torch.optim.Optimizer):
+    """Passes every step on, and keeps no state."""
+
+    def __init__(self, base):
+        super().__init__([{"params": group["params"]} for group in base.param_groups], base.defaults)
+        self.base = base
+        self.param_groups = base.param_groups
+
+    def step(self, closure=None):
+        return self.base.step(closure)
+
+
+class Unhooked(torch.optim.Optimizer):
+    """A wrapper whose constructor does not call PyTorch's, as accelerate's."""
+
+    def __init__(self, base):
+        self.optimizer = base
+
+    state = property(lambda self: self.optimizer.state)
+    param_groups = property(lambda self: self.optimizer.param_groups)
+    defaults = property(lambda self: self.optimizer.defaults)
+
+    def zero_grad(self, set_to_none=True):
+        self.optimizer.zero_grad(set_to_none)
+
+    def step(self, closure=None):
+        return self.optimizer.step(closure)
+
+    def train(self):
+        pass
+
+    def eval(self):
+        pass
+
+
+@pytest.mark.parametrize("wrap", [Wrapped, Unhooked])
+@pytest.mark.parametrize("storage", ["masked", "packed"])
+def test_state_inside_a_wrapper_is_reset_and_moved(wrap, storage):
+    expected, _ = trained(maker("Adam"), storage)
+    topkast, _ = trained(lambda parameters: wrap(maker("Adam")(parameters)), storage)
+    assert torch.equal(topkast.weights["2.weight"].theta(), expected.weights["2.weight"].theta())
+    assert (topkast.step_count, topkast.refresh_count) == (10, 3)
+
+
+class Slow(Wrapped):
+    """Averages the weights by itself, in a list that is no state."""
+
+    def __init__(self, base):
+        super().__init__(base)
+        self.slow = [[p.detach().clone() for p in group["params"]] for group in self.param_groups]
+
+
+class Lookahead(Wrapped):
+    pass
+
+
+class Second(torch.optim.SGD):
+    """Keeps a matrix for each dimension, as Shampoo does."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter].setdefault("left", torch.eye(len(parameter)))
+        return super().step(closure)
+
+
+class Copies(torch.optim.SGD):
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter].setdefault("z", parameter.detach().clone())
+        return super().step(closure)
+
+
+class Swaps(torch.optim.SGD):
+    def train(self):
+        pass
+
+    def eval(self):
+        pass
+
+
+class Relative(torch.optim.SGD):
+    """Scales each weight's update by its mean square, which counts zeros."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad.mul_(parameter.detach().square().mean())
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("storage", ["masked", "packed"])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: Slow(torch.optim.SGD(p, lr=0.1)), r"Slow keeps a tensor in the shape of '2.weight' in its 'slow'"),
+        (lambda p: Lookahead(torch.optim.SGD(p, lr=0.1)), r"Lookahead cannot train sparse weights: it keeps a copy"),
+        (lambda p: Second(p, lr=0.1), r"Second keeps a tensor of shape .* of '2.weight' as 'left'.*register_optimizer"),
+        (lambda p: Copies(p, lr=0.1), r"Copies keeps a value for every entry of '2.weight' as 'z'.*register_optimizer"),
+        (lambda p: Swaps(p, lr=0.1), r"Swaps swaps the weights by its train\(\) and eval\(\)"),
+    ],
+)
+def test_optimizer_whose_state_is_not_known_is_refused_by_its_first_step(make, message, storage):
+    with pytest.raises(TopKastError, match=message):
+        trained(make, storage, steps=1)
+
+
+def test_optimizer_that_looks_at_all_entries_is_refused_for_packed_weights_only():
+    check_sparse(trained(lambda p: Relative(p, lr=0.1))[0])
+    with pytest.raises(TopKastError, match="Relative looks at the shape of a weight"):
+        trained(lambda p: Relative(p, lr=0.1), "packed")
+
+
+def test_state_that_is_declared_is_reset_and_moved(monkeypatch):
+    class Counted(torch.optim.SGD):
+        """Begins to count the updates of an entry at 5, and keeps a copy of the weight that it never uses."""
+
+        def step(self, closure=None):
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    state = self.state[parameter]
+                    state.setdefault("age", torch.full_like(parameter, 5.0)).add_(parameter.grad != 0)
+                    state.setdefault("note", parameter.detach().clone())
+            return super().step(closure)
+
+    monkeypatch.setattr(optimizers, "_KNOWN", dict(optimizers._KNOWN))
+    with pytest.raises(TopKastError, match=r"register_optimizer\(Counted, \{'age'"):
+        trained(lambda p: Counted(p, lr=0.1))
+    register_optimizer(Counted, {"age": 5.0}, shared=["note"], elementwise=True)
+    topkast, optimizer = trained(lambda p: Counted(p, lr=0.1), steps=9)
+    weight = topkast.weights["2.weight"]
+    age = optimizer.state[weight.parameter]["age"]
+    assert bool((age[~weight.updated] == 5).all())
+    assert int((age[weight.updated] == 5).sum()) < int((age[weight.updated] > 5).sum())
+
+
+def thirds() -> dict:
+    """The optimizers of pytorch_optimizer by name, or nothing where it is not installed."""
+    try:
+        import pytorch_optimizer
+    except ImportError:
+        return {}
+    return {name: pytorch_optimizer.load_optimizer(name) for name in pytorch_optimizer.get_supported_optimizers()}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", sorted(thirds()) or [pytest.param("", marks=pytest.mark.skip("no pytorch_optimizer"))])
+def test_optimizer_of_pytorch_optimizer_trains_alike_or_is_refused(name):
+    results = {}
+    for storage in ("masked", "packed"):
+        try:
+            results[storage] = trained(lambda p: thirds()[name](p, lr=1e-3), storage)[0].weights["2.weight"].theta()
+        except TopKastError:
+            continue
+        except (RuntimeError, ValueError, TypeError, AttributeError, ImportError):
+            pytest.skip("needs more than parameters and a learning rate")
+    if len(results) == 2:
+        # Aida's scale of a layer sums its squares in another order
+        assert torch.allclose(results["masked"], results["packed"], atol=1e-2 if name == "aida" else 1e-5)
+    assert "packed" not in results or "masked" in results

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_topkast.distributed import Sharding
-from lightning_topkast.method.selection import ACTIVE, RESERVOIR, nested_top_k, ranked
+from lightning_topkast.method.selection import ACTIVE, RESERVOIR, ranked
 from lightning_topkast.method.structure import Block
 from lightning_topkast.ops.flat import indices
 from lightning_topkast.weights.base import SparseWeight, Traits
@@ -131,7 +131,7 @@ class PackedWeight(SparseWeight):
             scores = self.scores()
             return lambda: scores
         places, values, theta, shape = self._places(), self._values().clone(), self._theta, self.shape
-        return lambda: _with_values(theta, places, values).view(shape).abs_()
+        return lambda: self.structure.scores(_with_values(theta, places, values).view(shape).abs_(), self.sharding)
 
     def _update_scores(self) -> None:
         """Update the scores of B's units."""
@@ -356,7 +356,9 @@ class PackedWeight(SparseWeight):
             theta = torch.where(support | active, alpha, self.theta())
         exploring = self.updated_count - self.active_count if self.is_exploring else 0
         others = ranked(structure.scores(theta.abs(), sharding), ~first)
-        chosen = nested_top_k(others, (structure.units(exploring, self.shape),)).masked_fill_(first, ACTIVE)
+        chosen = structure.free_selection()(others, (structure.units(exploring, self.shape),)).masked_fill_(
+            first, ACTIVE
+        )
         tiers = structure.tiers(chosen, sharding)
         if self._state_units is None:
             self._state_units = self._units()

@@ -15,8 +15,8 @@ from lightning_topkast.method.targets import Target, Targets
 from lightning_topkast.settings import Settings
 from lightning_topkast.weights import SparseWeight
 
-# Reasons for which a weight is dense by request or by the method's own set-up.
-_EXPECTED = ("embedding", "first candidate", "last candidate", "excluded", "not included", "frozen")
+# Reasons for which a weight of two or more dimensions is dense by request or by the method's own set-up.
+_EXPECTED = ("embedding", "first candidate", "last candidate", "excluded", "frozen", "norm", "bias")
 _STORED = {"masked": "sparse", "packed": "sparse, packed", "compact": "sparse, compact"}
 
 
@@ -99,24 +99,25 @@ class Summary:
 
 
 def warn_if_little(targets: Sequence[Target], chosen: Targets) -> None:
-    """Warn if most of a model stays dense without being asked to, as one of layers that are not known does.
+    """Warn if less than half of what could be sparse is, since the model has layers that are not known.
 
-    Not counted are embeddings, the first and the last candidate, and what was excluded or frozen. Nothing is said where
-    the sparse weights were named.
+    Counted are weights of two or more dimensions, but not embeddings, norms and biases, the first and the last
+    candidate, and what was excluded or frozen. Nothing is said where the sparse weights were named.
     """
     if chosen.include is not None or chosen.include_types is not None:
         return
-    counted = sorted((t for t in targets if t.reason not in _EXPECTED), key=lambda t: t.shape.numel(), reverse=True)
-    sparse = sum(target.shape.numel() for target in counted if target.sparse)
+    counted = [target for target in targets if len(target.shape) >= 2 and target.reason not in _EXPECTED]
     entries = sum(target.shape.numel() for target in counted)
+    sparse = sum(target.shape.numel() for target in counted if target.sparse)
     if 2 * sparse >= entries:
         return
-    largest = [f"'{t.name}' ({t.shape.numel():,} entries: {t.reason})" for t in counted if not t.sparse]
+    dense = sorted((target for target in counted if not target.sparse), key=lambda target: -target.shape.numel())
+    largest = ", ".join(f"'{t.name}' ({t.shape.numel():,} entries: {t.reason})" for t in dense[:3])
     warnings.warn(
-        f"sparse weights hold only {sparse / entries:.1%} of the model's parameters, not counting embeddings and the "
-        f"first and last layer. The largest dense ones are {', '.join(largest[:3])}. To make other weights sparse, "
-        "name all that should be: include=[...], or Targets(include_types=[...])",
-        stacklevel=3,
+        f"sparse weights hold only {sparse / entries:.1%} of the model's weights, not counting embeddings, the first "
+        f"and the last layer, and what was excluded. The largest dense ones are {largest}. To make them sparse too, "
+        "name all that should be, with include=[...] or Targets(include_types=[...])",
+        stacklevel=5,
     )
 
 

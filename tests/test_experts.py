@@ -64,7 +64,8 @@ class Run:
     def __init__(self, optimizer: str = "adamw", model: nn.Module | None = None, **options) -> None:
         torch.manual_seed(0)
         self.model = Mixture() if model is None else model
-        self.topkast = TopKast(self.model, 0.75, options.pop("backward_sparsity", 0.5), update_every=3, **options)
+        options.setdefault("schedule", Schedule(3))
+        self.topkast = TopKast(self.model, 0.75, 0.5, **options)
         self.optimizer = OPTIMIZERS[optimizer](self.model.parameters(), 0.05)
         self.topkast.attach(self.optimizer, total_steps=100)
 
@@ -321,10 +322,30 @@ def test_nan_in_an_expert_is_refused():
 @pytest.mark.parametrize("build", [Mixture, mixtral])
 @pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
 def test_compact_experts_train_as_masked_ones_bit_for_bit(build, optimizer):
+    check_compact_is_masked(build, optimizer)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"structure": Block(4, 2)},
+        {"schedule": Schedule(3, delay=2)},
+        {"schedule": Schedule(3, delay=2), "structure": Block(4, 2)},
+        {"rule": Magnitude("random")},
+        {"schedule": Schedule(3, stop_exploring_at=5)},
+        {"powerpropagation": 2.0},
+    ],
+    ids=str,
+)
+def test_so_they_do_with_every_setting(options):
+    check_compact_is_masked(Mixture, "adamw", exclude=["router.*"], **options)
+
+
+def check_compact_is_masked(build, optimizer: str, **options) -> None:
     results = []
     for storage in ("masked", "compact"):
         torch.manual_seed(0)
-        run = Run(optimizer, build(), storage=storage).step(8)
+        run = Run(optimizer, build(), storage=storage, **options).step(9)
         results.append(run.result())
     assert {weight.storage for weight in run.topkast.weights.values()} == {"compact"}
     assert same(*results)
@@ -411,7 +432,8 @@ def test_to_dense_gives_ordinary_experts_back():
 @pytest.mark.parametrize("distribution", ["uniform", "erk"])
 def test_plan_and_summary_agree(storage, distribution):
     options = {"storage": storage, "distribution": distribution}
-    rows = {row.name: row for row in TopKast(Mixture(), 0.75, 0.5, **options).summary().rows}
+    topkast = TopKast(Mixture(), 0.75, 0.5, **options)
+    rows = {row.name: row for row in topkast.summary().rows}
     with torch.device("meta"):
         plan = make_plan(
             Mixture(), [torch.zeros(4, 5)], Settings(0.75, 0.5, **options),
@@ -424,6 +446,9 @@ def test_plan_and_summary_agree(storage, distribution):
         assert (layer.storage, layer.reason) == (row.storage, "")
         assert layer.forward_flops == pytest.approx(layer.dense_forward_flops * row.forward_density, abs=1)
         assert layer.dense_forward_flops == 2 * WIDTH * HIDDEN * EXPERTS
+        assert layer.bytes.weights == topkast.weights[name].parameter.nbytes
+        if storage == "compact":
+            assert layer.bytes.indices == topkast.weights[name].layout.nbytes
 
 
 def test_erk_counts_experts_as_matrices():

@@ -137,6 +137,10 @@ class PatchEmbed(Own):
     pass
 
 
+class Stem(nn.Conv1d):
+    pass
+
+
 @pytest.mark.parametrize(
     "module",
     [
@@ -150,6 +154,7 @@ class PatchEmbed(Own):
         CausalConv("weight", 8, 8, 3),
         PatchEmbed("weight", 8, 8, 3),
         nn.Conv1d(8, 8, 3),
+        Stem(8, 8, 3),
         nn.Bilinear(4, 5, 6),
         nn.utils.parametrizations.spectral_norm(nn.Conv1d(8, 8, 3)),
     ],

@@ -117,7 +117,7 @@ def _chosen_in_each(
     broken = sum(torch.count_nonzero(~torch.isfinite(each)) for each in (scores, gradient) if each is not None)
     if int(sharding.sum(torch.as_tensor(broken))):
         raise NonFiniteScoresError("scores must be finite")
-    active, draw = cache(candidates.active), cache(candidates.draw)
+    active, draw, select = cache(candidates.active), cache(candidates.draw), stack.of.selection(stack.matrix(sharding))
     tiers = torch.zeros_like(scores, dtype=torch.uint8)
     for at in range(len(scores)):
         tiers[at] = chosen(
@@ -129,7 +129,7 @@ def _chosen_in_each(
                 active=partial(_at, active, at),
                 draw=partial(_at, draw, at),
                 gradient=None if gradient is None else gradient[at],
-                select=stack.of.selection(stack.matrix(sharding)),
+                select=select,
             )
         )
     return tiers

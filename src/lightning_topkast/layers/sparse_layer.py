@@ -167,6 +167,7 @@ def _make_class(plain: type[nn.Module], kind: type[SparseLayer], names: tuple[st
 
 def _weight_property(name: str) -> property:
     def read(self: SparseLayer) -> Tensor:
+        # what was read without gradients must not be used with them
         made: dict[tuple[str, bool], Tensor] = self.__dict__.get("unpacked", {})
         key = name, torch.is_grad_enabled()
         if key not in made:

@@ -136,7 +136,8 @@ class Allocation:
         """
         overridden = self.overridden(shapes)
         copies = {name: shape[0] for name, shape in shapes.items() if name in stacks}
-        free = {name: shape[name in copies :] for name, shape in shapes.items() if name not in overridden}
+        matrices = {name: shape[1:] if name in copies else shape for name, shape in shapes.items()}
+        free = {name: shape for name, shape in matrices.items() if name not in overridden}
         densities_of = _DISTRIBUTIONS[self.distribution]
         sparsities = sparsities or (self.forward_sparsity, self.backward_sparsity)
         forward, backward = (densities_of(free, 1 - sparsity, copies) for sparsity in sparsities)
@@ -147,7 +148,7 @@ class Allocation:
             active = structure.active_count(density, shape)
             if active < 1:
                 what = "each matrix of weight" if name in copies else "weight"
-                number, (one, many) = self.structure.grid(shape[name in copies :]).numel(), self.structure.noun
+                number, (one, many) = self.structure.grid(matrices[name]).numel(), self.structure.noun
                 raise TopKastError(
                     f"{what} '{name}' has {number} {many}, too few for one active {one} at forward density "
                     f"{density:.4g}; exclude it, or give it a lower forward_sparsity through overrides"

@@ -456,6 +456,23 @@ def test_plan_and_summary_agree(storage, distribution):
             assert layer.bytes.indices == topkast.weights[name].layout.nbytes
 
 
+@pytest.mark.parametrize(("implementation", "dtype"), [("batched_mm", torch.float32), ("grouped_mm", torch.bfloat16)])
+def test_a_plan_counts_the_products_of_tokens_with_their_experts(implementation, dtype):
+    with torch.device("meta"):
+        model = mixtral().to(dtype)
+        model.config._experts_implementation = implementation
+        plan = make_plan(
+            model, [torch.zeros(3, 16, dtype=torch.long)], Settings(0.75, 0.5),
+            OptimizerState(lambda parameters: torch.optim.SGD(parameters, lr=0.1)), Parallel(),
+        )  # fmt: skip
+    layers = {layer.name: layer for layer in plan.layers if ".experts." in layer.name}
+    tokens, experts_per_token = 16, 2
+    for name, (inputs, outputs) in {"gate_up_proj": (16, 48), "down_proj": (24, 16)}.items():
+        layer = layers[f"model.layers.1.mlp.experts.{name}"]
+        assert layer.dense_forward_flops == 2 * tokens * experts_per_token * inputs * outputs
+        assert layer.forward_flops == pytest.approx(layer.dense_forward_flops * layer.forward_density, rel=1e-3)
+
+
 def test_erk_counts_experts_as_matrices():
     """As many entries, and as many in each expert, as if the experts were layers."""
 

@@ -141,6 +141,46 @@ def check_norm_penalty(mesh) -> float:
     return max(*differences, abs(float(plain.penalty()) - float(sharded.penalty())))
 
 
+class Experts(nn.Module):
+    """Five experts: uneven over 2 and 4 ranks, of which the last has none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 6, 4, generator=torch.Generator().manual_seed(0)).mul(3).round())
+
+
+def check_experts(world: int, mesh, rank: int) -> dict:
+    """Train whole experts on every rank as all of them on one; note what is refused."""
+    found = {}
+    alone = {"backward_sparsity": 0.75, "stop_updating_at": 100, "strength": None}
+    cases = [
+        {},
+        {"exploration": "random"},
+        {"structure": "block", "block": [2, 3]},
+        {"structure": "2:4", "forward": 0.5},
+    ]
+    cases += [alone | {"rule": rule} for rule in (Static(), SET(0.4), RigL(0.6))]
+    for case in cases:
+        options = {"forward_sparsity": case.pop("forward", 0.75)} | case
+        plain = gathered(run(nn.Sequential(Experts()), 8, **options)[0])
+        for placement in (Shard(0), Replicate()):
+            bag = shard(nn.Sequential(Experts()), mesh, lambda dims, placement=placement: [placement])
+            found[f"{placement} {case}"] = same(plain, gathered(run(bag, 8, **options)[0]))
+    try:
+        run(shard(nn.Sequential(Experts()), mesh, lambda dims: [Shard(1)]), 0)
+    except TopKastError as error:
+        found["refused"] = str(error)
+    bag = shard(nn.Sequential(Experts()), mesh, lambda dims: [Shard(0)])
+    topkast = TopKast(bag, **nouns(**OPTIONS))
+    if rank == 0:
+        bag[0].weight.detach().to_local()[0, 0] = float("nan")
+    try:
+        topkast.refresh()
+    except NonFiniteWeightError as error:
+        found["nan on rank 0"] = str(error)
+    return found
+
+
 def check_refusals(mesh, rank: int) -> dict:
     found = {}
     for options in ({"storage": "packed"}, {"delay": 1}):
@@ -433,6 +473,7 @@ def ranks(rank: int, folder: Path, world: int, later: bool) -> None:
             "placements": check_placements(world),
             "norm": check_norm_penalty(mesh),
             "refusals": check_refusals(mesh, rank),
+            "experts": check_experts(world, mesh, rank),
             "state": check_state(folder, world, mesh),
             "fsdp": check_fsdp(world),
             "lightning": check_lightning(folder, world),

@@ -4,7 +4,7 @@ import pytest
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
 
-from lightning_topkast import L2, Magnitude, Masked, Packed, Schedule, Targets, TopKastCallback
+from lightning_topkast import L1, L2, Block, Magnitude, Masked, Packed, Ramp, RigL, Schedule, Targets, TopKastCallback
 from tests.helpers import Net, batches
 
 pytest.importorskip("jsonargparse")
@@ -137,3 +137,52 @@ def test_cli_says_why_a_value_is_out_of_range(capsys):
     with pytest.raises((SystemExit, ValueError)) as raised:
         build("--trainer.callbacks.forward_sparsity=0.5", "--trainer.callbacks.backward_sparsity=0.8")
     assert "expected backward_sparsity <= forward_sparsity" in capsys.readouterr().err + str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "expected"),
+    [
+        ("rule", "RigL", RigL()),
+        ("structure", "Block", Block()),
+        ("penalty", "L2", L2()),
+        ("storage", "Packed", Packed()),
+        ("schedule", "Schedule", Schedule()),
+    ],
+)
+def test_cli_takes_every_noun_by_its_class(name, given, expected):
+    sparsities = [f"--trainer.callbacks.{each}_sparsity=0.5" for each in ("forward", "backward")]
+    settings = build(*sparsities, f"--trainer.callbacks.{name}=lightning_topkast.{given}").settings
+    assert getattr(settings, name) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "fields", "expected"),
+    [
+        ("rule", "RigL", {"drop_fraction": 0.2}, RigL(0.2)),
+        ("structure", "Block", {"outputs": 4, "inputs": 2}, Block(4, 2)),
+        ("penalty", "L1", {"strength": 0.002}, L1(0.002)),
+        ("storage", "Packed", {"kernels": "torch"}, Packed("torch")),
+        ("storage", "Masked", {"reset_optimizer_state": "false"}, Masked(False)),
+        ("schedule", "Schedule", {"update_every": 7}, Schedule(7)),
+        ("ramp", "Ramp", {"end": 0.5}, Ramp(end=0.5)),
+        ("targets", "Targets", {"keep_first_dense": "false"}, Targets(keep_first_dense=False)),
+    ],
+)
+@pytest.mark.parametrize("as_yaml", [False, True])
+def test_cli_takes_the_fields_of_a_class_from_the_shell_and_from_yaml(name, given, fields, expected, as_yaml, tmp_path):
+    sparsities = [f"--trainer.callbacks.{each}_sparsity=0.5" for each in ("forward", "backward")]
+    if as_yaml:
+        arguments = "".join(f"            {field}: {value}\n" for field, value in fields.items())
+        (tmp_path / "config.yaml").write_text(
+            "trainer:\n  callbacks:\n    - class_path: lightning_topkast.TopKastCallback\n      init_args:\n"
+            "        forward_sparsity: 0.5\n        backward_sparsity: 0.5\n"
+            f"        {name}:\n          class_path: lightning_topkast.{given}\n          init_args:\n{arguments}"
+        )
+        quiet = ["--trainer.logger=false", "--trainer.accelerator=cpu", "--trainer.enable_checkpointing=false"]
+        cli = LightningCLI(Net, run=False, save_config_callback=None, args=[f"--config={tmp_path}/config.yaml", *quiet])
+        (callback,) = (callback for callback in cli.trainer.callbacks if isinstance(callback, TopKastCallback))
+    else:
+        noun = f"--trainer.callbacks.{name}"
+        own = [f"{noun}.{field}={value}" for field, value in fields.items()]
+        callback = build(*sparsities, f"{noun}=lightning_topkast.{given}", *own)
+    assert getattr(callback.settings, name) == expected

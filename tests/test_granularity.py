@@ -19,7 +19,9 @@ SHAPES = [(6, 8), (7, 10), (5,), (4, 6, 3), (5, 4, 3, 2), (3, 2, 2, 2, 2), (1, 9
 BLOCKS = [(2, 2), (3, 4), (1, 4), (4, 1), (16, 16)]
 
 
-class Holder(nn.Module):
+class Conv(nn.Module):
+    """Holds a weight of any shape; by the class's name, one with three dimensions is a kernel, not a stack."""
+
     def __init__(self, *shape: int, seed: int = 0) -> None:
         super().__init__()
         self.theta = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(seed)))
@@ -42,7 +44,7 @@ def blocks_of(shape, outputs, inputs):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("block", BLOCKS)
 def test_sets_are_the_blocks_with_the_largest_norms(shape, block):
-    module = Holder(*shape)
+    module = Conv(*shape)
     theta = module.theta.detach().clone()
     places = blocks_of(shape, *block)
     norms = [float(theta[place].double().norm()) for place in places]
@@ -65,14 +67,14 @@ def test_sets_are_the_blocks_with_the_largest_norms(shape, block):
 
 
 def test_equal_blocks_go_by_their_place():
-    module = Holder(8, 8)
+    module = Conv(8, 8)
     nn.init.ones_(module.theta)
     weight = sparse(module, structure="block", block=(4, 2), forward=0.75, backward=0.5)
     assert weight.tiers[::4, ::2].tolist() == [[2, 2, 1, 1], [0, 0, 0, 0]]
 
 
 def test_edge_blocks_compete_by_the_entries_they_have():
-    module = Holder(4, 5)
+    module = Conv(4, 5)
     nn.init.ones_(module.theta)
     # norms: 2, 2 and at the edge √2
     weight = sparse(module, structure="block", block=(2, 2), forward=0.5, backward=0.0)
@@ -138,7 +140,7 @@ def test_gradients_of_half_precision_weights_do_not_overflow_in_norms():
 @pytest.mark.parametrize("backward", [0.25, 0.5])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_stops_the_refresh_with_the_weights_name(structure, backward, value):
-    module = Holder(8, 8)
+    module = Conv(8, 8)
     topkast = TopKast(module, 0.5, backward, **nouns(include=["theta"], structure=structure, block=(4, 4)))
     before = topkast.weights["theta"].tiers.clone()
     with torch.no_grad():
@@ -263,7 +265,7 @@ def test_packed_blocks_must_divide_the_weight():
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 2), (1, 3), (3, 8)])
 def test_active_are_the_largest_of_each_group_and_exploring_the_largest_of_the_rest(shape, n, m):
-    module = Holder(*shape)
+    module = Conv(*shape)
     theta = module.theta.detach().abs().reshape(shape[0] if len(shape) > 1 else 1, -1)
     weight = sparse(module, 1 - n / m, 0.1, structure=f"{n}:{m}")
     active = weight.active.reshape(theta.shape)
@@ -310,7 +312,7 @@ def test_a_run_is_resumed_with_its_granularity_and_with_no_other(options, sparsi
 
 def test_the_start_up_table_says_what_the_sets_are_made_of():
     said = [
-        str(TopKast(Holder(*shape), 0.5, 0.25, **nouns(include=["theta"], structure=kind, block=(2, 4))).summary())
+        str(TopKast(Conv(*shape), 0.5, 0.25, **nouns(include=["theta"], structure=kind, block=(2, 4))).summary())
         for kind, shape in (("block", (7, 8)), ("block", (8, 8)), ("2:4", (8, 8)), ("unstructured", (8, 8)))
     ]
     assert "blocks of 2×4 entries; blocks at the edges are smaller" in said[0]

@@ -73,6 +73,16 @@ def test_sharded_models_train_as_one_process_on_the_whole_batch(folder, world, m
 
 
 @WORLDS
+def test_whole_experts_on_every_rank_train_as_all_on_one(folder, world):
+    for each in found(folder, world, "experts"):
+        refused, broken = each.pop("refused"), each.pop("nan on rank 0")
+        assert [name for name, alike in each.items() if not alike] == []
+        assert len(each) == 14
+        assert "shard only its first dimension" in refused
+        assert "'0.weight' holds NaN or infinity" in broken
+
+
+@WORLDS
 def test_what_sharded_weights_cannot_do_is_refused(folder, world):
     for each in found(folder, world, "refusals"):
         assert "expected storage='masked'" in each["{'storage': 'packed'}"]

@@ -17,7 +17,7 @@ from lightning_topkast.engine.materialize import materialize
 from lightning_topkast.engine.refresh import Refresher, Selection
 from lightning_topkast.engine.state import STATE_VERSION, SavedState
 from lightning_topkast.engine.step_hooks import StepHooks
-from lightning_topkast.engine.summary import Summary, summarize
+from lightning_topkast.engine.summary import Summary, summarize, warn_if_little
 from lightning_topkast.engine.watch import unwatch_steps, watch_loading, watch_steps
 from lightning_topkast.errors import NonFiniteWeightError, TopKastError
 from lightning_topkast.layers import packed_weights
@@ -92,16 +92,18 @@ class TopKast:
             materialize(model)
         _reshard(model)
         self._targets = find_targets(model, settings.targets)
+        warn_if_little(self._targets, settings.targets)
         sparse = [target for target in self._targets if target.sparse]
         check_targets(sparse, packed_weights(model), settings, taken)
         shapes = {target.name: target.shape for target in sparse}
-        sizes = SetSizes(settings.allocation, settings.schedule, settings.ramp, shapes)
+        stacks = frozenset(target.name for target in sparse if target.is_stack)
+        sizes = SetSizes(settings.allocation, settings.schedule, settings.ramp, shapes, stacks)
         self._refresher = Refresher(sizes, settings.rule, settings.seed, self._state_to_reset)
         traits = Traits(
             settings.structure, settings.penalty, settings.rule.clears_dropped, sizes.changes_size,
             settings.powerpropagation,
         )  # fmt: skip
-        self._weights = make_weights(sparse, settings.allocation.counts(shapes), settings.storage, traits)
+        self._weights = make_weights(sparse, sizes.final, settings.storage, traits)
         self._by_parameter: dict[Tensor, SparseWeight] = {weight.parameter: weight for weight in self._weights.values()}
         self._set_strength()
         if not settings.needs_length:

@@ -137,12 +137,21 @@ def _trilinear(first: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
     return 2 * first.shape[0] * weight.numel()
 
 
-# Products that PyTorch's registry lacks: matrix-vector products and those of nn.Bilinear.
+def _grouped(input: Tensor, *_: Any, out_val: Tensor, **__: Any) -> int:
+    return 2 * out_val.numel() * input.shape[-1]
+
+
+# Products that PyTorch's registry lacks: matrix-vector products, those of nn.Bilinear, and those of tokens with their
+# experts.
 _MORE: dict[Any, Callable[..., int]] = {
     aten.mv: _twice_the_matrix,
     aten.addmv: _twice_the_matrix,
     aten.dot: _twice_the_matrix,
     aten._trilinear: _trilinear,
 }
-# A copy of a weight, in another memory format or dtype, still counts as that weight.
-_COPIES = (aten.clone, aten._to_copy)
+if hasattr(aten, "_grouped_mm"):  # not in older releases
+    _MORE[aten._grouped_mm] = _grouped
+
+# A copy of a weight, in another memory format or dtype, still counts as that weight; so do the experts that are
+# gathered from a stack for each token.
+_COPIES = (aten.clone, aten._to_copy, aten.index, aten.index_select)

@@ -1,6 +1,6 @@
 """The plan of a run: arithmetic, memory and communication of each parameter, and totals for other storages."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -193,13 +193,15 @@ def _sets(
     if settings is None:
         return [Target(name, p, p.shape, "the run is dense") for name, p in model.named_parameters()], {}, {}
     targets = find_targets(model, settings.targets)
-    sizes = _sizes(settings, {target.name: target.shape for target in targets if target.sparse})
+    sparse = [target for target in targets if target.sparse]
+    stacks = frozenset(target.name for target in sparse if target.is_stack)
+    sizes = _sizes(settings, {target.name: target.shape for target in sparse}, stacks)
     means = sizes.mean_densities(total_steps, settings.rule.needs_gradient)
-    return targets, settings.allocation.counts(sizes.shapes), means
+    return targets, sizes.final, means
 
 
-def _sizes(settings: Settings, shapes: Mapping[str, torch.Size]) -> SetSizes:
-    return SetSizes(settings.allocation, settings.schedule, settings.ramp, shapes)
+def _sizes(settings: Settings, shapes: Mapping[str, torch.Size], stacks: Collection[str] = ()) -> SetSizes:
+    return SetSizes(settings.allocation, settings.schedule, settings.ramp, shapes, stacks)
 
 
 def _held(
@@ -211,9 +213,10 @@ def _held(
         size = target.shape.numel()
         return Held(shape, dtype, "dense", size, size, size, trains), ""
     active, updated = counts[target.name]
-    name, obstacle = storage_of(target, active, updated, storage, settings.structure)
+    structure = target.structure(settings.structure)
+    name, obstacle = storage_of(target, active, updated, storage, structure)
     present = active if settings.schedule.stop_exploring_at == 0 else updated  # no exploration from the first step on
-    return Held(shape, dtype, name, active, updated, present, trains, settings.structure), obstacle
+    return Held(shape, dtype, name, active, updated, present, trains, structure), obstacle
 
 
 def _layer(

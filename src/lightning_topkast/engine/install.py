@@ -2,15 +2,16 @@
 
 import warnings
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Literal, cast
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from lightning_topkast.distributed import from_rank_0_
+from lightning_topkast.distributed import Sharding, from_rank_0_
 from lightning_topkast.errors import TopKastError
-from lightning_topkast.layers import SparseLayer, pack_layer, product_of, unpack_layer
+from lightning_topkast.layers import SparseLayer, StackLayer, pack_layer, product_of, unpack_layer
 from lightning_topkast.method.density import Counts
 from lightning_topkast.method.structure import Block, Structure
 from lightning_topkast.method.targets import Target
@@ -48,6 +49,12 @@ def check_targets(
             )
         if not isinstance(target.parameter, DTensor):
             continue
+        if target.is_stack and Sharding(target.name, target.parameter).sharded_dims - {0}:
+            raise TopKastError(
+                f"'{target.name}' of shape {tuple(target.shape)} is a stack of matrices (experts), each with sets of "
+                "its own, and every matrix is sharded over devices, which is not supported: shard only its first "
+                "dimension (as FSDP2 does by default), or exclude it"
+            )
         if settings.allocation.distribution == "global":
             raise TopKastError(
                 f"'{target.name}' is sharded over devices (FSDP2 or tensor parallel), which distribution='global' does "
@@ -79,13 +86,14 @@ def make_weights(
     left_masked: list[str] = []
     for target in targets:
         active, updated = counts[target.name]
-        name, obstacle = storage_of(target, active, updated, storage, traits.structure)
+        own = replace(traits, structure=target.structure(traits.structure))
+        name, obstacle = storage_of(target, active, updated, storage, own.structure)
         if obstacle:
             left_masked.append(f"'{target.name}' ({obstacle})")
         if name == "masked" or isinstance(storage, Masked):
-            weights[target.name] = MaskedWeight(target.name, target.parameter, active, updated, traits)
+            weights[target.name] = MaskedWeight(target.name, target.parameter, active, updated, own)
             continue
-        if not traits.structure.divides(target.shape):
+        if not own.structure.divides(target.shape):
             raise TopKastError(
                 f"'{target.name}' of shape {tuple(target.shape)} is not a multiple of the {traits.structure}, so the "
                 f"size of its updated set would change, which storage='{storage.name}' does not support: exclude it, "
@@ -95,10 +103,10 @@ def make_weights(
         kernels = ""
         if name == "packed":
             # kernels for blocks are chosen at run time, since the model may compute on another device
-            blocks = isinstance(traits.structure, Block)
+            blocks = isinstance(own.structure, Block)
             kernels = storage.kernels if blocks else _kernels_for(storage, target.parameter.device)
         weights[target.name] = PackedWeight(
-            target.name, target.parameter, active, updated, traits, name == "packed", kernels
+            target.name, target.parameter, active, updated, own, name == "packed", kernels
         )
     if left_masked and isinstance(storage, Packed):
         refuse_or_warn(storage, left_masked)
@@ -161,7 +169,7 @@ def install(target: Target, weight: SparseWeight) -> None:
         return
     for module, name in target.owners:
         kind = product_of(module, name) if weight.storage == "packed" else None
-        pack_layer(module, name, weight, kind or SparseLayer)
+        pack_layer(module, name, weight, kind or (StackLayer if target.is_stack else SparseLayer))
     target.parameter = weight.parameter
 
 

@@ -4,17 +4,18 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_topkast.distributed import check_ranks_agree, to_local
+from lightning_topkast.distributed import Sharding, check_ranks_agree, to_local
 from lightning_topkast.errors import NonFiniteWeightError, TopKastError
 from lightning_topkast.method.density import Counts, SetSizes
 from lightning_topkast.method.rule import Candidates, Rule
 from lightning_topkast.method.selection import ACTIVE, EXPLORING, NonFiniteScoresError
-from lightning_topkast.method.structure import Structure
+from lightning_topkast.method.structure import Stack, Structure
 from lightning_topkast.weights import EntryState, SparseWeight
 from lightning_topkast.weights.state import holds_values
 
@@ -34,6 +35,7 @@ class Choice:
         counts: weight name → sizes of A and B.
         progress: elapsed share of the time in which sets change, or None if its end is not known.
         is_first: whether these are the first sets.
+        compete: whether the entries of all weights, and of all matrices of a stack, compete for the same places.
     """
 
     rule: Rule
@@ -43,6 +45,7 @@ class Choice:
     counts: Counts
     progress: float | None = None
     is_first: bool = False
+    compete: bool = False
 
 
 def choose(
@@ -61,25 +64,31 @@ def choose(
     Raises:
         NonFiniteWeightError: a weight, or a gradient that the rule uses, holds NaN or infinity.
     """
-    rule, structure, join = choice.rule, choice.structure, _joined
+    join, structures = _joined, [weight.structure for weight in weights]
     scores = [weight.scores() for weight in weights] if scores is None else scores
     gradients = [weight.gradient_magnitudes for weight in weights if weight.gradient_magnitudes is not None]
-    shardings = [weight.sharding for weight in weights]
-    counts = [[structure.units(count, weight.shape) for count in choice.counts[weight.name]] for weight in weights]
+    counts = [
+        [weight.structure.units(count, weight.shape) for count in choice.counts[weight.name]] for weight in weights
+    ]
+    select = choice.structure.selection if choice.compete else structures[0].selection
     candidates = Candidates(
         scores=join(scores),
         active_count=sum(active for active, _ in counts),
         updated_count=sum(updated for _, updated in counts),
-        active=lambda: join([structure.members(weight.active, weight.sharding) for weight in weights]),
+        active=lambda: join([weight.structure.members(weight.active, weight.sharding) for weight in weights]),
         draw=lambda: join([_drawn(weight, choice) for weight in weights]),
-        gradient=join([structure.scores(values, at) for values, at in zip(gradients, shardings, strict=True)])
+        gradient=join([w.structure.scores(values, w.sharding) for w, values in zip(weights, gradients, strict=True)])
         if len(gradients) == len(weights)
         else None,
         progress=choice.progress,
-        select=structure.selection(shardings[0]),
+        select=select(weights[0].sharding),
     )
+    chosen = choice.rule.first if choice.is_first else choice.rule.choose
     try:
-        tiers = (rule.first if choice.is_first else rule.choose)(candidates)
+        if isinstance(structures[0], Stack) and not choice.compete:
+            tiers = _chosen_in_each(candidates, structures[0], weights[0].sharding, chosen)
+        else:
+            tiers = chosen(candidates)
     except NonFiniteScoresError:
         broken = [w.name for w, values in zip(weights, scores, strict=True) if not bool(torch.isfinite(values).all())]
         # the value may be in another process' part of a sharded weight
@@ -90,10 +99,44 @@ def choose(
             "Lower the learning rate, clip gradients, or resume from the last checkpoint"
         ) from None
     if len(weights) == 1:
-        return {weights[0].name: structure.tiers(tiers, shardings[0])}
-    grids = [structure.grid(weight.shape) for weight in weights]
+        return {weights[0].name: structures[0].tiers(tiers, weights[0].sharding)}
+    grids = [weight.structure.grid(weight.shape) for weight in weights]
     parts = zip(weights, tiers.split([grid.numel() for grid in grids]), grids, strict=True)
-    return {weight.name: structure.tiers(part.view(grid), weight.sharding) for weight, part, grid in parts}
+    return {weight.name: weight.structure.tiers(part.view(grid), weight.sharding) for weight, part, grid in parts}
+
+
+def _chosen_in_each(
+    candidates: Candidates, stack: Stack, sharding: Sharding, chosen: Callable[[Candidates], Tensor]
+) -> Tensor:
+    """Return the tiers of a stack, of which a rule sees each matrix as a weight of its own.
+
+    Raises:
+        NonFiniteScoresError: a score of any matrix is NaN or infinite; raised on every process that has some of them.
+    """
+    scores, gradient, matrices = candidates.scores, candidates.gradient, sharding.shape[0]
+    broken = sum(torch.count_nonzero(~torch.isfinite(each)) for each in (scores, gradient) if each is not None)
+    if int(sharding.sum(torch.as_tensor(broken))):
+        raise NonFiniteScoresError("scores must be finite")
+    active, draw, select = cache(candidates.active), cache(candidates.draw), stack.of.selection(stack.matrix(sharding))
+    tiers = torch.zeros_like(scores, dtype=torch.uint8)
+    for at in range(len(scores)):
+        tiers[at] = chosen(
+            replace(
+                candidates,
+                scores=scores[at],
+                active_count=candidates.active_count // matrices,
+                updated_count=candidates.updated_count // matrices,
+                active=partial(_at, active, at),
+                draw=partial(_at, draw, at),
+                gradient=None if gradient is None else gradient[at],
+                select=select,
+            )
+        )
+    return tiers
+
+
+def _at(get: Callable[[], Tensor], index: int) -> Tensor:
+    return get()[index]
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
@@ -106,8 +149,8 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
 def _drawn(weight: SparseWeight, choice: Choice) -> Tensor:
     """Return numbers in [0, 1); the seed is the same on all ranks and in a resumed run, so no state is saved."""
     seed = zlib.crc32(f"{choice.seed}/{choice.step}/{weight.name}".encode())
-    drawn = torch.rand(choice.structure.grid(weight.shape), generator=torch.Generator().manual_seed(seed))
-    return choice.structure.part_of(drawn, weight.sharding).to(to_local(weight.parameter).device)
+    drawn = torch.rand(weight.structure.grid(weight.shape), generator=torch.Generator().manual_seed(seed))
+    return weight.structure.part_of(drawn, weight.sharding).to(to_local(weight.parameter).device)
 
 
 class Selection:
@@ -258,7 +301,7 @@ class Refresher:
             overridden = self.sizes.allocation.overridden(self.sizes.shapes)
             alone = [weight for weight in weights if weight.name in overridden]
             together = [weight for weight in weights if weight.name not in overridden]
-        chosen = choose(together, choice) if together else {}
+        chosen = choose(together, replace(choice, compete=True)) if together else {}
         for weight in alone:
             chosen |= choose([weight], choice)
         return chosen

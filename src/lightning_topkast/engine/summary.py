@@ -1,5 +1,6 @@
 """The table of all weights: sparse or dense, and why."""
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,10 +11,12 @@ from torch.optim import Optimizer
 from lightning_topkast.method.penalty import describe_shrinkage, peak_learning_rates
 from lightning_topkast.method.rule import Magnitude
 from lightning_topkast.method.schedule import Timeline
-from lightning_topkast.method.targets import Target
+from lightning_topkast.method.targets import Target, Targets
 from lightning_topkast.settings import Settings
 from lightning_topkast.weights import SparseWeight
 
+# Reasons for which a weight of two or more dimensions is dense by request or by the method's own set-up.
+_EXPECTED = ("embedding", "first candidate", "last candidate", "excluded", "frozen", "norm", "bias")
 _STORED = {"masked": "sparse", "packed": "sparse, packed", "compact": "sparse, compact"}
 
 
@@ -52,6 +55,12 @@ class Summary:
         """Share of all parameters, including dense ones, that are not held at zero."""
         return sum(row.active for row in self.rows) / max(sum(row.size for row in self.rows), 1)
 
+    @property
+    def sparse_share(self) -> float:
+        """Share of all parameters that belong to sparse weights."""
+        sparse = sum(row.size for row in self.rows if not row.reason)
+        return sparse / max(sum(row.size for row in self.rows), 1)
+
     def to_dict(self) -> dict[str, Any]:
         """Return rows and notes as plain data."""
         return {"rows": [asdict(row) for row in self.rows], "notes": list(self.notes)}
@@ -85,7 +94,31 @@ class Summary:
             for line in lines
         ]
         rule = "─" * max(map(len, text))
-        return "\n".join([text[0], rule, *text[1:-2], rule, *text[-2:], *self.notes])
+        share = f"sparse weights hold {self.sparse_share:.1%} of the model's parameters"
+        return "\n".join([text[0], rule, *text[1:-2], rule, *text[-2:], share, *self.notes])
+
+
+def warn_if_little(targets: Sequence[Target], chosen: Targets) -> None:
+    """Warn if less than half of what could be sparse is, since the model has layers that are not known.
+
+    Counted are weights of two or more dimensions, but not embeddings, norms and biases, the first and the last
+    candidate, and what was excluded or frozen. Nothing is said where the sparse weights were named.
+    """
+    if chosen.include is not None or chosen.include_types is not None:
+        return
+    counted = [target for target in targets if len(target.shape) >= 2 and target.reason not in _EXPECTED]
+    entries = sum(target.shape.numel() for target in counted)
+    sparse = sum(target.shape.numel() for target in counted if target.sparse)
+    if 2 * sparse >= entries:
+        return
+    dense = sorted((target for target in counted if not target.sparse), key=lambda target: -target.shape.numel())
+    largest = ", ".join(f"'{t.name}' ({t.shape.numel():,} entries: {t.reason})" for t in dense[:3])
+    warnings.warn(
+        f"sparse weights hold only {sparse / entries:.1%} of the model's weights, not counting embeddings, the first "
+        f"and the last layer, and what was excluded. The largest dense ones are {largest}. To make them sparse too, "
+        "name all that should be, with include=[...] or Targets(include_types=[...])",
+        stacklevel=5,
+    )
 
 
 def _how_chosen(timeline: Timeline, settings: Settings) -> str:
@@ -124,7 +157,7 @@ def summarize(
         )
     structure = settings.structure
     if structure.note:
-        uneven = any(not structure.divides(weight.shape) for weight in weights.values())
+        uneven = any(not weight.structure.divides(weight.shape) for weight in weights.values())
         notes.append(structure.note + ("; blocks at the edges are smaller, so the sizes vary" if uneven else ""))
     if settings.allocation.distribution == "global":
         notes.append("only the sum of the sizes is fixed: the weights compete for active entries")

@@ -2,6 +2,22 @@
 
 from lightning_topkast.layers.csr import to_csr
 from lightning_topkast.layers.kinds import product_of
-from lightning_topkast.layers.sparse_layer import SparseLayer, pack_layer, packed_weights, to_dense, unpack_layer
+from lightning_topkast.layers.sparse_layer import (
+    SparseLayer,
+    StackLayer,
+    pack_layer,
+    packed_weights,
+    to_dense,
+    unpack_layer,
+)
 
-__all__ = ["SparseLayer", "pack_layer", "packed_weights", "product_of", "to_csr", "to_dense", "unpack_layer"]
+__all__ = [
+    "SparseLayer",
+    "StackLayer",
+    "pack_layer",
+    "packed_weights",
+    "product_of",
+    "to_csr",
+    "to_dense",
+    "unpack_layer",
+]

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_topkast.errors import TopKastError
@@ -93,6 +94,18 @@ class SparseLayer(nn.Module):
         return _empty, (self.plain_class, self.kind, tuple(self.packed_weights)), state
 
 
+class StackLayer(SparseLayer):
+    """A module with a packed stack of matrices, which may read it once per matrix: α is made once per forward pass."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute what the module itself computes."""
+        self.__dict__["unpacked"] = {}
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self.__dict__.pop("unpacked", None)
+
+
 def pack_layer(module: nn.Module, name: str, weight: PackedWeight, kind: type[SparseLayer]) -> None:
     """Make `module` hold the packed `weight` as its parameter `name`.
 
@@ -164,13 +177,18 @@ def _make_class(plain: type[nn.Module], kind: type[SparseLayer], names: tuple[st
         # it reads its weights from its own list, which would keep the old ones
         members["_flat_weights"] = property(_flat_weights, lambda self, value: None)
         members["flatten_parameters"] = lambda self: None
-    prefix = "Compact" if kind is SparseLayer else "Packed"
+    prefix = "Compact" if kind in (SparseLayer, StackLayer) else "Packed"
     return type(f"{prefix}{plain.__name__}", (kind, plain), members)
 
 
 def _weight_property(name: str) -> property:
     def read(self: SparseLayer) -> Tensor:
-        return self.packed_weights[name].layout.unpack(self._parameters[name])  # type: ignore[arg-type]
+        # what was read without gradients must not be used with them
+        made: dict[tuple[str, bool], Tensor] = self.__dict__.get("unpacked", {})
+        key = name, torch.is_grad_enabled()
+        if key not in made:
+            made[key] = self.packed_weights[name].layout.unpack(self._parameters[name])  # type: ignore[arg-type]
+        return made[key]
 
     return property(read, doc="α, dense, computed at each access; its gradient reaches the packed values.")
 

@@ -1,6 +1,6 @@
 """How many entries of each weight are active and updated."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import prod
@@ -11,7 +11,7 @@ import torch
 from lightning_topkast.checks import check, check_choice, check_sparsities
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.method.schedule import Ramp, Schedule, Timeline, moments
-from lightning_topkast.method.structure import Structure
+from lightning_topkast.method.structure import Stack, Structure
 
 Distribution = Literal["uniform", "erk", "global"]
 Counts = dict[str, tuple[int, int]]  # weight name → |A| and |B|
@@ -20,12 +20,16 @@ Counts = dict[str, tuple[int, int]]  # weight name → |A| and |B|
 _NOMINAL_REFRESHES = 1000
 
 
-def uniform(shapes: Mapping[str, tuple[int, ...]], density: float) -> dict[str, float]:
+def uniform(
+    shapes: Mapping[str, tuple[int, ...]], density: float, copies: Mapping[str, int] | None = None
+) -> dict[str, float]:
     """Give every weight the same density (the paper's ImageNet set-up)."""
     return dict.fromkeys(shapes, density)
 
 
-def erdos_renyi_kernel(shapes: Mapping[str, tuple[int, ...]], density: float) -> dict[str, float]:
+def erdos_renyi_kernel(
+    shapes: Mapping[str, tuple[int, ...]], density: float, copies: Mapping[str, int] | None = None
+) -> dict[str, float]:
     """Give a weight a density in proportion to (sum of its sizes) / (product of its sizes), at most 1.
 
     The total number of entries is that of `uniform`. A weight that would exceed density 1 is dense, and the others
@@ -35,15 +39,19 @@ def erdos_renyi_kernel(shapes: Mapping[str, tuple[int, ...]], density: float) ->
     Args:
         shapes: weight name → shape.
         density: share of all entries to keep, in [0, 1].
+        copies: weight name → number of matrices of this shape that it consists of; 1 if it is not named.
 
     Returns:
         weight name → density in [0, 1].
     """
+    number = dict.fromkeys(shapes, 1) | dict(copies or {})
     dense: set[str] = set()
     while True:
         open_names = [name for name in shapes if name not in dense]
-        budget = density * sum(prod(s) for s in shapes.values()) - sum(prod(shapes[name]) for name in dense)
-        scale = budget / sum(sum(shapes[name]) for name in open_names) if open_names else 0.0
+        entries = {name: number[name] * prod(shape) for name, shape in shapes.items()}
+        budget = density * sum(entries.values()) - sum(entries[name] for name in dense)
+        weights = sum(number[name] * sum(shapes[name]) for name in open_names)
+        scale = budget / weights if open_names else 0.0
         densities = {name: scale * sum(shapes[name]) / prod(shapes[name]) for name in open_names}
         full = [name for name, value in densities.items() if value > 1]
         if not full:
@@ -110,29 +118,39 @@ class Allocation:
             densities |= dict.fromkeys(matched, (1 - forward, 1 - backward))
         return densities
 
-    def counts(self, shapes: Mapping[str, torch.Size], sparsities: tuple[float, float] | None = None) -> Counts:
+    def counts(
+        self,
+        shapes: Mapping[str, torch.Size],
+        sparsities: tuple[float, float] | None = None,
+        stacks: Collection[str] = (),
+    ) -> Counts:
         """Exact sizes of A and B of every sparse weight, in entries; where blocks differ in size, those on average.
 
         Args:
             shapes: weight name → shape.
             sparsities: forward and backward sparsity of the weights without an override; None: those of the run.
+            stacks: names of the weights that are `Stack`s; each of their matrices gets equally many entries.
 
         Raises:
             TopKastError: an override that matches no sparse weight, or a weight too small for one active entry.
         """
         overridden = self.overridden(shapes)
-        free = {name: shape for name, shape in shapes.items() if name not in overridden}
+        copies = {name: shape[0] for name, shape in shapes.items() if name in stacks}
+        matrices = {name: shape[1:] if name in copies else shape for name, shape in shapes.items()}
+        free = {name: shape for name, shape in matrices.items() if name not in overridden}
         densities_of = _DISTRIBUTIONS[self.distribution]
         sparsities = sparsities or (self.forward_sparsity, self.backward_sparsity)
-        forward, backward = (densities_of(free, 1 - sparsity) for sparsity in sparsities)
-        counts, structure = {}, self.structure
+        forward, backward = (densities_of(free, 1 - sparsity, copies) for sparsity in sparsities)
+        counts = {}
         for name, shape in shapes.items():
+            structure = Stack(self.structure) if name in copies else self.structure
             density, updated_density = overridden.get(name) or (forward[name], backward[name])
             active = structure.active_count(density, shape)
             if active < 1:
-                number, (one, many) = structure.grid(shape).numel(), structure.noun
+                what = "each matrix of weight" if name in copies else "weight"
+                number, (one, many) = self.structure.grid(matrices[name]).numel(), self.structure.noun
                 raise TopKastError(
-                    f"weight '{name}' has {number} {many}, too few for one active {one} at forward density "
+                    f"{what} '{name}' has {number} {many}, too few for one active {one} at forward density "
                     f"{density:.4g}; exclude it, or give it a lower forward_sparsity through overrides"
                 )
             counts[name] = (active, max(structure.updated_count(updated_density, shape), active))
@@ -153,6 +171,7 @@ class SetSizes:
         schedule: when sets change.
         ramp: along which the sizes change; None: they do not.
         shapes: weight name → shape.
+        stacks: names of the weights that are stacks of matrices.
         timeline: `schedule` and `ramp` in steps; None before `planned`.
     """
 
@@ -160,6 +179,7 @@ class SetSizes:
     schedule: Schedule
     ramp: Ramp | None
     shapes: Mapping[str, torch.Size]
+    stacks: Collection[str] = ()
     _timeline: Timeline | None = None
 
     def planned(self, total_steps: int | float | None) -> "SetSizes":
@@ -169,6 +189,11 @@ class SetSizes:
             TopKastError: a moment is a fraction of a run of unknown length, or a ramp ends before it begins.
         """
         return replace(self, _timeline=Timeline.of(self.schedule, self.ramp, total_steps))
+
+    @property
+    def final(self) -> Counts:
+        """Sizes of the sets at the end of the run, while exploring."""
+        return self.allocation.counts(self.shapes, None, self.stacks)
 
     @property
     def is_planned(self) -> bool:
@@ -197,7 +222,7 @@ class SetSizes:
     def at(self, step: int) -> Counts:
         """Sizes of the sets that are chosen after `step` optimizer steps."""
         remaining = self.timeline.remaining_ramp(step) if self.is_planned else 1.0
-        counts = self.allocation.counts(self.shapes, self.sparsities(remaining))
+        counts = self.allocation.counts(self.shapes, self.sparsities(remaining), self.stacks)
         if self.timeline.explores_at(step):
             return counts
         return {name: (active, active) for name, (active, _) in counts.items()}

@@ -13,7 +13,9 @@ from lightning_topkast.method.selection import TopK, nested_top_k, top_k_then_ra
 
 @dataclass(frozen=True)
 class Candidates:
-    """The units (entries, or blocks of them) of one weight, or of several that compete, of which sets are chosen.
+    """The units (entries, or blocks of them) of which sets are chosen: of a weight, or of several that compete.
+
+    Each matrix of a stack, such as an expert, is a weight of its own here.
 
     Every tensor has one shape; of sharded weights it is this process' part.
 

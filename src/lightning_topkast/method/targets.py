@@ -7,9 +7,11 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_topkast.checks import check, check_bool, plain
 from lightning_topkast.errors import TopKastError
+from lightning_topkast.method.structure import Stack, Structure
 
 # Modules whose weights are sparse by default. RNNBase and RNNCellBase cover LSTM, GRU and RNN.
 SPARSE_TYPES: tuple[type[nn.Module], ...] = (
@@ -28,6 +30,15 @@ _NORM_TYPES: tuple[type[nn.Module], ...] = (
     nn.RMSNorm,
 )
 _EMBEDDING_TYPES: tuple[type[nn.Module], ...] = (nn.Embedding, nn.EmbeddingBag)
+# Parts of the names of modules and of parameters whose 3-D parameters are no stacks of matrices.
+_NO_STACK = (("conv", "norm", "embed", "bilinear"), ("bias", "embed", "token", "position", "pos_"))
+# Zeros make the one NaN, and are no zeros of the matrix that the other computes.
+_PARAMETRIZATIONS = (
+    (nn.utils.parametrizations._WeightNorm, "weight norm"),
+    (nn.utils.parametrizations._Orthogonal, "orthogonal parametrization"),
+)
+# Reasons that no pattern overrides, only a full name.
+_NEVER_BY_PATTERN = ("embedding", "norm", "bias", "weight norm", "orthogonal parametrization")
 
 
 @dataclass
@@ -53,16 +64,44 @@ class Target:
         """Whether the parameter is a sparse weight."""
         return not self.reason
 
+    @property
+    def is_stack(self) -> bool:
+        """Whether it is a stack of matrices along its first dimension, such as the experts of a mixture.
+
+        That is a 3-D parameter which a module of no known kind holds itself, and which is not named as a bias or an
+        embedding. Shapes such as (1, n, d) are those of positional embeddings and class tokens.
+        """
+        modules = [module for module, _ in self.owners]
+        of_modules, of_parameters = _NO_STACK
+        return (
+            len(self.shape) == 3
+            and min(self.shape) > 1
+            and self.parameter.is_floating_point()
+            and not any(isinstance(module, (*SPARSE_TYPES, *_NORM_TYPES, *_EMBEDDING_TYPES)) for module in modules)
+            and not any(isinstance(module, ParametrizationList) for module in modules)
+            and not any(part in type(module).__name__.lower() for module in modules for part in of_modules)
+            and not any(part in own_name.lower() for _, own_name in self.owners for part in of_parameters)
+        )
+
+    def structure(self, structure: Structure) -> Structure:
+        """Return the structure of this weight in a run with `structure`."""
+        return Stack(structure) if self.is_stack else structure
+
 
 @dataclass(frozen=True)
 class Targets:
     """The choice of the sparse weights of a model.
 
-    By default the weights of `SPARSE_TYPES` are candidates. With `include` or `include_types`, only the weights that
-    these name are sparse, of any module type. Biases, norms and embeddings stay dense unless `include` contains their
-    full name. The first and the last candidate of the *model* also stay dense (the paper's ImageNet set-up), unless
-    `include` contains their full name. Excluded weights count as candidates here: if the first is excluded, the second
-    may be sparse.
+    By default the weights of `SPARSE_TYPES` are candidates, and so are 3-D parameters that hold a matrix per expert of
+    a mixture, each of which has sets of its own. With `include` or `include_types`, only the weights that these name
+    are sparse, of any module type. Biases, norms and embeddings stay dense unless `include` contains their full name.
+
+    The first and the last candidate of the *model* also stay dense (the paper's ImageNet set-up), unless `include`
+    contains their full name. Excluded weights count as candidates here: if the first is excluded, the second may be
+    sparse. In a language model, which begins with an embedding and ends in an output embedding (a head that is tied to
+    an embedding, or has one output per entry of one), these two are the first and the last layer: its first candidate
+    may be sparse, and its last one too if the head is tied. Any other model keeps its first candidate dense even if it
+    begins with an embedding, which may hold a side input, such as the label of a class.
 
     Args:
         include: glob patterns of parameter names.
@@ -70,8 +109,8 @@ class Targets:
         include_types: class names of modules, bare (`Linear`) or dotted (`transformers.pytorch_utils.Conv1D`),
             including base classes.
         exclude_types: class names of modules, in the same form.
-        keep_first_dense: keep the first candidate dense.
-        keep_last_dense: keep the last candidate dense.
+        keep_first_dense: keep the first candidate dense; without effect in a language model.
+        keep_last_dense: keep the last candidate dense; without effect in a language model with a tied head.
 
     Raises:
         TopKastError: a value has another type.
@@ -122,7 +161,11 @@ def find_targets(model: nn.Module, chosen: Targets) -> list[Target]:
             target.reason = _why_dense_by_choice(target, chosen)
         if by_default or target.sparse:
             candidates.append(target)
-    ends = ((0, "first candidate", chosen.keep_first_dense), (-1, "last candidate", chosen.keep_last_dense))
+    first, last = _embeddings_at_ends(targets, candidates)
+    ends = (
+        (0, "first candidate", chosen.keep_first_dense and not first),
+        (-1, "last candidate", chosen.keep_last_dense and not last),
+    )
     for position, reason, keep_dense in ends if candidates else ():
         target = candidates[position]
         if keep_dense and target.sparse and target.name not in (chosen.include or ()):
@@ -156,8 +199,24 @@ def _parameters(model: nn.Module) -> Iterator[Target]:
     yield from found.values()
 
 
+def _embeddings_at_ends(targets: Sequence[Target], candidates: Sequence[Target]) -> tuple[bool, bool]:
+    """Return whether embeddings are the first layer of a model, and its last layer without being a candidate."""
+    first = next((target for target in targets if len(target.shape) >= 2), None)
+    if first is None or not isinstance(first.owners[0][0], _EMBEDDING_TYPES):
+        return False, False
+    embeddings = [target for target in targets if _is_held_by(target, _EMBEDDING_TYPES)]
+    tied = any(_is_held_by(target, (nn.Linear,)) for target in embeddings)
+    head = candidates[-1] if candidates and _is_held_by(candidates[-1], (nn.Linear,)) else None
+    untied = head is not None and any(head.shape[0] == embedding.shape[0] for embedding in embeddings)
+    return tied or untied, tied
+
+
+def _is_held_by(target: Target, types: tuple[type[nn.Module], ...]) -> bool:
+    return any(isinstance(module, types) for module, _ in target.owners)
+
+
 def _why_dense_by_kind(target: Target) -> str:
-    """Return why a parameter is dense by default, or "" for a weight of `SPARSE_TYPES`."""
+    """Return why a parameter is dense by default, or "" for a weight of `SPARSE_TYPES` or a stack of matrices."""
     parameter, modules = target.parameter, [module for module, _ in target.owners]
     if not parameter.requires_grad:
         return "frozen"
@@ -174,10 +233,17 @@ def _why_dense_by_kind(target: Target) -> str:
         for module, own_name in target.owners
     ):
         return "weight norm"  # both parts of torch.nn.utils.weight_norm: zeros would cause a division by a zero norm
+    for kind, reason in _PARAMETRIZATIONS:
+        if any(
+            isinstance(module, ParametrizationList) and any(isinstance(p, kind) for p in module) for module in modules
+        ):
+            return reason
     if len(target.shape) < 2 and any("norm" in type(module).__name__.lower() for module in modules):
         return "norm"  # classes of other packages, such as LlamaRMSNorm
     if any("bias" in own_name for _, own_name in target.owners):
         return "bias"
+    if target.is_stack:
+        return ""
     if not any(isinstance(module, SPARSE_TYPES) for module in modules):
         return f"{type(modules[0]).__name__} is not sparsified by default"
     return "" if len(target.shape) >= 2 else "vector"
@@ -187,8 +253,14 @@ def _why_dense_by_choice(target: Target, chosen: Targets) -> str:
     """Return why a parameter is dense, considering `include` and `include_types`, or ""."""
     include, include_types = chosen.include, chosen.include_types
     if target.name in (include or ()):
+        if target.reason == "weight norm":
+            raise TopKastError(
+                f"include: '{target.name}' belongs to a weight norm, which divides every row by its norm, so that rows "
+                "of zeros become NaN; remove it first (torch.nn.utils.parametrize.remove_parametrizations, or "
+                "torch.nn.utils.remove_weight_norm in the old style), or leave the weight dense"
+            )
         return ""  # a full name is explicit
-    if target.reason in ("embedding", "norm", "weight norm", "bias") or (include is None and include_types is None):
+    if target.reason in _NEVER_BY_PATTERN or (include is None and include_types is None):
         return target.reason
     if _matches(target, include) or (_has_type(target, include_types) and len(target.shape) >= 2):
         return ""

@@ -131,7 +131,7 @@ class PackedWeight(SparseWeight):
             scores = self.scores()
             return lambda: scores
         places, values, theta, shape = self._places(), self._values().clone(), self._theta, self.shape
-        return lambda: _with_values(theta, places, values).view(shape).abs_()
+        return lambda: self.structure.scores(_with_values(theta, places, values).view(shape).abs_(), self.sharding)
 
     def _update_scores(self) -> None:
         """Update the scores of B's units."""

@@ -64,7 +64,8 @@ def narrowed_model(cfg: DictConfig) -> DictConfig:
 def parameters_left(model: nn.Module, settings: Settings) -> int:
     """Return the number of parameters that Top-KAST would keep non-zero, including those of dense layers."""
     targets = find_targets(model, settings.targets)
-    active = settings.allocation.counts({target.name: target.shape for target in targets if target.sparse})
+    shapes = {target.name: target.shape for target in targets if target.sparse}
+    active = settings.allocation.counts(shapes, stacks=[target.name for target in targets if target.is_stack])
     return sum(active[target.name][0] if target.sparse else target.shape.numel() for target in targets)
 
 

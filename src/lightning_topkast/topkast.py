@@ -81,6 +81,7 @@ class TopKast:
         self._hooks: list[StepHooks] = []
         # Steps taken with optimizers that were detached, or of a state loaded before any optimizer was attached.
         self._steps_before: list[int] = []
+        self._zeros: dict[str, tuple[int, int]] = {}  # for the summary
 
         if settings.storage.name != "masked":
             materialize(model)
@@ -93,7 +94,7 @@ class TopKast:
         self._refresher = Refresher(sizes, settings.rule, settings.seed, self._state_to_reset)
         traits = Traits(
             settings.structure, settings.penalty, settings.rule.clears_dropped, sizes.changes_size,
-            settings.powerpropagation,
+            settings.powerpropagation, settings.seed,
         )  # fmt: skip
         self._weights = make_weights(sparse, settings.allocation.counts(shapes), settings.storage, traits)
         self._by_parameter: dict[Tensor, SparseWeight] = {weight.parameter: weight for weight in self._weights.values()}
@@ -157,7 +158,7 @@ class TopKast:
     def summary(self) -> Summary:
         """Return a table of all parameters: exact sizes of A and B, or why a parameter is dense."""
         optimizers = [hooks.optimizer for hooks in self._hooks]
-        return summarize(self._targets, self._weights, self.timeline, self.settings, optimizers)
+        return summarize(self._targets, self._weights, self.timeline, self.settings, optimizers, self._zeros)
 
     def penalty(self) -> Tensor:
         """Return the exploration penalty of all weights, a scalar tensor; a collective if any weight is sharded."""
@@ -207,6 +208,7 @@ class TopKast:
             hooks.adopt_state(packed_only=not self._steps_before)
             hooks.begin()
         self._steps_before = []
+        self._look_for_zeros()
         return self
 
     def plan(self, total_steps: int | float | None) -> None:
@@ -335,6 +337,11 @@ class TopKast:
         for weight in self._weights.values():
             weight.record_first_reservoir()
 
+    def _look_for_zeros(self) -> None:
+        """Count zeros here, on every rank, since only one of them may ask for the summary."""
+        _reshard(self.model)
+        self._zeros = {name: weight.count_zeros() for name, weight in self._weights.items()}
+
     def _after_step(self, hooks: StepHooks) -> None:
         if self.refresh_count == 0 and self.unattached and self.timeline.refreshes_after(hooks.steps):
             warnings.warn(
@@ -417,6 +424,7 @@ class TopKast:
         for hooks, count in zip(self._hooks, saved.steps, strict=False):
             hooks.steps = count
         self._refresher.count, self._refresher.selections = saved.refresh_count, selections
+        self._look_for_zeros()
         self._follow_schedule()
 
 

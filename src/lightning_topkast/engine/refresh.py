@@ -1,6 +1,6 @@
 """The refresh: choosing the sets of weights again, at once or in the background."""
 
-import zlib
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ from lightning_topkast.distributed import check_ranks_agree, to_local
 from lightning_topkast.errors import NonFiniteWeightError, TopKastError
 from lightning_topkast.method.density import Counts, SetSizes
 from lightning_topkast.method.rule import Candidates, Rule
-from lightning_topkast.method.selection import ACTIVE, EXPLORING, NonFiniteScoresError
+from lightning_topkast.method.selection import ACTIVE, EXPLORING, NonFiniteScoresError, drawn
 from lightning_topkast.method.structure import Structure
 from lightning_topkast.weights import SparseWeight
 from lightning_topkast.weights.state import holds_values
@@ -66,17 +66,22 @@ def choose(
     gradients = [weight.gradient_magnitudes for weight in weights if weight.gradient_magnitudes is not None]
     shardings = [weight.sharding for weight in weights]
     counts = [[structure.units(count, weight.shape) for count in choice.counts[weight.name]] for weight in weights]
+
+    @functools.cache  # ties of zeros may be drawn for A and for B, and a rule may draw besides
+    def draw() -> Tensor:
+        return join([_drawn(weight, choice) for weight in weights])
+
     candidates = Candidates(
         scores=join(scores),
         active_count=sum(active for active, _ in counts),
         updated_count=sum(updated for _, updated in counts),
         active=lambda: join([structure.members(weight.active, weight.sharding) for weight in weights]),
-        draw=lambda: join([_drawn(weight, choice) for weight in weights]),
+        draw=draw,
         gradient=join([structure.scores(values, at) for values, at in zip(gradients, shardings, strict=True)])
         if len(gradients) == len(weights)
         else None,
         progress=choice.progress,
-        select=structure.selection(shardings[0]),
+        select=structure.selection(shardings[0], draw),
     )
     try:
         tiers = (rule.first if choice.is_first else rule.choose)(candidates)
@@ -104,10 +109,9 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _drawn(weight: SparseWeight, choice: Choice) -> Tensor:
-    """Return numbers in [0, 1); the seed is the same on all ranks and in a resumed run, so no state is saved."""
-    seed = zlib.crc32(f"{choice.seed}/{choice.step}/{weight.name}".encode())
-    drawn = torch.rand(choice.structure.grid(weight.shape), generator=torch.Generator().manual_seed(seed))
-    return choice.structure.part_of(drawn, weight.sharding).to(to_local(weight.parameter).device)
+    """Return the numbers drawn for the units of which this process chooses."""
+    numbers = drawn(choice.seed, choice.step, weight.name, choice.structure.grid(weight.shape))
+    return choice.structure.part_of(numbers, weight.sharding).to(to_local(weight.parameter).device)
 
 
 class Selection:

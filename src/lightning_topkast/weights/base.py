@@ -27,6 +27,7 @@ class Traits:
         clears_dropped: whether entries that leave B lose their values and return as zeros.
         sizes_change: whether |A| and |B| change during the run.
         exponent: the exponent of powerpropagation; 1 without it.
+        seed: of the run.
     """
 
     structure: Structure = field(default_factory=Unstructured)
@@ -34,6 +35,7 @@ class Traits:
     clears_dropped: bool = False
     sizes_change: bool = False
     exponent: float = 1.0
+    seed: int = 0
 
 
 class SparseWeight(ABC):
@@ -167,6 +169,15 @@ class SparseWeight(ABC):
     @abstractmethod
     def magnitudes(self) -> Tensor:
         """Return |θ|, contiguous, a copy; for a sharded weight this process' part."""
+
+    @torch.no_grad()
+    def count_zeros(self) -> tuple[int, int]:
+        """Return the number of zeros in θ, and of those outside B; a collective for a sharded weight."""
+        zero = to_local(self.theta()) == 0
+        outside = zero & (to_local(self.tiers) == 0).to(zero.device)
+        counts = torch.stack([torch.count_nonzero(zero), torch.count_nonzero(outside)])
+        whole, reservoir = self.sharding.sum(counts).tolist()
+        return whole, reservoir
 
     def scores(self) -> Tensor:
         """Return the units' scores, on which the selection is based; see `Structure.scores`."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_topkast.distributed import Sharding
-from lightning_topkast.method.selection import ACTIVE, RESERVOIR, nested_top_k, ranked
+from lightning_topkast.method.selection import ACTIVE, RESERVOIR, drawn, nested_top_k
 from lightning_topkast.method.structure import Block
 from lightning_topkast.ops.flat import indices
 from lightning_topkast.weights.base import SparseWeight, Traits
@@ -48,6 +48,7 @@ class PackedWeight(SparseWeight):
         super().__init__(name, values, Sharding(name, dense), active_count, updated_count, traits)
         self.storage = "packed" if products else "compact"
         self.kernels = kernels
+        self._seed = traits.seed
         # In host memory. θ is up to date on C; on B the parameter holds it.
         theta = dense.detach().cpu().contiguous().view(-1)
         owns_all = theta.untyped_storage().nbytes() == theta.nbytes  # a slice would keep a larger storage alive
@@ -334,14 +335,19 @@ class PackedWeight(SparseWeight):
         """Load dense weights from a state dict; the network then computes with those of them that are in A.
 
         Weights that are zero outside the present A only change its values. For other weights the sets are chosen again:
-        A are the largest entries. If the weights were sparse already, θ is kept where they are zero.
+        A are the largest entries. If the weights were sparse already, θ is kept where they are zero. Ties of zeros are
+        drawn as for the first sets of a run.
 
         Raises:
             NonFiniteScoresError: the weights hold NaN or infinity.
         """
         alpha = alpha.detach().cpu().to(self._theta.dtype).contiguous()
         structure, sharding, support = self.structure, self.sharding, alpha != 0
-        select = structure.selection(sharding)  # refuses non-finite values, even if the sets stay the same
+
+        def draw() -> Tensor:
+            return drawn(self._seed, 0, self.name, structure.grid(self.shape))
+
+        select = structure.selection(sharding, draw)  # refuses non-finite values, even if the sets stay the same
         first = select(
             structure.scores(alpha.abs(), sharding), (structure.units(self.active_count, self.shape),)
         ).bool()
@@ -355,8 +361,8 @@ class PackedWeight(SparseWeight):
             active = structure.tiers(first.to(torch.uint8), sharding).bool()
             theta = torch.where(support | active, alpha, self.theta())
         exploring = self.updated_count - self.active_count if self.is_exploring else 0
-        others = ranked(structure.scores(theta.abs(), sharding), ~first)
-        chosen = nested_top_k(others, (structure.units(exploring, self.shape),)).masked_fill_(first, ACTIVE)
+        scores, units = structure.scores(theta.abs(), sharding), structure.units(exploring, self.shape)
+        chosen = nested_top_k(scores, (units,), ~first, draw).masked_fill_(first, ACTIVE)
         tiers = structure.tiers(chosen, sharding)
         if self._state_units is None:
             self._state_units = self._units()

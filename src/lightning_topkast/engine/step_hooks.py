@@ -52,7 +52,7 @@ class StepHooks:
         self.steps = steps
         self._weights_by_parameter = weights
         self._gradients_masked = False
-        self._warned_of_overshoot = False
+        self._warned_of_overshoot = self._warned_of_empty = False
         self._handles: list[RemovableHandle] = []
         if not self.weights:
             raise TopKastError(
@@ -195,6 +195,7 @@ class StepHooks:
         for weight, group in self._weights_and_groups():
             if weight.is_open:
                 weight.close(lr=0 if skipped else self._within_reach(weight, group["lr"]))
+                self._warn_of_empty(weight)
                 stepped = not skipped
             elif weight.parameter.grad is not None:
                 # A subclass that continues after super().step(), whose own hook closed the weight.
@@ -229,7 +230,8 @@ class StepHooks:
                     yield weight, group
 
     def _within_reach(self, weight: SparseWeight, lr: float | Tensor) -> float | Tensor:
-        """Return `lr`; warn once if it exceeds the known peak so far that the penalty would overshoot zero."""
+        """Return `lr`, if it exceeds the known peak, after λ was lowered, or a warning if a given λ overshoots zero."""
+        weight.limit_strength(lr)
         if not isinstance(lr, Tensor) and not self._warned_of_overshoot and weight.overshoots(lr):
             self._warned_of_overshoot = True
             warnings.warn(
@@ -239,6 +241,16 @@ class StepHooks:
                 stacklevel=2,
             )
         return lr
+
+    def _warn_of_empty(self, weight: SparseWeight) -> None:
+        """Warn once if the penalty has set all active entries of a weight to zero."""
+        if weight.was_emptied and not self._warned_of_empty:
+            self._warned_of_empty = True
+            warnings.warn(
+                f"the penalty would carry active entries of '{weight.name}' past zero and has set all of them to zero "
+                f"(strength {weight.strength}); lower the penalty's strength or the learning rate",
+                stacklevel=2,
+            )
 
 
 def _only_makes_state(optimizer: Optimizer, kwargs: Mapping[str, Any]) -> bool:

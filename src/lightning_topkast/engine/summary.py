@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from lightning_topkast.method.penalty import describe_shrinkage, peak_learning_rates
+from lightning_topkast.method.penalty import L2, describe_shrinkage, peak_learning_rates
 from lightning_topkast.method.rule import Magnitude
 from lightning_topkast.method.schedule import Timeline
 from lightning_topkast.method.targets import Target
@@ -165,8 +165,9 @@ def summarize(
         notes.append("backward sparsity = forward sparsity: B = A, so entries outside A are never explored")
     notes += _of_zeros(weights, zeros, settings)
     peaks = peak_learning_rates({id(weight.parameter): name for name, weight in weights.items()}, optimizers)
+    asked = settings.penalty.shrinkage if isinstance(settings.penalty, L2) else None
     shrinkages = [
-        weight.shrinkage_at(peaks[weight.name])
+        weight.shrinkage_at(peaks[weight.name]) if asked is None else asked
         for weight in weights.values()
         if weight.can_explore and weight.name in peaks
     ]

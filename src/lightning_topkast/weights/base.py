@@ -70,7 +70,10 @@ class SparseWeight(ABC):
         self.sharding = sharding
         self.active_count = active_count
         self.updated_count = updated_count
-        self.strength = 0.0  # λ of this weight's penalty; the engine sets it once it knows the learning rate
+        self._strength: float | Tensor = 0.0
+        # whether the penalty has carried all active entries to zero; looked at when the learning rate is a new highest
+        self.was_emptied = False
+        self._highest_lr = 0.0
         self.is_open = False
         self.structure = traits.structure
         self.clears_dropped = traits.clears_dropped
@@ -90,6 +93,15 @@ class SparseWeight(ABC):
         self.version = 0
         # whether dense state of an optimizer was packed according to the present sets
         self.has_gathered = False
+
+    @property
+    def strength(self) -> float:
+        """λ of this weight's penalty; the engine sets it once it knows the learning rate. Reading it may wait for a GPU."""
+        return float(self._strength)
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        self._strength = value
 
     # --- the sets -------------------------------------------------------------------------------------------------
 
@@ -239,6 +251,23 @@ class SparseWeight(ABC):
     def penalty(self) -> Tensor:
         """Return the value of the exploration penalty, a scalar tensor."""
 
+    def limit_strength(self, lr: float | Tensor) -> None:
+        """Lower λ for good if the learning rate exceeds the peak that λ was worked out from.
+
+        Args:
+            lr: the learning rate of this step. On a GPU it is not read, and neither is λ from then on.
+        """
+        limit = None if self._penalty is None else self._penalty.limit(self.forward_density_target)
+        if limit is None:
+            return
+        if isinstance(lr, Tensor) and lr.device.type != "cpu":
+            strength = self._strength
+            if not isinstance(strength, Tensor):
+                strength = torch.full_like(lr, strength)
+            self._strength = torch.minimum(strength, limit / lr)
+        elif float(lr) * self.strength > limit:
+            self._strength = limit / float(lr)
+
     def overshoots(self, lr: float) -> bool:
         """Return whether the penalty would carry exploring entries past zero, where it stops, at this learning rate."""
         return self.shrinkage_at(lr) >= 1
@@ -251,16 +280,33 @@ class SparseWeight(ABC):
 
     def _penalise_(self, values: Tensor, exploring: bool, lr: float | Tensor, total: Total = None) -> None:
         """Apply the penalty to values of A, or of B outside A, in place."""
-        if self._penalty is not None and self.strength and not (isinstance(lr, float | int) and lr == 0):
-            strength = self.strength / self.forward_density_target if exploring else self.strength
-            self._penalty.shrink_(values, lr * strength, total)
+        if self._penalty is None or any(isinstance(x, float | int) and x == 0 for x in (self._strength, lr)):
+            return
+        strength = self._strength / self.forward_density_target if exploring else self._strength
+        watched = not exploring and self._may_empty(lr) and self._holds_values(values, total)
+        self._penalty.shrink_(values, lr * strength, total)
+        if watched and not self._holds_values(values, total):
+            self.was_emptied = True
+
+    def _may_empty(self, lr: float | Tensor) -> bool:
+        """Return whether a step at this rate may be the first to carry all active entries to zero."""
+        if isinstance(lr, Tensor) or lr <= self._highest_lr:
+            return False
+        self._highest_lr = lr
+        shrinkage = self.shrinkage_at(lr)  # 0 if it depends on the entries
+        return shrinkage == 0 or shrinkage * self.forward_density_target >= 1
+
+    @staticmethod
+    def _holds_values(values: Tensor, total: Total) -> bool:
+        count = torch.count_nonzero(values)
+        return bool(count if total is None else total(count))
 
     def _penalty_of(self, active: Tensor, exploring: Tensor, total: Total = None) -> Tensor:
         """Return the penalty's value for values of A and of B outside A."""
         if self._penalty is None:
             return active.new_zeros(())
-        strength = self.strength / self.forward_density_target
-        return self._penalty.value(active, total) * self.strength + self._penalty.value(exploring, total) * strength
+        strength = self._strength / self.forward_density_target
+        return self._penalty.value(active, total) * self._strength + self._penalty.value(exploring, total) * strength
 
     @property
     def is_settled(self) -> bool:

@@ -19,6 +19,7 @@ from lightning_topkast.telemetry.log import Telemetry
 from lightning_topkast.topkast import TopKast
 from lightning_topkast.training.all_reduce import Hook, register, sparse_all_reduce_of
 from lightning_topkast.training.averages import SparseAverages, callbacks_of, copy_again
+from lightning_topkast.training.run_length import RunLength, estimated_steps, warn_if_unfinished
 from lightning_topkast.training.sharded_checkpoint import move_shards_out, saves_shards, with_shards
 
 
@@ -47,6 +48,7 @@ class TopKastCallback(Callback):
         self._telemetry: Telemetry | None = None
         self._saved_state: dict[str, Any] | None = None
         self._averages: SparseAverages | None = None
+        self._run_length: RunLength | None = None  # where only the run shows it
         self._new: TopKast | None = None  # an engine whose training has not started
         self._saves_shards = False
 
@@ -86,8 +88,11 @@ class TopKastCallback(Callback):
         if topkast is None:
             topkast = self._new = self._new or self._build(trainer, pl_module)
         if self.settings.needs_length:
-            topkast.plan(self._steps_of_run(trainer, topkast))
+            topkast.plan(self._steps_of_run(trainer, pl_module, topkast))
+        saved = (self._saved_state or {}).get("run_length")
         self._attach(topkast, trainer)
+        corrects = self.settings.needs_length and not pl_module.automatic_optimization
+        self._run_length = RunLength(topkast, saved) if corrects else None
         self.topkast, self._new = topkast, None
         if SparseAverages.exist_in(trainer):
             self._averages = SparseAverages(trainer, topkast)
@@ -156,8 +161,8 @@ class TopKastCallback(Callback):
         taken = {name for engine in engines if engine is not None for name in engine.weights}
         return TopKast.of(pl_module, self.settings, taken)
 
-    def _steps_of_run(self, trainer: Trainer, topkast: TopKast) -> int | float:
-        total_steps = trainer.estimated_stepping_batches
+    def _steps_of_run(self, trainer: Trainer, pl_module: LightningModule, topkast: TopKast) -> int | float:
+        total_steps = estimated_steps(trainer, pl_module)
         if topkast is self._new and self._saved_state is None:
             total_steps -= trainer.global_step  # a dense checkpoint continues as sparse: we count from here
         return total_steps
@@ -187,8 +192,10 @@ class TopKastCallback(Callback):
     # --- every step -----------------------------------------------------------------------------------------------
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Restore sparsity, since an average may have been updated after our own `on_train_batch_end`."""
+        """Restore sparsity, since an average may have been updated after our own `on_train_batch_end`; plan again."""
         self._restore_sparsity()
+        if self._run_length is not None:
+            self._run_length.correct(trainer)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Mask the gradients, which are unscaled here, not yet clipped, and complete even under accumulation."""
@@ -230,6 +237,8 @@ class TopKastCallback(Callback):
         self._restore_sparsity()
         if self._telemetry is not None:
             self._telemetry.finish()
+        if self.topkast is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            warn_if_unfinished(self.topkast)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the checkpoint to the loggers; the last one is written by now."""
@@ -265,7 +274,8 @@ class TopKastCallback(Callback):
         engine = self._new or self.topkast
         if engine is None:
             return self._saved_state or {}
-        return engine.state_dict(gathered=not self._saves_shards)
+        state = engine.state_dict(gathered=not self._saves_shards)
+        return state if self._run_length is None else state | {"run_length": self._run_length.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until training starts, since its weights and the optimizers may not exist yet."""

@@ -1,7 +1,7 @@
 """Top-KAST for the weights of a model (Jayakumar et al. 2020); depends on PyTorch only, not on Lightning."""
 
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import chain, repeat
 from types import MappingProxyType
 from typing import Any
@@ -21,7 +21,7 @@ from lightning_topkast.errors import TopKastError
 from lightning_topkast.layers import packed_weights
 from lightning_topkast.method.density import SetSizes
 from lightning_topkast.method.penalty import L2, peak_learning_rates
-from lightning_topkast.method.schedule import Timeline
+from lightning_topkast.method.schedule import Timeline, moments
 from lightning_topkast.method.targets import find_targets
 from lightning_topkast.settings import Settings, takes_settings
 from lightning_topkast.storage import Masked
@@ -115,7 +115,7 @@ class TopKast:
     @property
     def step_count(self) -> int:
         """Number of optimizer steps taken; with several optimizers, the largest of their counts."""
-        return max(self._steps, default=0)
+        return max(self.optimizer_steps, default=0)
 
     @property
     def refresh_count(self) -> int:
@@ -124,8 +124,30 @@ class TopKast:
 
     @property
     def timeline(self) -> Timeline:
-        """The steps at which the sets are chosen again and at which exploration stops."""
-        return self._refresher.sizes.timeline
+        """The steps at which the sets are chosen again and at which exploration stops.
+
+        With several optimizers whose lengths only the run shows, those of the one that has taken most steps.
+        """
+        most = max(self._hooks, key=lambda hooks: hooks.steps, default=None)
+        return self._refresher.sizes_of(most.weights if most else []).timeline
+
+    @property
+    def optimizer_steps(self) -> list[int]:
+        """Number of steps taken with each attached optimizer."""
+        return [hooks.steps for hooks in self._hooks] or self._steps_before
+
+    @property
+    def unfinished(self) -> list[str]:
+        """What the schedule asks for and the steps taken so far have not reached, in words."""
+        found: dict[str, None] = {}  # an ordered set
+        for weights, step in self._groups:
+            timeline = self._refresher.sizes_of(weights).timeline
+            stop, ramp = timeline.schedule.stop_exploring_at, timeline.ramp
+            if ramp is not None and step < ramp.end:
+                found[f"the ramp ends at step {ramp.end}, after {step} steps"] = None
+            if stop is not None and step < stop and any(weight.is_exploring for weight in weights):
+                found[f"exploration stops at step {stop}, after {step} steps"] = None
+        return list(found)
 
     @property
     def exploring(self) -> bool:
@@ -167,7 +189,7 @@ class TopKast:
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy, which is attached to no optimizer, even if the optimizer is copied with it."""
         self._align_states()
-        return self.__dict__ | {"_hooks": [], "_steps_before": self._steps}
+        return self.__dict__ | {"_hooks": [], "_steps_before": self.optimizer_steps}
 
     # --- the method -----------------------------------------------------------------------------------------------
 
@@ -223,15 +245,28 @@ class TopKast:
                 f"{type(self.settings.rule).__name__} depends on the progress of the run, but its length is not known; "
                 "give stop_updating_at, or limit the run (Trainer: max_steps or max_epochs; attach: total_steps)"
             )
-        self._refresher.sizes = sizes
+        self._refresher.plan(sizes)
         if self.step_count == self.refresh_count == 0 and not self._sets_fit_schedule:
             self._choose_first()  # exploration stops at a fraction that is less than a step
+
+    def replan(self, total_steps: Sequence[int | None]) -> None:
+        """Correct the length of a run that is under way, in steps of each attached optimizer.
+
+        Moments that are fractions of the run move with it. One that has passed stays, and one that would have passed
+        already takes effect after the next step.
+
+        Args:
+            total_steps: for each attached optimizer, in order; None leaves its plan as it is.
+        """
+        for hooks, total in zip(self._hooks, total_steps, strict=True):
+            if total is not None:
+                self._refresher.replan(hooks.weights, hooks.steps, total)
 
     def detach(self) -> None:
         """Remove the hooks from the optimizers; the model stays sparse as it is, and the step count is kept."""
         self.recover()
         self._align_states()
-        self._steps_before = self._steps
+        self._steps_before = self.optimizer_steps
         for hooks in self._hooks:
             hooks.end()
         self._hooks = []
@@ -259,6 +294,7 @@ class TopKast:
             hooks.steps = 0
         self._steps_before = []
         self._refresher.selections.clear()
+        self._refresher.own_sizes.clear()
         if self.settings.ramp is not None and self.refresh_count:
             self.refresh()  # to the densities at the start of the ramp
         self._follow_schedule()
@@ -292,7 +328,7 @@ class TopKast:
         self.recover()
         self._align_states()  # entries that left B when other weights were loaded lose their state, even if they return
         self._refresher.selections.clear()
-        self._refresher.refresh(list(self._weights.values()), self.step_count)
+        self._refresher.refresh(*self._groups)
 
     def recover(self) -> None:
         """Make every parameter α again after an interrupted step or refresh; otherwise do nothing."""
@@ -311,9 +347,13 @@ class TopKast:
         return self.settings.penalty.shrinkage if isinstance(self.settings.penalty, L2) else None
 
     @property
-    def _steps(self) -> list[int]:
-        """Number of steps taken with each optimizer."""
-        return [hooks.steps for hooks in self._hooks] or self._steps_before
+    def _groups(self) -> list[tuple[list[SparseWeight], int]]:
+        """The weights, and the number of steps by which their sets are planned: by optimizer if each has a plan."""
+        if not self._refresher.own_sizes:
+            return [(list(self._weights.values()), self.step_count)]
+        groups = [(hooks.weights, hooks.steps) for hooks in self._hooks]
+        rest = [self._weights[name] for name in self.unattached]
+        return [*groups, (rest, self.step_count)] if rest else groups
 
     def _align_states(self) -> None:
         """Align the optimizers' state with the present sets before it is used without us."""
@@ -328,9 +368,12 @@ class TopKast:
     @property
     def _sets_fit_schedule(self) -> bool:
         """Whether the sets explore if and only if the schedule says so."""
-        counts = self._refresher.sizes.at(self.step_count)
-        explore = any(updated > active for name, (active, updated) in counts.items() if name in self._weights)
-        return explore == any(weight.is_exploring for weight in self._weights.values())
+        for weights, step in self._groups:
+            counts = self._refresher.sizes_of(weights).at(step)
+            explore = any(counts[weight.name][1] > counts[weight.name][0] for weight in weights)
+            if explore != any(weight.is_exploring for weight in weights):
+                return False
+        return True
 
     def _choose_first(self) -> None:
         self._refresher.begin(list(self._weights.values()))
@@ -389,10 +432,12 @@ class TopKast:
         self._align_states()
         return {
             "version": STATE_VERSION,
-            "steps": self._steps,
+            "steps": self.optimizer_steps,
             "refresh_count": self.refresh_count,
             "shrinkage": self._shrinkage,
             "structure": str(self.settings.structure),
+            "plans": {name: sizes.timeline.moments for name, sizes in self._refresher.own_sizes.items()},
+            "asked": moments(self.settings.schedule, self.settings.ramp),
             "selections": [selection.state_dict() for selection in self._refresher.selections],
             "weights": {name: weight.state_dict(gathered) for name, weight in self._weights.items()},
         }
@@ -424,6 +469,11 @@ class TopKast:
         for hooks, count in zip(self._hooks, saved.steps, strict=False):
             hooks.steps = count
         self._refresher.count, self._refresher.selections = saved.refresh_count, selections
+        if saved.asked == moments(self.settings.schedule, self.settings.ramp):
+            sizes = self._refresher.sizes
+            self._refresher.own_sizes = {
+                name: sizes.with_moments(plan) for name, plan in saved.plans.items() if name in self._weights
+            }
         self._look_for_zeros()
         self._follow_schedule()
 

@@ -206,6 +206,8 @@ class Refresher:
         self, sizes: SetSizes, rule: Rule, seed: int, state_of: Callable[[SparseWeight], list[Tensor]]
     ) -> None:
         self.sizes = sizes
+        # weight name → sizes over the steps of its own optimizer, where the run has shown how many it takes
+        self.own_sizes: dict[str, SetSizes] = {}
         self.count = 0
         self.on_refresh: Callable[[], None] | None = None  # called after every refresh
         self.selections: list[Selection] = []  # chosen, to take effect `delay` steps later
@@ -217,44 +219,65 @@ class Refresher:
         """Return the state of a copy, which has no callback."""
         return self.__dict__ | {"on_refresh": None}
 
+    def plan(self, sizes: SetSizes) -> None:
+        """Plan the run anew."""
+        self.sizes, self.own_sizes = sizes, {}
+
+    def replan(self, weights: Sequence[SparseWeight], step: int, total_steps: int) -> None:
+        """Correct the length of the run in steps of the optimizer of these weights, which has taken `step` steps."""
+        sizes = self.sizes_of(weights).replanned(total_steps, step)
+        self.own_sizes |= {weight.name: sizes for weight in weights}
+
+    def sizes_of(self, weights: Sequence[SparseWeight]) -> SetSizes:
+        """Return the sizes of the sets of one optimizer's weights."""
+        return self.own_sizes.get(weights[0].name, self.sizes) if weights else self.sizes
+
     def after_step(self, weights: Sequence[SparseWeight], step: int) -> None:
         """Refresh these weights, or start or apply a selection, if one is due after `step` optimizer steps."""
+        sizes = self.sizes_of(weights)
         for begun in [selection for selection in self.selections if selection.concerns(weights)]:
             if not begun.is_valid:  # other weights were loaded since
                 self.selections.remove(begun)
-                self.refresh(weights, step)
-            elif step - begun.step >= self.sizes.schedule.delay:
+                self.refresh((weights, step))
+            elif step - begun.step >= sizes.schedule.delay:
                 self.selections.remove(begun)
                 self._apply(weights, begun.result())
-        if self.sizes.timeline.refreshes_after(step):
-            if self.sizes.schedule.delay and self.sizes.timeline.explores_at(step):
-                self.selections.append(Selection(weights, self._choice(step)))
+        if sizes.timeline.refreshes_after(step):
+            if sizes.schedule.delay and sizes.timeline.explores_at(step):
+                self.selections.append(Selection(weights, self._choice(weights, step)))
             else:  # exploration stops now, without delay
                 self.selections = [selection for selection in self.selections if not selection.concerns(weights)]
-                self.refresh(weights, step)
+                self.refresh((weights, step))
 
-    def refresh(self, weights: Sequence[SparseWeight], step: int) -> None:
+    def refresh(self, *groups: tuple[Sequence[SparseWeight], int]) -> None:
         """Choose the sets of weights now; all are chosen before any is changed.
+
+        Args:
+            groups: weights whose sets have sizes of one plan, and the number of steps taken with their optimizer.
 
         Raises:
             NonFiniteWeightError: a weight holds NaN or infinity; no weight's sets were changed.
             TopKastError: the ranks disagree.
         """
-        self._apply(weights, self._choose(weights, self._choice(step)))
+        chosen: dict[str, Tensor] = {}
+        for weights, step in groups:
+            chosen |= self._choose(weights, self._choice(weights, step))
+        self._apply([weight for weights, _ in groups for weight in weights], chosen)
 
     def begin(self, weights: Sequence[SparseWeight]) -> None:
         """Choose the first sets, as `refresh` does, but without counting a refresh."""
         # the progress is 0 even if the length of the run is not known yet, as with a Trainer
-        self._apply(weights, self._choose(weights, replace(self._choice(0), is_first=True, progress=0.0)))
+        self._apply(weights, self._choose(weights, replace(self._choice(weights, 0), is_first=True, progress=0.0)))
         self.count = 0
 
-    def _choice(self, step: int) -> Choice:
-        structure, progress = self.sizes.allocation.structure, self.sizes.timeline.progress(step)
-        return Choice(self._rule, structure, self._seed, step, self.sizes.at(step), progress)
+    def _choice(self, weights: Sequence[SparseWeight], step: int) -> Choice:
+        sizes = self.sizes_of(weights)
+        structure, progress = sizes.allocation.structure, sizes.timeline.progress(step)
+        return Choice(self._rule, structure, self._seed, step, sizes.at(step), progress)
 
-    def looks_at_gradients(self, steps: int) -> bool:
+    def looks_at_gradients(self, weights: Sequence[SparseWeight], steps: int) -> bool:
         """Return whether the next sets depend on the gradients of the step after `steps` steps, also outside B."""
-        return self._rule.needs_gradient and self.sizes.timeline.refreshes_after(steps + 1)
+        return self._rule.needs_gradient and self.sizes_of(weights).timeline.refreshes_after(steps + 1)
 
     def _choose(self, weights: Sequence[SparseWeight], choice: Choice) -> dict[str, Tensor]:
         alone, together = list(weights), []

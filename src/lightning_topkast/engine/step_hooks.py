@@ -1,7 +1,7 @@
 """Hooks on an optimizer's step, which open sparse weights before the update and close them after it."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,8 @@ class StepHooks:
         optimizer: any optimizer that needs one gradient per step.
         weights: sparse weights by their parameter; the hooks act on those in the optimizer's groups.
         after_step: called with these hooks after every step that was not skipped.
-        looks_at_gradients: returns whether the gradients outside B are used at the step after this number of steps.
+        looks_at_gradients: returns whether the gradients of these weights outside B are used at the step after this
+            number of steps.
         steps: number of steps taken before.
 
     Raises:
@@ -35,7 +36,7 @@ class StepHooks:
         optimizer: Optimizer,
         weights: Mapping[Tensor, SparseWeight],
         after_step: Callable[["StepHooks"], None],
-        looks_at_gradients: Callable[[int], bool],
+        looks_at_gradients: Callable[[Sequence[SparseWeight], int], bool],
         steps: int = 0,
     ) -> None:
         name = type(optimizer).__name__
@@ -98,7 +99,7 @@ class StepHooks:
     @property
     def needs_gradients(self) -> bool:
         """Whether the next sets depend on the next step's gradients, including those outside B."""
-        return self._looks_at_gradients(self.steps)
+        return self._looks_at_gradients(self.weights, self.steps)
 
     def prepare_step(self) -> None:
         """Mask the gradients of the next step, so that the step itself need not mask them."""

@@ -226,8 +226,8 @@ def _tiers_torch(scores: Tensor, counts: Sequence[int], draw: Draw | None = None
     tiers = torch.zeros_like(scores, dtype=torch.uint8)
     for count in counts:
         if count:
-            bounds = EVERYTHING if sample is None else _around(sample, count / size)
-            tiers += _chosen_torch(scores, count, *bounds, draw)
+            low, high = EVERYTHING if sample is None else _around(sample, count / size)
+            tiers += _chosen_torch(scores, count, low, high, draw)
     return tiers
 
 
@@ -239,7 +239,7 @@ def _chosen_torch(
     candidates = torch.nonzero((scores >= low).logical_xor_(chosen)).squeeze(1)
     missing = count - int(torch.count_nonzero(chosen))
     if not 0 <= missing <= candidates.numel():
-        return _chosen_torch(scores, count, *EVERYTHING, draw)  # the sample was not representative
+        return _chosen_torch(scores, count, *EVERYTHING, draw=draw)  # the sample was not representative
     # stable: ties go to the lowest index; + 0.0, since -0.0 would otherwise come after the zeros that it ties with
     values, order = torch.sort(scores[candidates] + 0.0, descending=True, stable=True)
     if draw is not None and 0 < missing < candidates.numel() and not bool(values[missing - 1 : missing + 1].any()):

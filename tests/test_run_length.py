@@ -121,7 +121,9 @@ def test_a_ramp_ends_at_the_share_of_each_optimizers_own_steps(tmp_path, name):
         assert all(one >= other for one, other in zip(densities.values(), list(densities.values())[1:], strict=False))
 
 
-@pytest.mark.parametrize(("limits", "length"), [({"max_epochs": 6}, 8 + 8 + 2 + 2 + 1 + 1), ({"max_epochs": 6, "max_steps": 10}, 10)])
+@pytest.mark.parametrize(
+    ("limits", "length"), [({"max_epochs": 6}, 8 + 8 + 2 + 2 + 1 + 1), ({"max_epochs": 6, "max_steps": 10}, 10)]
+)
 def test_a_gradient_accumulation_scheduler_is_counted_exactly(tmp_path, limits, length):
     callback = make_callback(update_every=EVERY, stop_exploring_at=0.5)
     scheduler = GradientAccumulationScheduler({0: 1, 2: 4, 4: 8})
@@ -133,7 +135,7 @@ def test_a_gradient_accumulation_scheduler_is_counted_exactly(tmp_path, limits, 
 
 @pytest.mark.parametrize("name", ["accumulating, epochs", "five critics, epochs", "five critics, steps"])
 @pytest.mark.parametrize("storage", ["masked", "packed"])
-@pytest.mark.parametrize("stop_at", [4, 12, 20])  # batches; gradients that are still being accumulated are not saved
+@pytest.mark.parametrize("stop_at", [4, 12])  # batches; gradients that are still being accumulated are not saved
 def test_a_resumed_run_plans_the_same(tmp_path, name, storage, stop_at):
     make, limits, _ = RUNS[name]
 
@@ -169,14 +171,37 @@ def test_a_run_without_an_end_is_refused(tmp_path, limits):
         fit(make_trainer(tmp_path, callback, **limits), Accumulating(), batches(8))
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [3, {}, {"seen": [1, 2], "first": [None]}, {"seen": [-1], "first": [None]}, {"seen": [1], "first": [[1, "x", 2]]}],
+)
+def test_a_damaged_run_length_is_refused(tmp_path, damage):
+    callback = make_callback(stop_exploring_at=0.5)
+    trainer = make_trainer(tmp_path, callback, max_epochs=1)
+    with pytest.warns(UserWarning, match="exploration was to stop at 0.5 of the run, and has not after 2 steps"):
+        fit(trainer, Accumulating(), batches(8))  # too short to be known
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    state = next(state for key, state in checkpoint["callbacks"].items() if key.startswith("TopKast"))
+    assert state["run_length"] == {"seen": [1], "first": [[1, 1, 4]]}
+    state["run_length"] = damage
+    torch.save(checkpoint, tmp_path / "b.ckpt")
+    callback = make_callback(stop_exploring_at=0.5)
+    with pytest.raises(TopKastError, match="damaged"):
+        fit(make_trainer(tmp_path, callback, max_epochs=2), Accumulating(), batches(8), ckpt_path=tmp_path / "b.ckpt")
+
+
 # --- the end -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"stop_exploring_at": 100}, "exploration stops at step 100, after 8 steps"),
-        ({"ramp": Ramp(end=100), "backward_sparsity": 0.75, "penalty": None}, "the ramp ends at step 100, after 8"),
+        ({"stop_exploring_at": 100}, "exploration was to stop at step 100, and has not after 8 steps"),
+        (
+            {"ramp": Ramp(end=100), "backward_sparsity": 0.75, "penalty": None},
+            "the ramp was to end at step 100, and has not after 8 steps",
+        ),
     ],
 )
 def test_a_run_that_ends_too_early_says_so(tmp_path, options, said):

@@ -97,7 +97,9 @@ def break_groups(monkeypatch):
     from lightning_topkast.method.structure import NOfM
 
     winners = NOfM._winners
-    monkeypatch.setattr(NOfM, "_winners", lambda self, scores, draw: winners(self, scores.roll(2, -1), draw).roll(-2, -1))
+    monkeypatch.setattr(
+        NOfM, "_winners", lambda self, scores, draw: winners(self, scores.roll(2, -1), draw).roll(-2, -1)
+    )
 
 
 def break_closing(monkeypatch):

@@ -223,7 +223,7 @@ def test_a_run_from_zeros_resumes_bit_for_bit(tmp_path, delay):
 
     whole, one = trainer(4, "one")
     fit(one, net := zeroed())
-    first, half = trainer(2, "two")
+    _, half = trainer(2, "two")
     fit(half, zeroed())
     half.save_checkpoint(tmp_path / "half.ckpt")
     rest, again = trainer(4, "two")

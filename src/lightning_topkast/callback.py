@@ -89,10 +89,10 @@ class TopKastCallback(Callback):
             topkast = self._new = self._new or self._build(trainer, pl_module)
         if self.settings.needs_length:
             topkast.plan(self._steps_of_run(trainer, pl_module, topkast))
-        saved = (self._saved_state or {}).get("run_length")
-        self._attach(topkast, trainer)
+        saved = self._saved_state
+        self._attach(topkast, trainer)  # which refuses a state that is damaged
         corrects = self.settings.needs_length and not pl_module.automatic_optimization
-        self._run_length = RunLength(topkast, saved) if corrects else None
+        self._run_length = RunLength(topkast, saved and saved.get("run_length")) if corrects else None
         self.topkast, self._new = topkast, None
         if SparseAverages.exist_in(trainer):
             self._averages = SparseAverages(trainer, topkast)

@@ -21,7 +21,7 @@ from lightning_topkast.errors import TopKastError
 from lightning_topkast.layers import packed_weights
 from lightning_topkast.method.density import SetSizes
 from lightning_topkast.method.penalty import L2, peak_learning_rates
-from lightning_topkast.method.schedule import Timeline, moments
+from lightning_topkast.method.schedule import Timeline, in_words, moments
 from lightning_topkast.method.targets import find_targets
 from lightning_topkast.settings import Settings, takes_settings
 from lightning_topkast.storage import Masked
@@ -139,15 +139,17 @@ class TopKast:
     @property
     def unfinished(self) -> list[str]:
         """What the schedule asks for and the steps taken so far have not reached, in words."""
-        found: dict[str, None] = {}  # an ordered set
+        found = []
+        schedule, asked = self.settings.schedule, self.settings.ramp
         for weights, step in self._groups:
             timeline = self._refresher.sizes_of(weights).timeline
             stop, ramp = timeline.schedule.stop_exploring_at, timeline.ramp
-            if ramp is not None and step < ramp.end:
-                found[f"the ramp ends at step {ramp.end}, after {step} steps"] = None
+            if asked is not None and ramp is not None and step < ramp.end:
+                found.append(f"the ramp was to end at {in_words(asked.end)}, and has not after {step} steps")
             if stop is not None and step < stop and any(weight.is_exploring for weight in weights):
-                found[f"exploration stops at step {stop}, after {step} steps"] = None
-        return list(found)
+                when = in_words(schedule.stop_exploring_at)
+                found.append(f"exploration was to stop at {when}, and has not after {step} steps")
+        return found
 
     @property
     def exploring(self) -> bool:
@@ -430,14 +432,17 @@ class TopKast:
                 and the whole tensors once it has read or received them.
         """
         self._align_states()
-        return {
+        own = self._refresher.own_sizes
+        plans = {
+            "plans": {name: sizes.timeline.moments for name, sizes in own.items()},
+            "planned_from": moments(self.settings.schedule, self.settings.ramp),
+        }
+        return (plans if own else {}) | {
             "version": STATE_VERSION,
             "steps": self.optimizer_steps,
             "refresh_count": self.refresh_count,
             "shrinkage": self._shrinkage,
             "structure": str(self.settings.structure),
-            "plans": {name: sizes.timeline.moments for name, sizes in self._refresher.own_sizes.items()},
-            "asked": moments(self.settings.schedule, self.settings.ramp),
             "selections": [selection.state_dict() for selection in self._refresher.selections],
             "weights": {name: weight.state_dict(gathered) for name, weight in self._weights.items()},
         }
@@ -469,7 +474,7 @@ class TopKast:
         for hooks, count in zip(self._hooks, saved.steps, strict=False):
             hooks.steps = count
         self._refresher.count, self._refresher.selections = saved.refresh_count, selections
-        if saved.asked == moments(self.settings.schedule, self.settings.ramp):
+        if saved.plans and saved.planned_from == moments(self.settings.schedule, self.settings.ramp):
             sizes = self._refresher.sizes
             self._refresher.own_sizes = {
                 name: sizes.with_moments(plan) for name, plan in saved.plans.items() if name in self._weights

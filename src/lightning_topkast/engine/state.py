@@ -21,7 +21,7 @@ class SavedState:
         shrinkage: of the penalty, if its strength was worked out from the learning rate.
         selections: sets that were chosen, but had not taken effect.
         plans: weight name → the moments of its timeline, where the run has shown the steps of its own optimizer.
-        asked: the moments in the settings that the plans were made from.
+        planned_from: the moments in the settings from which the plans were made.
     """
 
     weights: dict[str, Any]
@@ -30,7 +30,7 @@ class SavedState:
     shrinkage: float | None
     selections: list[Any]
     plans: dict[str, list[int | None]]
-    asked: list[Any]
+    planned_from: list[Any]
 
     @classmethod
     def read(cls, state: Any, structure: Structure, names: Collection[str], optimizers: int | None) -> "SavedState":
@@ -64,8 +64,10 @@ class SavedState:
             or not all(isinstance(count, int) and count >= 0 for count in (*steps, refreshes))
         ):
             raise TopKastError("the saved Top-KAST state is damaged: it lacks valid weights or step counts")
-        plans, asked = state.get("plans", {}), state.get("asked", [])
-        if not (isinstance(plans, dict) and isinstance(asked, list) and all(map(_are_moments, plans.values()))):
+        plans, planned_from = state.get("plans", {}), state.get("planned_from", [])
+        if not isinstance(plans, dict) or not isinstance(planned_from, list) or bool(plans) != bool(planned_from):
+            raise TopKastError("the saved Top-KAST state is damaged: its plans or what they were made from is lost")
+        if not all(map(_are_moments, plans.values())):
             raise TopKastError("the saved Top-KAST state is damaged: its plans hold something else than steps")
         if state.get("structure") != str(structure):
             raise TopKastError(
@@ -80,7 +82,7 @@ class SavedState:
             )
         if optimizers is not None and len(steps) != optimizers:
             raise TopKastError(f"expected a Top-KAST state with {optimizers} optimizers, got {len(steps)}")
-        return cls(weights, steps, refreshes, shrinkage, selections, plans, asked)
+        return cls(weights, steps, refreshes, shrinkage, selections, plans, planned_from)
 
 
 def _are_moments(found: Any) -> bool:

@@ -117,7 +117,8 @@ def _of_zeros(
     if whole:
         notes.append(f"all zeros: {', '.join(whole)}; the sets are drawn at random until entries have values")
     if reservoir:
-        notes.append(f"all zeros outside B: {', '.join(reservoir)}; exploration draws at random until entries have values")
+        named = ", ".join(reservoir)
+        notes.append(f"all zeros outside B: {named}; exploration draws at random until entries have values")
     return notes
 
 

@@ -147,8 +147,9 @@ class Timeline:
     @property
     def moments(self) -> list[int | None]:
         """Every moment as a step, and the length of the run: what `of_moments` makes the timeline from again."""
+        stops = (self.schedule.stop_exploring_at, self.schedule.stop_updating_at)
         ramp = (None, None) if self.ramp is None else (self.ramp.begin, self.ramp.end)
-        return [self.schedule.stop_exploring_at, self.schedule.stop_updating_at, *ramp, self.total_steps]
+        return [None if moment is None else int(moment) for moment in (*stops, *ramp, self.total_steps)]
 
     @classmethod
     def of_moments(cls, schedule: Schedule, ramp: Ramp | None, moments: Sequence[Any]) -> "Timeline":
@@ -200,6 +201,11 @@ def moments(schedule: Schedule, ramp: Ramp | None) -> list[StepOrFraction]:
     """The steps, or fractions of the run, at which something other than the sets changes."""
     found = [schedule.stop_exploring_at, schedule.stop_updating_at, *([ramp.begin, ramp.end] if ramp else [])]
     return [moment for moment in found if moment is not None]
+
+
+def in_words(moment: StepOrFraction | None) -> str:
+    """A moment as the user gave it."""
+    return f"{moment:g} of the run" if isinstance(moment, float) else f"step {moment}"
 
 
 def _is_step_or_fraction(value: Any) -> bool:

@@ -305,9 +305,9 @@ class NOfM(Structure):
         rows, length = _rows(scores.shape)
         members = self._groups(scores, rows, length)
         lots = None
-        if draw is not None and scores.numel() and bool(scores.amin() == 0):
-            if bool(((members > 0).sum(0) < self.n).any()):  # a group has to choose among zeros
-                lots = self._groups(draw().to(scores.device), rows, length)
+        holds_zeros = draw is not None and scores.numel() and bool(scores.amin() == 0)
+        if draw is not None and holds_zeros and bool(((members > 0).sum(0) < self.n).any()):
+            lots = self._groups(draw().to(scores.device), rows, length)  # a group has to choose among zeros
         larger = torch.zeros_like(members, dtype=torch.uint8)
         for later in range(1, self.m):
             for earlier in range(later):

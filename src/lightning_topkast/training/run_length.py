@@ -7,8 +7,12 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_topkast.errors import TopKastError
 from lightning_topkast.topkast import TopKast
 from lightning_topkast.training.averages import callbacks_of
+
+# Length of a run of which nothing is known yet: too long for any fraction of it to be reached.
+_FAR = 1 << 40
 
 
 def estimated_steps(trainer: Trainer, pl_module: LightningModule) -> int | float:
@@ -36,7 +40,10 @@ class RunLength:
 
     Args:
         topkast: the engine, attached, with its state loaded.
-        state: of a run that is resumed, from `state_dict`.
+        state: of a run that is resumed, from `state_dict`; None if there is none.
+
+    Raises:
+        TopKastError: the state is damaged.
     """
 
     def __init__(self, topkast: TopKast, state: Any = None) -> None:
@@ -44,18 +51,25 @@ class RunLength:
         self._seen = list(topkast.optimizer_steps)
         # for each optimizer its steps, the Trainer's and the batches done, when it had first taken a step
         self._first: list[list[int] | None] = [None for _ in self._seen]
-        if isinstance(state, dict) and len(state.get("seen", ())) == len(self._seen):
-            self._seen, self._first = list(state["seen"]), list(state["first"])
+        if state is not None:
+            state = state if isinstance(state, dict) else {}
+            seen, first = state.get("seen", []), state.get("first", [])
+            if not _are_counts(seen, len(self._seen)) or not isinstance(first, list) or len(first) != len(self._seen):
+                raise TopKastError("the saved Top-KAST state is damaged: its run_length does not fit the optimizers")
+            if not all(counts is None or _are_counts(counts, 3) for counts in first):
+                raise TopKastError("the saved Top-KAST state is damaged: its run_length holds something but counts")
+            self._seen, self._first = list(seen), list(first)
 
     def correct(self, trainer: Trainer) -> None:
-        """Plan again before a batch, if steps were taken since the last one."""
+        """Plan again before a batch, if steps were taken since the last one; until there were some, nothing is due."""
         now = [trainer.global_step, _batches_done(trainer)]
         totals: list[int | None] = []
         for place, (steps, seen) in enumerate(zip(self._topkast.optimizer_steps, self._seen, strict=True)):
             first, total = self._first[place], None
-            if steps != seen and first is None:
-                self._first[place] = [steps, *now]
-            elif steps != seen and first is not None:
+            if first is None:
+                total = _FAR
+                self._first[place] = [steps, *now] if steps != seen else None
+            elif steps != seen:
                 share, begun = _share(trainer, *now), _share(trainer, *first[1:])
                 if share > begun:
                     total = round(steps + (1 - share) * (steps - first[0]) / (share - begun))
@@ -75,6 +89,10 @@ def warn_if_unfinished(topkast: TopKast) -> None:
             f"the run has ended before its sparsities are those asked for: {'; '.join(topkast.unfinished)}. Train "
             "longer, or choose an earlier moment (Ramp.end, Schedule.stop_exploring_at)"
         )
+
+
+def _are_counts(found: Any, number: int) -> bool:
+    return isinstance(found, list) and len(found) == number and all(isinstance(n, int) and n >= 0 for n in found)
 
 
 def _batches_done(trainer: Trainer) -> int:

@@ -96,7 +96,7 @@ class SparseWeight(ABC):
 
     @property
     def strength(self) -> float:
-        """λ of this weight's penalty; the engine sets it once it knows the learning rate. Reading it may wait for a GPU."""
+        """λ of this weight's penalty, which the engine sets once it knows the learning rate; it may wait for a GPU."""
         return float(self._strength)
 
     @strength.setter

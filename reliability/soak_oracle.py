@@ -5,7 +5,6 @@ optimizer over copies of the parameters.
 """
 
 import math
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lightning_topkast.reference import Reference, Sets, largest, mask
+from lightning_topkast.reference import Reference, Sets, draw, largest, mask
 
 # what an entry's optimizer state begins at zero with
 STATE = ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "square_avg", "grad_avg")
@@ -125,7 +124,8 @@ class Oracle(Reference):
         self, values: Mapping[str, Tensor], rules: Rules, make_optimizer: Callable[[dict[str, nn.Parameter]], Optimizer]
     ) -> None:
         self.rules = rules
-        super().__init__(values, rules.counts, rules.strength, make_optimizer, rules.update_every, rules.stop)
+        counts, strength = rules.counts, rules.strength
+        super().__init__(values, counts, strength, make_optimizer, rules.update_every, rules.stop, rules.seed)
         self.pending: list[tuple[int, dict[str, Sets]]] = []
         self.stale = False  # other weights were loaded, which makes the pending sets void
         self._touched = False
@@ -136,7 +136,7 @@ class Oracle(Reference):
     def choose_for(self, name: str) -> Sets:
         theta, (count, larger) = self.parameters[name].detach(), self.counts[name]
         if ":" in self.rules.units[0]:
-            return self._n_of_m(theta, larger)
+            return self._n_of_m(name, theta, larger)
         if self.rules.units[0] == "block":
             return self._blocks(name, theta)
         if self.rules.exploration == "random":
@@ -152,32 +152,32 @@ class Oracle(Reference):
         if self.rules.exploration == "random":
             sets = self._at_random(name, norms, torch.Size(grid), count, larger)
         else:
-            both = (largest(norms, count), largest(norms, larger if self.explores else count))
+            drawn = draw(self.seed, self.step, name, grid)
+            both = (largest(norms, count, drawn), largest(norms, larger if self.explores else count, drawn))
             sets = mask(both[0], grid), mask(both[1], grid)
         active, updated = (chosen.flatten()[block] for chosen in sets)
         return active, updated
 
-    def _n_of_m(self, theta: Tensor, larger: int) -> Sets:
+    def _n_of_m(self, name: str, theta: Tensor, larger: int) -> Sets:
         """The n largest of each m neighbours in a row; B has the next largest wherever they are."""
         n, m = map(int, self.rules.units[0].split(":"))
         magnitudes = theta.abs().double().flatten().tolist()
+        drawn = draw(self.seed, self.step, name, theta.shape)
         length = len(magnitudes) // (1 if theta.dim() < 2 else len(theta))
         chosen: list[int] = []
         for row in range(0, len(magnitudes), length):
             for begin in range(row, row + length, m):
-                chosen += largest(magnitudes, n, range(begin, min(begin + m, row + length)))
+                chosen += largest(magnitudes, n, drawn, range(begin, min(begin + m, row + length)))
         rest = set(range(len(magnitudes))) - set(chosen)
-        more = largest(magnitudes, larger - len(chosen), rest) if self.explores else []
+        more = largest(magnitudes, larger - len(chosen), drawn, rest) if self.explores else []
         return mask(chosen, theta.shape), mask(chosen + more, theta.shape)
 
     def _at_random(self, name: str, values: list[float], shape: torch.Size, count: int, larger: int) -> Sets:
         r"""The largest are A; B\A is drawn by lot."""
-        chosen = largest(values, count)
-        seed = zlib.crc32(f"{self.rules.seed}/{self.step}/{name}".encode())
-        tickets = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
-        tickets = tickets.clamp(min=torch.finfo(torch.float32).tiny)
+        tickets = draw(self.seed, self.step, name, shape)
+        chosen = largest(values, count, tickets)
         rest = set(range(len(values))) - set(chosen)
-        more = largest(tickets.flatten().tolist(), larger - count, rest) if self.explores else []
+        more = largest(tickets, larger - count, among=rest) if self.explores else []
         return mask(chosen, shape), mask(chosen + more, shape)
 
     def shrink(self, values: Tensor, amount: float) -> Tensor:
@@ -244,9 +244,10 @@ class Oracle(Reference):
                 self.stop_exploring_at,
             )
             self.rules = replace(rules, exploration="magnitude")
-            self.stop_exploring_at = None if exploring else 0
+            # zeros are drawn as for the first sets
+            step, self.step, self.stop_exploring_at = self.step, 0, None if exploring else 0
             sets[name] = self.choose_for(name)
-            self.rules, self.stop_exploring_at = rules, stop
+            self.rules, self.step, self.stop_exploring_at = rules, step, stop
         reset, self.rules.reset_optimizer_state = self.rules.reset_optimizer_state, True
         self.apply(sets)
         self.rules.reset_optimizer_state = reset
@@ -285,7 +286,7 @@ class Oracle(Reference):
                 expect(int(one.sum()) == count, f"{name}: |A| = {int(one.sum())}, expected {count}")
                 expect(int(other.sum()) == larger, f"{name}: |B| = {int(other.sum())}, expected {larger}")
             expect(not (one & ~other).any(), f"{name}: A is not in B")
-            expect(torch.equal(one, active), f"{name}: A is not the largest entries, ties to the lowest index")
+            expect(torch.equal(one, active), f"{name}: A is not the largest entries, ties by index or drawn")
             expect(torch.equal(other, updated), f"{name}: B is not what was to be chosen")
             expect(int(weight.active_entries) == int(one.sum()), f"{name}: active_entries")
             expect(int(weight.updated_entries) == int(other.sum()), f"{name}: updated_entries")

@@ -1,5 +1,8 @@
 """The exploration penalty: its closed form, its factor 1/D and its limits."""
 
+import copy
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -126,10 +129,11 @@ def test_the_reported_penalty_is_half_lambda_theta_squared_with_the_density_fact
 
 def attach(lr=0.1, scheduler=None, **options):
     model = nn.Sequential(nn.Linear(8, 32), nn.Linear(32, 32), nn.Linear(32, 4))
+    topkast = TopKast(model, 0.9, 0.8, **nouns(**options))
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     if scheduler:
         scheduler(optimizer)
-    return TopKast(model, 0.9, 0.8, **nouns(**options)).attach(optimizer), optimizer
+    return topkast.attach(optimizer), optimizer
 
 
 def test_a_strength_that_overshoots_zero_is_refused_with_the_largest_that_does_not():
@@ -165,3 +169,145 @@ def test_the_summary_says_when_the_penalty_amounts_to_nothing():
 def test_shrinkage_without_a_learning_rate_is_refused():
     with pytest.raises(TopKastError, match=r"that of .* is 0"):
         attach(lr=0.0, shrinkage=1e-3)
+
+
+# --- learning rates above the known peak ---------------------------------------------------------------------------
+
+SHRINKAGE = 1e-3
+lr_scheduler = torch.optim.lr_scheduler
+
+
+def warm_up_by_hand(optimizer):
+    """From 1e-6 to 0.1, without a scheduler."""
+    for group in optimizer.param_groups:
+        _set_lr(group, 1e-6)
+
+    class Hand:
+        step_count = 0
+
+        def step(self):
+            self.step_count += 1
+            for group in optimizer.param_groups:
+                _set_lr(group, 0.1 * min(1, self.step_count / 20))
+
+    return Hand()
+
+
+def _set_lr(group, lr):
+    if isinstance(group["lr"], torch.Tensor):
+        group["lr"].fill_(lr)
+    else:
+        group["lr"] = lr
+
+
+SCHEDULES = {
+    "one cycle": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=90),
+    "cyclic": lambda o: lr_scheduler.CyclicLR(o, 1e-4, 0.1, step_size_up=20, cycle_momentum=False),
+    "up to a thousandfold": lambda o: lr_scheduler.LambdaLR(o, lambda i: min(1 + 50 * i, 1000)),
+    "warm-up by hand": warm_up_by_hand,
+}
+
+
+@pytest.mark.parametrize("kind", ["a number", "a tensor", "a tensor on another device"])
+@pytest.mark.parametrize("storage", ["masked", "packed", "compact"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_no_step_takes_more_than_the_shrinkage_whatever_the_scheduler_does(monkeypatch, schedule, storage, kind):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.Linear(32, 32), nn.Linear(32, 4))
+    topkast = TopKast(model, 0.75, 0.5, penalty=L2(shrinkage=SHRINKAGE), storage=storage, update_every=7)
+    lr = 1e-4 if kind == "a number" else torch.tensor(1e-4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    scheduler = SCHEDULES[schedule](optimizer)
+    topkast.attach(optimizer)
+    if kind == "a tensor on another device":
+        pretend_a_gpu(monkeypatch)
+    weight, shares, highest = topkast.weights["1.weight"], [], 0.0
+    for _ in range(60):
+        before, active, updated = weight.theta(), weight.active, weight.updated
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        lr = float(optimizer.param_groups[0]["lr"])
+        highest = max(highest, lr)
+        optimizer.step()
+        scheduler.step()
+        lost = 1 - weight.theta().double() / before.double()
+        shares.append(float(lost[updated & ~active].max()))
+        assert shares[-1] <= SHRINKAGE * (1 + 1e-3)
+        assert lost[active].max() <= SHRINKAGE * 0.25 * (1 + 1e-3)
+        # float32 rounds a share of 1e-3 to about 1e-7
+        known = max(highest, 0.1 if schedule == "one cycle" else 0)
+        assert shares[-1] == pytest.approx(SHRINKAGE * lr / known, abs=2e-7 + 1e-3 * SHRINKAGE)
+    assert max(shares) == pytest.approx(SHRINKAGE, rel=1e-2)
+    assert weight.strength == pytest.approx(SHRINKAGE * 0.25 / known, rel=1e-3)
+
+
+def pretend_a_gpu(monkeypatch):
+    """Let the learning rate take the way of one on a GPU, where reading a tensor is an error."""
+    from lightning_topkast.weights import SparseWeight
+
+    limit = SparseWeight.limit_strength
+
+    class OnGpu(torch.Tensor):
+        device = torch.device("cuda")
+
+        def _refuse(self, *args):
+            raise AssertionError("the host has waited for the learning rate")
+
+        __float__ = __bool__ = item = _refuse
+
+    def limit_as_on_a_gpu(self, lr):
+        limit(self, lr.as_subclass(OnGpu))
+        self._strength = self._strength.as_subclass(torch.Tensor)
+
+    monkeypatch.setattr(SparseWeight, "limit_strength", limit_as_on_a_gpu)
+
+
+@pytest.mark.parametrize("kind", ["a number", "a tensor"])
+def test_a_lowered_strength_is_kept_by_a_saved_state(kind):
+    def run(steps, state=None):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 32), nn.Linear(32, 32), nn.Linear(32, 4))
+        topkast = TopKast(model, 0.75, 0.5, penalty=L2(shrinkage=SHRINKAGE))
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4 if kind == "a number" else torch.tensor(1e-4))
+        topkast.attach(optimizer)
+        if state is not None:
+            model.load_state_dict(state[0])
+            topkast.load_state_dict(state[1])
+        for step in steps:
+            _set_lr(optimizer.param_groups[0], 0.1 if step < 5 else 1e-3)
+            model.zero_grad()
+            model(torch.ones(2, 8)).square().mean().backward()
+            optimizer.step()
+        return topkast, (copy.deepcopy(model.state_dict()), topkast.state_dict())
+
+    whole, _ = run(range(10))
+    _, half = run(range(6))
+    rest, _ = run(range(6, 10), half)
+    assert rest.weights["1.weight"].strength == pytest.approx(SHRINKAGE * 0.25 / 0.1)
+    assert torch.equal(rest.weights["1.weight"].theta(), whole.weights["1.weight"].theta())
+
+
+@pytest.mark.parametrize("storage", ["masked", "packed"])
+@pytest.mark.parametrize(("penalty", "lr"), [("l2", 2.0), ("l1", 100.0), ("norm", 100.0)])
+def test_a_given_strength_that_empties_the_active_set_warns_and_stops_at_zero(penalty, lr, storage):
+    topkast, optimizer = attach(lr=0.01, strength=1.0, penalty=penalty, storage=storage, kernels="torch")
+    weight = topkast.weights["1.weight"]
+    for rate, warned in ((0.02, False), (lr, True)):
+        optimizer.param_groups[0]["lr"] = rate
+        for parameter in topkast.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            optimizer.step()
+        assert any("active entries of '1.weight' past zero" in str(one.message) for one in said) == warned
+        assert bool(weight.alpha().any()) != warned
+
+
+def test_a_resumed_summary_says_what_was_asked():
+    topkast, optimizer = attach(lr=1e-6, shrinkage=1e-3)
+    optimizer.param_groups[0]["lr"] = 0.1
+    for parameter in topkast.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = 1e-5
+    assert "shrinks by 0.001 per step, 9.5" in str(topkast.summary())

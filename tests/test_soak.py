@@ -79,8 +79,9 @@ def break_masking(monkeypatch):
 def break_ties(monkeypatch):
     from lightning_topkast.method import structure
 
-    def to_the_highest_index(scores, counts, select=structure.nested_top_k):
-        return select(scores.flatten().flip(0), counts).flip(0).view(scores.shape)
+    def to_the_highest_index(scores, counts, among=None, draw=None, select=structure.nested_top_k):
+        turned = None if among is None else among.flatten().flip(0)
+        return select(scores.flatten().flip(0), counts, turned).flip(0).view(scores.shape)
 
     monkeypatch.setattr(structure, "nested_top_k", to_the_highest_index)
 
@@ -96,7 +97,9 @@ def break_groups(monkeypatch):
     from lightning_topkast.method.structure import NOfM
 
     winners = NOfM._winners
-    monkeypatch.setattr(NOfM, "_winners", lambda self, scores: winners(self, scores.roll(2, -1)).roll(-2, -1))
+    monkeypatch.setattr(
+        NOfM, "_winners", lambda self, scores, draw: winners(self, scores.roll(2, -1), draw).roll(-2, -1)
+    )
 
 
 def break_closing(monkeypatch):

@@ -22,6 +22,7 @@ from lightning_topkast.training.all_reduce import Hook, register, sparse_all_red
 from lightning_topkast.training.averages import SparseAverages, callbacks_of, copy_again
 from lightning_topkast.training.kept import Handover, keep, kept_engine
 from lightning_topkast.training.module import after_setup, warn_of_packed_in_loss
+from lightning_topkast.training.run_length import RunLength, estimated_steps, warn_if_unfinished
 from lightning_topkast.training.sharded_checkpoint import move_shards_out, saves_shards, with_shards
 
 
@@ -51,6 +52,7 @@ class TopKastCallback(Callback):
         # of a checkpoint that the model has loaded, as long as no engine has taken it over
         self._saved_state: dict[str, Any] | None = None
         self._averages: SparseAverages | None = None
+        self._run_length: RunLength | None = None  # where only the run shows it
         self._new: TopKast | None = None  # an engine whose training has not started
         self._fits = self._saves_shards = False
         self._steps_seen = 0, 0  # the Trainer's and ours, at the last batch
@@ -101,8 +103,11 @@ class TopKastCallback(Callback):
         if topkast is None:
             topkast = self._new = self._new or self._build(trainer, pl_module)
         if self.settings.needs_length:
-            topkast.plan(self._steps_of_run(trainer, topkast))
-        self._attach(topkast, trainer)
+            topkast.plan(self._steps_of_run(trainer, pl_module, topkast))
+        saved = self._saved_state
+        self._attach(topkast, trainer)  # which refuses a state that is damaged
+        corrects = self.settings.needs_length and not pl_module.automatic_optimization
+        self._run_length = RunLength(topkast, saved and saved.get("run_length")) if corrects else None
         self.topkast, self._new = topkast, None
         self._steps_seen = trainer.global_step, topkast.hooked_steps
         keep(pl_module, topkast)
@@ -176,8 +181,8 @@ class TopKastCallback(Callback):
         taken = {name for engine in engines if engine is not None for name in engine.weights}
         return TopKast.of(pl_module, self.settings, taken)
 
-    def _steps_of_run(self, trainer: Trainer, topkast: TopKast) -> int | float:
-        total_steps = trainer.estimated_stepping_batches
+    def _steps_of_run(self, trainer: Trainer, pl_module: LightningModule, topkast: TopKast) -> int | float:
+        total_steps = estimated_steps(trainer, pl_module)
         if topkast is self._new and self._saved_state is None:
             total_steps -= trainer.global_step  # a dense checkpoint continues as sparse: we count from here
         return total_steps
@@ -207,10 +212,12 @@ class TopKastCallback(Callback):
     # --- every step -----------------------------------------------------------------------------------------------
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Restore sparsity, since other callbacks may have written to the weights after our `on_train_batch_end`."""
+        """Restore sparsity, since other callbacks may have written to the weights after our hooks; plan again."""
         self._restore_sparsity()
         if self.topkast is not None:
             self.topkast.accept_writes()
+        if self._run_length is not None:
+            self._run_length.correct(trainer)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Warn if the forward pass was not sparse, or if the loss depends on packed parameters themselves."""
@@ -282,6 +289,8 @@ class TopKastCallback(Callback):
         self._restore_sparsity()
         if self._telemetry is not None:
             self._telemetry.finish()
+        if self.topkast is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            warn_if_unfinished(self.topkast)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the checkpoint to the loggers; the last one is written by now."""
@@ -318,7 +327,8 @@ class TopKastCallback(Callback):
         engine = self._new or self.topkast
         if self._saved_state is not None or engine is None:
             return self._saved_state or {}
-        return engine.state_dict(gathered=not self._saves_shards)
+        state = engine.state_dict(gathered=not self._saves_shards)
+        return state if self._run_length is None else state | {"run_length": self._run_length.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state into an engine whose model has loaded its part; else keep it until training starts.
@@ -338,6 +348,8 @@ class TopKastCallback(Callback):
             return  # another model's, which is only tested
         if engine is self.topkast:
             self._saved_state = None
+            if self._run_length is not None:
+                self._run_length = RunLength(engine, state_dict.get("run_length"))
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
         """Refuse to resume from a sparse checkpoint whose sets would be silently lost."""

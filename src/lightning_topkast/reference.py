@@ -11,10 +11,12 @@ C, the reservoir          the rest                                α = 0      no
 ========================  ======================================  =========  ==================  ========
 
 The network computes with α, and the optimizer updates θ. An entry keeps its value of θ when it changes sets.
+Where not all entries that are zero belong to a set, those that do are drawn at random.
 
 Source: Jayakumar et al., "Top-KAST: Top-K Always Sparse Training", NeurIPS 2020, arXiv 2106.03517.
 """
 
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
@@ -24,10 +26,24 @@ from torch.optim import Optimizer
 Sets = tuple[Tensor, Tensor]  # A and B, as bool tensors in the weight's shape; C is what is not in B
 
 
-def largest(values: Sequence[float], count: int, among: Iterable[int] | None = None) -> list[int]:
-    """Return the indices of the `count` largest values, exactly that many; of equal values, the lowest indices."""
-    indices = range(len(values)) if among is None else among
-    return sorted(indices, key=lambda index: (-values[index], index))[:count]
+def largest(
+    values: Sequence[float], count: int, drawn: Sequence[float] | None = None, among: Iterable[int] | None = None
+) -> list[int]:
+    """Return the indices of the `count` largest values, exactly that many.
+
+    Of values that are zero, those with the largest numbers drawn come first; of equal ones, the lowest indices.
+    """
+
+    def rank(index: int) -> tuple[float, float, int]:
+        return -values[index], -drawn[index] if drawn is not None and values[index] == 0 else 0, index
+
+    return sorted(range(len(values)) if among is None else among, key=rank)[:count]
+
+
+def draw(seed: int, step: int, name: str, shape: Sequence[int]) -> list[float]:
+    """Return a number in [0, 1) for each entry of a weight, the same whoever draws it, and whenever."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{step}/{name}".encode()))
+    return torch.rand(torch.Size(shape), generator=generator).flatten().tolist()
 
 
 def mask(indices: Iterable[int], shape: Sequence[int]) -> Tensor:
@@ -53,6 +69,7 @@ class Reference:
         make_optimizer: from name → parameter to the optimizer that trains them.
         update_every: optimizer steps from one refresh, which chooses A and B again, to the next.
         stop_exploring_at: the step from which on B = A; None for never.
+        seed: of what is drawn at random.
     """
 
     def __init__(
@@ -63,10 +80,11 @@ class Reference:
         make_optimizer: Callable[[dict[str, nn.Parameter]], Optimizer],
         update_every: int,
         stop_exploring_at: int | None = None,
+        seed: int = 0,
     ) -> None:
         self.parameters = {name: nn.Parameter(value.detach().clone()) for name, value in parameters.items()}
         self.counts, self.strength = counts, strength
-        self.update_every, self.stop_exploring_at = update_every, stop_exploring_at
+        self.update_every, self.stop_exploring_at, self.seed = update_every, stop_exploring_at, seed
         self.optimizer = make_optimizer(self.parameters)
         self.step = self.refreshes = 0
         self.sets = self.choose()
@@ -82,9 +100,10 @@ class Reference:
     def choose_for(self, name: str) -> Sets:
         theta, (active, updated) = self.parameters[name].detach(), self.counts[name]
         magnitudes = theta.abs().double().flatten().tolist()
+        drawn = draw(self.seed, self.step, name, theta.shape)
         return (
-            mask(largest(magnitudes, active), theta.shape),
-            mask(largest(magnitudes, updated if self.explores else active), theta.shape),
+            mask(largest(magnitudes, active, drawn), theta.shape),
+            mask(largest(magnitudes, updated if self.explores else active, drawn), theta.shape),
         )
 
     def alpha(self, name: str) -> Tensor:

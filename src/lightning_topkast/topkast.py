@@ -1,7 +1,7 @@
 """Top-KAST for the weights of a model (Jayakumar et al. 2020); depends on PyTorch only, not on Lightning."""
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import chain, repeat
 from types import MappingProxyType
 from typing import Any
@@ -23,7 +23,7 @@ from lightning_topkast.errors import NonFiniteWeightError, TopKastError
 from lightning_topkast.layers import packed_weights
 from lightning_topkast.method.density import SetSizes
 from lightning_topkast.method.penalty import L2, peak_learning_rates
-from lightning_topkast.method.schedule import Timeline
+from lightning_topkast.method.schedule import Timeline, in_words, moments
 from lightning_topkast.method.selection import NonFiniteScoresError
 from lightning_topkast.method.targets import find_targets
 from lightning_topkast.settings import Settings, takes_settings
@@ -87,6 +87,7 @@ class TopKast:
         self._past_hooks: list[StepHooks] = []  # of the optimizers that were detached last
         self._watches: list[RemovableHandle] = []
         self._warned_of_writes = self._warned_of_dense_pass = False
+        self._zeros: dict[str, tuple[int, int]] = {}  # for the summary
 
         if settings.storage.name != "masked":
             materialize(model)
@@ -101,7 +102,7 @@ class TopKast:
         self._refresher = Refresher(sizes, settings.rule, settings.seed, self._state_to_reset)
         traits = Traits(
             settings.structure, settings.penalty, settings.rule.clears_dropped, sizes.changes_size,
-            settings.powerpropagation,
+            settings.powerpropagation, settings.seed,
         )  # fmt: skip
         self._weights = make_weights(sparse, sizes.final, settings.storage, traits)
         self._by_parameter: dict[Tensor, SparseWeight] = {weight.parameter: weight for weight in self._weights.values()}
@@ -123,7 +124,7 @@ class TopKast:
     @property
     def step_count(self) -> int:
         """Number of optimizer steps taken; with several optimizers, the largest of their counts."""
-        return max(self._steps, default=0)
+        return max(self.optimizer_steps, default=0)
 
     @property
     def refresh_count(self) -> int:
@@ -132,8 +133,32 @@ class TopKast:
 
     @property
     def timeline(self) -> Timeline:
-        """The steps at which the sets are chosen again and at which exploration stops."""
-        return self._refresher.sizes.timeline
+        """The steps at which the sets are chosen again and at which exploration stops.
+
+        With several optimizers whose lengths only the run shows, those of the one that has taken most steps.
+        """
+        most = max(self._hooks, key=lambda hooks: hooks.steps, default=None)
+        return self._refresher.sizes_of(most.weights if most else []).timeline
+
+    @property
+    def optimizer_steps(self) -> list[int]:
+        """Number of steps taken with each attached optimizer."""
+        return [hooks.steps for hooks in self._hooks] or self._steps_before
+
+    @property
+    def unfinished(self) -> list[str]:
+        """What the schedule asks for and the steps taken so far have not reached, in words."""
+        found = []
+        schedule, asked = self.settings.schedule, self.settings.ramp
+        for weights, step in self._groups:
+            timeline = self._refresher.sizes_of(weights).timeline
+            stop, ramp = timeline.schedule.stop_exploring_at, timeline.ramp
+            if asked is not None and ramp is not None and step < ramp.end:
+                found.append(f"the ramp was to end at {in_words(asked.end)}, and has not after {step} steps")
+            if stop is not None and step < stop and any(weight.is_exploring for weight in weights):
+                when = in_words(schedule.stop_exploring_at)
+                found.append(f"exploration was to stop at {when}, and has not after {step} steps")
+        return found
 
     @property
     def exploring(self) -> bool:
@@ -184,7 +209,7 @@ class TopKast:
     def summary(self) -> Summary:
         """Return a table of all parameters: exact sizes of A and B, or why a parameter is dense."""
         optimizers = [optimizer for hooks in self._hooks for optimizer in hooks.optimizers[:1]]
-        return summarize(self._targets, self._weights, self.timeline, self.settings, optimizers)
+        return summarize(self._targets, self._weights, self.timeline, self.settings, optimizers, self._zeros)
 
     def penalty(self) -> Tensor:
         """Return the exploration penalty of all weights, a scalar tensor; a collective if any weight is sharded."""
@@ -194,7 +219,7 @@ class TopKast:
         """Return the state of a copy, which is attached to no optimizer, even if the optimizer is copied with it."""
         self._align_states()
         return self.__dict__ | {
-            "_hooks": [], "_past_hooks": [], "_steps_before": self._steps, "_watches": [],
+            "_hooks": [], "_past_hooks": [], "_steps_before": self.optimizer_steps, "_watches": [],
         }  # fmt: skip
 
     # --- the method -----------------------------------------------------------------------------------------------
@@ -240,6 +265,7 @@ class TopKast:
             hooks.adopt_state(packed_only=not self._steps_before)
             hooks.begin()
         self._steps_before = []
+        self._look_for_zeros()
         return self
 
     def plan(self, total_steps: int | float | None) -> None:
@@ -254,15 +280,28 @@ class TopKast:
                 f"{type(self.settings.rule).__name__} depends on the progress of the run, but its length is not known; "
                 "give stop_updating_at, or limit the run (Trainer: max_steps or max_epochs; attach: total_steps)"
             )
-        self._refresher.sizes = sizes
+        self._refresher.plan(sizes)
         if self.step_count == self.refresh_count == 0 and not self._sets_fit_schedule:
             self._choose_first()  # exploration stops at a fraction that is less than a step
+
+    def replan(self, total_steps: Sequence[int | None]) -> None:
+        """Correct the length of a run that is under way, in steps of each attached optimizer.
+
+        Moments that are fractions of the run move with it. One that has passed stays, and one that would have passed
+        already takes effect after the next step.
+
+        Args:
+            total_steps: for each attached optimizer, in order; None leaves its plan as it is.
+        """
+        for hooks, total in zip(self._hooks, total_steps, strict=True):
+            if total is not None:
+                self._refresher.replan(hooks.weights, hooks.steps, total)
 
     def detach(self) -> None:
         """Remove the hooks from the optimizers; the model stays sparse as it is, and the step count is kept."""
         self.recover()
         self._align_states()
-        self._steps_before = self._steps
+        self._steps_before = self.optimizer_steps
         for hooks in self._hooks:
             hooks.end()
         self._past_hooks, self._hooks = self._hooks or self._past_hooks, []
@@ -296,6 +335,7 @@ class TopKast:
             hooks.steps = 0
         self._steps_before = []
         self._refresher.selections.clear()
+        self._refresher.own_sizes.clear()
         if self.settings.ramp is not None and self.refresh_count:
             self.refresh()  # to the densities at the start of the ramp
         self._follow_schedule()
@@ -330,7 +370,7 @@ class TopKast:
         self.recover()
         self._align_states()  # entries that left B when other weights were loaded lose their state, even if they return
         self._refresher.selections.clear()
-        self._refresher.refresh(list(self._weights.values()), self.step_count)
+        self._refresher.refresh(*self._groups)
 
     def recover(self) -> None:
         """Make every parameter α again after an interrupted step or refresh; otherwise do nothing."""
@@ -424,9 +464,13 @@ class TopKast:
         return self.settings.penalty.shrinkage if isinstance(self.settings.penalty, L2) else None
 
     @property
-    def _steps(self) -> list[int]:
-        """Number of steps taken with each optimizer."""
-        return [hooks.steps for hooks in self._hooks] or self._steps_before
+    def _groups(self) -> list[tuple[list[SparseWeight], int]]:
+        """The weights, and the number of steps by which their sets are planned: by optimizer if each has a plan."""
+        if not self._refresher.own_sizes:
+            return [(list(self._weights.values()), self.step_count)]
+        groups = [(hooks.weights, hooks.steps) for hooks in self._hooks]
+        rest = [self._weights[name] for name in self.unattached]
+        return [*groups, (rest, self.step_count)] if rest else groups
 
     def _align_states(self) -> None:
         """Align the optimizers' state with the present sets before it is used without us, or saved."""
@@ -441,14 +485,22 @@ class TopKast:
     @property
     def _sets_fit_schedule(self) -> bool:
         """Whether the sets explore if and only if the schedule says so."""
-        counts = self._refresher.sizes.at(self.step_count)
-        explore = any(updated > active for name, (active, updated) in counts.items() if name in self._weights)
-        return explore == any(weight.is_exploring for weight in self._weights.values())
+        for weights, step in self._groups:
+            counts = self._refresher.sizes_of(weights).at(step)
+            explore = any(counts[weight.name][1] > counts[weight.name][0] for weight in weights)
+            if explore != any(weight.is_exploring for weight in weights):
+                return False
+        return True
 
     def _choose_first(self) -> None:
         self._refresher.begin(list(self._weights.values()))
         for weight in self._weights.values():
             weight.record_first_reservoir()
+
+    def _look_for_zeros(self) -> None:
+        """Count zeros here, on every rank, since only one of them may ask for the summary."""
+        _reshard(self.model)
+        self._zeros = {name: weight.count_zeros() for name, weight in self._weights.items()}
 
     def _after_step(self, hooks: StepHooks) -> None:
         if self.refresh_count == 0 and self.unattached and self.timeline.refreshes_after(hooks.steps):
@@ -496,9 +548,14 @@ class TopKast:
         """
         self.accept_writes(closely=True)
         self._align_states()
-        return {
+        own = self._refresher.own_sizes
+        plans = {
+            "plans": {name: sizes.timeline.moments for name, sizes in own.items()},
+            "planned_from": moments(self.settings.schedule, self.settings.ramp),
+        }
+        return (plans if own else {}) | {
             "version": STATE_VERSION,
-            "steps": self._steps,
+            "steps": self.optimizer_steps,
             "refresh_count": self.refresh_count,
             "shrinkage": self._shrinkage,
             "structure": str(self.settings.structure),
@@ -541,6 +598,12 @@ class TopKast:
             hooks.steps = count
         self._refresher.count, self._refresher.selections = saved.refresh_count, selections
         self._align_states()
+        if saved.plans and saved.planned_from == moments(self.settings.schedule, self.settings.ramp):
+            sizes = self._refresher.sizes
+            self._refresher.own_sizes = {
+                name: sizes.with_moments(plan) for name, plan in saved.plans.items() if name in self._weights
+            }
+        self._look_for_zeros()
         self._follow_schedule()
 
 

@@ -1,6 +1,5 @@
 """The refresh: choosing the sets of weights again, at once or in the background."""
 
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from lightning_topkast.distributed import Sharding, check_ranks_agree, to_local
 from lightning_topkast.errors import NonFiniteWeightError, TopKastError
 from lightning_topkast.method.density import Counts, SetSizes
 from lightning_topkast.method.rule import Candidates, Rule
-from lightning_topkast.method.selection import ACTIVE, EXPLORING, NonFiniteScoresError
+from lightning_topkast.method.selection import ACTIVE, EXPLORING, NonFiniteScoresError, drawn
 from lightning_topkast.method.structure import Stack, Structure
 from lightning_topkast.weights import EntryState, SparseWeight
 from lightning_topkast.weights.state import holds_values
@@ -71,17 +70,22 @@ def choose(
         [weight.structure.units(count, weight.shape) for count in choice.counts[weight.name]] for weight in weights
     ]
     select = choice.structure.selection if choice.compete else structures[0].selection
+
+    @cache  # ties of zeros may be drawn for A and for B, and a rule may draw besides
+    def draw() -> Tensor:
+        return join([_drawn(weight, choice) for weight in weights])
+
     candidates = Candidates(
         scores=join(scores),
         active_count=sum(active for active, _ in counts),
         updated_count=sum(updated for _, updated in counts),
         active=lambda: join([weight.structure.members(weight.active, weight.sharding) for weight in weights]),
-        draw=lambda: join([_drawn(weight, choice) for weight in weights]),
+        draw=draw,
         gradient=join([w.structure.scores(values, w.sharding) for w, values in zip(weights, gradients, strict=True)])
         if len(gradients) == len(weights)
         else None,
         progress=choice.progress,
-        select=select(weights[0].sharding),
+        select=select(weights[0].sharding, draw),
     )
     chosen = choice.rule.first if choice.is_first else choice.rule.choose
     try:
@@ -117,7 +121,8 @@ def _chosen_in_each(
     broken = sum(torch.count_nonzero(~torch.isfinite(each)) for each in (scores, gradient) if each is not None)
     if int(sharding.sum(torch.as_tensor(broken))):
         raise NonFiniteScoresError("scores must be finite")
-    active, draw, select = cache(candidates.active), cache(candidates.draw), stack.of.selection(stack.matrix(sharding))
+    active, draw = cache(candidates.active), candidates.draw
+    selection = stack.selections(sharding, draw)
     tiers = torch.zeros_like(scores, dtype=torch.uint8)
     for at in range(len(scores)):
         tiers[at] = chosen(
@@ -129,7 +134,7 @@ def _chosen_in_each(
                 active=partial(_at, active, at),
                 draw=partial(_at, draw, at),
                 gradient=None if gradient is None else gradient[at],
-                select=select,
+                select=selection(at),
             )
         )
     return tiers
@@ -147,10 +152,9 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _drawn(weight: SparseWeight, choice: Choice) -> Tensor:
-    """Return numbers in [0, 1); the seed is the same on all ranks and in a resumed run, so no state is saved."""
-    seed = zlib.crc32(f"{choice.seed}/{choice.step}/{weight.name}".encode())
-    drawn = torch.rand(weight.structure.grid(weight.shape), generator=torch.Generator().manual_seed(seed))
-    return weight.structure.part_of(drawn, weight.sharding).to(to_local(weight.parameter).device)
+    """Return the numbers drawn for the units of which this process chooses."""
+    numbers = drawn(choice.seed, choice.step, weight.name, weight.structure.grid(weight.shape))
+    return weight.structure.part_of(numbers, weight.sharding).to(to_local(weight.parameter).device)
 
 
 class Selection:
@@ -245,6 +249,8 @@ class Refresher:
         self, sizes: SetSizes, rule: Rule, seed: int, state_of: Callable[[SparseWeight], list[EntryState]]
     ) -> None:
         self.sizes = sizes
+        # weight name → sizes over the steps of its own optimizer, where the run has shown how many it takes
+        self.own_sizes: dict[str, SetSizes] = {}
         self.count = 0
         self.on_refresh: Callable[[], None] | None = None  # called after every refresh
         self.selections: list[Selection] = []  # chosen, to take effect `delay` steps later
@@ -256,44 +262,65 @@ class Refresher:
         """Return the state of a copy, which has no callback."""
         return self.__dict__ | {"on_refresh": None}
 
+    def plan(self, sizes: SetSizes) -> None:
+        """Plan the run anew."""
+        self.sizes, self.own_sizes = sizes, {}
+
+    def replan(self, weights: Sequence[SparseWeight], step: int, total_steps: int) -> None:
+        """Correct the length of the run in steps of the optimizer of these weights, which has taken `step` steps."""
+        sizes = self.sizes_of(weights).replanned(total_steps, step)
+        self.own_sizes |= {weight.name: sizes for weight in weights}
+
+    def sizes_of(self, weights: Sequence[SparseWeight]) -> SetSizes:
+        """Return the sizes of the sets of one optimizer's weights."""
+        return self.own_sizes.get(weights[0].name, self.sizes) if weights else self.sizes
+
     def after_step(self, weights: Sequence[SparseWeight], step: int) -> None:
         """Refresh these weights, or start or apply a selection, if one is due after `step` optimizer steps."""
+        sizes = self.sizes_of(weights)
         for begun in [selection for selection in self.selections if selection.concerns(weights)]:
             if not begun.is_valid:  # other weights were loaded since
                 self.selections.remove(begun)
-                self.refresh(weights, step)
-            elif step - begun.step >= self.sizes.schedule.delay:
+                self.refresh((weights, step))
+            elif step - begun.step >= sizes.schedule.delay:
                 self.selections.remove(begun)
                 self._apply(weights, begun.result())
-        if self.sizes.timeline.refreshes_after(step):
-            if self.sizes.schedule.delay and self.sizes.timeline.explores_at(step):
-                self.selections.append(Selection(weights, self._choice(step)))
+        if sizes.timeline.refreshes_after(step):
+            if sizes.schedule.delay and sizes.timeline.explores_at(step):
+                self.selections.append(Selection(weights, self._choice(weights, step)))
             else:  # exploration stops now, without delay
                 self.selections = [selection for selection in self.selections if not selection.concerns(weights)]
-                self.refresh(weights, step)
+                self.refresh((weights, step))
 
-    def refresh(self, weights: Sequence[SparseWeight], step: int) -> None:
+    def refresh(self, *groups: tuple[Sequence[SparseWeight], int]) -> None:
         """Choose the sets of weights now; all are chosen before any is changed.
+
+        Args:
+            groups: weights whose sets have sizes of one plan, and the number of steps taken with their optimizer.
 
         Raises:
             NonFiniteWeightError: a weight holds NaN or infinity; no weight's sets were changed.
             TopKastError: the ranks disagree.
         """
-        self._apply(weights, self._choose(weights, self._choice(step)))
+        chosen: dict[str, Tensor] = {}
+        for weights, step in groups:
+            chosen |= self._choose(weights, self._choice(weights, step))
+        self._apply([weight for weights, _ in groups for weight in weights], chosen)
 
     def begin(self, weights: Sequence[SparseWeight]) -> None:
         """Choose the first sets, as `refresh` does, but without counting a refresh."""
         # the progress is 0 even if the length of the run is not known yet, as with a Trainer
-        self._apply(weights, self._choose(weights, replace(self._choice(0), is_first=True, progress=0.0)))
+        self._apply(weights, self._choose(weights, replace(self._choice(weights, 0), is_first=True, progress=0.0)))
         self.count = 0
 
-    def _choice(self, step: int) -> Choice:
-        structure, progress = self.sizes.allocation.structure, self.sizes.timeline.progress(step)
-        return Choice(self._rule, structure, self._seed, step, self.sizes.at(step), progress)
+    def _choice(self, weights: Sequence[SparseWeight], step: int) -> Choice:
+        sizes = self.sizes_of(weights)
+        structure, progress = sizes.allocation.structure, sizes.timeline.progress(step)
+        return Choice(self._rule, structure, self._seed, step, sizes.at(step), progress)
 
-    def looks_at_gradients(self, steps: int) -> bool:
+    def looks_at_gradients(self, weights: Sequence[SparseWeight], steps: int) -> bool:
         """Return whether the next sets depend on the gradients of the step after `steps` steps, also outside B."""
-        return self._rule.needs_gradient and self.sizes.timeline.refreshes_after(steps + 1)
+        return self._rule.needs_gradient and self.sizes_of(weights).timeline.refreshes_after(steps + 1)
 
     def _choose(self, weights: Sequence[SparseWeight], choice: Choice) -> dict[str, Tensor]:
         alone, together = list(weights), []

@@ -20,6 +20,8 @@ class SavedState:
         refresh_count: number of refreshes.
         shrinkage: of the penalty, if its strength was worked out from the learning rate.
         selections: sets that were chosen, but had not taken effect.
+        plans: weight name → the moments of its timeline, where the run has shown the steps of its own optimizer.
+        planned_from: the moments in the settings from which the plans were made.
     """
 
     weights: dict[str, Any]
@@ -27,6 +29,8 @@ class SavedState:
     refresh_count: int
     shrinkage: float | None
     selections: list[Any]
+    plans: dict[str, list[int | None]]
+    planned_from: list[Any]
 
     @classmethod
     def read(cls, state: Any, structure: Structure, names: Collection[str], optimizers: int | None) -> "SavedState":
@@ -60,6 +64,11 @@ class SavedState:
             or not all(isinstance(count, int) and count >= 0 for count in (*steps, refreshes))
         ):
             raise TopKastError("the saved Top-KAST state is damaged: it lacks valid weights or step counts")
+        plans, planned_from = state.get("plans", {}), state.get("planned_from", [])
+        if not isinstance(plans, dict) or not isinstance(planned_from, list) or bool(plans) != bool(planned_from):
+            raise TopKastError("the saved Top-KAST state is damaged: its plans or what they were made from is lost")
+        if not all(map(_are_moments, plans.values())):
+            raise TopKastError("the saved Top-KAST state is damaged: its plans hold something else than steps")
         if state.get("structure") != str(structure):
             raise TopKastError(
                 f"expected a Top-KAST state with structure '{structure}', got {state.get('structure')!r:.60}; resume "
@@ -73,4 +82,14 @@ class SavedState:
             )
         if optimizers is not None and len(steps) != optimizers:
             raise TopKastError(f"expected a Top-KAST state with {optimizers} optimizers, got {len(steps)}")
-        return cls(weights, steps, refreshes, shrinkage, selections)
+        return cls(weights, steps, refreshes, shrinkage, selections, plans, planned_from)
+
+
+def _are_moments(found: Any) -> bool:
+    """Return whether these can be `Timeline.moments`."""
+    if not isinstance(found, list) or len(found) != 5:
+        return False
+    if not all(moment is None or (isinstance(moment, int) and moment >= 0) for moment in found):
+        return False
+    *_, begin, end, _ = found
+    return (begin is None) == (end is None) and (begin is None or begin < end)

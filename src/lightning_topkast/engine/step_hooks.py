@@ -33,7 +33,8 @@ class StepHooks:
         optimizer: any optimizer that needs one gradient per step.
         weights: sparse weights by their parameter; the hooks act on those in the optimizer's groups.
         after_step: called with these hooks after every step that was not skipped.
-        looks_at_gradients: returns whether the gradients outside B are used at the step after this number of steps.
+        looks_at_gradients: returns whether the gradients of these weights outside B are used at the step after this
+            number of steps.
         accept_writes: called before every step, to accept what other code wrote to the weights since the last one.
         steps: number of steps taken before.
 
@@ -47,7 +48,7 @@ class StepHooks:
         optimizer: Optimizer,
         weights: Mapping[Tensor, SparseWeight],
         after_step: Callable[["StepHooks"], None],
-        looks_at_gradients: Callable[[int], bool],
+        looks_at_gradients: Callable[[Sequence[SparseWeight], int], bool],
         accept_writes: Callable[[Sequence[SparseWeight]], None],
         steps: int = 0,
     ) -> None:
@@ -66,7 +67,7 @@ class StepHooks:
         self._stepping: ref[Optimizer] | None = None  # the outermost optimizer whose step is in progress
         self._gradients_masked = False
         self._checked: list[ref[Optimizer]] = []  # those whose state was found to be known
-        self._warned_of_overshoot = False
+        self._warned_of_overshoot = self._warned_of_empty = False
         self._handles: list[RemovableHandle] = []
         if not self._held_by(optimizer):
             raise TopKastError(
@@ -151,7 +152,7 @@ class StepHooks:
     @property
     def needs_gradients(self) -> bool:
         """Whether the next sets depend on the next step's gradients, including those outside B."""
-        return self._looks_at_gradients(self.steps)
+        return self._looks_at_gradients(self.weights, self.steps)
 
     def prepare_step(self) -> None:
         """Mask the gradients of the next step, so that the step itself need not mask them."""
@@ -257,6 +258,7 @@ class StepHooks:
         for weight, group in self._weights_and_groups(optimizer):
             if weight.is_open:
                 weight.close(lr=0 if skipped else self._within_reach(weight, group["lr"]))
+                self._warn_of_empty(weight)
                 stepped = not skipped
             elif weight.parameter.grad is not None:
                 # A subclass that continues after super().step(), whose own hook closed the weight.
@@ -299,7 +301,8 @@ class StepHooks:
                     yield weight, group
 
     def _within_reach(self, weight: SparseWeight, lr: float | Tensor) -> float | Tensor:
-        """Return `lr`; warn once if it exceeds the known peak so far that the penalty would overshoot zero."""
+        """Return `lr`, if it exceeds the known peak, after λ was lowered, or a warning if a given λ overshoots zero."""
+        weight.limit_strength(lr)
         if not isinstance(lr, Tensor) and not self._warned_of_overshoot and weight.overshoots(lr):
             self._warned_of_overshoot = True
             warnings.warn(
@@ -309,6 +312,16 @@ class StepHooks:
                 stacklevel=2,
             )
         return lr
+
+    def _warn_of_empty(self, weight: SparseWeight) -> None:
+        """Warn once if the penalty has set all active entries of a weight to zero."""
+        if weight.was_emptied and not self._warned_of_empty:
+            self._warned_of_empty = True
+            warnings.warn(
+                f"the penalty would carry active entries of '{weight.name}' past zero and has set all of them to zero "
+                f"(strength {weight.strength}); lower the penalty's strength or the learning rate",
+                stacklevel=2,
+            )
 
 
 def _only_makes_state(optimizer: Optimizer, kwargs: Mapping[str, Any]) -> bool:

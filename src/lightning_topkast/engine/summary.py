@@ -3,12 +3,13 @@
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
-from lightning_topkast.method.penalty import describe_shrinkage, peak_learning_rates
+from lightning_topkast.method.penalty import L2, describe_shrinkage, peak_learning_rates
 from lightning_topkast.method.rule import Magnitude
 from lightning_topkast.method.schedule import Timeline
 from lightning_topkast.method.targets import Target, Targets
@@ -132,14 +133,46 @@ def _how_chosen(timeline: Timeline, settings: Settings) -> str:
     return f"refresh every {schedule.update_every} steps{until}, {how}, {settings.allocation.distribution} distribution"
 
 
+def _of_zeros(
+    weights: Mapping[str, SparseWeight], zeros: Mapping[str, tuple[int, int]], settings: Settings
+) -> list[str]:
+    """Name the weights whose magnitudes do not say which entries are worth exploring."""
+    whole, reservoir = [], []
+    for name, (everywhere, outside) in zeros.items():
+        weight = weights.get(name)
+        if weight is None:
+            continue
+        if everywhere == weight.size:
+            whole.append(name)
+        elif settings.rule.explores and outside and outside == weight.size - int(weight.updated_entries):
+            reservoir.append(name)
+    notes = []
+    if whole:
+        notes.append(f"all zeros: {', '.join(whole)}; the sets are drawn at random until entries have values")
+    if reservoir:
+        named = ", ".join(reservoir)
+        notes.append(f"all zeros outside B: {named}; exploration draws at random until entries have values")
+    return notes
+
+
 def summarize(
     targets: Iterable[Target],
     weights: Mapping[str, SparseWeight],
     timeline: Timeline,
     settings: Settings,
     optimizers: Sequence[Optimizer],
+    zeros: Mapping[str, tuple[int, int]] = MappingProxyType({}),
 ) -> Summary:
-    """Summarize a run: all parameters, when the sets are chosen, and the effect of the penalty."""
+    """Summarize a run: all parameters, when the sets are chosen, and the effect of the penalty.
+
+    Args:
+        targets: all parameters.
+        weights: weight name → the sparse ones.
+        timeline: of the run.
+        settings: of the run.
+        optimizers: those that train the weights.
+        zeros: weight name → the number of zeros in θ, and of those outside B, as training starts.
+    """
     rows = []
     for target in targets:
         size = target.shape.numel()
@@ -164,9 +197,11 @@ def summarize(
     explores = settings.rule.explores and settings.ramp is None
     if explores and not any(weight.can_explore for weight in weights.values()):
         notes.append("backward sparsity = forward sparsity: B = A, so entries outside A are never explored")
+    notes += _of_zeros(weights, zeros, settings)
     peaks = peak_learning_rates({id(weight.parameter): name for name, weight in weights.items()}, optimizers)
+    asked = settings.penalty.shrinkage if isinstance(settings.penalty, L2) else None
     shrinkages = [
-        weight.shrinkage_at(peaks[weight.name])
+        weight.shrinkage_at(peaks[weight.name]) if asked is None else asked
         for weight in weights.values()
         if weight.can_explore and weight.name in peaks
     ]

@@ -1,6 +1,6 @@
 """How many entries of each weight are active and updated."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import prod
@@ -189,6 +189,14 @@ class SetSizes:
             TopKastError: a moment is a fraction of a run of unknown length, or a ramp ends before it begins.
         """
         return replace(self, _timeline=Timeline.of(self.schedule, self.ramp, total_steps))
+
+    def replanned(self, total_steps: int, step: int) -> "SetSizes":
+        """The sizes over a run that turns out, after `step` steps, to have `total_steps`; see `Timeline.replanned`."""
+        return replace(self, _timeline=self.timeline.replanned(self.schedule, self.ramp, total_steps, step))
+
+    def with_moments(self, moments: Sequence[int | None]) -> "SetSizes":
+        """The sizes by a timeline with these `Timeline.moments`."""
+        return replace(self, _timeline=Timeline.of_moments(self.schedule, self.ramp, moments))
 
     @property
     def final(self) -> Counts:

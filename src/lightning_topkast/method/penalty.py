@@ -63,6 +63,10 @@ class Penalty(ABC):
         """Return the share that an exploring entry loses per step at a learning rate; 0 if it depends on the entry."""
         return 0.0
 
+    def limit(self, density: float) -> float | None:
+        """Return what learning rate · λ must not exceed, for which λ is lowered; None if λ is given."""
+        return None
+
 
 @dataclass(frozen=True)
 class L2(Penalty):
@@ -70,7 +74,8 @@ class L2(Penalty):
 
     Args:
         shrinkage: share that an exploring entry loses per step at the peak learning rate, in [0, 1); 1e-3 unless
-            `strength` is given. It works for SGD and Adam alike: λ is worked out from the learning rate.
+            `strength` is given. It works for SGD and Adam alike: λ is worked out from the learning rate, and lowered
+            for good when a scheduler exceeds the peak known so far, so that no step takes more.
         strength: λ itself, at least 0, applied with the optimizer's current learning rate: λ on active entries, and
             λ / forward density on exploring ones. The paper's 1e-4 belongs to SGD's learning rates.
 
@@ -127,6 +132,10 @@ class L2(Penalty):
     def shrinkage_at(self, lr: float, strength: float, density: float) -> float:
         """Return lr · λ / D."""
         return lr * strength / density
+
+    def limit(self, density: float) -> float | None:
+        """Return shrinkage · D, if the shrinkage is given."""
+        return None if self.shrinkage is None else self.shrinkage * density
 
 
 @dataclass(frozen=True)

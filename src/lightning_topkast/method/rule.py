@@ -27,7 +27,7 @@ class Candidates:
         draw: returns random numbers, uniform in [0, 1), the same on every rank and in a resumed run.
         gradient: magnitudes of the loss' gradient everywhere, if the rule needs them and there were any.
         progress: share of the time in which sets change that has passed, in [0, 1]; None if no end is known.
-        select: finds the largest units.
+        select: finds the largest units. Which of those whose score is zero enter is drawn, where not all of them do.
     """
 
     scores: Tensor

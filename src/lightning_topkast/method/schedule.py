@@ -1,5 +1,6 @@
 """When the sets are chosen again, when exploration stops, and when a ramp of the sparsities begins and ends."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -113,6 +114,50 @@ class Timeline:
             ramp = replace(ramp, begin=begin, end=end)
         return cls(schedule, ramp, known)
 
+    def replanned(self, schedule: Schedule, ramp: Ramp | None, total_steps: int, step: int) -> "Timeline":
+        """Correct the moments that are fractions of a run, after `step` steps of it.
+
+        A moment that has passed stays, so that none takes effect twice. One that would have passed already takes effect
+        after the next step.
+
+        Args:
+            schedule: as the user gave it.
+            ramp: likewise.
+            total_steps: length of the run in optimizer steps, as far as it is known by now.
+            step: number of steps taken.
+        """
+
+        def moved(asked: StepOrFraction | None, present: StepOrFraction | None, earliest: int) -> Any:
+            if not isinstance(asked, float) or present is None or present <= step:
+                return present
+            return max(round(asked * total_steps), earliest)
+
+        own, present = self.schedule, self.ramp
+        own = replace(
+            own,
+            stop_exploring_at=moved(schedule.stop_exploring_at, own.stop_exploring_at, step + 1),
+            stop_updating_at=moved(schedule.stop_updating_at, own.stop_updating_at, step + 1),
+        )
+        if ramp is not None and present is not None:
+            begin = moved(ramp.begin, present.begin, step + 1)
+            end = moved(ramp.end, present.end, step + 1)
+            present = replace(present, begin=begin, end=max(end, begin + 1))
+        return Timeline(own, present, total_steps)
+
+    @property
+    def moments(self) -> list[int | None]:
+        """Every moment as a step, and the length of the run: what `of_moments` makes the timeline from again."""
+        stops = (self.schedule.stop_exploring_at, self.schedule.stop_updating_at)
+        ramp = (None, None) if self.ramp is None else (self.ramp.begin, self.ramp.end)
+        return [None if moment is None else int(moment) for moment in (*stops, *ramp, self.total_steps)]
+
+    @classmethod
+    def of_moments(cls, schedule: Schedule, ramp: Ramp | None, moments: Sequence[Any]) -> "Timeline":
+        """Make the timeline whose `moments` these are."""
+        stop_exploring_at, stop_updating_at, begin, end, total_steps = moments
+        schedule = replace(schedule, stop_exploring_at=stop_exploring_at, stop_updating_at=stop_updating_at)
+        return cls(schedule, ramp and replace(ramp, begin=begin, end=end), total_steps)
+
     def refreshes_after(self, step: int) -> bool:
         """Whether the sets are chosen again after `step` optimizer steps."""
         if step == self.schedule.stop_exploring_at or (self.ramp is not None and step == self.ramp.end):
@@ -156,6 +201,11 @@ def moments(schedule: Schedule, ramp: Ramp | None) -> list[StepOrFraction]:
     """The steps, or fractions of the run, at which something other than the sets changes."""
     found = [schedule.stop_exploring_at, schedule.stop_updating_at, *([ramp.begin, ramp.end] if ramp else [])]
     return [moment for moment in found if moment is not None]
+
+
+def in_words(moment: StepOrFraction | None) -> str:
+    """A moment as the user gave it."""
+    return f"{moment:g} of the run" if isinstance(moment, float) else f"step {moment}"
 
 
 def _is_step_or_fraction(value: Any) -> bool:

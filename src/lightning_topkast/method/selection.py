@@ -5,8 +5,9 @@ A *tier* is the number of nested sets that an entry belongs to. With the counts 
 """
 
 import math
+import zlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,23 +21,36 @@ _CHUNK = 1 << 16
 SAMPLE = 1 << 16
 EVERYTHING = -math.inf, math.inf
 
-# scores, sizes of nested sets → for each entry, the number of sets that it belongs to
-TopK = Callable[[Tensor, Sequence[int]], Tensor]
+# returns numbers in [0, 1) in the shape of the scores: entries whose score is zero are ordered by them
+Draw = Callable[[], Tensor]
+
+
+class TopK(Protocol):
+    """A function that counts, for each entry, the nested top-k sets of its score that it belongs to."""
+
+    def __call__(self, scores: Tensor, counts: Sequence[int], *, among: Tensor | None = None) -> Tensor:
+        """Return the number of sets for each entry; see `nested_top_k`."""
 
 
 class NonFiniteScoresError(ValueError):
     """Raised if the scores hold NaN or infinity, so that the largest entries are not defined."""
 
 
-def nested_top_k(scores: Tensor, counts: Sequence[int]) -> Tensor:
+def nested_top_k(
+    scores: Tensor, counts: Sequence[int], among: Tensor | None = None, draw: Draw | None = None
+) -> Tensor:
     """Count, for each entry, the nested top-k sets of `scores` that it belongs to.
 
-    Each set has exactly the k largest entries; ties go to the lowest flat index (a plain `>=` threshold would include
-    all ties). So the sets are nested, whatever the ties.
+    Each set has exactly the k largest entries (a plain `>=` threshold would include all ties). Ties go to the lowest
+    flat index, but entries whose score is zero say nothing about which of them is worth more: of these, the ones with
+    the largest numbers drawn enter. The order is the same for every set, so the sets are nested, whatever the ties.
 
     Args:
-        scores: finite floating-point scores of any shape.
+        scores: finite floating-point scores of any shape; at least 0 with `among`.
         counts: set sizes, each in [0, number of entries].
+        among: bool in the shape of `scores`: the entries that can be chosen, at least as many as each count; None: all.
+        draw: returns numbers in [0, 1) in the shape of `scores`. It is called only if a set has some, but not all, of
+            the entries whose score is zero. None: their ties go to the lowest flat index too.
 
     Returns:
         uint8 tensor in the shape of `scores`; with `counts=(|B|, |A|)` these are the tiers.
@@ -53,9 +67,24 @@ def nested_top_k(scores: Tensor, counts: Sequence[int]) -> Tensor:
         flat = flat.float()  # exact for bfloat16 and float16
     if flat.numel() == 0:
         return torch.zeros_like(flat, dtype=torch.uint8).view(scores.shape)
+    if among is not None:
+        flat, draw = only(flat, among, draw)
     # on CPU numpy is about ten times faster than torch.topk
-    tiers = _tiers_numpy(flat.numpy(), counts) if flat.device.type == "cpu" else _tiers_torch(flat, counts)
+    tiers = _tiers_numpy(flat.numpy(), counts, draw) if flat.device.type == "cpu" else _tiers_torch(flat, counts, draw)
     return tiers.view(scores.shape)
+
+
+def drawn(seed: int, step: int, name: str, shape: Sequence[int]) -> Tensor:
+    """Return numbers in [0, 1) for a weight, the same on all ranks and in a resumed run, so that no state is saved.
+
+    Args:
+        seed: of the run.
+        step: number of optimizer steps taken.
+        name: of the weight.
+        shape: of the weight's grid of units.
+    """
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{step}/{name}".encode()))
+    return torch.rand(torch.Size(shape), generator=generator)
 
 
 def top_k_then_random(
@@ -77,7 +106,8 @@ def top_k_then_random(
         uint8 tiers in the shape of `scores`.
     """
     is_active = select(scores, (active,)).bool()
-    return select(ranked(lottery.to(scores.device), ~is_active), (updated - active,)).masked_fill_(is_active, ACTIVE)
+    exploring = select(lottery.to(scores.device), (updated - active,), among=~is_active)
+    return exploring.masked_fill_(is_active, ACTIVE)
 
 
 def drop_and_grow(
@@ -96,16 +126,25 @@ def drop_and_grow(
     Returns:
         uint8 in the shape of `scores`: 1 for an active entry.
     """
-    stays = select(ranked(scores, active), (kept,)).bool()
-    return select(ranked(growth, ~stays), (grown,)).masked_fill_(stays, 1)
+    stays = select(scores, (kept,), among=active).bool()
+    return select(growth, (grown,), among=~stays).masked_fill_(stays, 1)
 
 
-def ranked(scores: Tensor, members: Tensor) -> Tensor:
-    """Return scores that rank members above all others; at least 0, since the bits of negative numbers do not sort."""
-    return scores.clamp_min(torch.finfo(scores.dtype).tiny).masked_fill_(~members, 0)
+def only(flat: Tensor, among: Tensor, draw: Draw | None) -> tuple[Tensor, Draw]:
+    """Return flat scores and a draw by which the `among` entries come before all others, even if their score is 0.
+
+    Scores and numbers stay at least 0, since the bits of negative numbers do not sort.
+    """
+    members = among.reshape(-1)
+
+    def drawn_among() -> Tensor:
+        numbers = torch.ones_like(flat) if draw is None else draw().reshape(-1).to(flat.device)
+        return numbers.clamp_min(torch.finfo(numbers.dtype).tiny).masked_fill_(~members, 0)
+
+    return flat.masked_fill(~members, 0), drawn_among
 
 
-def _tiers_numpy(scores: np.ndarray, counts: Sequence[int]) -> Tensor:
+def _tiers_numpy(scores: np.ndarray, counts: Sequence[int], draw: Draw | None = None) -> Tensor:
     """Compute `nested_top_k` of flat CPU scores: all above a bracket of the threshold, and the largest inside it."""
     tiers = np.zeros(scores.size, dtype=np.uint8)
     scans = scan(scores, [_bracket(scores, count) for count in counts])
@@ -116,7 +155,7 @@ def _tiers_numpy(scores: np.ndarray, counts: Sequence[int]) -> Tensor:
             ((above, candidates),) = scan(scores, [EVERYTHING])
             missing = count
         tiers += above.view(np.uint8)
-        tiers[_largest(scores, candidates, missing)] += 1
+        tiers[_largest(scores, candidates, missing, draw)] += 1
     return torch.from_numpy(tiers)
 
 
@@ -159,17 +198,20 @@ def scan(scores: np.ndarray, brackets: Sequence[tuple[float, float]]) -> list[tu
     return [(above, np.concatenate([nothing, *found])) for above, found in scans]
 
 
-def _largest(scores: np.ndarray, candidates: np.ndarray, count: int) -> np.ndarray:
-    """Return the `count` candidates with the largest scores; ties go to the lowest index."""
+def _largest(scores: np.ndarray, candidates: np.ndarray, count: int, draw: Draw | None = None) -> np.ndarray:
+    """Return the `count` candidates with the largest scores; ties as in `nested_top_k`."""
     if count == 0:
         return candidates[:0]
     values = scores[candidates]
     threshold = np.partition(values, values.size - count)[values.size - count]
-    larger = candidates[values > threshold]
-    return np.concatenate([larger, candidates[values == threshold][: count - larger.size]])
+    larger, tied = candidates[values > threshold], candidates[values == threshold]
+    missing = count - larger.size
+    if draw is not None and threshold == 0 and missing < tied.size:
+        return np.concatenate([larger, _largest(draw().reshape(-1).cpu().numpy(), tied, missing)])
+    return np.concatenate([larger, tied[:missing]])
 
 
-def _tiers_torch(scores: Tensor, counts: Sequence[int]) -> Tensor:
+def _tiers_torch(scores: Tensor, counts: Sequence[int], draw: Draw | None = None) -> Tensor:
     """Compute `nested_top_k` of flat scores on any device, in the same way, with few passes and synchronisations.
 
     `torch.topk` would sort all scores if k is large.
@@ -184,17 +226,24 @@ def _tiers_torch(scores: Tensor, counts: Sequence[int]) -> Tensor:
     tiers = torch.zeros_like(scores, dtype=torch.uint8)
     for count in counts:
         if count:
-            tiers += _chosen_torch(scores, count, *(EVERYTHING if sample is None else _around(sample, count / size)))
+            low, high = EVERYTHING if sample is None else _around(sample, count / size)
+            tiers += _chosen_torch(scores, count, low, high, draw)
     return tiers
 
 
-def _chosen_torch(scores: Tensor, count: int, low: float | Tensor, high: float | Tensor) -> Tensor:
+def _chosen_torch(
+    scores: Tensor, count: int, low: float | Tensor, high: float | Tensor, draw: Draw | None = None
+) -> Tensor:
     """Return which scores are the `count` largest (bool); fast if `low` and `high` enclose few scores and the k-th."""
     chosen = scores > high
     candidates = torch.nonzero((scores >= low).logical_xor_(chosen)).squeeze(1)
     missing = count - int(torch.count_nonzero(chosen))
     if not 0 <= missing <= candidates.numel():
-        return _chosen_torch(scores, count, *EVERYTHING)  # the sample was not representative
+        return _chosen_torch(scores, count, *EVERYTHING, draw=draw)  # the sample was not representative
     # stable: ties go to the lowest index; + 0.0, since -0.0 would otherwise come after the zeros that it ties with
-    order = torch.sort(scores[candidates] + 0.0, descending=True, stable=True).indices
+    values, order = torch.sort(scores[candidates] + 0.0, descending=True, stable=True)
+    if draw is not None and 0 < missing < candidates.numel() and not bool(values[missing - 1 : missing + 1].any()):
+        tied = order[values == 0]
+        lots = draw().reshape(-1).to(scores.device)[candidates[tied]]
+        order = torch.cat([order[values > 0], tied[lots.sort(descending=True, stable=True).indices]])
     return chosen.index_fill_(0, candidates[order[:missing]], True)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_topkast.method.selection import EVERYTHING, SAMPLE, NonFiniteScoresError, scan
+from lightning_topkast.method.selection import EVERYTHING, SAMPLE, Draw, NonFiniteScoresError, only, scan
 
 _DIGIT = 11  # bits per round
 _BINS = 1 << _DIGIT
@@ -22,7 +22,13 @@ Total = Callable[[Tensor], Tensor]
 
 
 def nested_top_k_of_shards(
-    scores: Tensor, counts: Sequence[int], size: int, total: Total, indices: Callable[[Tensor], Tensor]
+    scores: Tensor,
+    counts: Sequence[int],
+    size: int,
+    total: Total,
+    indices: Callable[[Tensor], Tensor],
+    among: Tensor | None = None,
+    draw: Draw | None = None,
 ) -> Tensor:
     """Compute this part of `nested_top_k` over all parts: exactly the same sets, with a few small collectives.
 
@@ -32,6 +38,8 @@ def nested_top_k_of_shards(
         size: number of entries of the whole weight.
         total: sums a tensor of the same shape over all parts; every part calls it equally often.
         indices: flat positions in this part → flat indices in the whole weight.
+        among: this part of the entries that can be chosen, as in `nested_top_k`.
+        draw: returns this part of the numbers drawn, as in `nested_top_k`.
 
     Returns:
         uint8 tensor in the shape of `scores`.
@@ -42,6 +50,8 @@ def nested_top_k_of_shards(
     flat = scores.detach().reshape(-1)
     if flat.dtype not in (torch.float32, torch.float64):
         flat = flat.float()  # exact for bfloat16 and float16
+    if among is not None:
+        flat, draw = only(flat, among, draw)
     narrowed = _narrowed(flat, counts, size, total) if flat.device.type == "cpu" else _everything(flat, counts, total)
     tiers = torch.zeros_like(flat, dtype=torch.uint8)
     bits = 8 * flat.element_size() - 1
@@ -51,6 +61,12 @@ def nested_top_k_of_shards(
         tiers[candidates[larger]] += 1
         if missing:
             tied = candidates[tied]
+            if draw is not None and not int(total(torch.count_nonzero(flat[tied]))):
+                lots = draw().reshape(-1).to(flat.device)[tied]
+                larger, places, missing = _largest(_keys(lots), missing, 8 * lots.element_size() - 1, total)
+                tiers[tied[larger]] += 1
+                tied = tied[places]
+        if missing:
             lowest, _, _ = _largest(size - 1 - indices(tied), missing, (size - 1).bit_length(), total)
             tiers[tied[lowest]] += 1
     return tiers.view(scores.shape)

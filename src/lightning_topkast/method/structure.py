@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from lightning_topkast.checks import check, is_count
 from lightning_topkast.distributed import Sharding, to_local
 from lightning_topkast.errors import TopKastError
-from lightning_topkast.method.selection import ACTIVE, EXPLORING, TopK, nested_top_k, ranked
+from lightning_topkast.method.selection import ACTIVE, EXPLORING, Draw, TopK, nested_top_k
 from lightning_topkast.method.sharded_selection import nested_top_k_of_shards
 from lightning_topkast.ops.flat import indices
 
@@ -96,13 +96,17 @@ class Structure(ABC):
         r"""Return flat indices of B in packed order: the units of A, then those of B\A, both in the grid's order."""
         return self.entries(torch.cat(units_in_order(self.units_of(tiers))), tiers.shape)
 
-    def selection(self, sharding: Sharding) -> TopK:
-        """Return the function that finds the largest units of a weight, which may be sharded."""
+    def selection(self, sharding: Sharding, draw: Draw | None = None) -> TopK:
+        """Return the function that finds the largest units of a weight, which may be sharded.
+
+        Args:
+            sharding: of the weight.
+            draw: orders the units whose score is zero, as in `nested_top_k`.
+        """
         if not sharding.is_sharded:
-            return nested_top_k
-        return partial(
-            nested_top_k_of_shards, size=sharding.shape.numel(), total=sharding.sum, indices=sharding.flat_indices
-        )
+            return partial(nested_top_k, draw=draw)
+        size, total, indices = sharding.shape.numel(), sharding.sum, sharding.flat_indices
+        return partial(nested_top_k_of_shards, size=size, total=total, indices=indices, draw=draw)
 
     @property
     def note(self) -> str:
@@ -204,9 +208,9 @@ class Block(Structure):
             stride *= size
         return (first[:, None] + within).flatten()
 
-    def selection(self, sharding: Sharding) -> TopK:
+    def selection(self, sharding: Sharding, draw: Draw | None = None) -> TopK:
         """Return the unsharded selection, since every process chooses among all blocks."""
-        return nested_top_k
+        return partial(nested_top_k, draw=draw)
 
     def _steps(self, shape: torch.Size) -> tuple[int, ...]:
         sides = (self.outputs, self.inputs) if len(shape) > 1 else (self.inputs,)
@@ -266,37 +270,60 @@ class NOfM(Structure):
         """Return the number of entries in B at a backward density."""
         return round(density * shape.numel())
 
-    def selection(self, sharding: Sharding) -> TopK:
+    def selection(self, sharding: Sharding, draw: Draw | None = None) -> TopK:
         """Return a selection that ranks the n largest of each group before all others."""
         if sharding.sharded_dims - ({0} if len(sharding.shape) > 1 else set()):
             raise TopKastError(
                 f"structure='{self}' needs whole rows of a weight on each device, but the rows of one of shape "
                 f"{tuple(sharding.shape)} are sharded: exclude it, or shard only its first dimension"
             )
-        return partial(self._select, active=self.active_count(0, sharding.shape), among=super().selection(sharding))
+        of_all, active = super().selection(sharding, draw), self.active_count(0, sharding.shape)
+        return partial(self._select, active=active, of_all=of_all, draw=draw)
 
-    def _select(self, scores: Tensor, counts: Sequence[int], active: int, among: TopK) -> Tensor:
-        tiers = among(scores, (0,))  # selects nothing, but refuses non-finite scores on every device
-        first = self._winners(scores)
+    def _select(
+        self,
+        scores: Tensor,
+        counts: Sequence[int],
+        *,
+        among: Tensor | None = None,
+        active: int,
+        of_all: TopK,
+        draw: Draw | None,
+    ) -> Tensor:
+        if among is not None:
+            raise TopKastError(f"structure='{self}' chooses among all entries of each group; use rule=Magnitude()")
+        tiers = of_all(scores, (0,))  # selects nothing, but refuses non-finite scores on every device
+        first = self._winners(scores, draw)
         for count in counts:
             if count > active:
-                tiers += among(ranked(scores, ~first), (count - active,))
-            tiers += first if count >= active else among(ranked(scores, first), (count,))
+                tiers += of_all(scores, (count - active,), among=~first)
+            tiers += first if count >= active else of_all(scores, (count,), among=first)
         return tiers
 
-    def _winners(self, scores: Tensor) -> Tensor:
-        """Return which entries are the n largest of their group; ties go to the first."""
+    def _winners(self, scores: Tensor, draw: Draw | None = None) -> Tensor:
+        """Return which entries are the n largest of their group; ties as in `nested_top_k`."""
         rows, length = _rows(scores.shape)
-        padded = F.pad(scores.reshape(rows, length), (0, -length % self.m), value=-1.0)
-        members = padded.view(-1, self.m).T.contiguous()  # a group is a column, so that comparisons vectorise
+        members = self._groups(scores, rows, length)
+        lots = None
+        holds_zeros = draw is not None and scores.numel() and bool(scores.amin() == 0)
+        if draw is not None and holds_zeros and bool(((members > 0).sum(0) < self.n).any()):
+            lots = self._groups(draw().to(scores.device), rows, length)  # a group has to choose among zeros
         larger = torch.zeros_like(members, dtype=torch.uint8)
         for later in range(1, self.m):
             for earlier in range(later):
                 wins = members[later] > members[earlier]
+                if lots is not None:
+                    zero = (members[later] == 0) & (members[earlier] == 0)
+                    wins |= zero & (lots[later] > lots[earlier])
                 larger[earlier] += wins
                 larger[later] += ~wins
         winners = (larger < self.n).T.reshape(rows, -1)
         return winners[:, :length].reshape(scores.shape)
+
+    def _groups(self, values: Tensor, rows: int, length: int) -> Tensor:
+        """Return values as places × groups, so that comparisons vectorise; -1 where a group is shorter."""
+        padded = F.pad(values.reshape(rows, length), (0, -length % self.m), value=-1.0)
+        return padded.view(-1, self.m).T.contiguous()
 
     @property
     def note(self) -> str:
@@ -375,9 +402,22 @@ class Stack(Structure):
         within = self.of.entries(units % per_matrix, matrix).view(units.numel(), matrix.numel() // per_matrix)
         return ((units // per_matrix * matrix.numel())[:, None] + within).flatten()
 
-    def selection(self, sharding: Sharding) -> TopK:
+    def selection(self, sharding: Sharding, draw: Draw | None = None) -> TopK:
         """Return the function that finds equally many of the largest units in every matrix of this process."""
-        return partial(_in_each, select=self.of.selection(self.matrix(sharding)), matrices=sharding.shape[0])
+        of_one = self.selections(sharding, draw)
+
+        def select(scores: Tensor, counts: Sequence[int], *, among: Tensor | None = None) -> Tensor:
+            counts = [count // sharding.shape[0] for count in counts]
+            members = [None] * len(scores) if among is None else list(among)
+            chosen = [of_one(at)(part, counts, among=members[at]) for at, part in enumerate(scores)]
+            return torch.stack(chosen) if chosen else torch.zeros_like(scores, dtype=torch.uint8)
+
+        return select
+
+    def selections(self, sharding: Sharding, draw: Draw | None) -> Callable[[int], TopK]:
+        """Return the function from a matrix' place among those of this process to the selection within it."""
+        matrix = self.matrix(sharding)
+        return lambda at: self.of.selection(matrix, None if draw is None else lambda: draw()[at])
 
     def matrix(self, sharding: Sharding) -> Sharding:
         """Return the sharding of one matrix: it is whole."""
@@ -399,13 +439,6 @@ class Stack(Structure):
 
     def __str__(self) -> str:
         return str(self.of)
-
-
-def _in_each(scores: Tensor, counts: Sequence[int], select: TopK, matrices: int) -> Tensor:
-    """Select within each of the matrices along the first dimension; `counts` are those of all `matrices`."""
-    counts = [count // matrices for count in counts]
-    chosen = [select(part, counts) for part in scores]
-    return torch.stack(chosen) if chosen else torch.zeros_like(scores, dtype=torch.uint8)
 
 
 def units_in_order(grid: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from lightning_topkast.distributed import Sharding, to_local
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.method.penalty import Penalty, Total
 from lightning_topkast.method.powerpropagation import Powerpropagation
-from lightning_topkast.method.selection import ACTIVE
+from lightning_topkast.method.selection import ACTIVE, drawn
 from lightning_topkast.method.structure import Structure, Unstructured
 from lightning_topkast.weights.state import problem_with
 
@@ -27,6 +27,7 @@ class Traits:
         clears_dropped: whether entries that leave B lose their values and return as zeros.
         sizes_change: whether |A| and |B| change during the run.
         exponent: the exponent of powerpropagation; 1 without it.
+        seed: of the run.
     """
 
     structure: Structure = field(default_factory=Unstructured)
@@ -34,6 +35,7 @@ class Traits:
     clears_dropped: bool = False
     sizes_change: bool = False
     exponent: float = 1.0
+    seed: int = 0
 
 
 class EntryState(NamedTuple):
@@ -80,10 +82,14 @@ class SparseWeight(ABC):
         self.sharding = sharding
         self.active_count = active_count
         self.updated_count = updated_count
-        self.strength = 0.0  # λ of this weight's penalty; the engine sets it once it knows the learning rate
+        self._strength: float | Tensor = 0.0
+        # whether the penalty has carried all active entries to zero; looked at when the learning rate is a new highest
+        self.was_emptied = False
+        self._highest_lr = 0.0
         self.is_open = False
         self.is_trained = False  # whether an engine is attached to an optimizer
         self.structure = traits.structure
+        self._seed = traits.seed
         self.clears_dropped = traits.clears_dropped
         self.exponent = traits.exponent
         self._penalty = traits.penalty
@@ -104,6 +110,15 @@ class SparseWeight(ABC):
         # whether `load_state_dict` of the model has loaded other weights that were not taken over yet
         self.was_loaded = False
         self._seen = self._stamp()  # after our last write
+
+    @property
+    def strength(self) -> float:
+        """λ of this weight's penalty, which the engine sets once it knows the learning rate; it may wait for a GPU."""
+        return float(self._strength)
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        self._strength = value
 
     # --- the sets -------------------------------------------------------------------------------------------------
 
@@ -184,6 +199,15 @@ class SparseWeight(ABC):
     def magnitudes(self) -> Tensor:
         """Return |θ|, contiguous, a copy; for a sharded weight this process' part."""
 
+    @torch.no_grad()
+    def count_zeros(self) -> tuple[int, int]:
+        """Return the number of zeros in θ, and of those outside B; a collective for a sharded weight."""
+        zero = to_local(self.theta()) == 0
+        outside = zero & (to_local(self.tiers) == 0).to(zero.device)
+        counts = torch.stack([torch.count_nonzero(zero), torch.count_nonzero(outside)])
+        whole, reservoir = self.sharding.sum(counts).tolist()
+        return whole, reservoir
+
     def scores(self) -> Tensor:
         """Return the units' scores, on which the selection is based; see `Structure.scores`."""
         return self.structure.scores(self.magnitudes(), self.sharding)
@@ -244,6 +268,23 @@ class SparseWeight(ABC):
     def penalty(self) -> Tensor:
         """Return the value of the exploration penalty, a scalar tensor."""
 
+    def limit_strength(self, lr: float | Tensor) -> None:
+        """Lower λ for good if the learning rate exceeds the peak that λ was worked out from.
+
+        Args:
+            lr: the learning rate of this step. On a GPU it is not read, and neither is λ from then on.
+        """
+        limit = None if self._penalty is None else self._penalty.limit(self.forward_density_target)
+        if limit is None:
+            return
+        if isinstance(lr, Tensor) and lr.device.type != "cpu":
+            strength = self._strength
+            if not isinstance(strength, Tensor):
+                strength = torch.full_like(lr, strength)
+            self._strength = torch.minimum(strength, limit / lr)
+        elif float(lr) * self.strength > limit:
+            self._strength = limit / float(lr)
+
     def overshoots(self, lr: float) -> bool:
         """Return whether the penalty would carry exploring entries past zero, where it stops, at this learning rate."""
         return self.shrinkage_at(lr) >= 1
@@ -256,16 +297,33 @@ class SparseWeight(ABC):
 
     def _penalise_(self, values: Tensor, exploring: bool, lr: float | Tensor, total: Total = None) -> None:
         """Apply the penalty to values of A, or of B outside A, in place."""
-        if self._penalty is not None and self.strength and not (isinstance(lr, float | int) and lr == 0):
-            strength = self.strength / self.forward_density_target if exploring else self.strength
-            self._penalty.shrink_(values, lr * strength, total)
+        if self._penalty is None or any(isinstance(x, float | int) and x == 0 for x in (self._strength, lr)):
+            return
+        strength = self._strength / self.forward_density_target if exploring else self._strength
+        watched = not exploring and self._may_empty(lr) and self._holds_values(values, total)
+        self._penalty.shrink_(values, lr * strength, total)
+        if watched and not self._holds_values(values, total):
+            self.was_emptied = True
+
+    def _may_empty(self, lr: float | Tensor) -> bool:
+        """Return whether a step at this rate may be the first to carry all active entries to zero."""
+        if isinstance(lr, Tensor) or lr <= self._highest_lr:
+            return False
+        self._highest_lr = lr
+        shrinkage = self.shrinkage_at(lr)  # 0 if it depends on the entries
+        return shrinkage == 0 or shrinkage * self.forward_density_target >= 1
+
+    @staticmethod
+    def _holds_values(values: Tensor, total: Total) -> bool:
+        count = torch.count_nonzero(values)
+        return bool(count if total is None else total(count))
 
     def _penalty_of(self, active: Tensor, exploring: Tensor, total: Total = None) -> Tensor:
         """Return the penalty's value for values of A and of B outside A."""
         if self._penalty is None:
             return active.new_zeros(())
-        strength = self.strength / self.forward_density_target
-        return self._penalty.value(active, total) * self.strength + self._penalty.value(exploring, total) * strength
+        strength = self._strength / self.forward_density_target
+        return self._penalty.value(active, total) * self._strength + self._penalty.value(exploring, total) * strength
 
     @property
     def is_settled(self) -> bool:
@@ -382,14 +440,21 @@ class SparseWeight(ABC):
     def _sets_of(self, alpha: Tensor) -> tuple[Tensor, Tensor]:
         """Return θ and the tiers for other weights: A has their largest entries, B the largest of θ besides.
 
-        Where weights that are sparse already are zero, θ is kept.
+        Where weights that are sparse already are zero, θ is kept. Ties of zeros are drawn as for the first sets of a
+        run.
 
         Raises:
             NonFiniteScoresError: the weights hold NaN or infinity.
         """
         structure, sharding = self.structure, self.sharding
         active, updated = (self._units_in(to_local(members)) for members in (self.active, self.updated))
-        select, support = structure.selection(sharding), alpha != 0
+        support = alpha != 0
+
+        def draw() -> Tensor:
+            numbers = drawn(self._seed, 0, self.name, structure.grid(self.shape))
+            return structure.part_of(numbers, sharding).to(alpha.device)
+
+        select = structure.selection(sharding, draw)
         first = select(structure.scores(alpha.abs(), sharding), (active,)).bool()
         theta = alpha
         if int(sharding.sum(torch.count_nonzero(support))) <= int(self.active_entries):

@@ -334,7 +334,8 @@ class PackedWeight(SparseWeight):
         """Load dense weights from a state dict; the network then computes with those of them that are in A.
 
         Weights that are zero outside the present A only change its values. For other weights the sets are chosen again:
-        A are the largest entries. If the weights were sparse already, θ is kept where they are zero.
+        A are the largest entries. If the weights were sparse already, θ is kept where they are zero. Ties of zeros are
+        drawn as for the first sets of a run.
 
         Raises:
             NonFiniteScoresError: the weights hold NaN or infinity.

@@ -286,6 +286,7 @@ def test_a_run_resumed_with_a_model_that_was_loaded_before_equals_the_whole_one(
 
 
 @rules
+@pytest.mark.filterwarnings("ignore:the run has ended before its sparsities")
 def test_a_resumed_fit_equals_the_whole_one(rule, tmp_path):
     def fit(epochs, ckpt_path=None):
         rule_or_ramp = rule if isinstance(rule, dict) else {"rule": rule, "strength": None}

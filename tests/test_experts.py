@@ -24,7 +24,7 @@ from lightning_topkast.export import load_sparse, save_sparse
 from lightning_topkast.layers import SparseLayer, to_dense
 from lightning_topkast.method.structure import Block
 from lightning_topkast.method.targets import find_targets
-from lightning_topkast.reference import largest
+from lightning_topkast.reference import draw, largest
 from lightning_topkast.settings import Settings
 from tests.helpers import OPTIMIZERS, same
 
@@ -216,9 +216,11 @@ def test_every_expert_has_its_largest_entries_exactly(values, storage):
     magnitudes = theta.abs().flatten(1).tolist()
     weight = TopKast(module, 0.75, 0.5, storage=storage, include=["theta"]).weights["theta"]
     active, updated = round(0.25 * 35), round(0.5 * 35)
+    lots = torch.tensor(draw(0, 0, "theta", (4, 5, 7))).view(4, 35).tolist()
     for expert, entries in enumerate(magnitudes):
-        assert weight.active[expert].flatten().nonzero().flatten().tolist() == sorted(largest(entries, active))
-        assert weight.updated[expert].flatten().nonzero().flatten().tolist() == sorted(largest(entries, updated))
+        for members, count in ((weight.active, active), (weight.updated, updated)):
+            expected = sorted(largest(entries, count, lots[expert]))
+            assert members[expert].flatten().nonzero().flatten().tolist() == expected
     assert (weight.active_count, weight.updated_count) == (4 * active, 4 * updated)
 
 

@@ -343,6 +343,7 @@ def test_to_dense_gives_the_ordinary_layers_back(kind):
 @pytest.mark.parametrize(
     "way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
 )
+@pytest.mark.filterwarnings("ignore:.* was copied while it is trained")
 def test_a_copy_is_a_model_of_its_own(kind, way):
     make_model, inputs, _, options = MODELS[kind]
     run = Run("packed", make_model=make_model, inputs=inputs, **options)

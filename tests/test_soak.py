@@ -205,6 +205,7 @@ def dense_momentum(topkast, optimizer):
 
 
 @pytest.mark.parametrize("way", ["step", "save", "detach", "copy", "pickle"])
+@pytest.mark.filterwarnings("ignore:.* was copied while it is trained")
 def test_momenta_of_a_packed_weight_follow_others_that_are_loaded_whatever_comes_next(way):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 16))

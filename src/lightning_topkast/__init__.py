@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from lightning_topkast.callback import TopKastCallback
     from lightning_topkast.engine.optimizers import register_optimizer
     from lightning_topkast.errors import NonFiniteWeightError, TopKastError
-    from lightning_topkast.layers import to_csr, to_dense
+    from lightning_topkast.layers import dense_copy, to_csr, to_dense
     from lightning_topkast.method.penalty import L1, L2, Norm, Penalty
     from lightning_topkast.method.rule import Magnitude, Rule
     from lightning_topkast.method.schedule import Ramp, Schedule
@@ -52,6 +52,7 @@ __all__ = [
     "TopKast",
     "TopKastCallback",
     "TopKastError",
+    "dense_copy",
     "register_optimizer",
     "sparse_all_reduce",
     "to_csr",
@@ -88,6 +89,7 @@ _HOMES = {
     "TopKast": "topkast",
     "TopKastCallback": "callback",
     "TopKastError": "errors",
+    "dense_copy": "layers",
     "register_optimizer": "engine.optimizers",
     "sparse_all_reduce": "training.all_reduce",
     "to_csr": "layers",

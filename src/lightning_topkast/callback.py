@@ -312,7 +312,7 @@ class TopKastCallback(Callback):
         if self.topkast is not None and stage == "fit":
             self.topkast.detach()
             self.topkast.on_refresh(None)
-            self._handover.leave(trainer, self.state_dict())
+            self._handover.leave(trainer, self.state_dict)
 
     def _restore_sparsity(self) -> None:
         if self._averages is not None and self.topkast is not None:

@@ -1,6 +1,5 @@
 """Writing ONNX files and running them."""
 
-import copy
 import logging
 import warnings
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.export.files import check_target, new_file, optional
 from lightning_topkast.export.state import is_sparse, nbytes, tensors_of
-from lightning_topkast.layers import to_dense
+from lightning_topkast.layers import dense_copy
 
 _LARGEST = 2**31 - 2**20  # largest size of the weights in a protobuf, in bytes
 
@@ -42,7 +41,7 @@ def save_onnx(
     optional("onnxscript")
     if (size := nbytes(tensors_of(model))) > _LARGEST:
         raise TopKastError(f"expected at most 2 GiB of weights, the limit of an ONNX file, got {size:,} bytes")
-    plain = to_dense(copy.deepcopy(model)).cpu().eval()
+    plain = dense_copy(model).cpu().eval()
     inputs = (
         example.cpu() if len(example) > 1 else torch.cat([example.cpu()] * 2)
     )  # torch.export treats a batch size of 1 as a constant

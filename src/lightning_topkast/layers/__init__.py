@@ -5,6 +5,7 @@ from lightning_topkast.layers.kinds import product_of
 from lightning_topkast.layers.sparse_layer import (
     SparseLayer,
     StackLayer,
+    dense_copy,
     pack_layer,
     packed_weights,
     to_dense,
@@ -14,6 +15,7 @@ from lightning_topkast.layers.sparse_layer import (
 __all__ = [
     "SparseLayer",
     "StackLayer",
+    "dense_copy",
     "pack_layer",
     "packed_weights",
     "product_of",

@@ -75,11 +75,11 @@ class SparseLayer(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """Return a copy; warn while the layer is trained, since an average with copies would mix entries."""
-        if any(weight.is_trained for weight in self.packed_weights.values()):
+        if not _copying_to_dense and any(weight.is_trained for weight in self.packed_weights.values()):
             warnings.warn(
                 f"a {type(self).__name__} was copied while it is trained. The order of its values changes at every "
-                "refresh, so an average of parameters or of state dicts would mix entries: average into a dense copy, "
-                "`to_dense(deepcopy(model))`, from the `weight` of each layer, or use Lightning's WeightAveraging",
+                "refresh, so an average of parameters or of state dicts would mix entries: average into a "
+                "`dense_copy(model)` from the `weight` of each layer, or use Lightning's WeightAveraging",
                 stacklevel=2,
             )
         make, arguments, state = self.__reduce_ex__(4)
@@ -200,6 +200,20 @@ def _flat_weights(self: nn.RNNBase) -> list[Tensor | None]:
 def _empty(plain: type[nn.Module], kind: type[SparseLayer], names: tuple[str, ...]) -> nn.Module:
     cls = _class_of(plain, kind, names)
     return cls.__new__(cls)
+
+
+_copying_to_dense = False
+
+
+def dense_copy(model: nn.Module) -> nn.Module:
+    """Return a copy of a model with ordinary layers instead of packed ones; their weights are α."""
+    global _copying_to_dense
+    _copying_to_dense = True
+    try:
+        copied = deepcopy(model)
+    finally:
+        _copying_to_dense = False
+    return to_dense(copied)
 
 
 def to_dense(model: nn.Module) -> nn.Module:

@@ -1,9 +1,10 @@
 """What outlives a `fit`: engines that a module keeps, and the state that a launched process leaves behind."""
 
+import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -66,16 +67,17 @@ class Handover:
 
     def __init__(self) -> None:
         self._folder = Path(tempfile.gettempdir(), f"topkast-{uuid.uuid4().hex}")
+        self._launcher = os.getpid()
 
-    def leave(self, trainer: Trainer, state: dict[str, Any]) -> None:
+    def leave(self, trainer: Trainer, state: Callable[[], dict[str, Any]]) -> None:
         """Write the state of the process with rank 0, if the Trainer has launched it."""
         if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) and trainer.is_global_zero:
             self._folder.mkdir(mode=0o700)
-            torch.save(state, self._folder / "state.pt")
+            torch.save(state(), self._folder / "state.pt")
 
     def fetch(self) -> dict[str, Any] | None:
-        """Return the state that was left, once, or None."""
-        if not self._folder.is_dir():
+        """Return the state that was left, once, or None; always None in a process that was launched."""
+        if os.getpid() != self._launcher or not self._folder.is_dir():
             return None
         state: dict[str, Any] = torch.load(self._folder / "state.pt", weights_only=True)
         shutil.rmtree(self._folder)

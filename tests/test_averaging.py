@@ -115,6 +115,7 @@ def test_order_of_the_callbacks_makes_no_difference(tmp_path, average):
 
 @ORDERS
 @pytest.mark.parametrize("average", ["mean", "ema", "rare ema", "swa"])
+@pytest.mark.slow
 def test_averaged_run_resumes_bit_for_bit(tmp_path, average, topkast_first):
     def start():
         callback = make_callback(strength=1e-2)

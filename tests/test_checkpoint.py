@@ -301,6 +301,7 @@ torch.save((parameters_of(model), callback.topkast.state_dict()), "resumed.pt")
 """
 
 
+@pytest.mark.slow
 def test_run_resumes_bit_for_bit_in_a_new_process(tmp_path):
     def parts():
         return make_callback(update_every=3, strength=1e-2), make_net(optimizer="adamw", lr=0.05)

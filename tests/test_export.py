@@ -403,6 +403,7 @@ def network():
 
 
 @pytest.mark.parametrize(("storage", "stored_sparse"), [("masked", False), ("packed", True)])
+@pytest.mark.slow
 def test_onnxruntime_computes_what_the_model_does(storage, stored_sparse, tmp_path):
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)

@@ -195,6 +195,7 @@ def test_state_itself_is_taken(storage):
 @pytest.mark.parametrize("storage", ["masked", "packed"])
 @given(seed=st.integers(0, 2**32))
 @settings(max_examples=120, deadline=None, derandomize=True, database=None)
+@pytest.mark.slow
 def test_state_that_was_tampered_with_is_refused_or_harmless(storage, seed):
     state, rng = load(saved(storage)[2]), random.Random(seed)
     for _ in range(rng.choice([1, 1, 1, 2, 4])):
@@ -293,6 +294,7 @@ def test_what_is_no_state_is_refused(state):
 @pytest.mark.parametrize("storage", ["masked", "packed"])
 @given(seed=st.integers(0, 2**32))
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@pytest.mark.slow
 def test_file_with_damaged_bytes_is_refused_or_harmless(storage, seed):
     rng, data = random.Random(seed), bytearray(saved(storage)[2])
     if rng.random() < 0.3:

@@ -379,6 +379,7 @@ def test_learning_rate_finder_restores_the_model_and_training_follows(tmp_path):
 
 @TUNER_WARNINGS
 @pytest.mark.parametrize("mode", ["power", "binsearch"])
+@pytest.mark.slow
 def test_batch_size_finder_restores_the_model_and_training_follows(tmp_path, mode):
     plain = Tunable()
     Tuner(make_trainer(tmp_path, enable_checkpointing=True)).scale_batch_size(

@@ -407,6 +407,7 @@ def test_in_place_activations_are_allowed(kernels):
 
 
 @pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.slow
 def test_compiles_into_one_graph(kernels, transposed):
     layer = make_layer((30, 30), transposed=transposed)
     other = make_layer((30, 30), seed=1, bias=False)

@@ -121,6 +121,7 @@ def test_200_steps_give_the_masked_weights(make_optimizer, storage):
 @executions
 @pytest.mark.parametrize("penalty", ["l2", "l1", "norm"])
 @pytest.mark.parametrize("changes", [{}, {"exploration": "random"}, {"distribution": "erk"}], ids=str)
+@pytest.mark.slow
 def test_other_settings_give_the_masked_weights(storage, penalty, changes):
     runs = [Run(kind, penalty=penalty, **changes) for kind in ("masked", storage)]
     for run in runs:
@@ -131,6 +132,7 @@ def test_other_settings_give_the_masked_weights(storage, penalty, changes):
 
 @executions
 @optimizers
+@pytest.mark.slow
 def test_accumulation_and_clipping_give_the_masked_weights(make_optimizer, storage):
     runs = [Run(kind, make_optimizer) for kind in ("masked", storage)]
     for run in runs:
@@ -140,6 +142,7 @@ def test_accumulation_and_clipping_give_the_masked_weights(make_optimizer, stora
 
 @executions
 @optimizers
+@pytest.mark.slow
 def test_exploration_stops_as_in_masked_mode(make_optimizer, storage):
     runs = [Run(kind, make_optimizer, stop_exploring_at=14) for kind in ("masked", storage)]
     for run in runs:

@@ -56,6 +56,7 @@ def is_running(pid: int) -> bool:
     return state != "Z"
 
 
+@pytest.mark.slow
 def test_a_test_that_times_out_ends_all_that_it_started(tmp_path):
     script, file = tmp_path / "hanging.py", tmp_path / "test_hanging.py"
     script.write_text(HANGING)

@@ -19,6 +19,9 @@ from tests.ranks import RIGL, VARYING
 from tests.reductions import ALIKE, ALIKE_OF_3, FIRST, LOSSY, SECOND
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """Gives what ranks.py leaves of so many ranks; it runs once for each number."""
@@ -38,7 +41,7 @@ def ranks(tmp_path_factory):
     return ranks
 
 
-@pytest.fixture(params=[2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.fixture(params=[2, 3])
 def found(request, ranks):
     return ranks(request.param)
 
@@ -124,7 +127,7 @@ def test_ranks_train_as_one_process_on_all_shares(found, tmp_path):
 
 alike = pytest.mark.parametrize(
     ("world", "name"),
-    [(2, name) for name in ALIKE] + [pytest.param(3, name, marks=pytest.mark.slow) for name in ALIKE_OF_3],
+    [(2, name) for name in ALIKE] + [(3, name) for name in ALIKE_OF_3],
 )
 
 

@@ -136,6 +136,7 @@ def test_a_gradient_accumulation_scheduler_is_counted_exactly(tmp_path, limits, 
 @pytest.mark.parametrize("name", ["accumulating, epochs", "five critics, epochs", "five critics, steps"])
 @pytest.mark.parametrize("storage", ["masked", "packed"])
 @pytest.mark.parametrize("stop_at", [4, 12])  # batches; gradients that are still being accumulated are not saved
+@pytest.mark.slow
 def test_a_resumed_run_plans_the_same(tmp_path, name, storage, stop_at):
     make, limits, _ = RUNS[name]
 

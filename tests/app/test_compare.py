@@ -217,6 +217,7 @@ def test_last_line_of_the_error_says_what_failed(code, printed, said):
     assert what_failed(code, printed) == said
 
 
+@pytest.mark.slow
 def test_diverged_run_is_counted_and_not_repeated(compare, tmp_path):
     grid = ["sparsity=dense", "optimizer=sgd", "optimizer.lr=1e30", "scheduler=none", "seed=0,1", *TINY]
     code, _, _ = compare(*grid)

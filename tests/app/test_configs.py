@@ -77,6 +77,7 @@ NEEDS: dict[tuple[str, str], list[str]] = {
 @pytest.mark.usefixtures("unchecked_cifar10")
 @pytest.mark.filterwarnings("ignore:Using .DistributedSampler. with the dataloaders:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*profiler.*:UserWarning")
+@pytest.mark.slow
 def test_option_trains(group, option, composed, data_dir):
     overrides = [f"paths.data_dir={data_dir}", f"{group}={option}", *NEEDS.get((group, option), [])]
     score = train(composed(*overrides, "trainer.fast_dev_run=true"))

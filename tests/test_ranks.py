@@ -18,7 +18,6 @@ from tests.helpers import MIDDLE, Net, fit, make_callback, make_trainer, paramet
 from tests.ranks import RIGL, VARYING
 from tests.reductions import ALIKE, ALIKE_OF_3, FIRST, LOSSY, SECOND
 
-
 pytestmark = pytest.mark.slow
 
 

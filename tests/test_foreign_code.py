@@ -11,7 +11,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
 from torch import nn
 
-from lightning_topkast import TopKast, TopKastError
+from lightning_topkast import Packed, TopKast, TopKastError
 from tests.helpers import (
     MIDDLE,
     Batches,
@@ -321,6 +321,92 @@ def test_test_of_the_best_checkpoint_changes_what_is_saved_and_trained_as_one(tm
     check_sparse(callback.topkast)
 
 
+def test_load_that_fails_leaves_nothing_to_take_over():
+    model = make_net().layers
+    topkast = TopKast(model, 0.75, 0.5, penalty=None)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    topkast.attach(optimizer)
+    before = topkast.weights["2.weight"].active
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        model.load_state_dict(model.state_dict() | {"2.weight": torch.ones(3, 3)})
+    with torch.no_grad():
+        model[2].weight.add_(1.0)
+    with pytest.warns(UserWarning, match=WRITTEN):
+        topkast.accept_writes()
+    assert torch.equal(topkast.weights["2.weight"].active, before)
+
+
+def test_dense_weights_loaded_while_detached_are_chosen_from_by_magnitude():
+    model = make_net().layers
+    topkast = TopKast(model, 0.75, 0.5, penalty=None)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    topkast.attach(optimizer).detach()
+    values = torch.randn(16, 16)
+    model.load_state_dict(model.state_dict() | {"2.weight": values})
+    topkast.attach(optimizer)
+    largest = torch.topk(values.abs().flatten(), 64).indices.sort().values
+    assert torch.equal(topkast.weights["2.weight"].active.flatten().nonzero().flatten(), largest)
+
+
+@pytest.mark.parametrize("kind", ["masked", "packed", "compact"])
+@pytest.mark.filterwarnings("ignore:the network has computed with entries")
+def test_weights_swapped_in_for_validation_and_back_leave_no_trace(tmp_path, kind):
+    class Swap(Callback):
+        def on_validation_epoch_start(self, trainer, pl_module):
+            self.backup = copy.deepcopy(pl_module.state_dict())
+            generator = torch.Generator().manual_seed(trainer.current_epoch)
+            pl_module.load_state_dict(self.backup | {MIDDLE: torch.randn(16, 16, generator=generator)})
+
+        def on_validation_epoch_end(self, trainer, pl_module):
+            pl_module.load_state_dict(self.backup)
+
+    found = []
+    for others in ([], [Swap()]):
+        storage = {"storage": kind} if kind != "compact" else {"storage": Packed(products="dense")}
+        callback = make_callback(**({"kernels": "torch"} if kind == "packed" else {}), **storage)
+        fit(make_trainer(tmp_path, callback, *others, max_epochs=4), make_net(optimizer="adam", lr=0.01))
+        found.append((thetas(callback.topkast), weight_of(callback).tiers))
+    assert same(*found)
+
+
+def test_reloaded_state_is_taken_over_beside_an_average(tmp_path):
+    from lightning.pytorch.callbacks import StochasticWeightAveraging
+
+    callback, back = make_callback(update_every=2), Back(lambda module, best: module.load_state_dict(best))
+    average = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=4, annealing_epochs=1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning.pytorch|torch.optim")
+        fit(make_trainer(tmp_path, back, callback, average, max_epochs=5), make_net(lr=0.01))
+    assert not bool(((back.best[MIDDLE] != 0) & (back.after[MIDDLE] == 0)).any())
+
+
+def test_memory_with_gaps_is_refused():
+    model = make_net().layers
+    topkast = TopKast(model, 0.75, 0.5, penalty=None)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    topkast.attach(optimizer)
+    wide = torch.zeros(16, 32)
+    wide[:, :16] = model[2].weight.detach()
+    model[2].weight.data = wide[:, :16]
+    model(torch.randn(4, 6)).square().mean().backward()
+    with pytest.raises(TopKastError, match=r"gave its parameter memory with gaps"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("what", ["layer", "parameter"])
+def test_replaced_parameter_is_refused_by_name(tmp_path, storage, what):
+    def replace(trainer, pl_module):
+        if what == "layer":
+            pl_module.layers[2] = nn.Linear(16, 16)
+        else:
+            pl_module.layers[2]._parameters["weight"] = nn.Parameter(torch.randn(16, 16))
+        trainer.strategy.setup_optimizers(trainer)
+
+    ours = r"no longer holds the parameters of the sparse weights layers\.2\.weight"
+    with pytest.raises((TopKastError, ValueError, RuntimeError), match=f"{ours}|expected 1-D values"):
+        fit(make_trainer(tmp_path, make_callback(), AtBatchEnd(replace, at=2)), make_net())
+
+
 # --- optimizers -------------------------------------------------------------------------------------------------------
 
 
@@ -489,6 +575,26 @@ def test_manual_clipping_sees_the_masked_gradient(tmp_path):
         automatic[kind] = weight_of(callback).theta()
     assert torch.allclose(manual["masked"], automatic["masked"], atol=1e-6)
     assert torch.allclose(manual["packed"], manual["masked"], atol=1e-6)
+
+
+def test_step_that_was_interrupted_does_not_hide_those_of_another_optimizer():
+    model = make_net().layers
+    topkast = TopKast(model, 0.75, 0.5, update_every=3, penalty=None)
+    first = torch.optim.SGD(model.parameters(), lr=0.1)
+    topkast.attach(first)
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        first.step(interrupted)
+    second = torch.optim.SGD(model.parameters(), lr=0.1)
+    for x, _ in batches(6):
+        second.zero_grad()
+        model(x).square().mean().backward()
+        second.step()
+    assert (topkast.step_count, topkast.refresh_count) == (6, 2)
+    check_sparse(topkast)
 
 
 def test_compiled_step_trains_sparse():

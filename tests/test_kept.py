@@ -101,6 +101,56 @@ def test_second_stage_with_other_settings_begins_with_theta(tmp_path, storage):
     assert second.topkast.weights[MIDDLE].active_count == 26
 
 
+class TwoHidden(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers.insert(3, nn.Linear(16, 16))
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_second_stage_with_other_weights_leaves_the_first_ones_sparse_or_says_so(tmp_path, storage, frozen):
+    torch.manual_seed(0)
+    model, first = TwoHidden(), make_callback(include=["layers.2.weight"])
+    fit(make_trainer(tmp_path, first), model)
+    before = model.state_dict()["layers.2.weight"].clone()
+    if frozen:
+        first.topkast.weights["layers.2.weight"].parameter.requires_grad_(False)
+    second = make_callback(include=["layers.3.weight"])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(make_trainer(tmp_path, second), model)
+    told = [str(each.message) for each in caught if "were kept sparse in an earlier fit" in str(each.message)]
+    assert len(told) == (not frozen)
+    assert all("layers.2.weight" in each for each in told)
+    if frozen:
+        assert torch.equal(model.state_dict()["layers.2.weight"], before)
+    check_sparse(second.topkast)
+
+
+def test_callback_of_an_earlier_run_resumes_another_model_as_a_new_one_does(tmp_path, storage):
+    callback = make_callback()
+    fit(make_trainer(tmp_path, callback), make_net()).save_checkpoint(tmp_path / "a.ckpt")
+    fit(make_trainer(tmp_path, callback), callback.topkast.model)  # on, past the checkpoint
+    found = []
+    for each in (callback, make_callback()):
+        fit(make_trainer(tmp_path, each, max_epochs=4), make_net(seed=3), ckpt_path=tmp_path / "a.ckpt")
+        found.append((thetas(each.topkast), each.topkast.step_count, each.topkast.refresh_count))
+    assert same(*found)
+
+
+def test_setup_of_another_callback_that_fails_leaves_the_module_as_it_was(tmp_path):
+    class Bad(Callback):
+        def setup(self, trainer, pl_module, stage):
+            raise RuntimeError("no such device")
+
+    model = make_net()
+    with pytest.raises(RuntimeError, match="no such device"):
+        fit(make_trainer(tmp_path, make_callback(storage="packed"), Bad()), model)
+    assert "setup" not in model.__dict__
+    fit(make_trainer(tmp_path), model)
+    assert type(model.layers[2]) is nn.Linear
+
+
 def test_copies_of_a_trained_module_hold_no_engine(tmp_path):
     callback, model = make_callback(), make_net()
     fit(make_trainer(tmp_path, callback), model)
@@ -135,6 +185,13 @@ def test_run_in_launched_processes_leaves_its_state_to_their_parent(tmp_path, st
     one, two = saved(tmp_path / "a.ckpt", callback)[MIDDLE], saved(tmp_path / "b.ckpt", whole)[MIDDLE]
     assert torch.equal(one["tiers"], two["tiers"])
     assert torch.allclose(one["latent"], two["latent"], atol=1e-6)
+    # and so does another run of the same callback in launched processes, in which nobody asks for the state in between
+    if strategy == "ddp_fork":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for _ in range(2):
+                fit(make_trainer(tmp_path, callback, strategy=strategy, devices=1), model)
+        assert int((callback.state_dict()["weights"][MIDDLE]["latent"] != 0).sum()) == 256 - 64
     # and a fit in this process goes on from there
     again = make_trainer(tmp_path, callback)
     start = {}

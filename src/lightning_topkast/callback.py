@@ -21,7 +21,7 @@ from lightning_topkast.topkast import TopKast
 from lightning_topkast.training.all_reduce import Hook, register, sparse_all_reduce_of
 from lightning_topkast.training.averages import SparseAverages, callbacks_of, copy_again
 from lightning_topkast.training.kept import Handover, keep, kept_engine
-from lightning_topkast.training.module import after_setup, warn_of_packed_in_loss
+from lightning_topkast.training.module import after_setup, undo_after_setup, warn_of_packed_in_loss
 from lightning_topkast.training.run_length import RunLength, estimated_steps, warn_if_unfinished
 from lightning_topkast.training.sharded_checkpoint import move_shards_out, saves_shards, with_shards
 
@@ -55,6 +55,7 @@ class TopKastCallback(Callback):
         self._run_length: RunLength | None = None  # where only the run shows it
         self._new: TopKast | None = None  # an engine whose training has not started
         self._fits = self._saves_shards = False
+        self._is_own_model = False  # whether a checkpoint is loaded into the model of `topkast`
         self._steps_seen = 0, 0  # the Trainer's and ours, at the last batch
         self._looked_at_graph = False
         self._handover = Handover()
@@ -68,8 +69,8 @@ class TopKastCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what is not supported before anything is built, and see to it that packed layers are built in time."""
-        self._saved_state = self._handover.fetch() or self._saved_state
         self._fits = stage == "fit"
+        self._saved_state = self._handover.fetch(begins=self._fits) or self._saved_state
         if stage == "fit" and isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
             raise TopKastError(
                 f"{type(trainer.strategy).__name__} is not supported: it flattens weights into shards in which single "
@@ -213,9 +214,10 @@ class TopKastCallback(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Restore sparsity, since other callbacks may have written to the weights after our hooks; plan again."""
-        self._restore_sparsity()
+        if self._averages is not None:
+            self._averages.update()
         if self.topkast is not None:
-            self.topkast.accept_writes()
+            self.topkast.accept_writes(averaged=self._averages is not None)
         if self._run_length is not None:
             self._run_length.correct(trainer)
 
@@ -244,6 +246,8 @@ class TopKastCallback(Callback):
         if self.topkast is not None:
             steps, self._steps_seen = self._steps_seen, (trainer.global_step, self.topkast.hooked_steps)
             stepped, hooked = (now != before for now, before in zip(self._steps_seen, steps, strict=True))
+            if stepped and not hooked:
+                self.topkast.check_held()
             if stepped and not hooked and self.topkast.was_written:
                 kinds = ", ".join(type(getattr(each, "optimizer", each)).__name__ for each in trainer.optimizers)
                 raise TopKastError(
@@ -299,6 +303,7 @@ class TopKastCallback(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """End an interrupted step, since other callbacks may save a checkpoint and no teardown follows."""
+        undo_after_setup(pl_module)
         if self._new is not None:  # training was refused, so the model becomes what it was
             self._new.release()
             self._new = None
@@ -325,7 +330,7 @@ class TopKastCallback(Callback):
         """Return the engine's state: tensors and primitives only."""
         self._saved_state = self._handover.fetch() or self._saved_state
         engine = self._new or self.topkast
-        if self._saved_state is not None or engine is None:
+        if engine is None or (self._saved_state is not None and not engine.is_attached):
             return self._saved_state or {}
         state = engine.state_dict(gathered=not self._saves_shards)
         return state if self._run_length is None else state | {"run_length": self._run_length.state_dict()}
@@ -337,8 +342,12 @@ class TopKastCallback(Callback):
         learning rate finder), and if a checkpoint is tested after the run.
         """
         self._saved_state = state_dict
-        engine = self._new or self.topkast
-        if engine is None or not state_dict or self._saves_shards:
+        engine = self._new or (self.topkast if self._is_own_model else None)
+        if engine is None or not state_dict:
+            return
+        if self._saves_shards:
+            if engine.is_attached:
+                raise TopKastError("a sharded checkpoint cannot be restored in the middle of a run; start a new fit")
             return
         try:
             engine.load_state_dict(state_dict, with_optimizers=self._fits)
@@ -353,6 +362,7 @@ class TopKastCallback(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
         """Refuse to resume from a sparse checkpoint whose sets would be silently lost."""
+        self._is_own_model = self.topkast is not None and self.topkast.model is pl_module
         saved = [key for key in checkpoint.get("callbacks", {}) if key.startswith(type(self).__qualname__)]
         if trainer.state.fn == TrainerFn.FITTING and saved and self.state_key not in saved:
             raise TopKastError(

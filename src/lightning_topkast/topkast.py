@@ -198,6 +198,22 @@ class TopKast:
         held = {id(parameter) for parameter in self.model.parameters()}
         return all(id(weight.parameter) in held for weight in self._weights.values())
 
+    def check_held(self) -> None:
+        """Refuse to go on if the model no longer holds a sparse weight's parameter.
+
+        Raises:
+            TopKastError: other code has replaced a parameter or its layer.
+        """
+        _reshard(self.model)
+        held = {id(parameter) for parameter in self.model.parameters()}
+        gone = [name for name, weight in self._weights.items() if id(weight.parameter) not in held]
+        if gone:
+            raise TopKastError(
+                f"the model no longer holds the parameters of the sparse weights {', '.join(gone[:5])}, since other "
+                "code has replaced them or their layers during training; write new values into the parameters "
+                "instead, or replace layers between two fits"
+            )
+
     @property
     def is_intact(self) -> bool:
         """Whether the model still holds these parameters, as sparse as A; a collective if any of them is sharded."""
@@ -308,13 +324,13 @@ class TopKast:
         for weight in self._weights.values():
             weight.is_trained = False
         unwatch_steps(self)
-        for watch in self._watches:
-            watch.remove()
-        self._watches = []
 
     def release(self) -> None:
         """Put every stored θ back into the model, which is dense afterwards; this engine cannot be used again."""
         self.detach()
+        for watch in self._watches:
+            watch.remove()
+        self._watches = []
         _reshard(self.model)
         for target in self._targets:
             if target.name in self._weights:
@@ -384,7 +400,9 @@ class TopKast:
             weight.restore_sparsity()
 
     @torch.no_grad()
-    def accept_writes(self, weights: Iterable[SparseWeight] | None = None, closely: bool = False) -> None:
+    def accept_writes(
+        self, weights: Iterable[SparseWeight] | None = None, closely: bool = False, averaged: bool = False
+    ) -> None:
         """Accept what other code wrote to the weights since the last step, so that the network is sparse again.
 
         Weights that are sparse, or that `load_state_dict` has loaded, become the model's; see
@@ -394,6 +412,8 @@ class TopKast:
         Args:
             weights: those to look at; None: all.
             closely: read all values, which finds also what was written through `parameter.data`.
+            averaged: whether an average that is kept sparse may have been copied into the model, for which no warning
+                is due.
 
         Raises:
             NonFiniteWeightError: a weight that was loaded holds NaN or infinity.
@@ -401,6 +421,9 @@ class TopKast:
         strays: dict[str, int] = {}
         for weight in self._weights.values() if weights is None else weights:
             if weight.is_settled and (weight.was_written or (closely and weight.stray_entries)):
+                if averaged and not weight.was_loaded:
+                    weight.restore_sparsity()
+                    continue
                 try:
                     count = weight.take_over()
                 except NonFiniteScoresError:
@@ -427,7 +450,12 @@ class TopKast:
         if self._warned_of_dense_pass:
             return
         written = [weight for weight in self._weights.values() if weight.is_settled and weight.was_written]
-        strays = {weight.name: count for weight in written if (count := weight.stray_entries)}
+        strays = {
+            weight.name: count
+            for weight in written
+            # weights that are as sparse, with other entries, will be taken over
+            if int(weight.nonzero_entries) > int(weight.active_entries) and (count := weight.stray_entries)
+        }
         if strays:
             self._warned_of_dense_pass = True
             warnings.warn(

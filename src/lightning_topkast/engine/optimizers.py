@@ -165,13 +165,14 @@ def check_hidden_state(optimizer: Optimizer, weights: Mapping[str, nn.Parameter]
     if known(optimizer) is not None or type(optimizer).__module__.startswith("torch.optim"):
         return
     shapes = {parameter.shape: name for name, parameter in weights.items() if parameter.numel() > 1}
-    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    gradients = {id(p.grad) for group in optimizer.param_groups for p in group["params"]}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    own = {to_local(each.detach()).data_ptr() for each in (*parameters, *gradients)}
     for attribute, value in vars(optimizer).items():
         if attribute in ("state", "param_groups"):
             continue
         for tensor in tensors_in(value, depth=4):
-            if tensor.shape in shapes and id(tensor) not in own | gradients:
+            if tensor.shape in shapes and to_local(tensor.detach()).data_ptr() not in own:
                 raise TopKastError(
                     f"{type(optimizer).__name__} keeps a tensor in the shape of '{shapes[tensor.shape]}' in its "
                     f"'{attribute}', outside its state, where it is neither reset nor moved with the sets; use an "
@@ -193,8 +194,11 @@ def tensors_in(value: Any, depth: int = 2) -> Iterator[Tensor]:
 
 def inner_optimizers(optimizer: Any) -> list[Optimizer]:
     """Return the optimizers that a wrapper holds as attributes."""
-    held = (getattr(optimizer, "__dict__", None) or {}).values()
-    return [each for each in held if isinstance(each, Optimizer) and each is not optimizer]
+    found: list[Optimizer] = []
+    for value in (getattr(optimizer, "__dict__", None) or {}).values():
+        held = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+        found += [each for each in held if isinstance(each, Optimizer) and each is not optimizer]
+    return found
 
 
 def calls_hooks(optimizer: Optimizer) -> bool:

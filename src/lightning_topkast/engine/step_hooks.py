@@ -156,7 +156,6 @@ class StepHooks:
 
     def prepare_step(self) -> None:
         """Mask the gradients of the next step, so that the step itself need not mask them."""
-        self._stepping = None  # an earlier step may have raised an error
         self.mask_gradients()
         self._gradients_masked = True
 
@@ -209,9 +208,9 @@ class StepHooks:
         return (args[0], wrapped, *args[2:]), kwargs
 
     def _is_inside_another(self, optimizer: Optimizer) -> bool:
-        """Return whether this is a step within the step of another optimizer."""
+        """Return whether this is a step within the step of an optimizer that wraps this one."""
         outer = None if self._stepping is None else self._stepping()
-        return outer is not None and outer is not optimizer
+        return outer is not None and any(each is optimizer for each in inner_optimizers(outer))
 
     def _opening_after(self, closure: Callable[[], Any], optimizer: Optimizer) -> Callable[[], Any]:
         evaluated = False

@@ -61,7 +61,8 @@ class _BeforeLoading:
         self, module: nn.Module, state: Mapping[str, Any], prefix: str, metadata: Mapping[str, Any], *rest: Any
     ) -> None:
         weight = self._weight()
-        if weight is None or prefix + self._name not in state:
+        loaded = state.get(prefix + self._name)
+        if weight is None or getattr(loaded, "shape", None) != weight.shape:  # which load_state_dict refuses
             return
         if metadata.get("assign_to_params_buffers"):
             raise TopKastError(

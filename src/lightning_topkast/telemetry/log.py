@@ -47,6 +47,7 @@ class Telemetry:
         if not (refreshed or force or self._due):
             return
         for engine in self._engines:
+            engine.check_held()
             engine.accept_writes(closely=True)
         penalty = torch.stack([engine.penalty() for engine in self._engines]).sum()
         metrics = measured_metrics(self._engines) | self._of_sets | {f"{PREFIX}/penalty": penalty}

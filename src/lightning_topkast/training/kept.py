@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_topkast.method.targets import find_targets
 from lightning_topkast.settings import Settings
 from lightning_topkast.topkast import TopKast
 
@@ -35,8 +37,9 @@ def keep(pl_module: LightningModule, topkast: TopKast) -> None:
 def kept_engine(pl_module: LightningModule, settings: Settings, others: Collection[Settings]) -> TopKast | None:
     """Return the engine of an earlier `fit` with the same settings, if the model is still as that `fit` left it.
 
-    An engine that no callback goes on with gives θ back to the model, so that a second stage with other settings does
-    not begin with the zeros of the first.
+    An engine whose weights the callback is to make sparse with other settings gives θ back to the model, so that a
+    second stage does not begin with the zeros of the first. Weights of other engines stay as they are; if they are
+    trained without a callback, a warning says that they become dense.
 
     Args:
         pl_module: the module to be trained.
@@ -50,11 +53,22 @@ def kept_engine(pl_module: LightningModule, settings: Settings, others: Collecti
         intact = topkast.model is pl_module and topkast.is_intact
         if intact and found is None and vars(topkast.settings) == vars(settings):
             found = topkast
-            continue
-        if intact:
+        elif not intact:
+            _engines_of(pl_module).remove(topkast)
+        elif not _targets_of(pl_module, settings).isdisjoint(topkast.weights):
             topkast.release()
-        _engines_of(pl_module).remove(topkast)
+            _engines_of(pl_module).remove(topkast)
+        elif trained := [name for name, weight in topkast.weights.items() if weight.parameter.requires_grad]:
+            rank_zero_warn(
+                f"the weights {', '.join(trained[:5])} were kept sparse in an earlier fit, and no callback of this one "
+                "keeps them so: they become dense. Add a callback for them, or freeze them (requires_grad_(False))"
+            )
+            _engines_of(pl_module).remove(topkast)
     return found
+
+
+def _targets_of(pl_module: LightningModule, settings: Settings) -> set[str]:
+    return {target.name for target in find_targets(pl_module, settings.targets) if target.sparse}
 
 
 def _engines_of(pl_module: LightningModule) -> list[TopKast]:
@@ -72,13 +86,24 @@ class Handover:
     def leave(self, trainer: Trainer, state: Callable[[], dict[str, Any]]) -> None:
         """Write the state of the process with rank 0, if the Trainer has launched it."""
         if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) and trainer.is_global_zero:
-            self._folder.mkdir(mode=0o700)
-            torch.save(state(), self._folder / "state.pt")
+            self._folder.mkdir(mode=0o700, exist_ok=True)
+            torch.save(state(), self._folder / "new.pt")
+            os.replace(self._folder / "new.pt", self._folder / "state.pt")
 
-    def fetch(self) -> dict[str, Any] | None:
-        """Return the state that was left, once, or None; always None in a process that was launched."""
-        if os.getpid() != self._launcher or not self._folder.is_dir():
+    def fetch(self, begins: bool = False) -> dict[str, Any] | None:
+        """Return the state that was left, once, or None.
+
+        Args:
+            begins: whether a fit begins. Only then a launched process may read what the one before it has left, if the
+                launching process has not taken it; later it would find what its own run leaves.
+        """
+        is_launcher = os.getpid() == self._launcher
+        if not self._folder.is_dir() or not (is_launcher or begins):
             return None
         state: dict[str, Any] = torch.load(self._folder / "state.pt", weights_only=True)
-        shutil.rmtree(self._folder)
+        if is_launcher:
+            shutil.rmtree(self._folder)
         return state
+
+    def __deepcopy__(self, memo: Any) -> "Handover":
+        return Handover()  # of a callback of its own

@@ -27,7 +27,16 @@ def after_setup(pl_module: LightningModule, then: Callable[[], None]) -> None:
         setup(stage)
         then()
 
+    setup_and_then.own = own  # type: ignore[attr-defined]
     pl_module.__dict__["setup"] = setup_and_then
+
+
+def undo_after_setup(pl_module: LightningModule) -> None:
+    """Undo `after_setup`, since the setup was never reached."""
+    while hasattr(setup := pl_module.__dict__.get("setup"), "own"):
+        del pl_module.__dict__["setup"]
+        if setup.own is not None:  # type: ignore[union-attr]
+            pl_module.__dict__["setup"] = setup.own  # type: ignore[union-attr]
 
 
 def warn_of_packed_in_loss(loss: Tensor, weights: Mapping[str, SparseWeight]) -> None:

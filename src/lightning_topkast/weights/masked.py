@@ -216,6 +216,8 @@ class MaskedWeight(SparseWeight):
         self._exploring = indices(flat(tiers) == EXPLORING)
         self._never_active = torch.empty_like(self._mask, dtype=torch.bool).copy_(self._never_active)
         self.version += 1
+        if self._latent.stride() != alpha.stride():
+            raise TopKastError(f"'{self.name}': other code gave its parameter memory with gaps; make it contiguous")
 
     # --- around the optimizer's step ------------------------------------------------------------------------------
 

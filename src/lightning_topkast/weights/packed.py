@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_topkast.distributed import Sharding
-from lightning_topkast.method.selection import ACTIVE, RESERVOIR
+from lightning_topkast.method.selection import ACTIVE, RESERVOIR, NonFiniteScoresError
 from lightning_topkast.method.structure import Block
 from lightning_topkast.ops.flat import indices
 from lightning_topkast.weights.base import EntryState, SparseWeight, Traits
@@ -65,6 +65,8 @@ class PackedWeight(SparseWeight):
         self._pending: tuple[list[tuple[Tensor, Tensor]], Tensor, Layout] | None = None
         # sets that the next `apply` is likely to receive, with their layout
         self._prepared: tuple[Tensor, Layout] | None = None
+        # θ, sets and telemetry of before other weights were loaded, until the next step
+        self._before_loading: tuple[Tensor, Tensor, Tensor | None, Tensor, int] | None = None
         # units that the optimizer's state belongs to, if other weights were loaded since
         self._state_units: Tensor | None = None
 
@@ -173,6 +175,7 @@ class PackedWeight(SparseWeight):
         self._pending = (writes, tiers, layout)
         self._settle()
         self.has_gathered = False
+        self._before_loading = None
 
     def _pack(self, tiers: Tensor) -> Layout:
         return make_layout(tiers, self.shape, self.structure, self.storage == "packed")
@@ -262,6 +265,7 @@ class PackedWeight(SparseWeight):
             self._penalise_(exploring, True, lr)
         values[layout.updated_count :].zero_()
         self.is_open = False
+        self._before_loading = None
         self._note_own_write()
 
     def recover(self) -> None:
@@ -329,6 +333,7 @@ class PackedWeight(SparseWeight):
         self._never_active = self._on_grid(state["never_active"]).clone()
         self._load_counts(state)
         self.is_open = False
+        self._before_loading = None
 
     def load_alpha(self, alpha: Tensor) -> None:
         """Load dense weights from a state dict; the network then computes with those of them that are in A.
@@ -341,7 +346,18 @@ class PackedWeight(SparseWeight):
             NonFiniteScoresError: the weights hold NaN or infinity.
         """
         alpha = alpha.detach().cpu().to(self._theta.dtype).contiguous()
-        theta, tiers = self._sets_of(alpha)  # refuses non-finite values, even if the sets stay the same
+        if not bool(torch.isfinite(alpha).all()):
+            raise NonFiniteScoresError("weights must be finite")
+        if not self.is_trained:
+            self._before_loading = None
+        elif self._before_loading is None:
+            theta, units, never = self.theta().view(-1), self._state_units, self._never_active.clone()
+            self._before_loading = theta, self.tiers, units, never, self.first_reservoir
+        else:  # weights that are swapped in and out again leave everything as it was
+            theta, tiers, self._state_units, never, self.first_reservoir = self._before_loading
+            self._take_over(theta, tiers)
+            self._never_active = never.clone()
+        theta, tiers = self._sets_of(alpha)
         if not bool(((alpha != 0) & ~self.active).any()):
             count = self._layout.active_count
             values = alpha.view(-1).index_select(0, self._places()[:count])

@@ -1,6 +1,7 @@
 """What outlives a fit: sets and reservoir are lost by no run, whoever makes the callback and wherever it trains."""
 
 import copy
+import sys
 import warnings
 
 import pytest
@@ -21,6 +22,7 @@ from tests.helpers import (
     make_callback,
     make_net,
     make_trainer,
+    plain_path,
     same,
     thetas,
 )
@@ -172,7 +174,8 @@ def test_what_a_launched_process_leaves_is_taken_once(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork"])
-def test_run_in_launched_processes_leaves_its_state_to_their_parent(tmp_path, storage, strategy):
+def test_run_in_launched_processes_leaves_its_state_to_their_parent(tmp_path, storage, strategy, monkeypatch):
+    monkeypatch.setattr(sys, "path", plain_path())
     callback, model = make_callback(), make_net()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -18,6 +18,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
+from loader import Resumable
 from nouns import nouns
 from torch import Tensor, nn
 
@@ -84,7 +85,7 @@ class Place:
         time.sleep(0.3)
 
 
-class Batches(list[tuple[Tensor, Tensor]]):
+class Batches(Resumable):
     """A rank's share of fixed batches, which go on in the middle of an epoch."""
 
     def __init__(self, rank: int, ranks: int) -> None:
@@ -93,18 +94,6 @@ class Batches(list[tuple[Tensor, Tensor]]):
         y = torch.stack([x[..., 0] * x[..., 1], x[..., 2].sin()], dim=-1)
         own = slice(rank * 8 // ranks, (rank + 1) * 8 // ranks)
         super().__init__(zip(x[:, own], y[:, own], strict=True))
-        self.position = 0
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for index in range(self.position, len(self)):
-            self.position = (index + 1) % len(self)
-            yield self[index]
-
-    def state_dict(self) -> dict[str, int]:
-        return {"position": self.position}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.position = state["position"]
 
 
 class Net(LightningModule):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
+from loader import Resumable
 from nouns import nouns
 from soak_cases import Case
 from soak_oracle import Oracle, expect, spread
@@ -112,23 +113,6 @@ class Task(LightningModule):
             self.observer.observe(self, optimizer)
 
 
-class Batches(list[Tensor]):
-    """A loader that goes on in the middle of an epoch."""
-
-    position = 0
-
-    def __iter__(self) -> Any:
-        for index in range(self.position, len(self)):
-            self.position = (index + 1) % len(self)
-            yield self[index]
-
-    def state_dict(self) -> dict[str, int]:
-        return {"position": self.position}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.position = state["position"]
-
-
 class Observer(Callback):
     """Lets the oracle go along, and saves once."""
 
@@ -196,7 +180,7 @@ def _fit(case: Case, folder: Path, path: Path, counts: Counter[str], ckpt_path: 
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=callbacks,
         accumulate_grad_batches=case.accumulate, gradient_clip_val=case.clip,
     )  # fmt: skip
-    batches = Batches(case.batch(step, 0) for step in range(4))
+    batches = Resumable(case.batch(step, 0) for step in range(4))
     trainer.fit(task, batches, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
     topkast = callback.topkast
     assert topkast is not None

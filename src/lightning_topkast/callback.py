@@ -121,12 +121,12 @@ class TopKastCallback(Callback):
         engines = [engine for engine in started if engine is not None]
         if len(engines) == len(started):  # the last of several callbacks to start
             self._reduce_gradients(trainer, engines)
-            leader = next(callback for callback in callbacks_of(trainer) if isinstance(callback, TopKastCallback))
+            leader = _all_of(trainer)[0]
             leader._telemetry = Telemetry(trainer, engines)
             leader._telemetry.log(force=True)
 
     def _reduce_gradients(self, trainer: Trainer, engines: Sequence[TopKast]) -> None:
-        wishes = {callback._all_reduce for callback in callbacks_of(trainer) if isinstance(callback, TopKastCallback)}
+        wishes = {callback._all_reduce for callback in _all_of(trainer)}
         if len(wishes) > 1:
             raise TopKastError(
                 "expected all TopKastCallbacks of a Trainer to have the same all_reduce, since their gradients are "
@@ -173,11 +173,11 @@ class TopKastCallback(Callback):
             topkast.restart()
 
     def _kept_engine(self, trainer: Trainer, pl_module: LightningModule) -> TopKast | None:
-        others = [c.settings for c in callbacks_of(trainer) if isinstance(c, TopKastCallback) and c is not self]
+        others = [other.settings for other in _all_of(trainer) if other is not self]
         return kept_engine(pl_module, self.settings, others)
 
     def _build(self, trainer: Trainer, pl_module: LightningModule) -> TopKast:
-        others = [c for c in callbacks_of(trainer) if isinstance(c, TopKastCallback) and c is not self]
+        others = [other for other in _all_of(trainer) if other is not self]
         engines = [other._new or (other.topkast if other._works_on(pl_module) else None) for other in others]
         taken = {name for engine in engines if engine is not None for name in engine.weights}
         return TopKast.of(pl_module, self.settings, taken)
@@ -193,11 +193,7 @@ class TopKastCallback(Callback):
 
     @staticmethod
     def _started_engines(trainer: Trainer, pl_module: LightningModule) -> list[TopKast | None]:
-        return [
-            callback.topkast if callback._works_on(pl_module) else None
-            for callback in callbacks_of(trainer)
-            if isinstance(callback, TopKastCallback)
-        ]
+        return [callback.topkast if callback._works_on(pl_module) else None for callback in _all_of(trainer)]
 
     def all_reduce_hook(self, hook: Hook) -> Hook:
         """Return a DDP communication hook that acts as `hook`, but sends only the updated set of masked weights.
@@ -290,7 +286,9 @@ class TopKastCallback(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restore sparsity, since an averaging callback copies its average into the model here; log the last values."""
-        self._restore_sparsity()
+        if self._averages is not None and self.topkast is not None:
+            self._averages.update()
+            self.topkast.restore_sparsity()
         if self._telemetry is not None:
             self._telemetry.finish()
         if self.topkast is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -318,11 +316,6 @@ class TopKastCallback(Callback):
             self.topkast.detach()
             self.topkast.on_refresh(None)
             self._handover.leave(trainer, self.state_dict)
-
-    def _restore_sparsity(self) -> None:
-        if self._averages is not None and self.topkast is not None:
-            self._averages.update()
-            self.topkast.restore_sparsity()
 
     # --- state ----------------------------------------------------------------------------------------------------
 
@@ -369,6 +362,10 @@ class TopKastCallback(Callback):
                 f"expected a checkpoint with the Top-KAST state {self.state_key}, got {'; '.join(saved)}; resume with "
                 "the include and exclude it was saved with"
             )
+
+
+def _all_of(trainer: Trainer) -> list[TopKastCallback]:
+    return [callback for callback in callbacks_of(trainer) if isinstance(callback, TopKastCallback)]
 
 
 def _parameters_of(optimizer: Optimizer) -> set[int]:

@@ -192,11 +192,11 @@ class TopKast:
         return any(hooks.needs_gradients for hooks in self._hooks)
 
     @property
-    def holds_parameters(self) -> bool:
-        """Whether the model still holds the parameters of all sparse weights."""
+    def _gone(self) -> list[str]:
+        """Names of the sparse weights whose parameters the model no longer holds."""
         _reshard(self.model)
         held = {id(parameter) for parameter in self.model.parameters()}
-        return all(id(weight.parameter) in held for weight in self._weights.values())
+        return [name for name, weight in self._weights.items() if id(weight.parameter) not in held]
 
     def check_held(self) -> None:
         """Refuse to go on if the model no longer holds a sparse weight's parameter.
@@ -204,10 +204,7 @@ class TopKast:
         Raises:
             TopKastError: other code has replaced a parameter or its layer.
         """
-        _reshard(self.model)
-        held = {id(parameter) for parameter in self.model.parameters()}
-        gone = [name for name, weight in self._weights.items() if id(weight.parameter) not in held]
-        if gone:
+        if gone := self._gone:
             raise TopKastError(
                 f"the model no longer holds the parameters of the sparse weights {', '.join(gone[:5])}, since other "
                 "code has replaced them or their layers during training; write new values into the parameters "
@@ -217,7 +214,7 @@ class TopKast:
     @property
     def is_intact(self) -> bool:
         """Whether the model still holds these parameters, as sparse as A; a collective if any of them is sharded."""
-        return self.holds_parameters and all(
+        return not self._gone and all(
             weight.is_sparse or int(weight.nonzero_entries) <= int(weight.active_entries)
             for weight in self._weights.values()
         )

@@ -144,8 +144,9 @@ class StepHooks:
 
     def mask_gradients(self) -> None:
         """Zero the gradients outside B, after recording them if the next sets depend on them."""
+        records = self.needs_gradients
         for weight in self.weights:
-            if self.needs_gradients:
+            if records:
                 weight.record_gradient()
             weight.mask_gradient()
 

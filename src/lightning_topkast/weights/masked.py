@@ -184,6 +184,7 @@ class MaskedWeight(SparseWeight):
             flat(self._mask).index_copy_(0, changed, mask)
             self.version += 1
             self._pending = None
+            self._choose_probes()
 
     def _count(self, promoted: int = 0) -> int:
         """Count the sets over all parts, so that reading the counts needs no collective; return the promoted total."""
@@ -218,6 +219,7 @@ class MaskedWeight(SparseWeight):
         self.version += 1
         if self._latent.stride() != alpha.stride():
             raise TopKastError(f"'{self.name}': other code gave its parameter memory with gaps; make it contiguous")
+        self._choose_probes()
 
     # --- around the optimizer's step ------------------------------------------------------------------------------
 
@@ -271,6 +273,9 @@ class MaskedWeight(SparseWeight):
         """Remember that the parameter is α now."""
         super()._note_own_write()
         self._overwritten, self.was_loaded = None, False
+
+    def _choose_probes(self) -> None:
+        """Choose the places to look at, after the sets or the device have changed."""
         self._probe = np.empty(0, dtype=np.int64)
         if not self.sharding.is_sharded and self._alpha.device.type == "cpu":  # elsewhere reading values takes long
             places = torch.arange(0, self.size, self.size // _PROBES | 1)
@@ -310,7 +315,7 @@ class MaskedWeight(SparseWeight):
         mask_outside_(alpha, self._mask)
         self._penalise_(alpha, False, lr, self._total)
         self._settled = True
-        self._seen = self._stamp()
+        self._note_own_write()
 
     def penalty(self) -> Tensor:
         """Return the value of the exploration penalty, a scalar tensor; a collective for a sharded weight."""
@@ -446,4 +451,5 @@ class MaskedWeight(SparseWeight):
         self.version += 1
         self.is_open = False
         self._settled = True
+        self._choose_probes()
         self._note_own_write()

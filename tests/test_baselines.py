@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_topkast import NonFiniteWeightError, Ramp, Rule, TopKast, TopKastError
 from lightning_topkast.baselines import SET, RigL, Static
-from lightning_topkast.engine.refresh import Choice, choose
+from lightning_topkast.engine.choose import Choice, choose
 from lightning_topkast.method.selection import drop_and_grow
 from lightning_topkast.method.structure import Unstructured
 from lightning_topkast.settings import Settings

@@ -22,7 +22,7 @@ def weight_in_training() -> MaskedWeight:
     torch.manual_seed(0)
     weight = MaskedWeight("weight", nn.Parameter(torch.randn(12, 12)), 20, 50, Traits(penalty=L2(strength=0.1)))
     weight.apply(nested_top_k(weight.magnitudes(), (50, 20)))
-    weight.strength = 0.1
+    weight.shrinkage.strength = 0.1
     return weight
 
 

@@ -243,9 +243,9 @@ def test_no_step_takes_more_than_the_shrinkage_whatever_the_scheduler_does(monke
 
 def pretend_a_gpu(monkeypatch):
     """Let the learning rate take the way of one on a GPU, where reading a tensor is an error."""
-    from lightning_topkast.weights import SparseWeight
+    from lightning_topkast.weights.shrinkage import Shrinkage
 
-    limit = SparseWeight.limit_strength
+    limit = Shrinkage.limit
 
     class OnGpu(torch.Tensor):
         device = torch.device("cuda")
@@ -259,7 +259,7 @@ def pretend_a_gpu(monkeypatch):
         limit(self, lr.as_subclass(OnGpu))
         self._strength = self._strength.as_subclass(torch.Tensor)
 
-    monkeypatch.setattr(SparseWeight, "limit_strength", limit_as_on_a_gpu)
+    monkeypatch.setattr(Shrinkage, "limit", limit_as_on_a_gpu)
 
 
 @pytest.mark.parametrize("kind", ["a number", "a tensor"])

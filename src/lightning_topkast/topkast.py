@@ -559,7 +559,7 @@ class TopKast:
         penalty = self.settings.penalty
         for name, weight in self._weights.items():
             density, peak = weight.forward_density_target, peaks.get(name)
-            weight.strength = 0.0 if penalty is None else penalty.strength_for(name, density, peak)
+            weight.shrinkage.strength = 0.0 if penalty is None else penalty.strength_for(name, density, peak)
 
     # --- state ----------------------------------------------------------------------------------------------------
 
@@ -613,7 +613,7 @@ class TopKast:
             asked = weight.strength
             weight.load_state_dict(saved.weights[name])
             if not keep_strength:
-                weight.strength = asked
+                weight.shrinkage.strength = asked
             if with_optimizers:
                 weight.forget_order()
         for hooks in self._hooks:

@@ -302,8 +302,8 @@ class StepHooks:
 
     def _within_reach(self, weight: SparseWeight, lr: float | Tensor) -> float | Tensor:
         """Return `lr`, if it exceeds the known peak, after λ was lowered, or a warning if a given λ overshoots zero."""
-        weight.limit_strength(lr)
-        if not isinstance(lr, Tensor) and not self._warned_of_overshoot and weight.overshoots(lr):
+        weight.shrinkage.limit(lr)
+        if not isinstance(lr, Tensor) and not self._warned_of_overshoot and weight.shrinkage.overshoots(lr):
             self._warned_of_overshoot = True
             warnings.warn(
                 f"the penalty would carry exploring entries of '{weight.name}' past zero (lr {lr} · strength "
@@ -315,7 +315,7 @@ class StepHooks:
 
     def _warn_of_empty(self, weight: SparseWeight) -> None:
         """Warn once if the penalty has set all active entries of a weight to zero."""
-        if weight.was_emptied and not self._warned_of_empty:
+        if weight.shrinkage.was_emptied and not self._warned_of_empty:
             self._warned_of_empty = True
             warnings.warn(
                 f"the penalty would carry active entries of '{weight.name}' past zero and has set all of them to zero "

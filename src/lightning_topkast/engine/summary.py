@@ -201,7 +201,7 @@ def summarize(
     peaks = peak_learning_rates({id(weight.parameter): name for name, weight in weights.items()}, optimizers)
     asked = settings.penalty.shrinkage if isinstance(settings.penalty, L2) else None
     shrinkages = [
-        weight.shrinkage_at(peaks[weight.name]) if asked is None else asked
+        weight.shrinkage.share_at(peaks[weight.name]) if asked is None else asked
         for weight in weights.values()
         if weight.can_explore and weight.name in peaks
     ]

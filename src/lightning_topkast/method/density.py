@@ -11,7 +11,8 @@ import torch
 from lightning_topkast.checks import check, check_choice, check_sparsities
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.method.schedule import Ramp, Schedule, Timeline, moments
-from lightning_topkast.method.structure import Stack, Structure
+from lightning_topkast.method.stack import Stack
+from lightning_topkast.method.structure import Structure
 
 Distribution = Literal["uniform", "erk", "global"]
 Counts = dict[str, tuple[int, int]]  # weight name → |A| and |B|

@@ -11,7 +11,8 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_topkast.checks import check, check_bool, plain
 from lightning_topkast.errors import TopKastError
-from lightning_topkast.method.structure import Stack, Structure
+from lightning_topkast.method.stack import Stack
+from lightning_topkast.method.structure import Structure
 
 # Modules whose weights are sparse by default. RNNBase and RNNCellBase cover LSTM, GRU and RNN.
 SPARSE_TYPES: tuple[type[nn.Module], ...] = (

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from lightning_topkast.distributed import Sharding, to_local
 from lightning_topkast.errors import TopKastError
-from lightning_topkast.method.penalty import Penalty, Total
+from lightning_topkast.method.penalty import Penalty
 from lightning_topkast.method.powerpropagation import Powerpropagation
-from lightning_topkast.method.selection import ACTIVE, drawn
+from lightning_topkast.method.selection import ACTIVE
 from lightning_topkast.method.structure import Structure, Unstructured
+from lightning_topkast.weights.shrinkage import Shrinkage
 from lightning_topkast.weights.state import problem_with
+from lightning_topkast.weights.writes import WriteWatch
 
 
 @dataclass(frozen=True)
@@ -82,17 +84,13 @@ class SparseWeight(ABC):
         self.sharding = sharding
         self.active_count = active_count
         self.updated_count = updated_count
-        self._strength: float | Tensor = 0.0
-        # whether the penalty has carried all active entries to zero; looked at when the learning rate is a new highest
-        self.was_emptied = False
-        self._highest_lr = 0.0
         self.is_open = False
         self.is_trained = False  # whether an engine is attached to an optimizer
         self.structure = traits.structure
-        self._seed = traits.seed
+        self.seed = traits.seed
         self.clears_dropped = traits.clears_dropped
         self.exponent = traits.exponent
-        self._penalty = traits.penalty
+        self.shrinkage = Shrinkage(traits.penalty, self.forward_density_target)
         # whether |A| and |B| differ from the counts above during the run
         self.sizes_change = traits.sizes_change or not self.structure.divides(sharding.shape)
         self._powerpropagation: Powerpropagation | None = None  # while the optimizer steps
@@ -109,16 +107,13 @@ class SparseWeight(ABC):
         self.has_gathered = False
         # whether `load_state_dict` of the model has loaded other weights that were not taken over yet
         self.was_loaded = False
-        self._seen = self._stamp()  # after our last write
+        self._writes = WriteWatch()
+        self._note_own_write()
 
     @property
     def strength(self) -> float:
-        """λ of this weight's penalty, which the engine sets once it knows the learning rate; it may wait for a GPU."""
-        return float(self._strength)
-
-    @strength.setter
-    def strength(self, value: float) -> None:
-        self._strength = value
+        """λ of this weight's penalty; see `Shrinkage`."""
+        return self.shrinkage.strength
 
     # --- the sets -------------------------------------------------------------------------------------------------
 
@@ -268,63 +263,6 @@ class SparseWeight(ABC):
     def penalty(self) -> Tensor:
         """Return the value of the exploration penalty, a scalar tensor."""
 
-    def limit_strength(self, lr: float | Tensor) -> None:
-        """Lower λ for good if the learning rate exceeds the peak that λ was worked out from.
-
-        Args:
-            lr: the learning rate of this step. On a GPU it is not read, and neither is λ from then on.
-        """
-        limit = None if self._penalty is None else self._penalty.limit(self.forward_density_target)
-        if limit is None:
-            return
-        if isinstance(lr, Tensor) and lr.device.type != "cpu":
-            strength = self._strength
-            if not isinstance(strength, Tensor):
-                strength = torch.full_like(lr, strength)
-            self._strength = torch.minimum(strength, limit / lr)
-        elif float(lr) * self.strength > limit:
-            self._strength = limit / float(lr)
-
-    def overshoots(self, lr: float) -> bool:
-        """Return whether the penalty would carry exploring entries past zero, where it stops, at this learning rate."""
-        return self.shrinkage_at(lr) >= 1
-
-    def shrinkage_at(self, lr: float) -> float:
-        """Return the share that an exploring entry loses per step at a learning rate; 0 if it depends on the entry."""
-        if self._penalty is None:
-            return 0.0
-        return self._penalty.shrinkage_at(lr, self.strength, self.forward_density_target)
-
-    def _penalise_(self, values: Tensor, exploring: bool, lr: float | Tensor, total: Total = None) -> None:
-        """Apply the penalty to values of A, or of B outside A, in place."""
-        if self._penalty is None or any(isinstance(x, float | int) and x == 0 for x in (self._strength, lr)):
-            return
-        strength = self._strength / self.forward_density_target if exploring else self._strength
-        watched = not exploring and self._may_empty(lr) and self._holds_values(values, total)
-        self._penalty.shrink_(values, lr * strength, total)
-        if watched and not self._holds_values(values, total):
-            self.was_emptied = True
-
-    def _may_empty(self, lr: float | Tensor) -> bool:
-        """Return whether a step at this rate may be the first to carry all active entries to zero."""
-        if isinstance(lr, Tensor) or lr <= self._highest_lr:
-            return False
-        self._highest_lr = lr
-        shrinkage = self.shrinkage_at(lr)  # 0 if it depends on the entries
-        return shrinkage == 0 or shrinkage * self.forward_density_target >= 1
-
-    @staticmethod
-    def _holds_values(values: Tensor, total: Total) -> bool:
-        count = torch.count_nonzero(values)
-        return bool(count if total is None else total(count))
-
-    def _penalty_of(self, active: Tensor, exploring: Tensor, total: Total = None) -> Tensor:
-        """Return the penalty's value for values of A and of B outside A."""
-        if self._penalty is None:
-            return active.new_zeros(())
-        strength = self._strength / self.forward_density_target
-        return self._penalty.value(active, total) * self._strength + self._penalty.value(exploring, total) * strength
-
     @property
     def is_settled(self) -> bool:
         """Whether the parameter is α, since no step or refresh is in progress."""
@@ -340,19 +278,14 @@ class SparseWeight(ABC):
     def nonzero_entries(self) -> Tensor:
         """Entries of the weight that the network computes with which are not zero, counted now; a scalar tensor."""
 
-    def _stamp(self) -> tuple[int, int]:
-        """Return what changes when other code writes to the parameter, unless it writes through `parameter.data`."""
-        values = to_local(self.parameter.detach())
-        return values._version, values.data_ptr()
+    @property
+    def was_written(self) -> bool:
+        """Whether other code has written to the parameter since we last did; see `WriteWatch`."""
+        return self.is_settled and self._writes.differs(to_local(self.parameter.detach()))
 
     def _note_own_write(self) -> None:
         """Remember that the parameter is what we wrote."""
-        self._seen = self._stamp()
-
-    @property
-    def was_written(self) -> bool:
-        """Whether other code has written to the parameter since we last did; takes microseconds, reads few values."""
-        return self.is_settled and self._seen != self._stamp()
+        self._writes.note(to_local(self.parameter.detach()))
 
     def begin_loading(self) -> None:
         """Prepare for `load_state_dict`, which is about to overwrite the parameter."""
@@ -437,40 +370,6 @@ class SparseWeight(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load a state that `check_state` has accepted; the model already holds the saved α."""
 
-    def _sets_of(self, alpha: Tensor) -> tuple[Tensor, Tensor]:
-        """Return θ and the tiers for other weights: A has their largest entries, B the largest of θ besides.
-
-        Where weights that are sparse already are zero, θ is kept. Ties of zeros are drawn as for the first sets of a
-        run.
-
-        Raises:
-            NonFiniteScoresError: the weights hold NaN or infinity.
-        """
-        structure, sharding = self.structure, self.sharding
-        active, updated = (self._units_in(to_local(members)) for members in (self.active, self.updated))
-        support = alpha != 0
-
-        def draw() -> Tensor:
-            numbers = drawn(self._seed, 0, self.name, structure.grid(self.shape))
-            return structure.part_of(numbers, sharding).to(alpha.device)
-
-        select = structure.selection(sharding, draw)
-        first = select(structure.scores(alpha.abs(), sharding), (active,)).bool()
-        theta = alpha
-        if int(sharding.sum(torch.count_nonzero(support))) <= int(self.active_entries):
-            chosen = structure.tiers(first.to(torch.uint8), sharding).bool()
-            theta = torch.where(support | chosen, alpha, to_local(self.theta()))
-        scores = structure.scores(theta.abs(), sharding)
-        tiers = select(scores.masked_fill(first, torch.finfo(scores.dtype).max), (updated, active))
-        return theta, structure.tiers(tiers, sharding)
-
-    def _units_in(self, members: Tensor) -> int:
-        """Return the number of units in a set; a collective if the weight is sharded."""
-        units = self.structure.members(members, self.sharding)
-        counts = torch.tensor([int(torch.count_nonzero(units)), units.numel()], device=units.device)
-        counted, all_units = self.sharding.sum(counts).tolist()  # every process may have all of them
-        return counted * self.structure.grid(self.shape).numel() // max(all_units, 1)
-
     @abstractmethod
     def adopt(self, value: Tensor) -> Tensor:
         """Return optimizer state in the parameter's shape, converted if it was saved under another storage."""
@@ -518,4 +417,4 @@ class SparseWeight(ABC):
     def _load_counts(self, state: dict[str, Any]) -> None:
         self.first_reservoir = state["first_reservoir"]
         self.promoted = state["promoted"]
-        self.strength = state["strength"]
+        self.shrinkage.strength = state["strength"]

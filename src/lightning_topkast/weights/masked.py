@@ -19,11 +19,9 @@ from lightning_topkast.distributed import Sharding, to_local
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.method.penalty import Total
 from lightning_topkast.method.selection import ACTIVE, EXPLORING, RESERVOIR
-from lightning_topkast.ops.flat import copied, count_outside, flat, has_bits, indices, mask_outside_, merged, where
+from lightning_topkast.ops.flat import copied, count_outside, flat, indices, mask_outside_, merged, where
 from lightning_topkast.weights.base import EntryState, SparseWeight, Traits
-
-# Places outside A that are looked at before every step, beside the version counter.
-_PROBES = 256
+from lightning_topkast.weights.loading import sets_of
 
 
 class MaskedWeight(SparseWeight):
@@ -59,8 +57,6 @@ class MaskedWeight(SparseWeight):
         # sizes of B, B\A and the never active entries, counted over all parts of a sharded weight
         self._counted = [self.size, 0, 0]
         self._overwritten: Tensor | None = None  # θ on A, in memory order, before other weights were loaded
-        # places outside A that are looked at before every step
-        self._probe: np.ndarray = np.empty(0, dtype=np.int64)
         self._state_is_stale = False  # entries that have left B may have kept their optimizer state
         if self._latent.stride() != self._alpha.stride():
             raise TopKastError(f"'{name}': its entries overlap or have gaps in memory; make the parameter contiguous")
@@ -184,7 +180,7 @@ class MaskedWeight(SparseWeight):
             flat(self._mask).index_copy_(0, changed, mask)
             self.version += 1
             self._pending = None
-            self._choose_probes()
+            self._look()
 
     def _count(self, promoted: int = 0) -> int:
         """Count the sets over all parts, so that reading the counts needs no collective; return the promoted total."""
@@ -219,7 +215,7 @@ class MaskedWeight(SparseWeight):
         self.version += 1
         if self._latent.stride() != alpha.stride():
             raise TopKastError(f"'{self.name}': other code gave its parameter memory with gaps; make it contiguous")
-        self._choose_probes()
+        self._look()
 
     # --- around the optimizer's step ------------------------------------------------------------------------------
 
@@ -274,12 +270,10 @@ class MaskedWeight(SparseWeight):
         super()._note_own_write()
         self._overwritten, self.was_loaded = None, False
 
-    def _choose_probes(self) -> None:
-        """Choose the places to look at, after the sets or the device have changed."""
-        self._probe = np.empty(0, dtype=np.int64)
-        if not self.sharding.is_sharded and self._alpha.device.type == "cpu":  # elsewhere reading values takes long
-            places = torch.arange(0, self.size, self.size // _PROBES | 1)
-            self._probe = places[flat(self._tiers).index_select(0, places) != ACTIVE].numpy()
+    def _look(self) -> None:
+        """Look at other places, after the sets or the device have changed."""
+        if not self.sharding.is_sharded:
+            self._writes.look_at(self._tiers)
 
     @property
     def is_settled(self) -> bool:
@@ -308,19 +302,19 @@ class MaskedWeight(SparseWeight):
         entries = flat(alpha)
         exploring = entries.index_select(0, self._exploring)
         if self.is_exploring:
-            self._penalise_(exploring, True, lr, self._total)
+            self.shrinkage.apply_(exploring, True, lr, self._total)
         flat(self._latent).index_copy_(0, self._exploring, exploring)
         self.is_open = False  # set here already, since `recover` can do the rest after an interruption
         entries.index_fill_(0, self._exploring, 0)
         mask_outside_(alpha, self._mask)
-        self._penalise_(alpha, False, lr, self._total)
+        self.shrinkage.apply_(alpha, False, lr, self._total)
         self._settled = True
         self._note_own_write()
 
     def penalty(self) -> Tensor:
         """Return the value of the exploration penalty, a scalar tensor; a collective for a sharded weight."""
         exploring = flat(self._latent).index_select(0, self._exploring)
-        return self._penalty_of(self._alpha, exploring, self._total)
+        return self.shrinkage.value(self._alpha, exploring, self._total)
 
     @property
     def nonzero_entries(self) -> Tensor:
@@ -333,16 +327,6 @@ class MaskedWeight(SparseWeight):
         alpha = self._alpha
         exploring = torch.count_nonzero(flat(alpha).index_select(0, self._exploring))
         return int(self.sharding.sum(exploring + count_outside(alpha, self._mask)))
-
-    @property
-    def was_written(self) -> bool:
-        """Whether other code has written to the parameter since we last did.
-
-        Every write is noticed but one through `parameter.data` that misses all of a few hundred places outside A.
-        """
-        if not self._settled or super().was_written:
-            return self._settled
-        return self._probe.size > 0 and has_bits(self._alpha, self._probe)
 
     def begin_loading(self) -> None:
         """Keep θ on A, which `load_state_dict` is about to overwrite."""
@@ -359,7 +343,7 @@ class MaskedWeight(SparseWeight):
             if self._overwritten is not None:
                 flat(self._latent)[flat(self._tiers) == ACTIVE] = self._overwritten
             self._alpha.zero_()  # so that θ is that of before
-            theta, tiers = self._sets_of(loaded)
+            theta, tiers = sets_of(self, loaded)
             self._alpha.copy_(theta.masked_fill(tiers != ACTIVE, 0))
             self._put_sets(tiers, theta.masked_fill(tiers == ACTIVE, 0))
             self.record_first_reservoir()
@@ -451,5 +435,5 @@ class MaskedWeight(SparseWeight):
         self.version += 1
         self.is_open = False
         self._settled = True
-        self._choose_probes()
+        self._look()
         self._note_own_write()

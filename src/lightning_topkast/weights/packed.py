@@ -17,6 +17,7 @@ from lightning_topkast.method.structure import Block
 from lightning_topkast.ops.flat import indices
 from lightning_topkast.weights.base import EntryState, SparseWeight, Traits
 from lightning_topkast.weights.layouts import Layout, make_layout
+from lightning_topkast.weights.loading import sets_of
 
 
 class PackedWeight(SparseWeight):
@@ -259,10 +260,10 @@ class PackedWeight(SparseWeight):
         """Apply the penalty on B; see `SparseWeight.close`."""
         values, layout = self.parameter.detach(), self._layout
         self._put_theta(values)
-        self._penalise_(values[: layout.active_count], False, lr)
+        self.shrinkage.apply_(values[: layout.active_count], False, lr)
         exploring = values[layout.active_count : layout.updated_count]
         if exploring.numel():
-            self._penalise_(exploring, True, lr)
+            self.shrinkage.apply_(exploring, True, lr)
         values[layout.updated_count :].zero_()
         self.is_open = False
         self._before_loading = None
@@ -277,7 +278,7 @@ class PackedWeight(SparseWeight):
     def penalty(self) -> Tensor:
         """Return the value of the exploration penalty, a scalar tensor."""
         values, layout = self.parameter.detach(), self._layout
-        return self._penalty_of(values[: layout.active_count], values[layout.active_count : layout.updated_count])
+        return self.shrinkage.value(values[: layout.active_count], values[layout.active_count : layout.updated_count])
 
     @property
     def nonzero_entries(self) -> Tensor:
@@ -357,7 +358,7 @@ class PackedWeight(SparseWeight):
             theta, tiers, self._state_units, never, self.first_reservoir = self._before_loading
             self._take_over(theta, tiers)
             self._never_active = never.clone()
-        theta, tiers = self._sets_of(alpha)
+        theta, tiers = sets_of(self, alpha)
         if not bool(((alpha != 0) & ~self.active).any()):
             count = self._layout.active_count
             values = alpha.view(-1).index_select(0, self._places()[:count])

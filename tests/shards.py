@@ -216,6 +216,34 @@ def check_refusals(mesh, rank: int) -> dict:
     return found
 
 
+def check_write_on_one_rank(mesh, rank: int) -> dict:
+    """Other code writes outside A on one rank alone: no other waits for it, and only what it wrote is lost."""
+    topkast, _ = run(shard(Bag(), mesh, lambda dims: [Shard(0)]), 1)
+    found, before = {}, {name: weight.theta() for name, weight in topkast.weights.items()}
+    for name, act in {
+        "look": topkast.warn_if_dense, "save": topkast.state_dict, "step": topkast.accept_writes,
+    }.items():  # fmt: skip
+        if rank == 0:
+            for weight in topkast.weights.values():
+                if name == "look":
+                    with torch.no_grad():
+                        weight.parameter.to_local().add_(1.0)
+                else:  # which no counter of a DTensor shows
+                    weight.parameter.detach().to_local().add_(1.0)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            act()
+            topkast.accept_writes(closely=True)
+        found[name] = [str(each.message) for each in caught]
+        found[f"sparse after {name}"] = all(not weight.stray_entries for weight in topkast.weights.values())
+    rest = {name: to_local(weight.active) for name, weight in topkast.weights.items()}
+    found["reservoir kept"] = all(
+        same(to_local(weight.theta())[~rest[name]], to_local(before[name])[~rest[name]])
+        for name, weight in topkast.weights.items()
+    )
+    return found
+
+
 def check_replicas(world: int, rank: int) -> str:
     """Two copies of two shards, of which one drifts."""
     mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("copies", "shards"))
@@ -473,6 +501,7 @@ def ranks(rank: int, folder: Path, world: int, later: bool) -> None:
             "placements": check_placements(world),
             "norm": check_norm_penalty(mesh),
             "refusals": check_refusals(mesh, rank),
+            "writes": check_write_on_one_rank(mesh, rank),
             "experts": check_experts(world, mesh, rank),
             "state": check_state(folder, world, mesh),
             "fsdp": check_fsdp(world),

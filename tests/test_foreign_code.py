@@ -1,6 +1,7 @@
 """Code that steps, writes, swaps or loads beside us: the network stays sparse as it is logged, or the run says so."""
 
 import copy
+import gc
 import pickle
 import random
 import warnings
@@ -155,6 +156,22 @@ def test_saved_weights_are_sparse_although_they_were_written_to(tmp_path, storag
     state = checkpoint["callbacks"][callback.state_key]["weights"][MIDDLE]
     assert zero_outside(checkpoint["state_dict"][MIDDLE], state["tiers"] == 2)
     fit(make_trainer(tmp_path, make_callback(), max_epochs=3), make_net(), ckpt_path=paths[0])
+
+
+def test_weights_that_are_saved_alone_are_sparse_although_they_were_written_to(tmp_path, storage):
+    """A checkpoint with `weights_only` calls no callback."""
+    callback, model, path = make_callback(), make_net(), tmp_path / "weights.ckpt"
+    seen = {}
+
+    def save(trainer, pl_module):
+        add_noise(trainer, pl_module)
+        trainer.save_checkpoint(path, weights_only=True)
+        seen["active"] = weight_of(callback).active
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit(make_trainer(tmp_path, callback, AtBatchEnd(save, at=5)), model)
+    assert zero_outside(torch.load(path, weights_only=True)["state_dict"][MIDDLE], seen["active"])
 
 
 # --- weights that are loaded ------------------------------------------------------------------------------------------
@@ -720,3 +737,125 @@ def test_a_weight_of_another_package_stays_out_of_it():
     optimizer.step()
     assert torch.equal(other.weight, before - 0.1)
     assert topkast.step_count == 0
+
+
+# --- state of the optimizer that is put back --------------------------------------------------------------------------
+
+
+def run_in_a_plain_loop(kind, steps=4, update_every=2):
+    torch.manual_seed(0)
+    model = make_net().layers
+    topkast = TopKast(model, 0.75, 0.5, update_every=update_every, penalty=None, storage=kind)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    topkast.attach(optimizer)
+
+    def train(steps):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(torch.randn(4, 6)).square().mean().backward()
+            optimizer.step()
+
+    train(steps)
+    return model, topkast, optimizer, train
+
+
+def momenta(topkast, optimizer):
+    """exp_avg of the middle weight in its own shape, zero outside B."""
+    weight = topkast.weights["2.weight"]
+    values = optimizer.state[weight.parameter]["exp_avg"]
+    if not weight.is_packed:
+        return values.clone()
+    dense = torch.zeros(weight.size)
+    order = weight.structure.order(weight.tiers)
+    dense[order] = values[: order.numel()]
+    return dense.view(weight.shape)
+
+
+@pytest.mark.parametrize("kind", ["masked", "packed", "compact"])
+def test_optimizer_state_put_back_alone_is_never_that_of_other_entries(kind):
+    model, topkast, optimizer, train = run_in_a_plain_loop(kind, steps=4, update_every=3)
+    saved, before = copy.deepcopy(optimizer.state_dict()), momenta(topkast, optimizer)
+    train(3)  # the sets change
+    optimizer.load_state_dict(saved)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    if kind == "masked":
+        optimizer.step()
+    else:
+        with pytest.warns(UserWarning, match="put back the optimizer's state.*2.weight.*topkast.load_state_dict"):
+            optimizer.step()
+    after, updated = momenta(topkast, optimizer), topkast.weights["2.weight"].updated
+    expected = torch.where(updated, before * 0.9, 0) if kind == "masked" else torch.zeros(16, 16)
+    assert torch.allclose(after, expected)
+    train(4)
+    check_sparse(topkast)
+
+
+@pytest.mark.parametrize("kind", ["masked", "packed", "compact"])
+@pytest.mark.parametrize("first", ["topkast", "optimizer"])
+def test_run_put_back_as_a_whole_goes_on_as_before(kind, first):
+    model, topkast, optimizer, train = run_in_a_plain_loop(kind)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), topkast.state_dict()))
+    torch.manual_seed(1)
+    train(3)
+    expected = {name: weight.theta() for name, weight in topkast.weights.items()}
+    model.load_state_dict(saved[0])
+    if first == "topkast":
+        topkast.load_state_dict(saved[2])
+        optimizer.load_state_dict(saved[1])
+    else:
+        optimizer.load_state_dict(saved[1])
+        topkast.load_state_dict(saved[2])
+    torch.manual_seed(1)
+    train(3)
+    assert same({name: weight.theta() for name, weight in topkast.weights.items()}, expected)
+
+
+@pytest.mark.parametrize("kind", ["masked", "packed"])
+def test_optimizer_state_put_back_before_the_sets_change_is_kept(kind):
+    model, topkast, optimizer, _ = run_in_a_plain_loop(kind, steps=1, update_every=100)
+    before = momenta(topkast, optimizer)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert torch.allclose(momenta(topkast, optimizer), before * 0.9)
+
+
+def test_optimizers_made_anew_leave_nothing_behind():
+    model, topkast, _, _ = run_in_a_plain_loop("masked", steps=1)
+    for _ in range(20):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        model(torch.randn(4, 6)).square().mean().backward()
+        optimizer.step()
+    (hooks,) = topkast._attached.hooks
+    gc.collect()
+    assert len(hooks.optimizers) == len(hooks._handles) == 1
+
+
+# --- weights that are thawed ------------------------------------------------------------------------------------------
+
+
+def test_weight_that_is_thawed_in_mid_run_is_named(tmp_path, storage):
+    class Thaw(Callback):
+        def __init__(self, name):
+            self.name = name
+
+        def on_fit_start(self, trainer, pl_module):
+            pl_module.get_parameter(self.name).requires_grad_(False)
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            pl_module.get_parameter(self.name).requires_grad_(trainer.current_epoch > 0)
+
+    layers = [nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16), nn.Linear(16, 2)]
+
+    def run(name, **options):
+        model = make_net()
+        model.layers = nn.Sequential(*copy.deepcopy(layers))
+        fit(make_trainer(tmp_path, make_callback(update_every=2, **options), Thaw(name), max_epochs=3), model)
+
+    if storage == "masked":
+        with pytest.warns(UserWarning, match=r"layers.4.weight was frozen when training began and trained now"):
+            run("layers.4.weight")
+    run("layers.4.weight", exclude=["layers.4*"])
+    run("layers.4.bias")

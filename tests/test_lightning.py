@@ -423,7 +423,7 @@ def test_sparse_weights_without_an_optimizer_are_refused(tmp_path):
         fit(make_trainer(tmp_path, make_callback()), Forgetful())
 
 
-def test_frozen_weights_stay_dense_also_when_they_are_unfrozen_later(tmp_path):
+def test_frozen_weights_stay_dense_and_are_named_when_they_are_unfrozen_later(tmp_path):
     class Unfreeze(Callback):
         def on_train_epoch_start(self, trainer, pl_module):
             if trainer.current_epoch == 1:
@@ -441,7 +441,8 @@ def test_frozen_weights_stay_dense_also_when_they_are_unfrozen_later(tmp_path):
     torch.manual_seed(0)
     callback, model = make_callback(keep_last_dense=False), Partly()
     start = model.extra.weight.detach().clone()
-    watched_fit(tmp_path, model, callback, Unfreeze())
+    with pytest.warns(UserWarning, match="extra.weight was frozen when training began and trained now, so dense"):
+        watched_fit(tmp_path, model, callback, Unfreeze())
     rows = {row.name: row.reason for row in callback.topkast.summary().rows}
     assert rows["extra.weight"] == "frozen"
     assert (model.extra.weight != 0).all()

@@ -65,7 +65,7 @@ class Watch(Callback):
 
     def on_train_batch_end(self, trainer, *args):
         topkast = self.callback.topkast
-        for place, hooks in enumerate(topkast._hooks):
+        for place, hooks in enumerate(topkast._attached):
             weight = max(hooks.weights, key=lambda weight: weight.size)
             self.explores.setdefault(place, {})[hooks.steps] = weight.is_exploring
             self.densities.setdefault(place, {})[hooks.steps] = weight.forward_density

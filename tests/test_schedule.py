@@ -76,7 +76,7 @@ def test_random_exploration_draws_anew_at_every_refresh():
     topkast, _ = train(stop=None, exploration="random", steps=0)
     weight = topkast.weights["2.weight"]
     before = weight.updated
-    topkast._hooks[0].steps = 10
+    topkast._attached.hooks[0].steps = 10
     topkast.refresh()
     assert not torch.equal(weight.updated, before)
     assert weight.updated.sum() == 512

@@ -104,6 +104,19 @@ def test_every_rank_hears_of_what_is_wrong_on_one(folder, world):
 
 
 @WORLDS
+def test_what_other_code_writes_on_one_rank_is_zeroed_there(folder, world):
+    first, *others = found(folder, world, "writes")
+    for each in (first, *others):
+        assert all(each[f"sparse after {name}"] for name in ("look", "save", "step"))
+        assert each["reservoir kept"]
+    computed, written = first["look"]  # each of the two warnings is given once
+    assert "has computed with entries outside the active sets" in computed
+    assert "other code wrote to sparse weights" in written
+    for each in others:
+        assert (each["look"], each["save"], each["step"]) == ([], [], [])
+
+
+@WORLDS
 def test_forward_pass_after_a_refresh_sees_the_new_sets_under_fsdp2(folder, world):
     for each in found(folder, world, "fsdp"):
         assert each["stale"] == [0.0, 0.0]

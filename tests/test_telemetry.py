@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_topkast.telemetry.log import Telemetry
-from lightning_topkast.weights import masked
+from lightning_topkast.weights import writes
 from tests.helpers import MIDDLE, Net, SaveAfter, fit, make_callback, make_net, make_trainer, parameters_of
 
 pytestmark = pytest.mark.usefixtures("storage")
@@ -229,7 +229,7 @@ def test_a_step_that_logs_nothing_computes_nothing_for_the_log(tmp_path, monkeyp
 @pytest.mark.usefixtures("host_reads_recorded")
 def test_a_step_between_refreshes_never_waits_for_the_device(tmp_path, monkeypatch):
     """No operation of a whole training step brings a value or a size to the host."""
-    monkeypatch.setattr(masked, "has_bits", lambda tensor, places: False)  # looks at weights on the CPU only
+    monkeypatch.setattr(writes, "has_bits", lambda tensor, places: False)  # looks at weights on the CPU only
     steps = []
 
     class Record(Callback):

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from itertools import chain, repeat
 from types import MappingProxyType
 from typing import Any
 
@@ -12,20 +11,21 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_topkast.engine.attached import Attached
 from lightning_topkast.engine.install import check_targets, install, make_weights, release
 from lightning_topkast.engine.materialize import materialize
 from lightning_topkast.engine.refresh import Refresher, Selection
 from lightning_topkast.engine.state import STATE_VERSION, SavedState
 from lightning_topkast.engine.step_hooks import StepHooks
 from lightning_topkast.engine.summary import Summary, summarize, warn_if_little
-from lightning_topkast.engine.watch import unwatch_steps, watch_loading, watch_steps
-from lightning_topkast.errors import NonFiniteWeightError, TopKastError
+from lightning_topkast.engine.watch import watch_module
+from lightning_topkast.engine.writes import ForeignWrites
+from lightning_topkast.errors import TopKastError
 from lightning_topkast.layers import packed_weights
 from lightning_topkast.method.density import SetSizes
 from lightning_topkast.method.penalty import L2, peak_learning_rates
 from lightning_topkast.method.schedule import Timeline, in_words, moments
-from lightning_topkast.method.selection import NonFiniteScoresError
-from lightning_topkast.method.targets import find_targets
+from lightning_topkast.method.targets import FROZEN, find_targets, find_thawed
 from lightning_topkast.settings import Settings, takes_settings
 from lightning_topkast.storage import Masked
 from lightning_topkast.weights import EntryState, SparseWeight, Traits
@@ -81,12 +81,9 @@ class TopKast:
     def _begin(self, model: nn.Module, settings: Settings, taken: Collection[str] = ()) -> None:
         self.model = model
         self.settings = settings
-        self._hooks: list[StepHooks] = []
-        # Steps taken with optimizers that were detached, or of a state loaded before any optimizer was attached.
-        self._steps_before: list[int] = []
-        self._past_hooks: list[StepHooks] = []  # of the optimizers that were detached last
         self._watches: list[RemovableHandle] = []
-        self._warned_of_writes = self._warned_of_dense_pass = False
+        self._writes = ForeignWrites()
+        self._warned_of_thawed = False
         self._zeros: dict[str, tuple[int, int]] = {}  # for the summary
 
         if settings.storage.name != "masked":
@@ -100,6 +97,7 @@ class TopKast:
         stacks = frozenset(target.name for target in sparse if target.is_stack)
         sizes = SetSizes(settings.allocation, settings.schedule, settings.ramp, shapes, stacks)
         self._refresher = Refresher(sizes, settings.rule, settings.seed, self._state_to_reset)
+        self._attached = self._unattached()
         traits = Traits(
             settings.structure, settings.penalty, settings.rule.clears_dropped, sizes.changes_size,
             settings.powerpropagation, settings.seed,
@@ -112,7 +110,7 @@ class TopKast:
         self._choose_first()
         for target in sparse:
             install(target, self._weights[target.name])
-        self._watch()
+        self._watch_modules()
 
     # --- properties -----------------------------------------------------------------------------------------------
 
@@ -137,13 +135,13 @@ class TopKast:
 
         With several optimizers whose lengths only the run shows, those of the one that has taken most steps.
         """
-        most = max(self._hooks, key=lambda hooks: hooks.steps, default=None)
+        most = max(self._attached, key=lambda hooks: hooks.steps, default=None)
         return self._refresher.sizes_of(most.weights if most else []).timeline
 
     @property
     def optimizer_steps(self) -> list[int]:
         """Number of steps taken with each attached optimizer."""
-        return [hooks.steps for hooks in self._hooks] or self._steps_before
+        return self._attached.steps
 
     @property
     def unfinished(self) -> list[str]:
@@ -168,18 +166,17 @@ class TopKast:
     @property
     def unattached(self) -> list[str]:
         """Names of sparse weights that no attached optimizer holds."""
-        held = {id(weight) for hooks in self._hooks for weight in hooks.weights}
-        return [name for name, weight in self._weights.items() if id(weight) not in held]
+        return self._attached.left_out(self._weights)
 
     @property
     def is_attached(self) -> bool:
         """Whether this engine is attached to an optimizer."""
-        return bool(self._hooks)
+        return len(self._attached) > 0
 
     @property
     def hooked_steps(self) -> int:
         """Number of steps of attached optimizers that the hooks have seen, with those that were skipped."""
-        return sum(hooks.seen for hooks in self._hooks)
+        return sum(hooks.seen for hooks in self._attached)
 
     @property
     def was_written(self) -> bool:
@@ -189,7 +186,7 @@ class TopKast:
     @property
     def needs_gradients(self) -> bool:
         """Whether the next sets depend on the next step's gradients, including those outside B (RigL)."""
-        return any(hooks.needs_gradients for hooks in self._hooks)
+        return any(hooks.needs_gradients for hooks in self._attached)
 
     @property
     def _gone(self) -> list[str]:
@@ -221,7 +218,7 @@ class TopKast:
 
     def summary(self) -> Summary:
         """Return a table of all parameters: exact sizes of A and B, or why a parameter is dense."""
-        optimizers = [optimizer for hooks in self._hooks for optimizer in hooks.optimizers[:1]]
+        optimizers = self._attached.optimizers
         return summarize(self._targets, self._weights, self.timeline, self.settings, optimizers, self._zeros)
 
     def penalty(self) -> Tensor:
@@ -230,10 +227,12 @@ class TopKast:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy, which is attached to no optimizer, even if the optimizer is copied with it."""
-        self._align_states()
-        return self.__dict__ | {
-            "_hooks": [], "_past_hooks": [], "_steps_before": self.optimizer_steps, "_watches": [],
-        }  # fmt: skip
+        self._attached.align()
+        return self.__dict__ | {"_attached": self.optimizer_steps, "_watches": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._attached = self._unattached(state["_attached"])
 
     # --- the method -----------------------------------------------------------------------------------------------
 
@@ -253,31 +252,19 @@ class TopKast:
             raise TopKastError("attach() expected at least one optimizer, got none; pass those that train the model")
         if total_steps is not None or not self._refresher.sizes.is_planned:
             self.plan(total_steps)
-        before = self._hooks
+        before = self._attached.add(optimizers, self._by_parameter)
         try:
-            for optimizer, steps in zip(optimizers, chain(self._steps_before, repeat(0)), strict=False):
-                if any(optimizer in hooks.optimizers for hooks in self._hooks):
-                    raise TopKastError(f"this {type(optimizer).__name__} is already attached; attach it only once")
-                hooks = StepHooks(
-                    optimizer, self._by_parameter, self._after_step, self._refresher.looks_at_gradients,
-                    self.accept_writes, steps,
-                )  # fmt: skip
-                self._hooks = [*self._hooks, hooks]
             self._set_strength()
         except TopKastError:
-            self._hooks = before
+            self._attached.take_back(before)
             raise
         self.accept_writes()
-        self._watch()
+        self._watch_modules()
         for weight in self._weights.values():
             weight.is_trained = True
             weight.match_layout()
             weight.forget_order()
-        for hooks in self._hooks[len(before) :]:
-            # masked weights: only if the sets that a packed state belongs to were loaded
-            hooks.adopt_state(packed_only=not self._steps_before)
-            hooks.begin()
-        self._steps_before = []
+        self._attached.begin(before)
         self._look_for_zeros()
         return self
 
@@ -306,21 +293,16 @@ class TopKast:
         Args:
             total_steps: for each attached optimizer, in order; None leaves its plan as it is.
         """
-        for hooks, total in zip(self._hooks, total_steps, strict=True):
+        for hooks, total in zip(self._attached, total_steps, strict=True):
             if total is not None:
                 self._refresher.replan(hooks.weights, hooks.steps, total)
 
     def detach(self) -> None:
         """Remove the hooks from the optimizers; the model stays sparse as it is, and the step count is kept."""
         self.recover()
-        self._align_states()
-        self._steps_before = self.optimizer_steps
-        for hooks in self._hooks:
-            hooks.end()
-        self._past_hooks, self._hooks = self._hooks or self._past_hooks, []
+        self._attached.end()
         for weight in self._weights.values():
             weight.is_trained = False
-        unwatch_steps(self)
 
     def release(self) -> None:
         """Put every stored θ back into the model, which is dense afterwards; this engine cannot be used again."""
@@ -339,14 +321,12 @@ class TopKast:
         for target in self._targets:
             if target.name in names:
                 release(target, self._weights.pop(target.name))
-                target.reason = "frozen"
+                target.reason = FROZEN
         self._by_parameter = {weight.parameter: weight for weight in self._weights.values()}
 
     def restart(self) -> None:
         """Start a new run with the same weights: count steps from 0, and explore again if exploration had stopped."""
-        for hooks in self._hooks:
-            hooks.steps = 0
-        self._steps_before = []
+        self._attached.restart()
         self._refresher.selections.clear()
         self._refresher.own_sizes.clear()
         if self.settings.ramp is not None and self.refresh_count:
@@ -362,15 +342,12 @@ class TopKast:
 
         Every step does this by itself; call it only to clip or log gradients in your own loop.
         """
-        for hooks in self._hooks:
+        for hooks in self._attached:
             hooks.mask_gradients()
 
     def prepare_step(self, optimizer: Optimizer) -> None:
         """Mask the gradients of the next step of `optimizer`, so that the step itself need not mask them."""
-        self.meet(optimizer)
-        for hooks in self._hooks:
-            if optimizer in hooks.optimizers:
-                hooks.prepare_step()
+        self._attached.prepare_step(optimizer)
 
     def refresh(self) -> None:
         """Choose A and B of every weight again, now.
@@ -381,7 +358,10 @@ class TopKast:
         """
         _reshard(self.model)
         self.recover()
-        self._align_states()  # entries that left B when other weights were loaded lose their state, even if they return
+        # entries that left B when other weights were loaded lose their state, even if they return
+        for hooks in self._attached:
+            hooks.fit_state()
+        self._attached.align()
         self._refresher.selections.clear()
         self._refresher.refresh(*self._groups)
 
@@ -415,28 +395,7 @@ class TopKast:
         Raises:
             NonFiniteWeightError: a weight that was loaded holds NaN or infinity.
         """
-        strays: dict[str, int] = {}
-        for weight in self._weights.values() if weights is None else weights:
-            if weight.is_settled and (weight.was_written or (closely and weight.stray_entries)):
-                if averaged and not weight.was_loaded:
-                    weight.restore_sparsity()
-                    continue
-                try:
-                    count = weight.take_over()
-                except NonFiniteScoresError:
-                    raise NonFiniteWeightError(
-                        f"weights with NaN or infinity were loaded into '{weight.name}'; load others"
-                    ) from None
-                if count:
-                    strays[weight.name] = count
-        if strays and not self._warned_of_writes:
-            self._warned_of_writes = True
-            warnings.warn(
-                f"other code wrote to sparse weights between optimizer steps, outside their active sets: "
-                f"{_listed(strays)}; these entries were zeroed again, here and from now on. Noise, an average or a "
-                "perturbation must keep to `topkast.weights[name].active`; to load other weights, use load_state_dict",
-                stacklevel=2,
-            )
+        self._writes.accept(self._weights.values() if weights is None else weights, closely, averaged)
 
     def warn_if_dense(self) -> None:
         """Warn if the weights with which the network has just computed are not zero outside A, since they were written.
@@ -444,44 +403,19 @@ class TopKast:
         Call it after a forward pass; `TopKastCallback` does. A perturbation that is undone before the optimizer's step,
         such as SAM's, is not noticed otherwise.
         """
-        if self._warned_of_dense_pass:
-            return
-        written = [weight for weight in self._weights.values() if weight.is_settled and weight.was_written]
-        strays = {
-            weight.name: count
-            for weight in written
-            # weights that are as sparse, with other entries, will be taken over
-            if int(weight.nonzero_entries) > int(weight.active_entries) and (count := weight.stray_entries)
-        }
-        if strays:
-            self._warned_of_dense_pass = True
-            warnings.warn(
-                f"the network has computed with entries outside the active sets: {_listed(strays)}; other code wrote "
-                "to the weights since the last optimizer step, such as a perturbation (SAM) or an average that was "
-                "swapped in. Call restore_sparsity() of the engine after writing, or keep to "
-                "`topkast.weights[name].active`",
-                stacklevel=2,
-            )
+        self._writes.warn_if_dense(self._weights.values())
 
-    def _watch(self) -> None:
-        """Notice optimizers that step on the weights without being attached, and weights that are loaded."""
-        watch_steps(self)
+    def _watch_modules(self) -> None:
+        """Notice weights that are loaded, and give only sparse ones to be saved."""
         for target in self._targets if not self._watches else ():
             weight = self._weights.get(target.name)
             if weight is not None and not weight.is_packed:
-                self._watches += watch_loading(weight, target.owners)
+                self._watches += watch_module(weight, target.owners, self.accept_writes)
 
-    def meet(self, optimizer: Optimizer) -> None:
-        """Act on the steps of an optimizer if it holds weights of an attached one: inside a wrapper, or made anew.
-
-        This is called before every step of any optimizer of the process.
-        """
-        if any(optimizer in hooks.optimizers for hooks in self._hooks):
-            return
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        for hooks in self._hooks:
-            if any(id(weight.parameter) in held for weight in hooks.weights):
-                hooks.join(optimizer)
+    def _unattached(self, steps: Sequence[int] = ()) -> Attached:
+        attached = Attached(self._after_step, self._refresher.looks_at_gradients, self.accept_writes)
+        attached.steps_before = list(steps)
+        return attached
 
     @property
     def _shrinkage(self) -> float | None:
@@ -493,14 +427,9 @@ class TopKast:
         """The weights, and the number of steps by which their sets are planned: by optimizer if each has a plan."""
         if not self._refresher.own_sizes:
             return [(list(self._weights.values()), self.step_count)]
-        groups = [(hooks.weights, hooks.steps) for hooks in self._hooks]
+        groups = [(hooks.weights, hooks.steps) for hooks in self._attached]
         rest = [self._weights[name] for name in self.unattached]
         return [*groups, (rest, self.step_count)] if rest else groups
-
-    def _align_states(self) -> None:
-        """Align the optimizers' state with the present sets before it is used without us, or saved."""
-        for hooks in self._hooks or self._past_hooks:
-            hooks.align_state()
 
     def _follow_schedule(self) -> None:
         """Refresh if the sets explore and the schedule says they should not, or the reverse."""
@@ -528,24 +457,37 @@ class TopKast:
         self._zeros = {name: weight.count_zeros() for name, weight in self._weights.items()}
 
     def _after_step(self, hooks: StepHooks) -> None:
-        if self.refresh_count == 0 and self.unattached and self.timeline.refreshes_after(hooks.steps):
+        if self.timeline.refreshes_after(hooks.steps):
+            self._warn_of_left_out()
+        self._refresher.after_step(hooks.weights, hooks.steps)
+
+    def _warn_of_left_out(self) -> None:
+        """Warn of weights that were to be sparse and are trained otherwise."""
+        if self.refresh_count == 0 and self.unattached:
             warnings.warn(
                 f"no attached optimizer holds {', '.join(self.unattached[:5])}, so training does not keep them sparse; "
                 "attach their optimizer too, or exclude them",
                 stacklevel=2,
             )
-        self._refresher.after_step(hooks.weights, hooks.steps)
+        thawed = [] if self._warned_of_thawed else find_thawed(self._targets, self.settings.targets)
+        if thawed:
+            self._warned_of_thawed = True
+            warnings.warn(
+                f"{', '.join(thawed[:5])} {'was' if len(thawed) == 1 else 'were'} frozen when training began and "
+                "trained now, so dense for good; unfreeze what should be sparse before training begins (its learning "
+                "rate may be 0), or exclude what should be dense",
+                stacklevel=2,
+            )
 
     def _state_to_reset(self, weight: SparseWeight) -> list[EntryState]:
         storage = self.settings.storage
-        return [] if isinstance(storage, Masked) and not storage.reset_optimizer_state else self._state_of(weight)
-
-    def _state_of(self, weight: SparseWeight) -> list[EntryState]:
-        return [state for hooks in self._hooks for state in hooks.state_of(weight)]
+        return (
+            [] if isinstance(storage, Masked) and not storage.reset_optimizer_state else self._attached.state_of(weight)
+        )
 
     def _check_order(self, weight: SparseWeight, saved: Mapping[str, Any]) -> None:
         """Refuse saved sets if an optimizer's dense state was already packed according to other sets."""
-        gathered = weight.has_gathered and bool(self._state_of(weight))
+        gathered = weight.has_gathered and bool(self._attached.state_of(weight))
         if gathered and saved["storage"] == "masked" and not torch.equal(weight.tiers, saved["tiers"]):
             raise TopKastError(
                 f"the optimizer's state of '{weight.name}' comes from a masked run, and attach() packed it for other "
@@ -555,7 +497,7 @@ class TopKast:
 
     def _set_strength(self) -> None:
         names = {id(weight.parameter): name for name, weight in self._weights.items()}
-        peaks = peak_learning_rates(names, [optimizer for hooks in self._hooks for optimizer in hooks.optimizers[:1]])
+        peaks = peak_learning_rates(names, self._attached.optimizers)
         penalty = self.settings.penalty
         for name, weight in self._weights.items():
             density, peak = weight.forward_density_target, peaks.get(name)
@@ -572,7 +514,7 @@ class TopKast:
                 and the whole tensors once it has read or received them.
         """
         self.accept_writes(closely=True)
-        self._align_states()
+        self._attached.align()
         own = self._refresher.own_sizes
         plans = {
             "plans": {name: sizes.timeline.moments for name, sizes in own.items()},
@@ -601,7 +543,7 @@ class TopKast:
             TopKastError: the state has another format version, other weights, other densities or damaged tensors, or
                 the model does not hold the saved α. Nothing was overwritten then.
         """
-        saved = SavedState.read(state, self.settings.structure, self._weights, len(self._hooks) or None)
+        saved = SavedState.read(state, self.settings.structure, self._weights, len(self._attached) or None)
         _reshard(self.model)
         for name, weight in self._weights.items():
             weight.check_state(saved.weights[name])
@@ -616,13 +558,8 @@ class TopKast:
                 weight.shrinkage.strength = asked
             if with_optimizers:
                 weight.forget_order()
-        for hooks in self._hooks:
-            hooks.adopt_state()
-        self._steps_before = [] if self._hooks else list(saved.steps)
-        for hooks, count in zip(self._hooks, saved.steps, strict=False):
-            hooks.steps = count
+        self._attached.load(saved.steps, with_optimizers)
         self._refresher.count, self._refresher.selections = saved.refresh_count, selections
-        self._align_states()
         if saved.plans and saved.planned_from == moments(self.settings.schedule, self.settings.ramp):
             sizes = self._refresher.sizes
             self._refresher.own_sizes = {
@@ -630,11 +567,6 @@ class TopKast:
             }
         self._look_for_zeros()
         self._follow_schedule()
-
-
-def _listed(counts: Mapping[str, int]) -> str:
-    shown = [f"'{name}' ({count})" for name, count in list(counts.items())[:5]]
-    return ", ".join(shown) + (f" and {len(counts) - 5} more" if len(counts) > 5 else "")
 
 
 def _reshard(model: nn.Module) -> None:

@@ -2,8 +2,9 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
-from weakref import ref
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -68,7 +69,10 @@ class StepHooks:
         self._gradients_masked = False
         self._checked: list[ref[Optimizer]] = []  # those whose state was found to be known
         self._warned_of_overshoot = self._warned_of_empty = False
-        self._handles: list[RemovableHandle] = []
+        self._handles: WeakKeyDictionary[Optimizer, list[RemovableHandle]] = WeakKeyDictionary()
+        self._versions: dict[SparseWeight, int] = {}  # of the sets, when the optimizers' state was known to fit them
+        self._expects_state = False  # whether state that is loaded before the next step is that of the present sets
+        self._was_loaded = False  # whether other state was loaded since the last step
         if not self._held_by(optimizer):
             raise TopKastError(
                 f"this {name} holds none of the sparse weights; attach the optimizer of this model (unless "
@@ -119,14 +123,16 @@ class StepHooks:
 
     def begin(self) -> None:
         """Register the hooks."""
+        self._versions = {weight: weight.version for weight in self.weights}
         for optimizer in self.optimizers:
             self._hook(optimizer)
 
     def _hook(self, optimizer: Optimizer) -> None:
         if calls_hooks(optimizer):
-            self._handles += [
+            self._handles[optimizer] = [
                 optimizer.register_step_pre_hook(self._before_step),
                 optimizer.register_step_post_hook(self._after_step),
+                optimizer.register_load_state_dict_post_hook(self._after_loading),
             ]
 
     def join(self, optimizer: Optimizer) -> None:
@@ -138,7 +144,7 @@ class StepHooks:
 
     def end(self) -> None:
         """Remove the hooks."""
-        for handle in self._handles:
+        for handle in chain.from_iterable(self._handles.values()):
             handle.remove()
         self._handles.clear()
 
@@ -176,6 +182,27 @@ class StepHooks:
         for weight in self.weights:
             if weight.was_reordered:
                 weight.realign(self.state_of(weight))
+
+    @torch.no_grad()
+    def fit_state(self) -> None:
+        """Make the optimizers' state fit the sets before it is used, if other code has put back an earlier one."""
+        anew = []
+        for weight in self.weights if self._was_loaded else ():
+            if weight.fit_state(self.state_of(weight), self._versions.get(weight) != weight.version):
+                anew.append(weight.name)
+        self._was_loaded = False
+        if anew:
+            warnings.warn(
+                f"other code has put back the optimizer's state, and to which sets of {', '.join(anew[:5])} it belongs "
+                "is not known, so it begins anew there; put back the state of TopKast of the same moment too: "
+                "topkast.load_state_dict(state)",
+                stacklevel=2,
+            )
+
+    def expect_state(self) -> None:
+        """Take state that was loaded since the last step, or is loaded before the next one, for that of these sets."""
+        self._expects_state, self._was_loaded = True, False
+        self._versions = {weight: weight.version for weight in self.weights}
 
     def adopt_state(self, packed_only: bool = False) -> None:
         """Convert state that was loaded from a run with another storage to the parameters' shapes."""
@@ -234,6 +261,7 @@ class StepHooks:
     def _open(self, optimizer: Optimizer) -> None:
         weights = self._held_by(optimizer)
         self._accept_writes(weights)
+        self.fit_state()
         self.align_state()
         if not self._gradients_masked:
             self.mask_gradients()
@@ -241,6 +269,9 @@ class StepHooks:
             # like the optimizer, skip parameters without a gradient
             if weight.parameter.grad is not None and not weight.is_open:
                 weight.open()
+
+    def _after_loading(self, optimizer: Optimizer) -> None:
+        self._was_loaded = not self._expects_state
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
@@ -250,7 +281,7 @@ class StepHooks:
             return
         self._stepping = None
         self.seen += 1
-        self._gradients_masked = False
+        self._gradients_masked = self._expects_state = False
         # A fused optimizer under a gradient scaler skips the step inside its own kernel; others are not even called.
         found_inf = getattr(optimizer, "found_inf", None)
         skipped = found_inf is not None and bool(found_inf)

@@ -1,10 +1,10 @@
 """Noticing what other code does to sparse weights: optimizers that step on them, and weights that are loaded."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any, Protocol
-from weakref import WeakSet, ref
+from weakref import WeakMethod, WeakSet, ref
 
 import torch
 from torch import nn
@@ -46,21 +46,58 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         observer.meet(optimizer)
 
 
-def watch_loading(weight: SparseWeight, owners: Sequence[tuple[nn.Module, str]]) -> list[RemovableHandle]:
-    """Let `load_state_dict` of a weight's modules announce that it is about to load the weight."""
-    return [module.register_load_state_dict_pre_hook(_BeforeLoading(weight, name)) for module, name in owners]
+def watch_module(
+    weight: SparseWeight, owners: Sequence[tuple[nn.Module, str]], accept: Callable[[Sequence[SparseWeight]], None]
+) -> list[RemovableHandle]:
+    """Let `load_state_dict` of a masked weight's modules announce the weight, and `state_dict` give it as α.
+
+    Args:
+        weight: masked.
+        owners: its modules, each with its name for it.
+        accept: a method that accepts what other code has written to weights.
+    """
+    handles = []
+    for module, name in owners:
+        handles.append(module.register_load_state_dict_pre_hook(_BeforeLoading(weight, name)))
+        if not weight.sharding.is_sharded:  # one process may save alone
+            handles.append(module.register_state_dict_pre_hook(_BeforeSaving(weight, WeakMethod(accept))))
+    return handles
 
 
-class _BeforeLoading:
-    """A hook on a module's `load_state_dict`; copied or pickled with the module, it becomes one that does nothing."""
+class _ModuleHook:
+    """A hook on a module; copied or pickled with the module, it becomes one that does nothing."""
+
+    def __init__(self, weight: SparseWeight) -> None:
+        self.weight = ref(weight)
+
+    def __reduce__(self) -> Any:
+        return partial, (chain,)  # takes any arguments and needs nothing of this package
+
+
+class _BeforeSaving(_ModuleHook):
+    """Called before a module gives its state."""
+
+    def __init__(self, weight: SparseWeight, accept: WeakMethod[Callable[[Sequence[SparseWeight]], None]]) -> None:
+        super().__init__(weight)
+        self._accept = accept
+
+    def __call__(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
+        weight, accept = self.weight(), self._accept()
+        if weight is not None and accept is not None and weight.is_trained:
+            accept([weight])
+
+
+class _BeforeLoading(_ModuleHook):
+    """Called before a module loads its state."""
 
     def __init__(self, weight: SparseWeight, name: str) -> None:
-        self._weight, self._name = ref(weight), name
+        super().__init__(weight)
+        self._name = name
 
     def __call__(
         self, module: nn.Module, state: Mapping[str, Any], prefix: str, metadata: Mapping[str, Any], *rest: Any
     ) -> None:
-        weight = self._weight()
+        weight = self.weight()
         loaded = state.get(prefix + self._name)
         if weight is None or getattr(loaded, "shape", None) != weight.shape:  # which load_state_dict refuses
             return
@@ -70,6 +107,3 @@ class _BeforeLoading:
                 "Top-KAST and the optimizer hold; load with assign=False"
             )
         weight.begin_loading()
-
-    def __reduce__(self) -> Any:
-        return partial, (chain,)  # takes any arguments and needs nothing of this package

@@ -1,7 +1,7 @@
 """Choosing the sparse weights of a model, with a reason for each dense parameter."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
@@ -38,6 +38,7 @@ _PARAMETRIZATIONS = (
     (nn.utils.parametrizations._WeightNorm, "weight norm"),
     (nn.utils.parametrizations._Orthogonal, "orthogonal parametrization"),
 )
+FROZEN = "frozen"
 # Reasons that no pattern overrides, only a full name.
 _NEVER_BY_PATTERN = ("embedding", "norm", "bias", "weight norm", "orthogonal parametrization")
 
@@ -158,7 +159,7 @@ def find_targets(model: nn.Module, chosen: Targets) -> list[Target]:
     for target in targets:
         target.reason = _why_dense_by_kind(target)
         by_default = target.sparse
-        if target.reason not in ("frozen", "not floating point", "empty"):
+        if target.reason not in (FROZEN, "not floating point", "empty"):
             target.reason = _why_dense_by_choice(target, chosen)
         if by_default or target.sparse:
             candidates.append(target)
@@ -172,7 +173,7 @@ def find_targets(model: nn.Module, chosen: Targets) -> list[Target]:
         if keep_dense and target.sparse and target.name not in (chosen.include or ()):
             target.reason = reason
     for target in candidates:
-        if _matches(target, chosen.exclude) or _has_type(target, chosen.exclude_types):
+        if _is_excluded(target, chosen):
             target.reason = "excluded"
 
     if not any(target.sparse for target in targets):
@@ -212,6 +213,17 @@ def _embeddings_at_ends(targets: Sequence[Target], candidates: Sequence[Target])
     return tied or untied, tied
 
 
+def find_thawed(targets: Sequence[Target], chosen: Targets) -> list[str]:
+    """Return the names of parameters that were frozen when `targets` were found, and would be sparse weights now."""
+    thawed = [target for target in targets if target.reason == FROZEN and target.parameter.requires_grad]
+    return [
+        target.name
+        for target in thawed
+        if not _why_dense_by_choice(replace(target, reason=_why_dense_by_kind(target)), chosen)
+        and not _is_excluded(target, chosen)
+    ]
+
+
 def _is_held_by(target: Target, types: tuple[type[nn.Module], ...]) -> bool:
     return any(isinstance(module, types) for module, _ in target.owners)
 
@@ -220,7 +232,7 @@ def _why_dense_by_kind(target: Target) -> str:
     """Return why a parameter is dense by default, or "" for a weight of `SPARSE_TYPES` or a stack of matrices."""
     parameter, modules = target.parameter, [module for module, _ in target.owners]
     if not parameter.requires_grad:
-        return "frozen"
+        return FROZEN
     if not parameter.is_floating_point():
         return "not floating point"
     if not parameter.numel():
@@ -266,6 +278,10 @@ def _why_dense_by_choice(target: Target, chosen: Targets) -> str:
     if _matches(target, include) or (_has_type(target, include_types) and len(target.shape) >= 2):
         return ""
     return "not included"
+
+
+def _is_excluded(target: Target, chosen: Targets) -> bool:
+    return _matches(target, chosen.exclude) or _has_type(target, chosen.exclude_types)
 
 
 def _matches(target: Target, patterns: Sequence[str] | None) -> bool:

@@ -281,11 +281,11 @@ class SparseWeight(ABC):
     @property
     def was_written(self) -> bool:
         """Whether other code has written to the parameter since we last did; see `WriteWatch`."""
-        return self.is_settled and self._writes.differs(to_local(self.parameter.detach()))
+        return self.is_settled and self._writes.differs(self.parameter)
 
     def _note_own_write(self) -> None:
         """Remember that the parameter is what we wrote."""
-        self._writes.note(to_local(self.parameter.detach()))
+        self._writes.note(self.parameter)
 
     def begin_loading(self) -> None:
         """Prepare for `load_state_dict`, which is about to overwrite the parameter."""
@@ -294,14 +294,25 @@ class SparseWeight(ABC):
     @property
     def stray_entries(self) -> int:
         """Entries outside A that are not zero in the weight that the network computes with; a collective if sharded."""
+        return int(self.sharding.sum(torch.tensor(self.own_strays, device=to_local(self.parameter).device)))
+
+    @property
+    def own_strays(self) -> int:
+        """`stray_entries` of this process' part, which need no other process."""
         return 0
+
+    @property
+    def is_as_sparse(self) -> bool:
+        """Whether what other code wrote has no more entries than A; not known, so False, for a sharded weight."""
+        return not self.sharding.is_sharded and int(self.nonzero_entries) <= int(self.active_entries)
 
     def take_over(self) -> int:
         """Accept what other code wrote: the weight is α again.
 
         A sparse weight becomes α: its non-zero entries are the active ones, and θ is kept where it is zero. So does a
         dense one that `load_state_dict` of the model has loaded, after the sets are chosen again. Otherwise what was
-        written outside A is zeroed, and θ is kept there.
+        written outside A is zeroed, and θ is kept there; so too in a sharded weight that `load_state_dict` has not
+        loaded, since other processes may not take part.
 
         Returns:
             the number of entries outside A that were zeroed.
@@ -386,6 +397,19 @@ class SparseWeight(ABC):
 
     def realign(self, state: Sequence[EntryState]) -> None:  # noqa: B027  only packed state has an order
         """Put the optimizer's state in the order of the sets that were loaded since it was last aligned."""
+
+    def fit_state(self, state: Sequence[EntryState], sets_changed: bool) -> bool:
+        """Make state of the optimizer that other code has put back fit the present sets.
+
+        Args:
+            state: which belongs to the present sets, or to earlier ones of this run.
+            sets_changed: whether the sets have changed in this run.
+
+        Returns:
+            whether it had to begin anew.
+        """
+        self.realign(state)
+        return False
 
     def forget_order(self) -> None:  # noqa: B027  likewise
         """Treat the optimizer's state, if any, as that of the present sets."""

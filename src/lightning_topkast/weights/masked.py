@@ -180,7 +180,7 @@ class MaskedWeight(SparseWeight):
             flat(self._mask).index_copy_(0, changed, mask)
             self.version += 1
             self._pending = None
-            self._look()
+            self._writes.look_at(self._tiers)
 
     def _count(self, promoted: int = 0) -> int:
         """Count the sets over all parts, so that reading the counts needs no collective; return the promoted total."""
@@ -215,7 +215,7 @@ class MaskedWeight(SparseWeight):
         self.version += 1
         if self._latent.stride() != alpha.stride():
             raise TopKastError(f"'{self.name}': other code gave its parameter memory with gaps; make it contiguous")
-        self._look()
+        self._writes.look_at(self._tiers)
 
     # --- around the optimizer's step ------------------------------------------------------------------------------
 
@@ -270,11 +270,6 @@ class MaskedWeight(SparseWeight):
         super()._note_own_write()
         self._overwritten, self.was_loaded = None, False
 
-    def _look(self) -> None:
-        """Look at other places, after the sets or the device have changed."""
-        if not self.sharding.is_sharded:
-            self._writes.look_at(self._tiers)
-
     @property
     def is_settled(self) -> bool:
         """Whether no step or refresh is in progress."""
@@ -322,11 +317,11 @@ class MaskedWeight(SparseWeight):
         return self.sharding.sum(torch.count_nonzero(self._alpha))
 
     @property
-    def stray_entries(self) -> int:
-        """Entries of the parameter outside A that are not zero, counted now; a collective if it is sharded."""
+    def own_strays(self) -> int:
+        """Entries of this process' part of the parameter outside A that are not zero, counted now."""
         alpha = self._alpha
         exploring = torch.count_nonzero(flat(alpha).index_select(0, self._exploring))
-        return int(self.sharding.sum(exploring + count_outside(alpha, self._mask)))
+        return int(exploring + count_outside(alpha, self._mask))
 
     def begin_loading(self) -> None:
         """Keep θ on A, which `load_state_dict` is about to overwrite."""
@@ -337,8 +332,9 @@ class MaskedWeight(SparseWeight):
     def take_over(self) -> int:
         """Accept what other code wrote: the parameter is α again; see `SparseWeight.take_over`."""
         self.match_layout()
-        strays = self.stray_entries
-        if strays and (self.was_loaded or int(self.nonzero_entries) <= int(self.active_entries)):
+        # all processes load weights together; anything else one of them may write alone
+        strays = self.stray_entries if self.was_loaded else self.own_strays
+        if strays and (self.was_loaded or self.is_as_sparse):
             loaded = self._alpha.clone()
             if self._overwritten is not None:
                 flat(self._latent)[flat(self._tiers) == ACTIVE] = self._overwritten
@@ -435,5 +431,5 @@ class MaskedWeight(SparseWeight):
         self.version += 1
         self.is_open = False
         self._settled = True
-        self._look()
+        self._writes.look_at(self._tiers)
         self._note_own_write()

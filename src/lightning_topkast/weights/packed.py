@@ -216,6 +216,7 @@ class PackedWeight(SparseWeight):
         if pending is None:
             return
         writes, self._tiers, self._layout = pending
+        self.version += 1
         self._never_active &= self._tiers != ACTIVE
         for tensor, content in writes:
             tensor.copy_(content)
@@ -382,6 +383,13 @@ class PackedWeight(SparseWeight):
             before, self._state_units = self._state_units, None
             for tensor, content in self._moved(state, before, self._units()):
                 tensor.copy_(content)
+
+    def fit_state(self, state: Sequence[EntryState], sets_changed: bool) -> bool:
+        """Begin state of the optimizer anew if the sets have changed, since its order is not known then."""
+        self._state_units = None
+        for values, start in state if sets_changed else ():
+            values.fill_(start)
+        return sets_changed
 
     def forget_order(self) -> None:
         """Treat the optimizer's state, if any, as that of the present sets."""

@@ -12,7 +12,7 @@ from lightning.pytorch.tuner import Tuner
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_topkast import TopKastError
+from lightning_topkast import Targets, TopKast, TopKastError
 from lightning_topkast.layers import packed_weights
 from tests.helpers import (
     MIDDLE,
@@ -42,6 +42,63 @@ class Start(Callback):
         self.thetas, self.steps = thetas(self.callback.topkast), self.callback.topkast.step_count
         self.parameters = parameters_of(pl_module)
         self.engine = self.callback.topkast
+
+
+# --- a model that an earlier run has trained --------------------------------------------------------------------------
+
+
+class Around(Net):
+    """Another module around the same layers, as a notebook's cell makes when it runs twice."""
+
+    @classmethod
+    def of(cls, layers):
+        module = cls()
+        module.layers = layers
+        return module
+
+
+def test_cell_that_runs_twice_trains_on_from_theta(tmp_path):
+    layers, before = make_net().layers, None
+    for _ in range(3):
+        callback = make_callback()
+        start = Start(callback)
+        fit(make_trainer(tmp_path, callback, start), Around.of(layers))
+        if before is not None:
+            assert same(start.thetas, before)
+            assert start.steps == 0
+        before = thetas(callback.topkast)
+        check_sparse(callback.topkast)
+        assert int((before[MIDDLE] == 0).sum()) == 0
+
+
+def test_later_engine_takes_weights_over_from_an_earlier_one(storage):
+    model = make_net().layers
+    first = TopKast(model, 0.75, 0.5, storage=storage, penalty=None, targets=Targets(keep_last_dense=False))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    first.attach(optimizer)
+    model(torch.ones(4, 6)).square().mean().backward()
+    optimizer.step()
+    theta = first.weights["2.weight"].theta()
+    with pytest.warns(UserWarning, match="an earlier TopKast kept the weights 4.weight sparse, and this one does not"):
+        second = TopKast(model, 0.9, 0.8, penalty=None)
+    assert torch.equal(second.weights["2.weight"].theta(), theta)
+    assert type(model[2]) is type(model[4]) is nn.Linear
+    assert (model[4].weight != 0).all()
+    assert not first.is_attached
+    assert not first.is_intact
+
+
+def test_values_written_into_the_model_after_a_run_are_those_of_the_next_one():
+    """And not mixed with θ of the run before."""
+    model, values = make_net().layers, torch.randn(16, 16)
+    first = TopKast(model, 0.75, 0.5, penalty=None)
+    with torch.no_grad():
+        model[2].weight.copy_(values)
+    second = TopKast(model, 0.75, 0.5, penalty=None)
+    assert torch.equal(second.weights["2.weight"].theta(), values)
+    model.load_state_dict(model.state_dict() | {"2.weight": -values})
+    assert torch.equal(TopKast(model, 0.75, 0.5, penalty=None).weights["2.weight"].theta(), -values)
+    assert not first.is_intact
 
 
 # --- two fits -----------------------------------------------------------------------------------------------------

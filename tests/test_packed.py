@@ -2,8 +2,11 @@
 
 import copy
 import gc
+import os
 import pickle
+import signal
 import sys
+import threading
 import weakref
 
 import pytest
@@ -12,11 +15,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_topkast import Packed, Targets, TopKast, TopKastError, to_csr, to_dense
+from lightning_topkast.engine import refresh
 from lightning_topkast.engine.materialize import materialize
 from lightning_topkast.layers.csr import CsrLinear
 from lightning_topkast.method.selection import nested_top_k
 from lightning_topkast.weights import EntryState, PackedWeight, Traits
-from tests.helpers import nouns
+from tests.helpers import nouns, same
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05, weight_decay=0.1),
@@ -649,12 +653,6 @@ def test_parametrized_weights_stay_masked():
     assert topkast.weights[name].storage == "masked"
 
 
-def test_a_packed_model_cannot_be_packed_again():
-    run = Run("packed")
-    with pytest.raises(TopKastError, match=r"'2.weight' is already packed.*to_dense\(model\)"):
-        TopKast(run.model, 0.8, 0.6)
-
-
 def test_optimizer_made_before_the_layers_were_packed_is_refused():
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -838,6 +836,45 @@ def test_nan_found_in_the_background_is_reported_when_it_would_take_effect():
     with pytest.raises(TopKastError, match=r"'2.weight' holds NaN or infinity at step 9"):
         run.optimizer.step()
     assert torch.equal(weight.tiers, before)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+@pytest.mark.parametrize("busy", [False, True])
+@pytest.mark.parametrize("storage", ["masked", "packed"])
+def test_process_that_is_forked_while_sets_are_chosen_goes_on_as_its_parent(storage, busy, monkeypatch):
+    """It has none of its parent's threads; `ddp_fork` and `ddp_notebook` start so."""
+    go_on, original = threading.Event(), refresh.choose
+
+    def choose(*args):
+        if threading.current_thread() is not threading.main_thread():
+            go_on.wait()
+        return original(*args)
+
+    run = Run(storage, delay=4)
+    run.step(8)
+    monkeypatch.setattr(refresh, "choose", choose)
+    if not busy:
+        go_on.set()
+    run.step(1)
+    if not busy:
+        (selection,) = run.topkast._refresher.selections
+        selection.result()
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        go_on.set()
+        run.step(20)
+        os.write(writer, pickle.dumps({name: weight.theta() for name, weight in run.topkast.weights.items()}))
+        os._exit(0)
+    go_on.set()
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        found = pipe.read()
+    assert os.waitpid(child, 0)[1] == 0
+    run.step(20)
+    assert same(pickle.loads(found), {name: weight.theta() for name, weight in run.topkast.weights.items()})
 
 
 # --- interruption -----------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -25,17 +26,20 @@ from lightning_topkast.layers import packed_weights
 from lightning_topkast.method.density import SetSizes
 from lightning_topkast.method.penalty import L2, peak_learning_rates
 from lightning_topkast.method.schedule import Timeline, in_words, moments
-from lightning_topkast.method.targets import FROZEN, find_targets, find_thawed
+from lightning_topkast.method.targets import FROZEN, Target, find_targets, find_thawed
 from lightning_topkast.settings import Settings, takes_settings
 from lightning_topkast.storage import Masked
 from lightning_topkast.weights import EntryState, SparseWeight, Traits
+
+_engines: WeakSet["TopKast"] = WeakSet()  # that no later one has released
 
 
 class TopKast:
     """Keep a model sparse while any PyTorch optimizer trains it.
 
-    The constructor chooses the weights and makes them sparse. After `attach`, every step of the optimizer updates
-    only B and applies the exploration penalty, and every `update_every` steps A and B are chosen again:
+    The constructor chooses the weights and makes them sparse; those of an earlier `TopKast` begin with its θ, and it is
+    released. After `attach`, every step of the optimizer updates only B and applies the exploration penalty, and every
+    `update_every` steps A and B are chosen again:
 
         topkast = TopKast(model, forward_sparsity=0.9, backward_sparsity=0.8).attach(optimizer)
         for x, y in loader:
@@ -92,10 +96,13 @@ class TopKast:
         self._targets = find_targets(model, settings.targets)
         warn_if_little(self._targets, settings.targets)
         sparse = [target for target in self._targets if target.sparse]
-        check_targets(sparse, packed_weights(model), settings, taken)
+        check_targets(sparse, settings, taken)
         shapes = {target.name: target.shape for target in sparse}
         stacks = frozenset(target.name for target in sparse if target.is_stack)
         sizes = SetSizes(settings.allocation, settings.schedule, settings.ramp, shapes, stacks)
+        if self._take_over_earlier(sparse):
+            self._targets = find_targets(model, settings.targets)
+            sparse = [target for target in self._targets if target.sparse]
         self._refresher = Refresher(sizes, settings.rule, settings.seed, self._state_to_reset)
         self._attached = self._unattached()
         traits = Traits(
@@ -111,6 +118,7 @@ class TopKast:
         for target in sparse:
             install(target, self._weights[target.name])
         self._watch_modules()
+        _engines.add(self)
 
     # --- properties -----------------------------------------------------------------------------------------------
 
@@ -118,6 +126,11 @@ class TopKast:
     def weights(self) -> Mapping[str, SparseWeight]:
         """The sparse weights by parameter name."""
         return MappingProxyType(self._weights)
+
+    @property
+    def owners(self) -> list[nn.Module]:
+        """The modules that hold the sparse weights."""
+        return [module for target in self._targets if target.name in self._weights for module, _ in target.owners]
 
     @property
     def step_count(self) -> int:
@@ -211,9 +224,13 @@ class TopKast:
     @property
     def is_intact(self) -> bool:
         """Whether the model still holds these parameters, as sparse as A; a collective if any of them is sharded."""
-        return not self._gone and all(
-            weight.is_sparse or int(weight.nonzero_entries) <= int(weight.active_entries)
-            for weight in self._weights.values()
+        return (
+            self in _engines
+            and not self._gone
+            and all(
+                weight.is_sparse or int(weight.nonzero_entries) <= int(weight.active_entries)
+                for weight in self._weights.values()
+            )
         )
 
     def summary(self) -> Summary:
@@ -233,6 +250,7 @@ class TopKast:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._attached = self._unattached(state["_attached"])
+        _engines.add(self)
 
     # --- the method -----------------------------------------------------------------------------------------------
 
@@ -310,10 +328,37 @@ class TopKast:
         for watch in self._watches:
             watch.remove()
         self._watches = []
+        _engines.discard(self)
         _reshard(self.model)
         for target in self._targets:
             if target.name in self._weights:
                 release(target, self._weights[target.name])
+
+    def _take_over_earlier(self, sparse: Sequence[Target]) -> bool:
+        """Release the engines that kept some of these parameters sparse before; return whether there were any."""
+        wanted = {id(target.parameter) for target in sparse}
+        names = {target.name for target in sparse}
+        earlier = [e for e in _engines if any(id(weight.parameter) in wanted for weight in e._weights.values())]
+        for engine in earlier:
+            engine.recover()
+            engine.accept_writes([weight for weight in engine._weights.values() if weight.was_loaded])
+            if not engine.is_intact:  # other weights were written into the model since, and θ belongs to none of them
+                engine.detach()
+                _engines.discard(engine)
+                continue
+            engine.release()
+            left = [name for name, weight in engine._weights.items() if weight.parameter.requires_grad]
+            if left := [name for name in left if name not in names]:
+                warnings.warn(
+                    f"an earlier TopKast kept the weights {', '.join(left[:5])} sparse, and this one does not: they "
+                    "become dense; include them too, or freeze them (requires_grad_(False))",
+                    stacklevel=5,
+                )
+        packed = packed_weights(self.model)
+        for target in sparse:
+            if target.name in packed:  # by an engine that is gone
+                release(target, packed[target.name])
+        return bool(earlier or packed)
 
     def exclude(self, names: Collection[str]) -> None:
         """Make the named weights dense again; they stay dense."""

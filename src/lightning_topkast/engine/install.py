@@ -27,9 +27,7 @@ _COST_OF_ENTRY = {"torch": 5.0, "compiled": 3.2}
 _LEAST_ENTRIES = 1 << 16
 
 
-def check_targets(
-    sparse: Sequence[Target], packed: Collection[str], settings: Settings, taken: Collection[str]
-) -> None:
+def check_targets(sparse: Sequence[Target], settings: Settings, taken: Collection[str]) -> None:
     """Refuse weights for which the settings are not supported."""
     for target in sparse:
         if target.name in taken:
@@ -41,11 +39,6 @@ def check_targets(
             raise TopKastError(
                 f"'{target.name}' has sparse gradients, which cannot be masked; create its embedding with "
                 "sparse=False, or exclude it"
-            )
-        if target.name in packed:
-            raise TopKastError(
-                f"'{target.name}' is already packed by an earlier TopKast; restore the ordinary layers first, with "
-                "release() of that TopKast or, with zeros outside A, with to_dense(model)"
             )
         if not isinstance(target.parameter, DTensor):
             continue

@@ -1,5 +1,6 @@
 """The refresh: choosing the sets of weights again, at once or in the background."""
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -18,7 +19,17 @@ from lightning_topkast.weights import EntryState, SparseWeight
 from lightning_topkast.weights.state import holds_values
 
 # One thread for all weights: selection is limited by memory bandwidth, and training continues meanwhile.
-_background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="topkast-refresh")
+_background: ThreadPoolExecutor
+
+
+def _begin_background() -> None:
+    global _background
+    _background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="topkast-refresh")
+
+
+_begin_background()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_background)  # a forked process has no threads of its parent
 
 
 class Selection:
@@ -42,7 +53,11 @@ class Selection:
                 weight.prepare(chosen[weight.name])
             return chosen
 
-        self._chosen: dict[str, Tensor] | Future[dict[str, Tensor]] = _background.submit(work)
+        self._unfinished: Callable[[], dict[str, Tensor]] | None
+        self._process, self._unfinished = os.getpid(), work  # for a process forked meanwhile, which nobody works for
+        future = _background.submit(work)
+        self._chosen: dict[str, Tensor] | Future[dict[str, Tensor]] = future
+        future.add_done_callback(self._finish)
 
     def result(self) -> dict[str, Tensor]:
         """Return weight name → tiers, after waiting for them if necessary.
@@ -51,8 +66,14 @@ class Selection:
             NonFiniteWeightError: a weight held NaN or infinity.
         """
         if isinstance(self._chosen, Future):
-            self._chosen = self._chosen.result()
+            work = self._unfinished
+            forked = work is not None and self._process != os.getpid()
+            self._chosen = work() if forked else self._chosen.result()  # type: ignore[misc]
+            self._unfinished = None
         return self._chosen
+
+    def _finish(self, future: "Future[dict[str, Tensor]]") -> None:
+        self._unfinished = None  # and with it the values
 
     def concerns(self, weights: Iterable[SparseWeight]) -> bool:
         """Return whether the selection includes any of these weights."""
@@ -64,7 +85,8 @@ class Selection:
         return all(weight.load_count == loads for weight, loads in self._loads.items())
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_chosen": self.result()}
+        chosen = self.result()
+        return self.__dict__ | {"_chosen": chosen}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the step and the sets: tensors and primitives only."""

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 
 from lightning_topkast.method.targets import find_targets
 from lightning_topkast.settings import Settings
@@ -28,18 +29,21 @@ class _Engines(list[TopKast]):
 
 
 def keep(pl_module: LightningModule, topkast: TopKast) -> None:
-    """Keep an engine with its module, where another callback finds it; `configure_callbacks` makes one for each fit."""
-    engines = _engines_of(pl_module)
-    if topkast not in engines:
-        pl_module.__dict__[_ATTRIBUTE] = _Engines([*engines, topkast])
+    """Keep an engine with its module, where another callback finds it; `configure_callbacks` makes one for each fit.
+
+    It lives as long as its layers, so that θ is not lost with the callback; another module may have the same layers.
+    """
+    for module in (pl_module, *topkast.owners):
+        others = [each for each in _engines_of(module) if each is not topkast and not each.is_released]
+        module.__dict__[_ATTRIBUTE] = _Engines([*others, topkast])
 
 
 def kept_engine(pl_module: LightningModule, settings: Settings, others: Collection[Settings]) -> TopKast | None:
     """Return the engine of an earlier `fit` with the same settings, if the model is still as that `fit` left it.
 
-    An engine whose weights the callback is to make sparse with other settings gives θ back to the model, so that a
-    second stage does not begin with the zeros of the first. Weights of other engines stay as they are; if they are
-    trained without a callback, a warning says that they become dense.
+    An engine whose weights the callback is to make sparse with other settings is left to the new engine, which takes
+    over θ. Weights of other engines stay as they are; if they are trained without a callback, a warning says that they
+    become dense.
 
     Args:
         pl_module: the module to be trained.
@@ -56,8 +60,7 @@ def kept_engine(pl_module: LightningModule, settings: Settings, others: Collecti
         elif not intact:
             _engines_of(pl_module).remove(topkast)
         elif not _targets_of(pl_module, settings).isdisjoint(topkast.weights):
-            topkast.release()
-            _engines_of(pl_module).remove(topkast)
+            _engines_of(pl_module).remove(topkast)  # the next engine of these weights takes over θ
         elif trained := [name for name, weight in topkast.weights.items() if weight.parameter.requires_grad]:
             rank_zero_warn(
                 f"the weights {', '.join(trained[:5])} were kept sparse in an earlier fit, and no callback of this one "
@@ -71,8 +74,8 @@ def _targets_of(pl_module: LightningModule, settings: Settings) -> set[str]:
     return {target.name for target in find_targets(pl_module, settings.targets) if target.sparse}
 
 
-def _engines_of(pl_module: LightningModule) -> list[TopKast]:
-    engines: list[TopKast] = pl_module.__dict__.get(_ATTRIBUTE, [])
+def _engines_of(module: nn.Module) -> list[TopKast]:
+    engines: list[TopKast] = module.__dict__.get(_ATTRIBUTE, [])
     return engines
 
 

@@ -136,15 +136,16 @@ def read_result(folder: Path) -> Result | None:
     """Return the result in `folder`, or None if there is none.
 
     Raises:
-        AppError: The file is damaged, or not a result that this version can read.
+        AppError: The file is damaged, or not a result of this version.
+        OSError: The file cannot be read, which says nothing of its content.
     """
     path = folder / RESULT_FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise AppError(f"{path} cannot be read ({error}); remove it to repeat the run") from error
+    except (ValueError, RecursionError) as error:
+        raise AppError(f"{path} is damaged ({error}); remove it to repeat the run") from error
     completed = isinstance(content, dict) and content.get("status") in COMPLETED
     try:
         return (CompletedResult if completed else Result).model_validate(content)

@@ -57,6 +57,8 @@ def read_contents(folder: Path) -> RunContents:
         result = run.result()
         if result is None:
             notes.append(f"There is no {RESULT_FILE}: the run has not ended, or is not a run of topkast-train.")
+        elif result.incomplete_logs:
+            notes += [f"A log is incomplete: {lacking}." for lacking in result.incomplete_logs]
     except (AppError, OSError) as error:
         notes.append(f"The result is ignored: {explain(error)}.")
     try:

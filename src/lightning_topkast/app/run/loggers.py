@@ -1,10 +1,9 @@
-"""Loggers: W&B stays offline unless the user is logged in, and its run is closed however training ends."""
+"""Loggers: W&B stays offline unless the user is logged in."""
 
 from __future__ import annotations
 
 import netrc
 import os
-import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -154,10 +153,3 @@ def wandb_folder(loggers: Iterable[Logger]) -> Path | None:
             if getattr(run, "offline", False) and getattr(run, "dir", None):
                 return Path(run.dir).parent  # .../offline-run-<time>-<id>/files
     return None
-
-
-def close_wandb(failed: bool) -> None:
-    """Finish the current W&B run, if there is one, so that the next job of a sweep starts its own."""
-    wandb = sys.modules.get("wandb")
-    if wandb is not None and wandb.run is not None:
-        wandb.finish(exit_code=1 if failed else 0)

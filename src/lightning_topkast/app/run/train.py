@@ -27,10 +27,10 @@ from lightning_topkast.app.errors import (
 )
 from lightning_topkast.app.run.build import build_all, build_callbacks, build_model
 from lightning_topkast.app.run.describe import Outcome, all_finite, describe_end, kept_dense
+from lightning_topkast.app.run.guarded import close_wandb, failures_of, guard_loggers
 from lightning_topkast.app.run.loggers import (
     check_all_writable,
     check_writable,
-    close_wandb,
     log_config,
     log_outcome,
     track_best,
@@ -96,6 +96,7 @@ def _train(cfg: DictConfig) -> float:
     with one_job(trainer):
         log_config(trainer.loggers, cast(dict[str, Any], OmegaConf.to_container(with_width(cfg), resolve=True)))
         track_best(trainer.loggers, cfg.recipe.monitor, cfg.recipe.mode)
+        guard_loggers(trainer.loggers)
 
         try:
             trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, **SAFELY)
@@ -128,7 +129,9 @@ def _train(cfg: DictConfig) -> float:
             log_outcome(trainer.loggers, result, trainer.global_step)
             wandb_dir = wandb_folder(trainer.loggers)
             close_wandb(failed=False)  # before the summary, which names its folder
-            print_summary(counts, figures, folder.path, wandb_dir, Path(best) if best else None)
+            if lost := failures_of(trainer.loggers):
+                write_result(folder.path, result.model_copy(update={"incomplete_logs": lost}))
+            print_summary(counts, figures, folder.path, wandb_dir, Path(best) if best else None, lost)
         return score
 
 

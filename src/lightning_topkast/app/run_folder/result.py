@@ -84,6 +84,7 @@ class Result(_Part):
         overrides: Overrides of the command line that affect what the run computes.
         config: Resolved configuration, without places and names.
         error: Why the run failed.
+        incomplete_logs: What loggers that failed in mid-run lack, and why; None if none did.
         metrics: All metrics of the test.
         seconds: Time spent in training.
         examples: Training examples seen.
@@ -100,6 +101,7 @@ class Result(_Part):
     versions: dict[str, Any] | None = None
     hardware: dict[str, Any] | None = None
     error: str | None = None
+    incomplete_logs: list[str] | None = None
     monitor: Monitor | None = None
     metrics: dict[str, float | None] | None = None
     sparsity: Sparsity | None = None

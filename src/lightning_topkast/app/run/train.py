@@ -25,7 +25,7 @@ from lightning_topkast.app.errors import (
     did_you_mean,
     let_errors_through,
 )
-from lightning_topkast.app.run.build import build_all, build_callbacks, build_model
+from lightning_topkast.app.run.build import OF_TASK, build_all, build_callbacks, build_model
 from lightning_topkast.app.run.describe import Outcome, all_finite, describe_end, kept_dense
 from lightning_topkast.app.run.guarded import close_wandb, failures_of, guard_loggers
 from lightning_topkast.app.run.loggers import (
@@ -46,6 +46,7 @@ from lightning_topkast.app.run.resume import (
 )
 from lightning_topkast.app.run.small_dense import with_width
 from lightning_topkast.app.run.summary import count_weights, print_summary
+from lightning_topkast.app.run.task import ClassificationTask
 from lightning_topkast.app.run_folder.checkpoint import SAFELY, Checkpoint, open_checkpoint
 from lightning_topkast.app.run_folder.folder import RunFolder
 from lightning_topkast.app.run_folder.result import write_result
@@ -91,10 +92,13 @@ def _train(cfg: DictConfig) -> float:
     if checkpoint is not None:
         checkpoint.check_model(model)
         checkpoint.check_callbacks(callbacks)
-        checkpoint.check_optimizer(getattr(model, "optimizer", None))
+        if isinstance(model, ClassificationTask):  # another module makes its optimizers in training
+            checkpoint.check_optimizer(model.optimizer)
     trainer: Trainer = instantiate(cfg.trainer, logger=loggers or False, callbacks=callbacks, _convert_="all")
     with one_job(trainer):
-        log_config(trainer.loggers, cast(dict[str, Any], OmegaConf.to_container(with_width(cfg), resolve=True)))
+        config = cast(dict[str, Any], OmegaConf.to_container(with_width(cfg), resolve=True))
+        unused = () if isinstance(model, ClassificationTask) else OF_TASK
+        log_config(trainer.loggers, {key: value for key, value in config.items() if key not in unused})
         track_best(trainer.loggers, cfg.recipe.monitor, cfg.recipe.mode)
         guard_loggers(trainer.loggers)
 

@@ -75,8 +75,9 @@ def test_small_dense_in_an_application_of_ones_own_refuses_the_wide_network(comp
 
 @pytest.mark.parametrize("sweep", [False, True])
 def test_run_that_diverged_says_so_and_fails_but_lets_a_sweep_go_on(cli, tmp_path, sweep):
+    many = ["-m", "seed=0,1", f"hydra.sweep.dir={tmp_path}/sweep"] if sweep else []
     code, _, err = cli(
-        *(["-m", "seed=0,1", f"hydra.sweep.dir={tmp_path}/sweep"] if sweep else []), "sparsity=dense", "optimizer=sgd", "optimizer.lr=1e30", "scheduler=none", "logger=none",
+        *many, "sparsity=dense", "optimizer=sgd", "optimizer.lr=1e30", "scheduler=none", "logger=none",
         "trainer.limit_train_batches=4", "trainer.max_epochs=1", "callbacks.progress=null",
     )  # fmt: skip
     assert code == (0 if sweep else 2), err

@@ -45,7 +45,9 @@ def wandb_logger(save_dir: str, mode: str | None = None, **options: Any) -> Wand
 
 
 def csv_logger(save_dir: str, name: str = "csv") -> CSVLogger:
-    """Return a `CSVLogger` for the folder `name`, or `name-2`, `name-3`, ... if an earlier run has logged there.
+    """Return a `CSVLogger` for the folder `name`, or `name-2`, `name-3`, ... if it is another run's.
+
+    No two runs share a folder, whenever they begin.
 
     Args:
         save_dir: Folder of the run.
@@ -56,9 +58,7 @@ def csv_logger(save_dir: str, name: str = "csv") -> CSVLogger:
         try:
             folder.mkdir(parents=True)  # of two runs that try at the same time, one succeeds
             break
-        except FileExistsError:
-            if folder.is_dir() and not any(folder.iterdir()):
-                break
+        except FileExistsError:  # also if it is empty, since a run that has just begun has written nothing yet
             number += 1
             folder = folder.with_name(f"{name}-{number}")
         except OSError:

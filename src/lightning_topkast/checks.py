@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from numbers import Real
 from typing import Any, get_args
 
@@ -53,3 +54,8 @@ def plain(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [plain(item) for item in value]
     return value
+
+
+def name_matches(name: str, pattern: str) -> bool:
+    """Return whether a glob pattern matches a name; a name always matches itself, also with brackets in it."""
+    return name == pattern or fnmatchcase(name, pattern)

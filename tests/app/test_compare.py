@@ -1,5 +1,6 @@
 """`topkast-compare` makes runs: which ones, once each, whatever happens to some of them."""
 
+import errno
 import json
 import os
 import re
@@ -297,3 +298,33 @@ def _session(number):
         if int(fields[3]) == number and fields[0] != "Z":
             found.append(path.parent.name)
     return found
+
+
+@pytest.mark.parametrize("where", ["in a run", "in the launcher"])
+def test_full_disk_stops_the_sweep_in_one_line_that_names_it_and_keeps_what_is_finished(
+    compare, tmp_path, monkeypatch, where
+):
+    started = []
+
+    def run(cfg):
+        folder = Path(cfg.paths.output_dir)
+        started.append(folder.name)
+        if cfg.seed == 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / "result.json"))
+        (folder / "result.json").write_text(json.dumps({"status": "finished"}))
+
+    monkeypatch.setattr("lightning_topkast.app.sweep.launch.run_in_folder", run)
+    if where == "in the launcher":  # Hydra writes the configuration of a run before it calls the run
+
+        def save(cfg, filename, output_dir):
+            if filename == "config.yaml" and cfg.seed == 1:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr("hydra.core.utils._save_config", save)
+    code, _, err = compare("data=digits", "seed=0,1,2", *TINY)
+    assert code == 2
+    (line,) = [line for line in err.splitlines() if line.startswith("topkast-compare: ")]
+    assert "No space left on device; free space on the disk mounted at /" in line
+    assert f"{tmp_path}/runs" in line
+    assert len(started) == len(set(started))
+    assert len(results(tmp_path)) >= 1

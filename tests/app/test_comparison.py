@@ -156,7 +156,7 @@ def test_broken_failed_and_unfinished_runs_are_told_and_the_others_collected(wri
     assert "- not finished: 02" in out
     assert "- failed: 01: no memory" in out
     assert "skipped: " in err
-    assert "cut/result.json cannot be read" in err
+    assert "cut/result.json is damaged" in err
 
 
 @pytest.mark.parametrize(

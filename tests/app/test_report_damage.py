@@ -85,9 +85,9 @@ def test_run_that_diverged_saves_nothing_of_no_parameters(tmp_path):
     assert not names & {"parameters in use", "bytes saved"}
 
 
-def test_endless_nesting_is_a_result_that_cannot_be_read(tmp_path):
+def test_endless_nesting_is_a_damaged_result(tmp_path):
     (tmp_path / "result.json").write_text("[" * 100_000)
-    with pytest.raises(AppError, match="cannot be read"):
+    with pytest.raises(AppError, match="is damaged"):
         read_result(tmp_path)
 
 

@@ -1,5 +1,7 @@
 """What a report reads: curves from logs, and the sets of weights from checkpoints."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -23,6 +25,36 @@ def test_resumed_part_of_a_run_replaces_what_came_after_its_checkpoint(tmp_path)
     log(tmp_path / "csv-2", "step,loss,acc\n3,3,\n5,2,0.5\n")
     curves = {name: (steps.tolist(), values.tolist()) for name, (steps, values) in read_curves(tmp_path).items()}
     assert curves == {"loss": ([1, 2, 3, 5], [5, 4, 3, 2]), "acc": ([5], [0.5])}
+
+
+def test_copied_folder_with_other_dates_has_the_same_curves(tmp_path):
+    for number in range(12):  # begun at step 20 * number, and killed 20 steps after the next one's start
+        steps = range(20 * number, 20 * number + 40)
+        rows = "".join(f"{step},{number}\n" for step in steps)
+        log(tmp_path / ("csv" if number == 0 else f"csv-{number + 1}"), f"step,loss\n{rows}")
+        os.utime(
+            tmp_path / ("csv" if number == 0 else f"csv-{number + 1}") / "metrics.csv", (100 - number, 100 - number)
+        )
+    steps, values = read_curves(tmp_path)["loss"]
+    assert steps.tolist() == list(range(260))
+    assert values.tolist() == [min(step // 20, 11) for step in range(260)]
+
+
+def test_copied_event_files_with_other_dates_have_the_same_curves(tmp_path):
+    pytest.importorskip("tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
+    for number, begun in enumerate((99, 1000, 1700000000)):
+        with SummaryWriter(str(tmp_path / f"part{number}")) as writer:
+            for step in range(10 * number, 10 * number + 20):
+                writer.add_scalar("loss", number, step)
+        (written,) = (tmp_path / f"part{number}").iterdir()
+        (tmp_path / "tensorboard").mkdir(exist_ok=True)
+        target = written.rename(tmp_path / "tensorboard" / f"events.out.tfevents.{begun}.host.7.0")
+        os.utime(target, (100 - number, 100 - number))
+    steps, values = read_curves(tmp_path)["loss"]
+    assert steps.tolist() == list(range(40))
+    assert values.tolist() == [min(step // 10, 2) for step in range(40)]
 
 
 def test_cells_that_are_no_finite_numbers_are_no_points(tmp_path):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
@@ -132,8 +134,21 @@ def explain(error: BaseException, config_name: str = CONFIG_NAME) -> str | None:
     if isinstance(error, ValueError) and str(error).startswith("Config group override must be"):  # Hydra's own
         return "expected the name of an option for a group, not null: logger=none, scheduler=none, callbacks=none"
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+        return f"{error.filename}: {error.strerror}{_way_out(error)}"
     return None
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Return whether the system has refused a write since the disk or the user's share of it is full."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _way_out(error: OSError) -> str:
+    if not is_full_disk(error):
+        return ""
+    places = Path(error.filename).absolute().parents
+    disk = next((place for place in places if place.is_mount()), places[-1])
+    return f"; free space on the disk mounted at {disk}, and start the same command again"
 
 
 def _is_lost_connection(error: BaseException) -> bool:

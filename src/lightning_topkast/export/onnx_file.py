@@ -28,8 +28,8 @@ def save_onnx(
         model: takes one tensor and returns one; it is not changed.
         example: an input (batch, ...) with a batch size of at least 1.
         path: of the file.
-        sparse: store sparse weights as ONNX's sparse initializers. The file is small; onnxruntime makes the weights
-            dense when it loads the file, and some other tools cannot read it.
+        sparse: store sparse weights as the values and places of their non-zero entries, from which standard operators
+            make the weights. The file is small; onnxruntime makes the weights dense once, when it loads the file.
         overwrite: whether the file may exist already.
 
     Raises:
@@ -102,21 +102,40 @@ def _forget_sources(proto: Any) -> None:
 
 
 def _make_sparse(proto: Any) -> None:
-    """Convert the initializers of sparse weights in a model's graph to sparse initializers."""
+    """Store sparse weights as their values and places, from which the graph makes them.
+
+    ONNX has sparse initializers, but no operator's type allows them, so that its full check refuses such a file.
+    """
     helper, numpy_helper, types = optional("onnx.helper"), optional("onnx.numpy_helper"), optional("onnx").TensorProto
-    dense = list(proto.graph.initializer)
-    del proto.graph.initializer[:]
+    graph = proto.graph
+    dense, nodes = list(graph.initializer), list(graph.node)
+    del graph.initializer[:], graph.node[:]
     for initializer in dense:
         known = initializer.data_type in (types.FLOAT, types.DOUBLE, types.FLOAT16)  # NumPy supports no others
         weight = numpy_helper.to_array(initializer) if known else None
         if weight is None or not is_sparse(torch.tensor(weight)):
-            proto.graph.initializer.append(initializer)
+            graph.initializer.append(initializer)
             continue
+        name = initializer.name
         entries = np.flatnonzero(weight)
-        values = numpy_helper.from_array(weight.reshape(-1)[entries], initializer.name)
-        # ONNX requires int64; unless the data are raw, protobuf writes small ones in two or three bytes
-        places = helper.make_tensor(f"{initializer.name}.places", types.INT64, entries.shape, entries, raw=False)
-        proto.graph.sparse_initializer.append(helper.make_sparse_tensor(values, places, weight.shape))
+        kind = types.INT32 if weight.size <= np.iinfo(np.int32).max else types.INT64
+        # unless the data are raw, protobuf writes small integers in two or three bytes
+        places = helper.make_tensor(f"{name}.places", kind, entries.shape, entries, raw=False)
+        values = numpy_helper.from_array(weight.reshape(-1)[entries], f"{name}.values")
+        size = numpy_helper.from_array(np.array([weight.size]), f"{name}.size")
+        shape = numpy_helper.from_array(np.array(weight.shape), f"{name}.shape")
+        zero = numpy_helper.from_array(np.zeros((), weight.dtype), f"{name}.zero")
+        graph.initializer.extend([places, values, size, shape, zero])
+        graph.node.extend(
+            [
+                helper.make_node("Expand", [zero.name, size.name], [f"{name}.zeros"]),
+                helper.make_node(
+                    "ScatterElements", [f"{name}.zeros", places.name, values.name], [f"{name}.flat"], axis=0
+                ),
+                helper.make_node("Reshape", [f"{name}.flat", shape.name], [name]),
+            ]
+        )
+    graph.node.extend(nodes)
 
 
 @contextmanager

@@ -2,13 +2,12 @@
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from math import prod
 from typing import Literal
 
 import torch
 
-from lightning_topkast.checks import check, check_choice, check_sparsities
+from lightning_topkast.checks import check, check_choice, check_sparsities, name_matches
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.method.schedule import Ramp, Schedule, Timeline, moments
 from lightning_topkast.method.stack import Stack
@@ -112,7 +111,7 @@ class Allocation:
         names = list(names)
         densities: dict[str, tuple[float, float]] = {}
         for pattern, values in self.overrides.items():
-            matched = [name for name in names if fnmatchcase(name, pattern)]
+            matched = [name for name in names if name_matches(name, pattern)]
             if not matched:
                 raise TopKastError(f"overrides: '{pattern}' matches no sparse weight; they are: {', '.join(names)}")
             forward, backward = self._sparsities_in(values)

@@ -3,13 +3,12 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
-from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from lightning_topkast.checks import check, check_bool, plain
+from lightning_topkast.checks import check, check_bool, name_matches, plain
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.method.stack import Stack
 from lightning_topkast.method.structure import Structure
@@ -285,7 +284,7 @@ def _is_excluded(target: Target, chosen: Targets) -> bool:
 
 
 def _matches(target: Target, patterns: Sequence[str] | None) -> bool:
-    return any(fnmatchcase(target.name, pattern) for pattern in patterns or ())
+    return any(name_matches(target.name, pattern) for pattern in patterns or ())
 
 
 def _has_type(target: Target, names: Sequence[str] | None) -> bool:

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from lightning_topkast.telemetry.guard import Guard, guard_of
 from lightning_topkast.telemetry.media import Media
 from lightning_topkast.telemetry.metrics import MaskChange, ReservoirActivation, Sparsity
 from lightning_topkast.telemetry.tensorboard import TensorBoardMedia
@@ -22,6 +23,7 @@ class Telemetry:
 
     Sets change only at a refresh, so metrics of the sets are computed there. The forward sparsity is counted in the
     weights themselves whenever it is logged. A step that logs nothing computes nothing and never waits for the device.
+    A logger that fails does not end the training: see `Guard`.
 
     Args:
         trainer: its loggers receive the values, and so does its `callback_metrics`, for other callbacks to monitor.
@@ -31,8 +33,13 @@ class Telemetry:
     def __init__(self, trainer: Trainer, engines: Sequence[TopKast]) -> None:
         self._trainer = trainer
         self._engines = engines
-        kinds = (WandbMedia, TensorBoardMedia)
-        self._shows = [kind(logger) for logger in trainer.loggers for kind in kinds if kind.serves(logger)]
+        kinds: tuple[Any, ...] = (WandbMedia, TensorBoardMedia)
+        self._shows: list[tuple[Guard, Any]] = []
+        for logger in trainer.loggers:
+            for kind in kinds:
+                show = guard_of(logger).call("pictures", kind, logger) if kind.serves(logger) else None
+                if show is not None:
+                    self._shows.append((guard_of(logger), show))
         self._media = Media()
         self._of_sets: dict[str, Tensor] = {}
         self._refreshes = -1
@@ -56,7 +63,7 @@ class Telemetry:
             return
         values = dict(zip(metrics, torch.stack([value.float() for value in metrics.values()]).tolist(), strict=True))
         for logger in self._trainer.loggers:
-            logger.log_metrics(values, step=self._step)
+            guard_of(logger).call("metrics", logger.log_metrics, values, step=self._step)
         if refreshed and self._shows and self._trainer.is_global_zero:
             self._show(self._media.at_refresh(self._engines, values, self._step))
 
@@ -79,13 +86,14 @@ class Telemetry:
         }
         metrics = measured_metrics(self._engines) | self._of_sets
         totals = {name: float(value) for name, value in metrics.items() if name.count("/") == 1}
-        for show in self._shows:
-            show.hand_over(path, {**totals, "densities": densities, "step": self._trainer.global_step})
+        metadata = {**totals, "densities": densities, "step": self._trainer.global_step}
+        for guard, show in self._shows:
+            guard.call("checkpoints", show.hand_over, path, metadata)
 
     def _show(self, media: dict[str, Any]) -> None:
         if media:
-            for show in self._shows:
-                show.show(media, self._step)
+            for guard, show in self._shows:
+                guard.call("pictures", show.show, media, self._step)
 
     @property
     def _due(self) -> bool:

@@ -20,7 +20,7 @@ formats:
   csr           state dict with torch.sparse_csr tensors, for products on CPU; torch.load(weights_only=True)
   dense         plain state dict, including the zeros; torch.load(weights_only=True)
   onnx          the network with dense weights, for onnxruntime and others, for batches of any size
-  onnx-sparse   the same with sparse initializers: a small file for onnxruntime; other tools may not read it
+  onnx-sparse   the same with the places of non-zero values: a small file; onnxruntime makes it dense at load
 """
 _EXAMPLES = """\
 examples:

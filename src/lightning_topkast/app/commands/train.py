@@ -6,13 +6,17 @@ import sys
 from pathlib import Path
 
 import hydra
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
 from lightning_topkast.app.commands.common import console_script
-from lightning_topkast.app.errors import CONFIG_MODULE, CONFIG_NAME
+from lightning_topkast.app.errors import CONFIG_MODULE, CONFIG_NAME, AppError
 from lightning_topkast.app.report import leave_report
+from lightning_topkast.app.run.multirun import in_sweep
 from lightning_topkast.app.run.resume import kept_if_refused, resumed
 from lightning_topkast.app.run.train import set_up_process, train
+from lightning_topkast.app.run_folder.folder import RunFolder
+from lightning_topkast.app.run_folder.result import DIVERGED
 
 PROGRAM = "topkast-train"
 
@@ -24,7 +28,18 @@ def _run(cfg: DictConfig) -> float:
         # Not in train(), which sweeps call: a report takes as long as a small run.
         if cfg.get("report") and not cfg.trainer.get("fast_dev_run"):
             leave_report(Path(cfg.paths.output_dir))
+        if RunFolder(cfg.paths.output_dir).status == DIVERGED:
+            _say_diverged(in_sweep())
         return score
+
+
+@rank_zero_only
+def _say_diverged(goes_on: bool) -> None:
+    """End as where training itself finds a weight that is not finite; the other jobs of a sweep still run."""
+    message = "the run diverged: a weight or a loss is NaN or infinite; lower the learning rate"
+    if not goes_on:
+        raise AppError(message)
+    print(f"{PROGRAM}: {message}", file=sys.stderr, flush=True)
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_topkast.app.errors import AppError
+from lightning_topkast.app.errors import AppError, explain
 from lightning_topkast.app.run_folder.folder import RunFolder
 from lightning_topkast.app.run_folder.logs import Curve
 from lightning_topkast.app.run_folder.masks import SavedMasks, read_masks
@@ -57,16 +57,18 @@ def read_contents(folder: Path) -> RunContents:
         result = run.result()
         if result is None:
             notes.append(f"There is no {RESULT_FILE}: the run has not ended, or is not a run of topkast-train.")
-    except AppError as error:
-        notes.append(f"The result is ignored: {error}.")
+        elif result.incomplete_logs:
+            notes += [f"A log is incomplete: {lacking}." for lacking in result.incomplete_logs]
+    except (AppError, OSError) as error:
+        notes.append(f"The result is ignored: {explain(error)}.")
     try:
         saved = read_masks(run)
         if saved is None:
             notes.append(
                 "Masks and magnitudes are missing: the run has no checkpoint in a single file, checkpoints/*.ckpt."
             )
-    except AppError as error:
-        notes.append(f"Masks and magnitudes are missing: {error}.")
+    except (AppError, OSError) as error:
+        notes.append(f"Masks and magnitudes are missing: {explain(error)}.")
     curves = run.curves()
     if not curves:
         notes.append(

@@ -2,32 +2,52 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning import Callback, LightningModule
 from lightning.pytorch.callbacks import LearningRateMonitor
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from lightning_topkast.app.errors import AppError
 from lightning_topkast.app.run.global_batch import GlobalBatch
-from lightning_topkast.app.run.small_dense import narrowed_model
+from lightning_topkast.app.run.small_dense import SmallDense, narrowed_model
 from lightning_topkast.app.run.task import ClassificationTask
+
+OF_TASK = ("optimizer", "scheduler", "task")  # parts of the configuration that only a ClassificationTask uses
 
 
 def build_model(cfg: DictConfig) -> LightningModule:
     """Return the configured model; a plain `nn.Module` becomes a `ClassificationTask`."""
     net: nn.Module = instantiate(narrowed_model(cfg), _convert_="all")
     if isinstance(net, LightningModule):
+        _refuse_unused(cfg, type(net).__name__)
         return net
     parts = {name: instantiate(cfg[name], _convert_="all") for name in ("optimizer", "scheduler")}
     task: ClassificationTask = instantiate(cfg.task, net=net, **parts, _convert_="all")
     return task
 
 
+def _refuse_unused(cfg: DictConfig, module: str) -> None:
+    """Refuse overrides of parts that a LightningModule brings itself; a sweep over them would repeat one run."""
+    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    unused = [text for text in given if re.split(r"[.@=]", text.lstrip("+"))[0] in OF_TASK]
+    if unused:
+        raise AppError(
+            f"{unused[0]} has no effect: {module} is a LightningModule, which has an optimizer, a scheduler and a loss "
+            "of its own; leave it out, or give the module such an argument and set +model.NAME=..."
+        )
+
+
 def build_callbacks(cfg: DictConfig, has_loggers: bool) -> list[Callback]:
     """Return the sparsity callback, followed by those of the group `callbacks`."""
     callbacks: list[Callback] = [instantiate(cfg.sparsity, _convert_="all"), *build_all(cfg.callbacks)]
+    for callback in callbacks:
+        if isinstance(callback, SmallDense):
+            callback.narrowed = True  # by `build_model`
     if size := OmegaConf.select(cfg, "recipe.global_batch"):
         callbacks.append(GlobalBatch(size))
     if not has_loggers:

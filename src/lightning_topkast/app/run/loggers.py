@@ -1,10 +1,9 @@
-"""Loggers: W&B stays offline unless the user is logged in, and its run is closed however training ends."""
+"""Loggers: W&B stays offline unless the user is logged in."""
 
 from __future__ import annotations
 
 import netrc
 import os
-import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -46,7 +45,9 @@ def wandb_logger(save_dir: str, mode: str | None = None, **options: Any) -> Wand
 
 
 def csv_logger(save_dir: str, name: str = "csv") -> CSVLogger:
-    """Return a `CSVLogger` for the folder `name`, or `name-2`, `name-3`, ... if an earlier run has logged there.
+    """Return a `CSVLogger` for the folder `name`, or `name-2`, `name-3`, ... if it is another run's.
+
+    No two runs share a folder, whenever they begin.
 
     Args:
         save_dir: Folder of the run.
@@ -57,9 +58,7 @@ def csv_logger(save_dir: str, name: str = "csv") -> CSVLogger:
         try:
             folder.mkdir(parents=True)  # of two runs that try at the same time, one succeeds
             break
-        except FileExistsError:
-            if folder.is_dir() and not any(folder.iterdir()):
-                break
+        except FileExistsError:  # also if it is empty, since a run that has just begun has written nothing yet
             number += 1
             folder = folder.with_name(f"{name}-{number}")
         except OSError:
@@ -154,10 +153,3 @@ def wandb_folder(loggers: Iterable[Logger]) -> Path | None:
             if getattr(run, "offline", False) and getattr(run, "dir", None):
                 return Path(run.dir).parent  # .../offline-run-<time>-<id>/files
     return None
-
-
-def close_wandb(failed: bool) -> None:
-    """Finish the current W&B run, if there is one, so that the next job of a sweep starts its own."""
-    wandb = sys.modules.get("wandb")
-    if wandb is not None and wandb.run is not None:
-        wandb.finish(exit_code=1 if failed else 0)

@@ -30,7 +30,7 @@ def one_job(trainer: Trainer) -> Iterator[None]:
     """
     launcher = trainer.strategy.launcher
     if (
-        not _in_sweep()
+        not in_sweep()
         or not isinstance(launcher, _SubprocessScriptLauncher)
         or trainer.world_size == 1
         or launcher.cluster_environment.creates_processes_externally  # each of them runs all jobs in turn
@@ -103,5 +103,6 @@ def _command() -> list[str]:
     return [*command, *config.overrides.task, *config.overrides.hydra, *own]
 
 
-def _in_sweep() -> bool:
+def in_sweep() -> bool:
+    """Return whether this process runs the jobs of a Hydra multirun (`-m`)."""
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN

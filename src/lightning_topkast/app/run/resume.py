@@ -80,14 +80,21 @@ def newest_checkpoint(folder: RunFolder) -> str | None:
     """Return the checkpoint that a run resumes from, or None if it has no complete one; print the choice.
 
     Raises:
-        AppError: torchrun was given no name for the run, so that all unnamed runs would share a folder.
+        AppError: There are checkpoints, but one cannot be read, or training can resume from none; or torchrun was given
+            no name for the run, so that all unnamed runs would share a folder.
     """
     if _NAMELESS in folder.path.parts:
         raise AppError(
             "ckpt_path=auto finds the checkpoints of a run by its name: start it with torchrun --rdzv-id=NAME, or name "
             "its folder with hydra.run.dir=..."
         )
-    found = folder.newest_checkpoint(skip=lambda error: _say(f"skipped: {error}"))
+    try:
+        found = folder.newest_checkpoint(skip=lambda error: _say(f"skipped: {error}"))
+    except OSError as error:
+        raise AppError(
+            f"ckpt_path=auto: {error.filename} cannot be read ({error.strerror}), so that the newest checkpoint is not "
+            "known: start the same command once it can be read, or name a checkpoint with ckpt_path=FILE"
+        ) from error
     if found is None:
         return None
     _say(f"resuming from {found[0]}, step {found[1]}")

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from hydra.utils import get_class, instantiate
-from lightning import Callback, LightningModule
+from lightning import Callback, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -18,7 +18,7 @@ _HALVINGS = 16  # of the range of factors, as fine as one of 32,000 channels
 
 
 class SmallDense(Callback):
-    """Configure the sparsity for which the model is narrowed before training; does nothing in training.
+    """Configure the sparsity for which `topkast-train` narrows the model; refuses to train one that was not narrowed.
 
     Args:
         forward_sparsity: Forward sparsity of the sparse run to compare with.
@@ -32,6 +32,15 @@ class SmallDense(Callback):
         super().__init__()
         self.settings = Settings(forward_sparsity, backward_sparsity=0.0, **sizes)
         self.width_factor = width_factor
+        self.narrowed = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a model of full width, whose results would be those of the dense network."""
+        if stage == "fit" and not self.narrowed:
+            raise AppError(
+                "sparsity=small_dense narrows no network by itself, and this one has its full width: train it with "
+                "topkast-train, or build it with lightning_topkast.app.run.build.build_model(cfg) and set narrowed=True"
+            )
 
 
 def with_width(cfg: DictConfig) -> DictConfig:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,8 +41,9 @@ def print_summary(
     output_dir: Path,
     wandb_dir: Path | None,
     checkpoint: Path | None,
+    incomplete_logs: Sequence[str] = (),
 ) -> None:
-    """Print the table of sparsities, the paths and the metrics of the test."""
+    """Print the table of sparsities, the paths, what the logs lack, and the metrics of the test."""
     console = Console(soft_wrap=True)  # do not wrap paths, so that they can be copied
     console.print(sparsity_table(counts))
     console.print(f"Run folder:  {output_dir}", highlight=False)
@@ -50,6 +51,8 @@ def print_summary(
         console.print(f"Checkpoint:  {checkpoint}", highlight=False)
     if wandb_dir is not None:
         console.print(f"W&B offline: wandb sync {wandb_dir}", highlight=False)
+    for lacking in incomplete_logs:
+        console.print(f"Log:         incomplete, {lacking}", highlight=False, markup=False)
     if metrics:
         console.print(f"[bold]Final:       {formatting.metrics(metrics)}[/bold]", highlight=False)
 

@@ -7,6 +7,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from numbers import Real
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -17,6 +18,7 @@ from hydra.utils import instantiate
 from lightning import LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
@@ -25,12 +27,12 @@ from lightning_topkast.app.errors import (
     did_you_mean,
     let_errors_through,
 )
-from lightning_topkast.app.run.build import build_all, build_callbacks, build_model
+from lightning_topkast.app.run.build import OF_TASK, build_all, build_callbacks, build_model
 from lightning_topkast.app.run.describe import Outcome, all_finite, describe_end, kept_dense
+from lightning_topkast.app.run.guarded import close_wandb, failures_of, guard_loggers
 from lightning_topkast.app.run.loggers import (
     check_all_writable,
     check_writable,
-    close_wandb,
     log_config,
     log_outcome,
     track_best,
@@ -46,10 +48,13 @@ from lightning_topkast.app.run.resume import (
 )
 from lightning_topkast.app.run.small_dense import with_width
 from lightning_topkast.app.run.summary import count_weights, print_summary
+from lightning_topkast.app.run.task import ClassificationTask
 from lightning_topkast.app.run_folder.checkpoint import SAFELY, Checkpoint, open_checkpoint
-from lightning_topkast.app.run_folder.folder import RunFolder
+from lightning_topkast.app.run_folder.folder import RunFolder, only_run_in
 from lightning_topkast.app.run_folder.result import write_result
 from lightning_topkast.errors import NonFiniteWeightError
+
+_PATIENCE = 20.0  # seconds to wait for another run in the same folder to end
 
 
 def train(cfg: DictConfig) -> float:
@@ -65,7 +70,12 @@ def train(cfg: DictConfig) -> float:
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
             # Lightning 2.6 uses a deprecated function of newer torch.
             warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*", category=FutureWarning)
-            score = _train(cfg)
+            # The first process writes for all. One that is restarted may find its predecessor still ending.
+            first = getattr(rank_zero_only, "rank", 0) == 0
+            folder = Path(cfg.paths.output_dir)
+            check_writable(folder)
+            with only_run_in(folder, "topkast-train", _PATIENCE) if first else nullcontext():
+                score = _train(cfg)
         failed = False
         return score
     finally:
@@ -75,7 +85,6 @@ def train(cfg: DictConfig) -> float:
 def _train(cfg: DictConfig) -> float:
     check_numbers(cfg)
     folder = RunFolder(cfg.paths.output_dir)
-    check_writable(folder.path)
     seed_everything(cfg.seed, workers=True, verbose=False)
     auto = cfg.ckpt_path == AUTO
     ckpt_path = newest_checkpoint(folder) if auto else cfg.ckpt_path
@@ -91,11 +100,15 @@ def _train(cfg: DictConfig) -> float:
     if checkpoint is not None:
         checkpoint.check_model(model)
         checkpoint.check_callbacks(callbacks)
-        checkpoint.check_optimizer(getattr(model, "optimizer", None))
+        if isinstance(model, ClassificationTask):  # another module makes its optimizers in training
+            checkpoint.check_optimizer(model.optimizer)
     trainer: Trainer = instantiate(cfg.trainer, logger=loggers or False, callbacks=callbacks, _convert_="all")
     with one_job(trainer):
-        log_config(trainer.loggers, cast(dict[str, Any], OmegaConf.to_container(with_width(cfg), resolve=True)))
+        config = cast(dict[str, Any], OmegaConf.to_container(with_width(cfg), resolve=True))
+        unused = () if isinstance(model, ClassificationTask) else OF_TASK
+        log_config(trainer.loggers, {key: value for key, value in config.items() if key not in unused})
         track_best(trainer.loggers, cfg.recipe.monitor, cfg.recipe.mode)
+        guard_loggers(trainer.loggers)
 
         try:
             trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, **SAFELY)
@@ -128,7 +141,9 @@ def _train(cfg: DictConfig) -> float:
             log_outcome(trainer.loggers, result, trainer.global_step)
             wandb_dir = wandb_folder(trainer.loggers)
             close_wandb(failed=False)  # before the summary, which names its folder
-            print_summary(counts, figures, folder.path, wandb_dir, Path(best) if best else None)
+            if lost := failures_of(trainer.loggers):
+                write_result(folder.path, result.model_copy(update={"incomplete_logs": lost}))
+            print_summary(counts, figures, folder.path, wandb_dir, Path(best) if best else None, lost)
         return score
 
 

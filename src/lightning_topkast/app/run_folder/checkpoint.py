@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import io
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from zipfile import BadZipFile, ZipFile, is_zipfile
 
 import torch
@@ -31,6 +33,7 @@ class Checkpoint:
 
     Raises:
         AppError: The file is missing, truncated, damaged, or not a checkpoint of Lightning.
+        OSError: The file cannot be read, which says nothing of its content.
     """
 
     def __init__(self, path: str) -> None:
@@ -44,14 +47,11 @@ class Checkpoint:
             siblings = [entry.name for entry in self.path.parent.glob("*.ckpt")] if self.path.parent.is_dir() else []
             hint = f"; that folder has {', '.join(sorted(siblings))}" if siblings else ""
             raise AppError(f"there is no checkpoint {self.path.absolute()}{hint}")
-        if not _is_zip(self.path):  # a checkpoint is a zip file, with its directory at the end
-            raise AppError(
-                f"the checkpoint {path} is not complete: it is truncated or not a checkpoint; use another one"
-            )
-        if damage := _damage(self.path):
-            raise AppError(f"the checkpoint {path} is damaged ({damage}); use another one")
+        _check_archive(self.path)
         try:
             content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+        except OSError:
+            raise
         except Exception as error:
             raise AppError(f"{path} is not a checkpoint that can be read safely ({_first_line(error)})") from error
         needed = {"pytorch-lightning_version", "state_dict", "global_step"}
@@ -143,17 +143,54 @@ def is_sharded(path: Path) -> bool:
     return any((path / name).exists() for name in SHARDED_FILES)
 
 
-def _is_zip(path: Path) -> bool:
+class _File(io.FileIO):
+    """A file that keeps the system's error of a failed read, which zipfile takes for damage."""
+
+    failed: OSError | None = None
+
+    def readinto(self, buffer: Any) -> Any:
+        with self._watched():
+            return super().readinto(buffer)
+
+    def readall(self) -> Any:
+        with self._watched():
+            return super().readall()
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.failed = OSError(error.errno, error.strerror, str(self.name))
+            raise
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse a checkpoint that is truncated or damaged."""
+    problem = None
+    with _File(path) as opened:
+        file = io.BufferedReader(opened)
+        if not _is_zip(file):  # a checkpoint is a zip file, with its directory at the end
+            problem = f"the checkpoint {path} is not complete: it is truncated or not a checkpoint; use another one"
+        elif damage := _damage(file):
+            problem = f"the checkpoint {path} is damaged ({damage}); use another one"
+        if opened.failed is not None:
+            raise opened.failed
+    if problem is not None:
+        raise AppError(problem)
+
+
+def _is_zip(file: IO[bytes]) -> bool:
     try:
-        return is_zipfile(path)
+        return is_zipfile(file)
     except BadZipFile:  # raised by Python 3.11 if the directory claims that there are several disks
         return False
 
 
-def _damage(path: Path) -> str | None:
+def _damage(file: IO[bytes]) -> str | None:
     """Return what fails its checksum, if anything. torch does not check it, so a flipped bit would become a weight."""
     try:
-        with ZipFile(path) as archive:
+        with ZipFile(file) as archive:
             if not any(entry.CRC for entry in archive.infolist()):  # torch.serialization.set_crc32_options(False)
                 return None
             part = archive.testzip()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_topkast.app.errors import AppError
@@ -48,12 +52,16 @@ class RunFolder:
         return (self.path / RESULT_FILE).is_file() or (self.path / "checkpoints").is_dir() or has_log(self.path)
 
     def result(self) -> Result | None:
-        """Return the result, or None if there is none; raises `AppError` if it is damaged."""
+        """Return the result, or None if there is none; raises as `read_result`."""
         return read_result(self.path)
 
     @property
     def status(self) -> Status:
-        """The status in the result; "running" also where no result can be read."""
+        """The status in the result; "running" also where there is no valid one.
+
+        Raises:
+            OSError: The result cannot be read.
+        """
         try:
             result = self.result()
         except AppError:
@@ -80,44 +88,71 @@ class RunFolder:
 
     def plain_config(self) -> Any:
         """Return the configuration as plain data, unchecked; None if it cannot be read."""
-        return _read_yaml(self.hydra / "config.yaml")
+        try:
+            return _read_yaml(self.hydra / "config.yaml")
+        except OSError:
+            return None
 
     def overrides(self) -> list[str] | None:
-        """Return the overrides that the run was started with, or None if they cannot be read."""
+        """Return the overrides that the run was started with, or None if there are no valid ones."""
         read = _read_yaml(self.hydra / "overrides.yaml")
         return [str(override) for override in read] if isinstance(read, list) else None
 
     def checkpoints(self) -> list[Path]:
-        """Return all checkpoints, complete or not."""
-        return sorted([*self.path.glob("checkpoints/*.ckpt"), *self.path.glob("hpc_ckpt_*.ckpt")])
+        """Return all checkpoints, complete or not.
+
+        Raises:
+            OSError: A folder cannot be read, which says nothing of what is in it.
+        """
+        found = [path for path in _entries(self.path / "checkpoints") if fnmatchcase(path.name, "*.ckpt")]
+        return sorted([*found, *(path for path in _entries(self.path) if fnmatchcase(path.name, "hpc_ckpt_*.ckpt"))])
 
     def best_checkpoint(self) -> Path | None:
         """Return the checkpoint to evaluate, export or draw, or None if there is none.
 
         It is the latest `best*.ckpt`, without one the latest `last*.ckpt`, and otherwise the latest of all in
         `checkpoints`. It is not opened here, so it may be damaged, or a folder.
+
+        Raises:
+            OSError: The folder cannot be read.
         """
+        files = _entries(self.path / "checkpoints")
         for pattern in ("best*.ckpt", "last*.ckpt", "*.ckpt"):
-            if found := list((self.path / "checkpoints").glob(pattern)):
+            if found := [file for file in files if fnmatchcase(file.name, pattern)]:
                 return max(found, key=lambda file: file.stat().st_mtime_ns)
         return None
 
     def newest_checkpoint(self, skip: Callable[[Exception], None]) -> tuple[Path, int] | None:
-        """Return the checkpoint to resume from and its step, or None if no checkpoint is complete.
+        """Return the checkpoint to resume from and its step, or None if the run has not written one yet.
 
-        It is the one with the most steps, and of several at the same step the latest.
+        It is the one with the most steps, and of several at the same step the latest. One that cannot be read may be
+        it, so that no other is taken instead.
 
         Args:
             skip: Called with the reason for each checkpoint that is not complete.
+
+        Raises:
+            AppError: There are checkpoints, and training can resume from none; a new start would overwrite them.
+            OSError: A checkpoint cannot be read.
         """
         complete: list[tuple[int, int, str]] = []
+        lost: list[AppError] = []
         for path in self.checkpoints():
             try:
                 step = _sharded_step(path) if path.is_dir() else _step(path)
                 complete.append((step, path.stat().st_mtime_ns, str(path)))
-            except (AppError, OSError) as error:
+            except _Unfinished as error:
                 skip(error)
+            except AppError as error:
+                skip(error)
+                lost.append(error)
         if not complete:
+            if lost:
+                raise AppError(
+                    f"there are {len(lost)} checkpoints in {self.path}, and training can resume from none "
+                    f"({str(lost[-1]).partition(';')[0]}): name another one with ckpt_path=FILE, or begin anew in "
+                    "another folder, since a new start here would overwrite them"
+                )
             return None
         step, _, name = max(complete)
         return Path(name), step
@@ -127,15 +162,57 @@ class RunFolder:
         return read_curves(self.path)
 
 
+@contextmanager
+def only_run_in(folder: Path, program: str, patience: float = 0.0) -> Iterator[None]:
+    """Hold the lock of a folder, which the system releases when this process ends, however it ends.
+
+    Args:
+        folder: The folder, which is created if it is missing.
+        program: Name of the program, which is also in the name of the lock.
+        patience: Seconds to wait for another process, which may be about to end.
+
+    Raises:
+        AppError: Another process holds the lock.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / f".{program}.lock")
+    try:
+        lock.acquire(timeout=patience)
+    except Timeout:
+        raise AppError(
+            f"another {program} is running in {folder}: wait for it to end, or choose another folder"
+        ) from None
+    except (OSError, NotImplementedError):  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def run_of(checkpoint: Path) -> RunFolder | None:
     """Return the run that a checkpoint lies in, or None if it lies somewhere else."""
     runs = (RunFolder(folder) for folder in checkpoint.absolute().parents[:2])
     return next((run for run in runs if (run.hydra / "config.yaml").is_file()), None)
 
 
+def files_below(folder: Path, name: str) -> list[Path]:
+    """Return all files called `name` below a folder, sorted.
+
+    Raises:
+        OSError: A folder cannot be read, which says nothing of what is in it.
+    """
+
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):  # removed meanwhile
+            raise error
+
+    return sorted(Path(where) / name for where, _, files in os.walk(folder, onerror=refuse) if name in files)
+
+
 def runs_in(folder: Path) -> list[Path]:
     """Return the folders of all runs below `folder`, sorted by name."""
-    found = {path.parent for path in folder.rglob(RESULT_FILE)}
+    found = {path.parent for path in files_below(folder, RESULT_FILE)}
     for left in ("metrics.csv", "events.out.tfevents.*", "*.ckpt"):
         found |= {path.parents[1] for path in folder.rglob(left) if RunFolder(path.parents[1]).is_run}
     return sorted(run for run in found if run != folder)
@@ -147,18 +224,30 @@ def _step(file: Path) -> int:
     return checkpoint.step
 
 
+class _Unfinished(AppError):
+    """A sharded checkpoint whose writer was killed; what was there before it is in other checkpoints."""
+
+
+def _entries(folder: Path) -> list[Path]:
+    """Return what is in a folder, nothing if it is missing. A glob takes a folder that cannot be read for empty."""
+    try:
+        return list(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
 def _sharded_step(folder: Path) -> int:
     for name in SHARDED_FILES:
         if not (folder / name).is_file():
-            raise AppError(f"the checkpoint {folder} is not complete: it has no {name}")
+            raise _Unfinished(f"the checkpoint {folder} is not complete: it has no {name}")
     try:
         return int(torch.load(folder / "meta.pt", map_location="cpu", weights_only=True)["global_step"])
-    except (RuntimeError, UnpicklingError, EOFError, KeyError) as error:
-        raise AppError(f"the checkpoint {folder} is not complete: its meta.pt cannot be read") from error
+    except (RuntimeError, UnpicklingError, EOFError, KeyError) as error:  # it is written last, and not atomically
+        raise _Unfinished(f"the checkpoint {folder} is not complete: its meta.pt cannot be read") from error
 
 
 def _read_yaml(path: Path) -> Any:
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, yaml.YAMLError):
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -23,9 +24,9 @@ def read_curves(folder: Path) -> dict[str, Curve]:
 
     A resumed run has several logs. From its first step on, a later log replaces the earlier ones.
     """
-    parts = [_read_csv(path) for path in _by_age(folder, _CSV)]
+    parts = [_read_csv(path) for path in _in_order(folder, _CSV)]
     if not any(parts):
-        parts = [_read_events(path) for path in _by_age(folder, _EVENTS)]
+        parts = [_read_events(path) for path in _in_order(folder, _EVENTS)]
     joined: dict[str, dict[float, float]] = {}
     for part in parts:
         for name, points in part.items():
@@ -39,10 +40,16 @@ def has_log(folder: Path) -> bool:
     return any(any(folder.glob(pattern)) for pattern in (*_CSV, *_EVENTS))
 
 
-def _by_age(folder: Path, patterns: Sequence[str]) -> list[Path]:
-    return sorted(
-        (path for pattern in patterns for path in folder.glob(pattern)), key=lambda path: path.stat().st_mtime_ns
-    )
+def _in_order(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    """Return the files in the order in which they were begun, which their names tell and a copy's dates do not.
+
+    These are `csv`, `csv-2`, ..., `csv-10`; and TensorBoard's names have the second, and then the number of the writer.
+    """
+
+    def begun(path: Path) -> tuple[list[int], str]:
+        return [int(number) for number in re.findall(r"\d+", str(path.relative_to(folder)))], str(path)
+
+    return sorted((path for pattern in patterns for path in folder.glob(pattern)), key=begun)
 
 
 def _read_csv(path: Path) -> dict[str, dict[float, float]]:

@@ -84,6 +84,7 @@ class Result(_Part):
         overrides: Overrides of the command line that affect what the run computes.
         config: Resolved configuration, without places and names.
         error: Why the run failed.
+        incomplete_logs: What loggers that failed in mid-run lack, and why; None if none did.
         metrics: All metrics of the test.
         seconds: Time spent in training.
         examples: Training examples seen.
@@ -100,6 +101,7 @@ class Result(_Part):
     versions: dict[str, Any] | None = None
     hardware: dict[str, Any] | None = None
     error: str | None = None
+    incomplete_logs: list[str] | None = None
     monitor: Monitor | None = None
     metrics: dict[str, float | None] | None = None
     sparsity: Sparsity | None = None
@@ -136,15 +138,16 @@ def read_result(folder: Path) -> Result | None:
     """Return the result in `folder`, or None if there is none.
 
     Raises:
-        AppError: The file is damaged, or not a result that this version can read.
+        AppError: The file is damaged, or not a result of this version.
+        OSError: The file cannot be read, which says nothing of its content.
     """
     path = folder / RESULT_FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise AppError(f"{path} cannot be read ({error}); remove it to repeat the run") from error
+    except (ValueError, RecursionError) as error:
+        raise AppError(f"{path} is damaged ({error}); remove it to repeat the run") from error
     completed = isinstance(content, dict) and content.get("status") in COMPLETED
     try:
         return (CompletedResult if completed else Result).model_validate(content)

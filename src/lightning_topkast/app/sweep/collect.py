@@ -10,6 +10,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from lightning_topkast.app.errors import AppError
+from lightning_topkast.app.run_folder.folder import files_below
 from lightning_topkast.app.run_folder.result import (
     FAILED,
     FINISHED,
@@ -99,10 +100,14 @@ class Collected:
 
 
 def collect(folder: Path) -> Collected:
-    """Read every result below `folder`."""
+    """Read every result below `folder`.
+
+    Raises:
+        OSError: One cannot be read; a table without it would pass for complete.
+    """
     collected = Collected()
     done: list[CompletedResult] = []
-    for path in sorted(folder.rglob(RESULT_FILE)):
+    for path in files_below(folder, RESULT_FILE):
         name = str(path.parent.relative_to(folder))
         try:
             result = read_result(path.parent)

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from lightning_topkast.app.errors import AppError
+from lightning_topkast.app.run_folder.folder import only_run_in
 from lightning_topkast.app.sweep.collect import Collected
 from lightning_topkast.app.sweep.expand import Sweep, expand, read_sweep
-from lightning_topkast.app.sweep.launch import Launcher, hydra_configs, missing, only_one
+from lightning_topkast.app.sweep.launch import Launcher, hydra_configs, missing
 from lightning_topkast.app.sweep.plot import plot
 from lightning_topkast.app.sweep.progress import show_progress
 from lightning_topkast.app.sweep.tables import to_csv, to_json, to_markdown
 from lightning_topkast.app.sweep.wandb_tables import log_to_wandb
+from lightning_topkast.files import atomic_file
 
 NAME = "comparison"
 
@@ -30,7 +32,7 @@ def run_sweep(folder: Path, overrides: Sequence[str], sweep: str | None, jobs: i
     own = [override for override in overrides if override.lstrip("+~").startswith(("hydra.", "hydra/"))]
     rest = [override for override in overrides if override not in own]
     grids = read_sweep(sweep) if sweep else Sweep([[]])
-    with hydra_configs(), only_one(folder):
+    with hydra_configs(), only_run_in(folder, "topkast-compare"):
         launcher = Launcher(folder, own, jobs)
         runs = expand(grids, rest, launcher.loader)
         left = missing(runs, launcher, folder)
@@ -81,7 +83,8 @@ def write_tables(collected: Collected, folder: Path, project: str | None = None)
     markdown = to_markdown(collected)
     texts = {"md": markdown, "csv": to_csv(collected), "json": to_json(collected)}
     for suffix, text in texts.items():
-        (folder / f"{NAME}.{suffix}").write_text(text, encoding="utf-8")
+        with atomic_file(folder / f"{NAME}.{suffix}", "table") as partial:
+            partial.write_text(text, encoding="utf-8")
     print(f"\n{markdown}")
     picture: Path | None = folder / f"{NAME}.png"
     try:

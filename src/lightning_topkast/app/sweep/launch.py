@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from hydra import initialize_config_module
 from hydra._internal.callbacks import Callbacks
 from hydra.core.config_loader import ConfigLoader
@@ -19,14 +18,13 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_topkast.app.errors import CONFIG_MODULE, CONFIG_NAME, AppError
+from lightning_topkast.app.errors import CONFIG_MODULE, CONFIG_NAME, AppError, is_full_disk
 from lightning_topkast.app.run.settings import quoted, settings_of
 from lightning_topkast.app.run_folder.folder import RunFolder
 from lightning_topkast.app.run_folder.result import COMPLETED, RUNNING
 from lightning_topkast.app.sweep.expand import Run
 from lightning_topkast.app.sweep.run_process import SWEEP_PID, run_in_folder
 
-_LOCK = ".topkast-compare.lock"
 _ATTEMPTS = 3
 
 
@@ -92,6 +90,7 @@ class Launcher:
 
         Raises:
             AppError: The launcher failed several times.
+            OSError: The disk is full.
         """
         context = HydraContext(config_loader=self.loader, callbacks=Callbacks(self.config))
         launcher = Plugins.instance().instantiate_launcher(
@@ -102,12 +101,19 @@ class Launcher:
             if attempt > 0:
                 runs = [run for run in runs if RunFolder(self._folder / run.name).status == RUNNING]
             try:
-                launcher.launch([self._overrides(run) for run in runs], initial_job_idx=0)
+                jobs = launcher.launch([self._overrides(run) for run in runs], initial_job_idx=0)
+                for job in jobs:
+                    self._stop_if_full(getattr(job, "_return_value", None))  # the property would raise any error
                 return
             except Exception as error:
+                self._stop_if_full(error)
                 reason = f"{type(error).__name__}: {str(error).strip()}".partition("\n")[0]
                 print(f"topkast-compare: the launcher failed ({reason})", file=sys.stderr, flush=True)
         raise AppError(f"the launcher failed {_ATTEMPTS} times; the same command continues with the runs that are left")
+
+    def _stop_if_full(self, error: object) -> None:
+        if isinstance(error, OSError) and is_full_disk(error):
+            raise OSError(error.errno, error.strerror, str(error.filename or self._folder)) from error
 
     def _compose(self, run: Run) -> DictConfig:
         return self.loader.load_sweep_config(self.config, self._overrides(run))
@@ -123,27 +129,6 @@ def hydra_configs() -> Iterator[None]:
     GlobalHydra.instance().clear()
     with initialize_config_module(CONFIG_MODULE, job_name="topkast-compare", version_base="1.3"):
         yield
-
-
-@contextmanager
-def only_one(folder: Path) -> Iterator[None]:
-    """Lock the folder of a sweep.
-
-    Raises:
-        AppError: Another sweep is running in it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / _LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise AppError(
-            f"another topkast-compare is running in {folder}: wait for it to end, or choose another folder"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def missing(runs: Sequence[Run], launcher: Launcher, folder: Path) -> list[Run]:

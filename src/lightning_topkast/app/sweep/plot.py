@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_topkast.app import formatting
 from lightning_topkast.app.errors import AppError
 from lightning_topkast.app.sweep.collect import Comparison, Row
+from lightning_topkast.files import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,7 +32,8 @@ def plot(comparisons: Sequence[Comparison], file: Path) -> bool:
     """
     figure = draw(comparisons)
     if figure is not None:
-        figure.savefig(file, dpi=150)
+        with atomic_file(file, "picture") as partial:
+            figure.savefig(partial, dpi=150, format=file.suffix.removeprefix("."))
     return figure is not None
 
 

@@ -101,5 +101,5 @@ class _ProgressDisplay:
     def _read(self, name: str) -> Result | None:
         try:
             return RunFolder(self._folder / name).result()
-        except AppError:
+        except (AppError, OSError):  # reported when the results are collected
             return None

@@ -24,7 +24,7 @@ from lightning_topkast.app.errors import EXIT_CODE, one_line_errors
 from lightning_topkast.app.run.describe import describe_start
 from lightning_topkast.app.run.train import set_up_process, train
 from lightning_topkast.app.run_folder.folder import RunFolder
-from lightning_topkast.app.run_folder.result import COMPLETED, FAILED, write_result
+from lightning_topkast.app.run_folder.result import COMPLETED, FAILED, Status, write_result
 
 LOG_FILE = "run.log"
 SWEEP_PID = "TOPKAST_SWEEP_PID"  # environment variable with the process of the whole sweep
@@ -41,8 +41,9 @@ def run_in_folder(cfg: DictConfig) -> str:
     run = RunFolder(HydraConfig.get().runtime.output_dir)
     folder = run.path
     rank = next((int(os.environ[name]) for name in ("RANK", "SLURM_PROCID") if name in os.environ), 0)
-    if run.status in COMPLETED:  # a requeued job
-        return run.status
+    status = _status(run)
+    if status is None or status in COMPLETED:  # a requeued job
+        return str(status)
     start = describe_start(cfg)
     if rank == 0:
         write_result(folder, start)
@@ -53,9 +54,19 @@ def run_in_folder(cfg: DictConfig) -> str:
         error = what_failed(code, log.read_bytes()[before:].decode(errors="replace") if log.exists() else "")
     except Exception as reason:  # the process could not be started
         error = f"{type(reason).__name__}: {reason}"
-    if rank == 0 and run.status not in COMPLETED:
+    status = _status(run)
+    if rank == 0 and not (status is None or status in COMPLETED):
         write_result(folder, start.model_copy(update={"status": FAILED, "error": error}))
-    return run.status
+    return str(_status(run))
+
+
+def _status(run: RunFolder) -> Status | None:
+    """Return the status, or None if the result cannot be read: it may be of a completed run, and stays as it is."""
+    try:
+        return run.status
+    except OSError as error:
+        print(f"topkast-compare: {run.path}: its result cannot be read ({error.strerror})", file=sys.stderr, flush=True)
+        return None
 
 
 def _run_in_process(cfg: DictConfig, log: Path) -> int:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_topkast.app import formatting
-from lightning_topkast.app.run.loggers import close_wandb, log_config, wandb_folder, wandb_logger
+from lightning_topkast.app.run.guarded import close_wandb, guard_of_run
+from lightning_topkast.app.run.loggers import log_config, wandb_folder, wandb_logger
 from lightning_topkast.app.sweep.collect import Comparison, Row
 
 
@@ -17,27 +18,30 @@ def log_to_wandb(comparisons: Sequence[Comparison], folder: Path, project: str, 
     Raises:
         AppError: W&B cannot start the run.
     """
-    import wandb
-
     logger = wandb_logger(str(folder), project=project, name=f"comparison-{folder.name}", job_type="comparison")
     failed = True
     try:
         log_config([logger], {"folder": str(folder)})
-        run = logger.experiment
-        for comparison in comparisons:
-            place = f"{comparison.data}-{comparison.model}"
-            columns = _columns(comparison)
-            rows = [_cells(row, columns) for row in comparison.rows]
-            run.log({f"comparison/{place}": wandb.Table(columns=[*columns], data=rows)})
-            for row in comparison.rows:
-                for name, figure in row.figures.items():
-                    run.summary[f"{place}/{_name(row)}/{name}"] = figure.mean
-        if picture is not None:
-            run.log({"comparison/picture": wandb.Image(str(picture))})
+        guard_of_run(logger).call("tables", _log, logger.experiment, comparisons, picture)
         failed = False
         return wandb_folder([logger])
     finally:
         close_wandb(failed)
+
+
+def _log(run: Any, comparisons: Sequence[Comparison], picture: Path | None) -> None:
+    import wandb
+
+    for comparison in comparisons:
+        place = f"{comparison.data}-{comparison.model}"
+        columns = _columns(comparison)
+        rows = [_cells(row, columns) for row in comparison.rows]
+        run.log({f"comparison/{place}": wandb.Table(columns=[*columns], data=rows)})
+        for row in comparison.rows:
+            for name, figure in row.figures.items():
+                run.summary[f"{place}/{_name(row)}/{name}"] = figure.mean
+    if picture is not None:
+        run.log({"comparison/picture": wandb.Image(str(picture))})
 
 
 def _columns(comparison: Comparison) -> list[str]:

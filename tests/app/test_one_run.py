@@ -1,0 +1,44 @@
+"""Two runs in one folder: the second is refused, or has files of its own."""
+
+from filelock import FileLock
+
+from lightning_topkast.app.run.loggers import csv_logger
+
+SHORT = (
+    "trainer.limit_train_batches=1",
+    "trainer.limit_val_batches=1",
+    "test=false",
+    "logger=csv",
+    "trainer.max_epochs=1",
+)
+
+
+def test_second_run_in_a_folder_is_refused_in_one_line_while_the_first_trains(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_topkast.app.run.train._PATIENCE", 0.1)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with FileLock(folder / ".topkast-train.lock"):
+        code, _, err = cli(*SHORT, f"hydra.run.dir={folder}")
+    assert code == 2
+    assert f"another topkast-train is running in {folder}" in err.strip().splitlines()[-1]
+    assert not (folder / "checkpoints").exists()
+    assert not (folder / "csv").exists()
+    assert cli(*SHORT, f"hydra.run.dir={folder}")[0] == 0, "the lock ends with the process that holds it"
+
+
+def test_two_loggers_of_one_folder_share_no_file_even_before_the_first_has_written(tmp_path):
+    loggers = [csv_logger(str(tmp_path)) for _ in range(3)]
+    for value, logger in enumerate(loggers):
+        logger.log_metrics({"loss": float(value)}, step=1)
+    for logger in loggers:
+        logger.save()
+    texts = [(tmp_path / name / "metrics.csv").read_text().split() for name in ("csv", "csv-2", "csv-3")]
+    assert texts == [["loss,step", f"{value}.0,1"] for value in range(3)]
+
+
+def test_run_on_a_file_system_without_locks_trains(cli, tmp_path, monkeypatch):
+    def refuse(self, *args, **options):
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    assert cli(*SHORT, f"hydra.run.dir={tmp_path}/run")[0] == 0

@@ -1,0 +1,85 @@
+"""A user's LightningModule in the application: it brings its own optimizer, and the application does not pretend."""
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from lightning import Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
+from torch import nn
+
+from lightning_topkast.app.errors import AppError
+from lightning_topkast.app.run.train import train
+
+pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+
+OWN = (
+    "model=custom", "model._target_=tests.app.test_own_module.OwnModule", "recipe.monitor=own/loss", "recipe.mode=min",
+    "recipe.keep_first_dense=false", "logger=none", "trainer.limit_train_batches=2", "trainer.limit_val_batches=1",
+    "test=false", "callbacks.progress=null",
+)  # fmt: skip
+
+
+class OwnModule(BoringModel):
+    """Has an ordinary configure_optimizers, and an attribute that happens to be called as the application's."""
+
+    optimizer = "sgd"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Linear(32, 2))
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch[0], batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("own/loss", super().validation_step(batch[0], batch_idx)["x"])
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=0.01)
+
+
+@pytest.mark.parametrize("how", ["auto", "file", "resume"])
+def test_run_of_ones_own_module_resumes(cli, tmp_path, how):
+    folder = f"hydra.run.dir={tmp_path}/run"
+    assert cli(*OWN, folder, "trainer.max_epochs=1")[0] == 0
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    how_to = {"auto": [*OWN, folder, "ckpt_path=auto"], "file": [*OWN, folder, f"ckpt_path={last}"]}
+    code, _, err = cli(*how_to.get(how, ["--resume", tmp_path / "run"]), "trainer.max_epochs=2")
+    assert code == 0, err
+    assert torch.load(last, weights_only=True)["global_step"] == 4
+
+
+@pytest.mark.parametrize(
+    "override", ["optimizer.lr=0.1", "optimizer=sgd", "scheduler=none", "task.label_smoothing=0.1"]
+)
+def test_override_without_effect_is_refused_in_one_line(cli, override):
+    code, _, err = cli(*OWN, override, "trainer.max_epochs=1")
+    assert code == 2
+    assert f"topkast-train: {override} has no effect: OwnModule is a LightningModule" in err.strip().splitlines()[-1]
+
+
+def test_settings_without_effect_are_not_logged(composed, monkeypatch):
+    logged = []
+    monkeypatch.setattr("lightning_topkast.app.run.train.log_config", lambda loggers, config: logged.append(config))
+    train(composed(*OWN, "trainer.max_epochs=1"))
+    assert "model" in logged[0]
+    assert not logged[0].keys() & {"optimizer", "scheduler", "task"}
+
+
+def test_small_dense_in_an_application_of_ones_own_refuses_the_wide_network(composed):
+    callback = instantiate(composed("sparsity=small_dense").sparsity, _convert_="all")
+    trainer = Trainer(callbacks=[callback], max_epochs=1, logger=False, enable_checkpointing=False, accelerator="cpu")
+    with pytest.raises(AppError, match="narrows no network by itself"):
+        trainer.fit(BoringModel())
+
+
+@pytest.mark.parametrize("sweep", [False, True])
+def test_run_that_diverged_says_so_and_fails_but_lets_a_sweep_go_on(cli, tmp_path, sweep):
+    many = ["-m", "seed=0,1", f"hydra.sweep.dir={tmp_path}/sweep"] if sweep else []
+    code, _, err = cli(
+        *many, "sparsity=dense", "optimizer=sgd", "optimizer.lr=1e30", "scheduler=none", "logger=none",
+        "trainer.limit_train_batches=4", "trainer.max_epochs=1", "callbacks.progress=null",
+    )  # fmt: skip
+    assert code == (0 if sweep else 2), err
+    said = [line for line in err.splitlines() if "the run diverged" in line]
+    assert len(said) == (2 if sweep else 1)

@@ -11,7 +11,7 @@ PROGRAM = "topkast-consolidate"
 
 _DESCRIPTION = """\
 Converts a distributed checkpoint of trainer=fsdp2_sharded into a single file, to evaluate or export it, or to resume
-from it on one device or with DDP. Only read folders that you trust.
+from it on one device or with DDP. No code in the folder is run.
 """
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from lightning_topkast.app.run.global_batch import GlobalBatch
 from lightning_topkast.app.run.small_dense import narrowed_model
 from lightning_topkast.app.run.task import ClassificationTask
+from lightning_topkast.training.saved_paths import OwnCheckpoints
 
 
 def build_model(cfg: DictConfig) -> LightningModule:
@@ -26,8 +27,9 @@ def build_model(cfg: DictConfig) -> LightningModule:
 
 
 def build_callbacks(cfg: DictConfig, has_loggers: bool) -> list[Callback]:
-    """Return the sparsity callback, followed by those of the group `callbacks`."""
-    callbacks: list[Callback] = [instantiate(cfg.sparsity, _convert_="all"), *build_all(cfg.callbacks)]
+    """Return the sparsity callback and those of the group `callbacks`, after one that watches over their paths."""
+    sparsity: Callback = instantiate(cfg.sparsity, _convert_="all")
+    callbacks: list[Callback] = [OwnCheckpoints(), sparsity, *build_all(cfg.callbacks)]
     if size := OmegaConf.select(cfg, "recipe.global_batch"):
         callbacks.append(GlobalBatch(size))
     if not has_loggers:

@@ -111,14 +111,15 @@ def _train(cfg: DictConfig) -> float:
         own = {name: value for name, value in trainer.callback_metrics.items() if not name.startswith("topkast/")}
         # max_steps may be reached before the first validation
         if cfg.recipe.monitor.startswith("val/") and cfg.recipe.monitor not in own:
-            trainer.validate(model, datamodule=data, verbose=False)
+            trainer.validate(model, datamodule=data, verbose=False, **SAFELY)
             own.update(trainer.callback_metrics)
         score = monitored(trainer, cfg.recipe.monitor)
         best: str = getattr(trainer.checkpoint_callback, "best_model_path", "")
         figures: Mapping[str, float] = {cfg.recipe.monitor: score}
         tested: Mapping[str, float] = {}
         if cfg.test:
-            tested = trainer.test(model, datamodule=data, ckpt_path=best or None, verbose=False)[0]
+            open_checkpoint(best or None)  # it may be older than this process
+            tested = trainer.test(model, datamodule=data, ckpt_path=best or None, verbose=False, **SAFELY)[0]
             figures = {name: value for name, value in tested.items() if name.startswith("test/")} or tested
         counts = count_weights(model)
         if trainer.is_global_zero:

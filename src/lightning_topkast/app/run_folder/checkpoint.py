@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from inspect import signature
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 from zipfile import BadZipFile, ZipFile, is_zipfile
 
@@ -14,9 +15,10 @@ from torch.optim import Optimizer
 
 from lightning_topkast import TopKastCallback
 from lightning_topkast.app.errors import AppError
+from lightning_topkast.loading import check_distributed, load
 
 # Before 2.6 Lightning unpickles every checkpoint; since then, by default, only those that it does not download.
-SAFELY = {"weights_only": True} if "weights_only" in signature(Trainer.fit).parameters else {}
+SAFELY: dict[str, Any] = {"weights_only": True} if "weights_only" in signature(Trainer.fit).parameters else {}
 
 _OF_OTHERS = ("hpc", "registry")  # Lightning finds these by itself: after a SLURM requeue, and in its model registry
 
@@ -51,7 +53,7 @@ class Checkpoint:
         if damage := _damage(self.path):
             raise AppError(f"the checkpoint {path} is damaged ({damage}); use another one")
         try:
-            content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+            content = load(self.path, mmap=True)
         except Exception as error:
             raise AppError(f"{path} is not a checkpoint that can be read safely ({_first_line(error)})") from error
         needed = {"pytorch-lightning_version", "state_dict", "global_step"}
@@ -132,10 +134,28 @@ def open_checkpoint(path: str | None) -> Checkpoint | None:
     folder = Path(path)
     if folder.is_dir():
         if is_sharded(folder):
+            check_sharded(folder)
             return None
         inside = ", ".join(sorted(str(file) for file in folder.rglob("*.ckpt"))[:4])
         raise AppError(f"ckpt_path={path} is a folder: name the file{f', {inside}' if inside else ' in it'}")
     return Checkpoint(path)
+
+
+def check_sharded(folder: Path) -> int:
+    """Return the step of a distributed checkpoint, which Lightning reads itself.
+
+    Raises:
+        AppError, TopKastError: It is not complete, or reading it would run code.
+    """
+    for name in SHARDED_FILES:
+        if not (folder / name).is_file():
+            raise AppError(f"the checkpoint {folder} is not complete: it has no {name}")
+    try:
+        step = int(load(folder / "meta.pt")["global_step"])
+    except (RuntimeError, UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
+        raise AppError(f"the checkpoint {folder} is not complete: its meta.pt cannot be read") from error
+    check_distributed(folder)
+    return step
 
 
 def is_sharded(path: Path) -> bool:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-import torch
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_topkast.app.errors import AppError
-from lightning_topkast.app.run_folder.checkpoint import SHARDED_FILES, Checkpoint
+from lightning_topkast.app.run_folder.checkpoint import Checkpoint, check_sharded
 from lightning_topkast.app.run_folder.logs import Curve, has_log, read_curves
 from lightning_topkast.app.run_folder.result import RESULT_FILE, RUNNING, Result, Status, read_result
+from lightning_topkast.errors import TopKastError
 
 
 class RunFolder:
@@ -113,9 +112,9 @@ class RunFolder:
         complete: list[tuple[int, int, str]] = []
         for path in self.checkpoints():
             try:
-                step = _sharded_step(path) if path.is_dir() else _step(path)
+                step = check_sharded(path) if path.is_dir() else _step(path)
                 complete.append((step, path.stat().st_mtime_ns, str(path)))
-            except (AppError, OSError) as error:
+            except (AppError, TopKastError, OSError) as error:
                 skip(error)
         if not complete:
             return None
@@ -145,16 +144,6 @@ def _step(file: Path) -> int:
     checkpoint = Checkpoint(str(file))
     checkpoint.check_complete()
     return checkpoint.step
-
-
-def _sharded_step(folder: Path) -> int:
-    for name in SHARDED_FILES:
-        if not (folder / name).is_file():
-            raise AppError(f"the checkpoint {folder} is not complete: it has no {name}")
-    try:
-        return int(torch.load(folder / "meta.pt", map_location="cpu", weights_only=True)["global_step"])
-    except (RuntimeError, UnpicklingError, EOFError, KeyError) as error:
-        raise AppError(f"the checkpoint {folder} is not complete: its meta.pt cannot be read") from error
 
 
 def _read_yaml(path: Path) -> Any:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from hydra.utils import instantiate
 from lightning import Callback, LightningModule
 from lightning.pytorch.callbacks import LearningRateMonitor
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from lightning_topkast.app.run.global_batch import GlobalBatch
+from lightning_topkast.app.run.instantiate import build
 from lightning_topkast.app.run.small_dense import narrowed_model
 from lightning_topkast.app.run.task import ClassificationTask
 from lightning_topkast.training.saved_paths import OwnCheckpoints
@@ -18,17 +18,17 @@ from lightning_topkast.training.saved_paths import OwnCheckpoints
 
 def build_model(cfg: DictConfig) -> LightningModule:
     """Return the configured model; a plain `nn.Module` becomes a `ClassificationTask`."""
-    net: nn.Module = instantiate(narrowed_model(cfg), _convert_="all")
+    net: nn.Module = build(narrowed_model(cfg))
     if isinstance(net, LightningModule):
         return net
-    parts = {name: instantiate(cfg[name], _convert_="all") for name in ("optimizer", "scheduler")}
-    task: ClassificationTask = instantiate(cfg.task, net=net, **parts, _convert_="all")
+    parts = {name: build(cfg[name]) for name in ("optimizer", "scheduler")}
+    task: ClassificationTask = build(cfg.task, net=net, **parts)
     return task
 
 
 def build_callbacks(cfg: DictConfig, has_loggers: bool) -> list[Callback]:
     """Return the sparsity callback and those of the group `callbacks`, after one that watches over their paths."""
-    sparsity: Callback = instantiate(cfg.sparsity, _convert_="all")
+    sparsity: Callback = build(cfg.sparsity)
     callbacks: list[Callback] = [OwnCheckpoints(), sparsity, *build_all(cfg.callbacks)]
     if size := OmegaConf.select(cfg, "recipe.global_batch"):
         callbacks.append(GlobalBatch(size))
@@ -40,4 +40,4 @@ def build_callbacks(cfg: DictConfig, has_loggers: bool) -> list[Callback]:
 
 def build_all(group: DictConfig | None) -> list[Any]:
     """Instantiate every entry of a group, except those that are null."""
-    return [instantiate(entry, _convert_="all") for entry in (group or {}).values() if entry]
+    return [build(entry) for entry in (group or {}).values() if entry]

@@ -13,7 +13,6 @@ from typing import Any, NoReturn, cast
 
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
 from lightning import LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
@@ -27,6 +26,7 @@ from lightning_topkast.app.errors import (
 )
 from lightning_topkast.app.run.build import build_all, build_callbacks, build_model
 from lightning_topkast.app.run.describe import Outcome, all_finite, describe_end, kept_dense
+from lightning_topkast.app.run.instantiate import build
 from lightning_topkast.app.run.loggers import (
     check_all_writable,
     check_writable,
@@ -80,7 +80,7 @@ def _train(cfg: DictConfig) -> float:
     auto = cfg.ckpt_path == AUTO
     ckpt_path = newest_checkpoint(folder) if auto else cfg.ckpt_path
     checkpoint = open_checkpoint(ckpt_path)
-    data: LightningDataModule = instantiate(cfg.data, _convert_="all")
+    data: LightningDataModule = build(cfg.data)
     model = build_model(cfg)
     loggers: list[Logger] = build_all(cfg.logger)
     check_all_writable(loggers)
@@ -92,7 +92,7 @@ def _train(cfg: DictConfig) -> float:
         checkpoint.check_model(model)
         checkpoint.check_callbacks(callbacks)
         checkpoint.check_optimizer(getattr(model, "optimizer", None))
-    trainer: Trainer = instantiate(cfg.trainer, logger=loggers or False, callbacks=callbacks, _convert_="all")
+    trainer: Trainer = build(cfg.trainer, logger=loggers or False, callbacks=callbacks)
     with one_job(trainer):
         log_config(trainer.loggers, cast(dict[str, Any], OmegaConf.to_container(with_width(cfg), resolve=True)))
         track_best(trainer.loggers, cfg.recipe.monitor, cfg.recipe.mode)

@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+from lightning_topkast.app.overrides import corrected
 from lightning_topkast.errors import TopKastError
 
 CONFIG_MODULE = "lightning_topkast.conf"
@@ -177,7 +178,8 @@ def _explain_instantiation(error: InstantiationException) -> str | None:
 def _explain_config(error: HydraException | OmegaConfBaseException, config_name: str) -> str:
     if isinstance(error, OverrideParseException):
         reason = [line for line in str(error).splitlines() if line and not line.startswith("See http")][-1]
-        return f"the override '{error.override}' is not valid ({reason}): write it as key=value"
+        way = corrected(error.override) or "key=value"
+        return f"the override '{error.override}' is not valid ({reason}): write it as {way}"
     if isinstance(error, MissingConfigException):
         return _explain_missing_option(error, config_name)
     text = str(error)

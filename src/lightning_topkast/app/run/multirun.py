@@ -16,7 +16,7 @@ from lightning import Trainer
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from lightning_topkast.app.errors import CONFIG_MODULE, AppError
-from lightning_topkast.app.run.settings import quoted
+from lightning_topkast.app.overrides import quoted
 
 _END = 60.0  # seconds in which the other processes must end after the first one has
 

@@ -6,7 +6,6 @@ import copy
 import json
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -31,9 +30,3 @@ def settings_of(cfg: DictConfig) -> dict[str, Any]:
 def without_places(overrides: Iterable[str]) -> list[str]:
     """Return the overrides that affect what a run computes."""
     return [override for override in overrides if re.split(r"[./@=]", override.lstrip("+~"))[0] not in _PLACES]
-
-
-def quoted(path: str | Path) -> str:
-    """Return a path as the quoted value of an override, whatever characters it contains."""
-    text = str(path).replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{text}'"

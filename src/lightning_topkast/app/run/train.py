@@ -24,6 +24,7 @@ from lightning_topkast.app.errors import (
     did_you_mean,
     let_errors_through,
 )
+from lightning_topkast.app.overrides import as_override, for_shell
 from lightning_topkast.app.run.build import build_all, build_callbacks, build_model
 from lightning_topkast.app.run.describe import Outcome, all_finite, describe_end, kept_dense
 from lightning_topkast.app.run.instantiate import build
@@ -40,9 +41,9 @@ from lightning_topkast.app.run.meter import RunMeter
 from lightning_topkast.app.run.multirun import one_job
 from lightning_topkast.app.run.resume import (
     AUTO,
-    RESUME,
     SameCheckpoint,
     newest_checkpoint,
+    resume_options,
 )
 from lightning_topkast.app.run.small_dense import with_width
 from lightning_topkast.app.run.summary import count_weights, print_summary
@@ -158,22 +159,18 @@ def _say_how_to_resume(stop: SystemExit, trainer: Trainer, folder: RunFolder) ->
         if not any(last):
             way = "there is no checkpoint yet"
         elif Path(last[-1]).parent == folder.path / "checkpoints" and folder.overrides() is not None:
-            way = f"resume with topkast-train {RESUME} {shlex.quote(str(folder.path))}"
+            way = f"resume with topkast-train {shlex.join(resume_options(folder))}"
         else:
             overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-            kept = (f"'{text}'" for text in overrides if not text.startswith("ckpt_path="))
-            way = f"resume with {' '.join(['topkast-train', *kept])} {_override('ckpt_path', last[-1])}"
+            kept = [text for text in overrides if not text.startswith("ckpt_path=")]
+            again = map(for_shell, [*kept, as_override("ckpt_path", last[-1])])
+            way = f"resume with {' '.join(['topkast-train', *again])}"
         at = f"interrupted in epoch {trainer.current_epoch}, step {trainer.global_step}"
         saved = max((callback._last_global_step_saved for callback in newest), default=0)
         if saved and saved != trainer.global_step:  # for example during validation, before the epoch is complete
             at += f", the last checkpoint is of step {saved}"
         print(f"\ntopkast-train: {at}; {way}", file=sys.stderr, flush=True)
     raise SystemExit(143 if isinstance(stop, SIGTERMException) else 130)
-
-
-def _override(key: str, value: str) -> str:
-    """Return `key=value` in a form that a shell and Hydra accept, with quotes around values such as `epoch=3.ckpt`."""
-    return f"{key}={value}" if not set(value) & set("=,:' ()[]{}") else f"\"{key}='{value}'\""
 
 
 def _refuse_no_training(trainer: Trainer, checkpoint: Checkpoint | None) -> None:

@@ -20,7 +20,8 @@ from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_topkast.app.errors import CONFIG_MODULE, CONFIG_NAME, AppError
-from lightning_topkast.app.run.settings import quoted, settings_of
+from lightning_topkast.app.overrides import quoted
+from lightning_topkast.app.run.settings import settings_of
 from lightning_topkast.app.run_folder.folder import RunFolder
 from lightning_topkast.app.run_folder.result import COMPLETED, RUNNING
 from lightning_topkast.app.sweep.expand import Run

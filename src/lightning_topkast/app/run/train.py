@@ -9,10 +9,9 @@ import warnings
 from collections.abc import Mapping
 from numbers import Real
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import NoReturn
 
 import torch
-from hydra.core.hydra_config import HydraConfig
 from lightning import LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
@@ -45,6 +44,7 @@ from lightning_topkast.app.run.resume import (
     newest_checkpoint,
     resume_options,
 )
+from lightning_topkast.app.run.settings import overrides_given, recorded
 from lightning_topkast.app.run.small_dense import with_width
 from lightning_topkast.app.run.summary import count_weights, print_summary
 from lightning_topkast.app.run_folder.checkpoint import SAFELY, Checkpoint, open_checkpoint
@@ -95,7 +95,7 @@ def _train(cfg: DictConfig) -> float:
         checkpoint.check_optimizer(getattr(model, "optimizer", None))
     trainer: Trainer = build(cfg.trainer, logger=loggers or False, callbacks=callbacks)
     with one_job(trainer):
-        log_config(trainer.loggers, cast(dict[str, Any], OmegaConf.to_container(with_width(cfg), resolve=True)))
+        log_config(trainer.loggers, recorded(with_width(cfg)))
         track_best(trainer.loggers, cfg.recipe.monitor, cfg.recipe.mode)
 
         try:
@@ -161,8 +161,7 @@ def _say_how_to_resume(stop: SystemExit, trainer: Trainer, folder: RunFolder) ->
         elif Path(last[-1]).parent == folder.path / "checkpoints" and folder.overrides() is not None:
             way = f"resume with topkast-train {shlex.join(resume_options(folder))}"
         else:
-            overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-            kept = [text for text in overrides if not text.startswith("ckpt_path=")]
+            kept = [text for text in overrides_given() if not text.startswith("ckpt_path=")]
             again = map(for_shell, [*kept, as_override("ckpt_path", last[-1])])
             way = f"resume with {' '.join(['topkast-train', *again])}"
         at = f"interrupted in epoch {trainer.current_epoch}, step {trainer.global_step}"

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_topkast.app.errors import AppError
 from lightning_topkast.app.run_folder.checkpoint import Checkpoint, check_sharded
 from lightning_topkast.app.run_folder.logs import Curve, has_log, read_curves
 from lightning_topkast.app.run_folder.result import RESULT_FILE, RUNNING, Result, Status, read_result
+from lightning_topkast.app.yaml_files import checked_text, read_yaml
 from lightning_topkast.errors import TopKastError
 
 
@@ -69,8 +69,10 @@ class RunFolder:
         if not path.is_file():
             return None
         try:
-            config = OmegaConf.load(path)
-        except Exception as error:  # of YAML, of OmegaConf, or of the text's encoding
+            config = OmegaConf.create(checked_text(path))
+        except AppError:
+            raise
+        except Exception as error:  # of OmegaConf
             raise AppError(f"{path} cannot be read: {error}") from error
         parts = ("model", "data", "sparsity")
         if not isinstance(config, DictConfig) or not all(isinstance(config.get(part), DictConfig) for part in parts):
@@ -148,6 +150,6 @@ def _step(file: Path) -> int:
 
 def _read_yaml(path: Path) -> Any:
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        return read_yaml(path)
+    except (AppError, OSError):
         return None

@@ -25,7 +25,9 @@ from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, Omega
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from lightning_topkast.app.overrides import corrected
+from lightning_topkast.app.terminal import say
 from lightning_topkast.errors import TopKastError
+from lightning_topkast.text import printable
 
 CONFIG_MODULE = "lightning_topkast.conf"
 CONFIG_NAME = "train"
@@ -40,6 +42,9 @@ _OURS = "TOPKAST_ONE_LINE_ERRORS"
 
 class AppError(Exception):
     """A mistake of the user; the message says what is wrong, what was expected, and the way out."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 @contextmanager
@@ -59,7 +64,7 @@ def one_line_errors(program: str, config_name: str = CONFIG_NAME) -> Iterator[No
         yield
     except BaseException as error:
         if _is_interrupt(error):
-            print(f"\n{program}: interrupted", file=sys.stderr, flush=True)
+            say(f"\n{program}: interrupted", error=True)
             sys.exit(INTERRUPTED)
         if not isinstance(error, Exception):
             raise
@@ -68,7 +73,7 @@ def one_line_errors(program: str, config_name: str = CONFIG_NAME) -> Iterator[No
         if message is None:
             raise
         # The cursor may be in the line of a progress bar.
-        print(f"\n{program}: {_one_line(message)}", file=sys.stderr, flush=True)
+        say(f"\n{program}: {_one_line(message)}", error=True)
         sys.exit(1 if _is_lost_connection(error) else EXIT_CODE)
 
 
@@ -250,4 +255,4 @@ def _keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
 
 
 def _one_line(message: str) -> str:
-    return " ".join(message.split())
+    return printable(" ".join(message.split()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lightning_topkast.app.commands.common import argument_parser, console_script
+from lightning_topkast.app.terminal import say
 from lightning_topkast.training.sharded_checkpoint import consolidate
 
 PROGRAM = "topkast-consolidate"
@@ -25,7 +26,7 @@ def main() -> None:
         if given.file.exists():
             parser.error(f"{given.file} exists already: name another file")
         consolidate(given.folder, given.file)
-        print(f"wrote {given.file}, {given.file.stat().st_size:,} bytes")
+        say(f"wrote {given.file}, {given.file.stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":

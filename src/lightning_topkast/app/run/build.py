@@ -13,7 +13,6 @@ from lightning_topkast.app.run.global_batch import GlobalBatch
 from lightning_topkast.app.run.instantiate import build
 from lightning_topkast.app.run.small_dense import narrowed_model
 from lightning_topkast.app.run.task import ClassificationTask
-from lightning_topkast.training.saved_paths import OwnCheckpoints
 
 
 def build_model(cfg: DictConfig) -> LightningModule:
@@ -27,9 +26,8 @@ def build_model(cfg: DictConfig) -> LightningModule:
 
 
 def build_callbacks(cfg: DictConfig, has_loggers: bool) -> list[Callback]:
-    """Return the sparsity callback and those of the group `callbacks`, after one that watches over their paths."""
-    sparsity: Callback = build(cfg.sparsity)
-    callbacks: list[Callback] = [OwnCheckpoints(), sparsity, *build_all(cfg.callbacks)]
+    """Return the sparsity callback, followed by those of the group `callbacks`."""
+    callbacks: list[Callback] = [build(cfg.sparsity), *build_all(cfg.callbacks)]
     if size := OmegaConf.select(cfg, "recipe.global_batch"):
         callbacks.append(GlobalBatch(size))
     if not has_loggers:

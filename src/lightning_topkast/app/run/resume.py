@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning_topkast.app.errors import EXIT_CODE, AppError
 from lightning_topkast.app.overrides import config_dir, more_than_a_value, quoted, split_options
 from lightning_topkast.app.run_folder.folder import RunFolder
+from lightning_topkast.app.terminal import say
 
 AUTO = "auto"
 RESUME, TRUST = "--resume", "--trust"
@@ -157,4 +158,4 @@ def _written(folder: Path) -> dict[Path, int]:
 
 def _say(text: str) -> None:
     if getattr(rank_zero_only, "rank", 0) == 0:
-        print(f"topkast-train: {text}", file=sys.stderr, flush=True)
+        say(f"topkast-train: {text}", error=True)

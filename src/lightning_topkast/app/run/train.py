@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import shlex
-import sys
 import warnings
 from collections.abc import Mapping
 from numbers import Real
@@ -50,7 +49,9 @@ from lightning_topkast.app.run.summary import count_weights, print_summary
 from lightning_topkast.app.run_folder.checkpoint import SAFELY, Checkpoint, open_checkpoint
 from lightning_topkast.app.run_folder.folder import RunFolder
 from lightning_topkast.app.run_folder.result import write_result
+from lightning_topkast.app.terminal import say
 from lightning_topkast.errors import NonFiniteWeightError
+from lightning_topkast.training.saved_paths import OwnCheckpoints
 
 
 def train(cfg: DictConfig) -> float:
@@ -86,7 +87,7 @@ def _train(cfg: DictConfig) -> float:
     loggers: list[Logger] = build_all(cfg.logger)
     check_all_writable(loggers)
     meter = RunMeter()
-    callbacks = [*build_callbacks(cfg, has_loggers=bool(loggers)), meter]
+    callbacks = [*build_callbacks(cfg, has_loggers=bool(loggers)), meter, OwnCheckpoints()]
     if auto:
         callbacks.append(SameCheckpoint(ckpt_path))
     if checkpoint is not None:
@@ -168,7 +169,7 @@ def _say_how_to_resume(stop: SystemExit, trainer: Trainer, folder: RunFolder) ->
         saved = max((callback._last_global_step_saved for callback in newest), default=0)
         if saved and saved != trainer.global_step:  # for example during validation, before the epoch is complete
             at += f", the last checkpoint is of step {saved}"
-        print(f"\ntopkast-train: {at}; {way}", file=sys.stderr, flush=True)
+        say(f"\ntopkast-train: {at}; {way}", error=True)
     raise SystemExit(143 if isinstance(stop, SIGTERMException) else 130)
 
 

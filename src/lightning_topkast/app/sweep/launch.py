@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +25,7 @@ from lightning_topkast.app.run_folder.folder import RunFolder
 from lightning_topkast.app.run_folder.result import COMPLETED, RUNNING
 from lightning_topkast.app.sweep.expand import Run
 from lightning_topkast.app.sweep.run_process import SWEEP_PID, run_in_folder
+from lightning_topkast.app.terminal import say
 
 _LOCK = ".topkast-compare.lock"
 _ATTEMPTS = 3
@@ -107,7 +107,7 @@ class Launcher:
                 return
             except Exception as error:
                 reason = f"{type(error).__name__}: {str(error).strip()}".partition("\n")[0]
-                print(f"topkast-compare: the launcher failed ({reason})", file=sys.stderr, flush=True)
+                say(f"topkast-compare: the launcher failed ({reason})", error=True)
         raise AppError(f"the launcher failed {_ATTEMPTS} times; the same command continues with the runs that are left")
 
     def _compose(self, run: Run) -> DictConfig:

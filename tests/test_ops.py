@@ -582,6 +582,68 @@ def test_libraries_that_do_not_load_are_built_again(unloaded, compiler, monkeypa
     assert len(compiler.read_text().splitlines()) == 2
 
 
+def _owned_by(monkeypatch, *paths):
+    """Let files appear as those of another user, since only root can make them so."""
+    real, others = Path.stat, {str(path) for path in paths}
+
+    def stat(self, **options):
+        found = real(self, **options)
+        return os.stat_result([*found[:4], 54321, *found[5:10]]) if str(self) in others else found
+
+    monkeypatch.setattr(Path, "stat", stat)
+
+
+UNSAFE = ("the folder", "the library", "its digest")
+
+
+@pytest.mark.parametrize("what", UNSAFE)
+@pytest.mark.parametrize("mode", [0o770, 0o702, "another user's"], ids=str)
+def test_libraries_that_others_may_have_planted_are_not_loaded(unloaded, compiler, monkeypatch, caplog, what, mode):
+    choose_kernels("compiled", CPU)
+    folder = compiled._cache()
+    (library,) = folder.glob("*.so")
+    place = {"the folder": folder, "the library": library, "its digest": library.with_suffix(".sha256")}[what]
+    unloaded.clear()
+    monkeypatch.setattr(compiled, "_obstacle", None)
+    if isinstance(mode, int):
+        place.chmod(mode)
+    else:
+        _owned_by(monkeypatch, place)
+    assert choose_kernels("auto", CPU) == "torch"
+    (said,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert str(place) in said
+    assert "chmod go-w" in said or "TORCH_EXTENSIONS_DIR" in said
+    assert "\n" not in said
+    assert unloaded == []
+    with pytest.raises(TopKastError, match="kernels='compiled' is not available"):
+        choose_kernels("compiled", CPU)
+
+
+def test_a_cache_in_a_folder_that_all_may_change_is_not_used(unloaded, compiler, monkeypatch, tmp_path, caplog):
+    (tmp_path / "shared").mkdir()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "shared" / "extensions"))
+    (tmp_path / "shared").chmod(0o777)
+    assert choose_kernels("auto", CPU) == "torch"
+    assert f"all users may write to {tmp_path}/shared" in caplog.text
+    (tmp_path / "shared").chmod(0o1777)  # as /tmp: only its owner may rename a folder
+    monkeypatch.setattr(compiled, "_obstacle", None)
+    assert choose_kernels("auto", CPU) == "compiled"
+
+
+def test_what_is_built_is_for_its_owner_only_whatever_the_umask(unloaded, compiler, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "new" / "extensions"))
+    before = os.umask(0)
+    try:
+        for _ in range(2):
+            assert choose_kernels("compiled", CPU) == "compiled"
+            monkeypatch.setattr(compiled, "_obstacle", None)
+    finally:
+        os.umask(before)
+    assert len(compiler.read_text().splitlines()) == 1
+    for path in [tmp_path / "new", *(tmp_path / "new").rglob("*")]:
+        assert path.stat().st_mode & 0o077 == 0, path
+
+
 @pytest.mark.slow
 def test_processes_that_build_at_once_all_load_whole_libraries(compiler, tmp_path):
     program = """

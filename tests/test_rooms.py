@@ -12,7 +12,7 @@ import lightning_topkast
 FOLDER = Path(lightning_topkast.__file__).parent
 # from the ground up; what stands on one floor does not import each other
 FLOORS = [
-    {"errors", "reference"}, {"checks", "files"}, {"distributed", "storage", "ops"}, {"method"},
+    {"text"}, {"errors", "reference"}, {"checks", "files", "loading"}, {"distributed", "storage", "ops"}, {"method"},
     {"baselines", "weights"}, {"settings", "layers"}, {"engine", "export"}, {"topkast"},
     {"costs", "training", "telemetry"}, {"callback"}, {"app"},
 ]  # fmt: skip

@@ -222,10 +222,15 @@ class TopKast:
             )
 
     @property
+    def is_released(self) -> bool:
+        """Whether a later engine, or `release`, has taken the weights from this one."""
+        return self not in _engines
+
+    @property
     def is_intact(self) -> bool:
         """Whether the model still holds these parameters, as sparse as A; a collective if any of them is sharded."""
         return (
-            self in _engines
+            not self.is_released
             and not self._gone
             and all(
                 weight.is_sparse or int(weight.nonzero_entries) <= int(weight.active_entries)

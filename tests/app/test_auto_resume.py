@@ -1,9 +1,11 @@
 """`ckpt_path=auto`: the same command, started again, goes on from what its own folder holds."""
 
 import os
+import pickle
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import Metadata
 
 from lightning_topkast.app.errors import explain
 from lightning_topkast.app.run.resume import newest_checkpoint
@@ -38,7 +40,7 @@ def write_checkpoint(path, step, weights_only=False):
 def write_sharded(folder, step):
     folder.mkdir(parents=True)
     (folder / "__0_0.distcp").touch()
-    (folder / ".metadata").touch()
+    (folder / ".metadata").write_bytes(pickle.dumps(Metadata({}, storage_data={})))
     torch.save({"global_step": step}, folder / "meta.pt")
 
 

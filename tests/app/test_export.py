@@ -318,3 +318,46 @@ def test_help_names_every_format(cli):
     assert code == 0
     assert all(re.search(rf"^  {name} +\S", out, re.MULTILINE) for name in FORMATS)
     assert max(map(len, out.splitlines())) <= 120
+
+
+SMALL_DENSE = {"_target_": "lightning_topkast.app.run.small_dense.SmallDense", "forward_sparsity": 0.9}
+
+
+@pytest.mark.parametrize("factor", [0.5, None], ids=["given", "searched for"])
+def test_what_is_built_is_what_was_checked(cli, run_folder, tmp_path, monkeypatch, factor):
+    """Here the target depends on a value that small-dense changes before it builds the network."""
+    called = []
+    monkeypatch.setattr(os, "system", called.append)
+    OmegaConf.register_new_resolver("pick", lambda width, a, b: a if width == 1.0 else b, replace=True)
+    target = "${pick:${model.width_factor},lightning_topkast.app.models.MLP,os.system}"
+    configure(
+        run_folder, model___target_=target, model__width_factor=1.0, sparsity=SMALL_DENSE | {"width_factor": factor}
+    )
+    assert "has the untrusted target model._target_=os.system" in refused(cli, run_folder, "--format", "onnx")
+    assert called == []
+
+
+def test_shipped_small_dense_settings_need_no_trust(cli, run_folder):
+    configure(run_folder, sparsity=SMALL_DENSE | {"targets": {"_target_": "lightning_topkast.Targets"}})
+    assert "do not fit the network" in refused(cli, run_folder, "--format", "onnx"), "it was built, narrower"
+
+
+def test_text_that_becomes_an_interpolation_only_when_it_is_built_is_refused(cli, run_folder, monkeypatch):
+    monkeypatch.setenv("A_SECRET", "xyz")
+    configure(run_folder, model__dropout="\\${oc.env:A_SECRET}")
+    assert "text that is not allowed, model.dropout=${oc.env" in refused(cli, run_folder, "--format", "onnx")
+
+
+def test_environment_is_not_read_for_a_strangers_configuration(cli, run_folder, monkeypatch):
+    monkeypatch.setenv("A_SECRET", "xyz")
+    configure(run_folder, model__hidden=["${oc.env:A_SECRET}"])
+    line = refused(cli, run_folder, "--format", "onnx")
+    assert "reads the environment variable A_SECRET" in line
+    assert "xyz" not in line
+    assert "reads the environment" not in refused(cli, run_folder, "--format", "onnx", "--trust")
+
+
+@pytest.mark.parametrize("how", [{"weights": "DEFAULT"}, {"_args_": [True]}], ids=str)
+def test_weights_that_a_strangers_configuration_names_are_not_downloaded(cli, run_folder, how):
+    configure(run_folder, model={"_target_": "torchvision.models.resnet18", **how})
+    assert "downloads weights" in refused(cli, run_folder, "--format", "onnx")

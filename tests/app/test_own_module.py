@@ -44,7 +44,7 @@ def test_run_of_ones_own_module_resumes(cli, tmp_path, how):
     assert cli(*OWN, folder, "trainer.max_epochs=1")[0] == 0
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     how_to = {"auto": [*OWN, folder, "ckpt_path=auto"], "file": [*OWN, folder, f"ckpt_path={last}"]}
-    code, _, err = cli(*how_to.get(how, ["--resume", tmp_path / "run"]), "trainer.max_epochs=2")
+    code, _, err = cli(*how_to.get(how, ["--resume", tmp_path / "run", "--trust"]), "trainer.max_epochs=2")
     assert code == 0, err
     assert torch.load(last, weights_only=True)["global_step"] == 4
 

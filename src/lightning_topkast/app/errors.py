@@ -26,7 +26,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+from lightning_topkast.app.overrides import corrected
+from lightning_topkast.app.terminal import say
 from lightning_topkast.errors import TopKastError
+from lightning_topkast.text import printable
 
 CONFIG_MODULE = "lightning_topkast.conf"
 CONFIG_NAME = "train"
@@ -41,6 +44,9 @@ _OURS = "TOPKAST_ONE_LINE_ERRORS"
 
 class AppError(Exception):
     """A mistake of the user; the message says what is wrong, what was expected, and the way out."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 @contextmanager
@@ -60,7 +66,7 @@ def one_line_errors(program: str, config_name: str = CONFIG_NAME) -> Iterator[No
         yield
     except BaseException as error:
         if _is_interrupt(error):
-            print(f"\n{program}: interrupted", file=sys.stderr, flush=True)
+            say(f"\n{program}: interrupted", error=True)
             sys.exit(INTERRUPTED)
         if not isinstance(error, Exception):
             raise
@@ -69,7 +75,7 @@ def one_line_errors(program: str, config_name: str = CONFIG_NAME) -> Iterator[No
         if message is None:
             raise
         # The cursor may be in the line of a progress bar.
-        print(f"\n{program}: {_one_line(message)}", file=sys.stderr, flush=True)
+        say(f"\n{program}: {_one_line(message)}", error=True)
         sys.exit(1 if _is_lost_connection(error) else EXIT_CODE)
 
 
@@ -192,7 +198,8 @@ def _explain_instantiation(error: InstantiationException) -> str | None:
 def _explain_config(error: HydraException | OmegaConfBaseException, config_name: str) -> str:
     if isinstance(error, OverrideParseException):
         reason = [line for line in str(error).splitlines() if line and not line.startswith("See http")][-1]
-        return f"the override '{error.override}' is not valid ({reason}): write it as key=value"
+        way = corrected(error.override) or "key=value"
+        return f"the override '{error.override}' is not valid ({reason}): write it as {way}"
     if isinstance(error, MissingConfigException):
         return _explain_missing_option(error, config_name)
     text = str(error)
@@ -263,4 +270,4 @@ def _keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
 
 
 def _one_line(message: str) -> str:
-    return " ".join(message.split())
+    return printable(" ".join(message.split()))

@@ -1,8 +1,11 @@
-"""Numbers as text, in the same form in every table, page and message."""
+"""Numbers and cells as text, in the same form in every table, page and message."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
+
+from lightning_topkast.text import printable
 
 _DECIMAL = (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
 _BINARY = (("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10))
@@ -49,3 +52,19 @@ def shape(sizes: Iterable[int]) -> str:
 def metrics(values: Mapping[str, float | None]) -> str:
     """Return metrics sorted by name, such as `test/acc 0.9712  test/loss 0.0921`."""
     return "  ".join(f"{name} {value:.4f}" for name, value in sorted(values.items()) if value is not None)
+
+
+def csv_cell(value: Any) -> Any:
+    """Return a cell for a CSV table; an apostrophe before text that a spreadsheet would take for a formula."""
+    if not isinstance(value, str):
+        return value
+    text = printable(value)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t")) and not _is_number(text) else text
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_topkast.export.files import new_file
 from lightning_topkast.export.state import Source, density, is_sparse, tensors_of, tied
+from lightning_topkast.loading import load
 from lightning_topkast.ops import Pattern
 
 _CSR_UP_TO = 0.5  # density above which int32 columns and values take more space than the dense weight
@@ -74,7 +75,7 @@ def load_csr(path: str | Path) -> dict[str, Tensor]:
     """
     with torch.sparse.check_sparse_tensor_invariants(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+        state: dict[str, Tensor] = load(Path(path))
     return state
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from lightning_topkast.telemetry.media import Lines, Picture, Table
+from lightning_topkast.text import markdown
 
 
 class TensorBoardMedia:
@@ -47,4 +48,4 @@ class TensorBoardMedia:
 
 def _markdown(table: Table) -> str:
     rows = [table.columns, ["---"] * len(table.columns), *table.rows]
-    return "\n".join("| " + " | ".join(str(value).replace("|", "\\|") for value in row) + " |" for row in rows)
+    return "\n".join("| " + " | ".join(markdown(str(value)) for value in row) + " |" for row in rows)

@@ -14,6 +14,7 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
+from lightning_topkast.loading import load
 from lightning_topkast.method.targets import find_targets
 from lightning_topkast.settings import Settings
 from lightning_topkast.topkast import TopKast
@@ -103,7 +104,7 @@ class Handover:
         is_launcher = os.getpid() == self._launcher
         if not self._folder.is_dir() or not (is_launcher or begins):
             return None
-        state: dict[str, Any] = torch.load(self._folder / "state.pt", weights_only=True)
+        state: dict[str, Any] = load(self._folder / "state.pt")
         if is_launcher:
             shutil.rmtree(self._folder)
         return state

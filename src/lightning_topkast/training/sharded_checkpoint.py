@@ -14,10 +14,11 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.files import atomic_file
+from lightning_topkast.loading import check_distributed, load
 from lightning_topkast.topkast import TopKast
 
 _MARK = "shards_in"  # key in a callback's state; its value is the name under which the tensors were saved
@@ -70,7 +71,8 @@ def with_shards(state: dict[str, Any], topkast: TopKast, folder: Any) -> dict[st
         return state  # it is refused later, with the names
     tensors = {name: _tensors(weight) for name, weight in own.items()}
     try:
-        load({state[_MARK]: tensors}, checkpoint_id=Path(folder))
+        check_distributed(Path(folder))
+        load_shards({state[_MARK]: tensors}, checkpoint_id=Path(folder))
     except Exception as error:
         raise TopKastError(f"the Top-KAST state in {folder} cannot be read: {error}") from error
     state = {key: value for key, value in state.items() if key != _MARK}
@@ -82,8 +84,7 @@ def consolidate(folder: str | Path, file: str | Path) -> None:
     """Convert a distributed checkpoint to an ordinary one, from which a single process or DDP can resume.
 
     Lightning's own tool does not support checkpoints of `ModelParallelStrategy`. The whole model must fit in host
-    memory twice. Reading a folder unpickles its `.metadata`, as `torch.distributed.checkpoint` always does, so only
-    read folders that you trust.
+    memory twice. A folder from which `torch.distributed.checkpoint` would run code is refused.
 
     Args:
         folder: of a distributed checkpoint.
@@ -100,10 +101,11 @@ def consolidate(folder: str | Path, file: str | Path) -> None:
     if lacking:
         raise TopKastError(f"{folder} is not a complete distributed checkpoint: it has no {' and no '.join(lacking)}")
     try:
+        check_distributed(folder)
         with atomic_file(file) as partial:
             dcp_to_torch_save(folder, partial)
-            tensors = torch.load(partial, weights_only=True)
-            checkpoint = torch.load(folder / "meta.pt", map_location="cpu", weights_only=True) | tensors
+            tensors = load(partial)
+            checkpoint = load(folder / "meta.pt") | tensors
             for key in checkpoint.get("callbacks", {}):
                 move_shards_back(checkpoint, key)
             states = sorted((key for key in checkpoint if key.startswith("optimizer_")), key=lambda key: int(key[10:]))

@@ -13,6 +13,7 @@ from lightning.pytorch.trainer.connectors.signal_connector import _HandlersCompo
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_topkast.errors import TopKastError
+from lightning_topkast.training.saved_paths import own_state
 
 
 class StepBoundaryCheckpoint(ModelCheckpoint):
@@ -60,6 +61,10 @@ class StepBoundaryCheckpoint(ModelCheckpoint):
     def state_key(self) -> str:
         """Key of the state, which includes the file name, so that two callbacks with the same triggers differ."""
         return f"{super().state_key}[{self.filename!r}]"
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state, without paths of files that are not this callback's own."""
+        super().load_state_dict(own_state(self, state_dict))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Replace Lightning's signal handlers, which have just been registered."""

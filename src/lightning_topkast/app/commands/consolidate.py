@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from lightning_topkast.app.commands.common import argument_parser, console_script
+from lightning_topkast.app.terminal import say
 from lightning_topkast.training.sharded_checkpoint import consolidate
 
 PROGRAM = "topkast-consolidate"
 
 _DESCRIPTION = """\
 Converts a distributed checkpoint of trainer=fsdp2_sharded into a single file, to evaluate or export it, or to resume
-from it on one device or with DDP. Only read folders that you trust.
+from it on one device or with DDP. No code in the folder is run.
 """
 
 
@@ -25,7 +26,7 @@ def main() -> None:
         if given.file.exists():
             parser.error(f"{given.file} exists already: name another file")
         consolidate(given.folder, given.file)
-        print(f"wrote {given.file}, {given.file.stat().st_size:,} bytes")
+        say(f"wrote {given.file}, {given.file.stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":

@@ -12,8 +12,10 @@ from omegaconf import DictConfig
 
 from lightning_topkast.app.commands.common import console_script
 from lightning_topkast.app.errors import CONFIG_MODULE, AppError, did_you_mean
+from lightning_topkast.app.formatting import csv_cell
 from lightning_topkast.app.run.plan import plan
 from lightning_topkast.app.run.plan_tables import print_tables
+from lightning_topkast.app.terminal import say
 from lightning_topkast.costs import Plan
 
 PROGRAM, CONFIG_NAME = "topkast-plan", "plan"
@@ -28,13 +30,13 @@ def write_csv(plan: Plan) -> None:
     rows.append({name: totals.get(name, "") for name in rows[0]} | {"name": "total"})
     writer = csv.DictWriter(sys.stdout, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows([{name: csv_cell(value) for name, value in row.items()} for row in rows])
 
 
 _FORMATS: dict[str, Callable[[Plan], None]] = {
     "table": print_tables,
     "csv": write_csv,
-    "json": lambda plan: print(json.dumps(plan.to_dict(), indent=2)),
+    "json": lambda plan: say(json.dumps(plan.to_dict(), indent=2)),
 }
 
 

@@ -11,6 +11,7 @@ from lightning_topkast.app.errors import AppError
 from lightning_topkast.app.report.run_page import has_matplotlib, write_run_report
 from lightning_topkast.app.report.sweep_page import write_sweep_report
 from lightning_topkast.app.run_folder.folder import RunFolder, runs_in
+from lightning_topkast.app.terminal import say
 
 PROGRAM = "topkast-report"
 
@@ -32,9 +33,9 @@ def main() -> None:
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         given = _arguments()
         for page in write_reports(given.folder, given.each):
-            print(page, flush=True)
+            say(page)
         if not has_matplotlib():
-            print(f"{PROGRAM}: without curves, which need matplotlib: pip install 'lightning-topkast[report]'")
+            say(f"{PROGRAM}: without curves, which need matplotlib: pip install 'lightning-topkast[report]'")
 
 
 def write_reports(folder: Path, each: bool = False) -> list[Path]:

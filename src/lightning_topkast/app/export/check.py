@@ -32,7 +32,7 @@ def check_weights(console: Console, state: Mapping[str, Tensor], read: Mapping[s
             tensor, again = torch.where(tensor == 0, torch.zeros_like(tensor), tensor), again.to_dense()
         if again is None or not same_bits(tensor, again):
             raise AppError(f"'{name}' differs between the exported file and the checkpoint; is the disk damaged?")
-    console.print(f"Compared: all {len(state)} tensors equal those of the checkpoint, bit for bit", highlight=False)
+    console.print(f"Compared: all {len(state)} tensors equal those of the checkpoint, bit for bit")
 
 
 def run_on(network: nn.Module, prefix: str, read: Mapping[str, Tensor], file: Path) -> nn.Module:
@@ -73,11 +73,10 @@ def check_outputs(
                 own_right += _right(own, targets, judged)
                 total += int(judged.sum())
     farthest, largest = (float(torch.stack(found).max()) for found in (apart, sizes))
-    console.print(f"Outputs: differ by at most {farthest:.1e}, the largest output is {largest:.3g}", highlight=False)
+    console.print(f"Outputs: differ by at most {farthest:.1e}, the largest output is {largest:.3g}")
     if total:
         console.print(
             f"Test accuracy: {right / total:.4f}, the checkpoint's {own_right / total:.4f} ({total:,} targets)",
-            highlight=False,
         )
 
 

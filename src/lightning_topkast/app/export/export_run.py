@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -17,6 +16,7 @@ from lightning_topkast.app.export.check import check_outputs, check_weights, run
 from lightning_topkast.app.export.rebuild import build_data, build_network, example_input
 from lightning_topkast.app.run_folder.checkpoint import Checkpoint, is_sharded
 from lightning_topkast.app.run_folder.folder import RunFolder, run_of
+from lightning_topkast.app.terminal import Terminal
 from lightning_topkast.export import OnnxModel, load_csr, load_sparse, save_csr, save_dense, save_onnx, save_sparse
 from lightning_topkast.export.state import density, is_sparse, nbytes, tensors_of
 
@@ -76,9 +76,8 @@ def export(
     if target.exists() and not force:
         raise AppError(f"{target} exists already: name another file with --output, or overwrite it with --force")
     state = tensors_of(checkpoint.content["state_dict"])
-    # do not wrap paths; they and names may contain what rich takes for [markup] or an :emoji:
-    console = Console(soft_wrap=True, markup=False, emoji=False)
-    console.print(f"Checkpoint: {file}, step {checkpoint.step:,}", highlight=False)
+    console = Terminal(soft_wrap=True)  # do not wrap paths, so that they can be copied
+    console.print(f"Checkpoint: {file}, step {checkpoint.step:,}")
     run = run_of(file)
     cfg = None if run is None else run.config()
     network: nn.Module | None = None
@@ -102,14 +101,14 @@ def export(
     if read is not None:
         check_weights(console, state, read)
     if network is None or cfg is None:
-        console.print(f"Outputs not compared: {file} is not in the folder of a run", highlight=False)
+        console.print(f"Outputs not compared: {file} is not in the folder of a run")
     else:
         forward = OnnxModel(target, torch.get_num_threads()) if read is None else run_on(network, prefix, read, target)
         check_outputs(console, network, forward, build_data(cfg, trust))
     return target
 
 
-def _print_sizes(console: Console, state: dict[str, Tensor], stored: Stored, target: Path) -> None:
+def _print_sizes(console: Terminal, state: dict[str, Tensor], stored: Stored, target: Path) -> None:
     sparse = {name: tensor for name, tensor in state.items() if is_sparse(tensor)}
     if sparse:
         table = Table(title="Sparse weights", title_justify="left")
@@ -125,7 +124,6 @@ def _print_sizes(console: Console, state: dict[str, Tensor], stored: Stored, tar
     dense, size = nbytes(state), target.stat().st_size
     console.print(
         f"Wrote {target}: {size:,} bytes, {size / max(dense, 1):.3f} of the {dense:,} bytes of the dense weights",
-        highlight=False,
     )
 
 

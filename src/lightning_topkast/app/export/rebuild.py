@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from lightning import LightningDataModule, LightningModule
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from lightning_topkast.app.errors import AppError
-from lightning_topkast.app.run.small_dense import SmallDense, narrowed_model
+from lightning_topkast.app.run.instantiate import DATA, MODEL, build
+from lightning_topkast.app.run.small_dense import narrowed_model
 from lightning_topkast.app.run_folder.checkpoint import Checkpoint
-
-# Hydra calls everything that a configuration names, even os.system, and a run may come from a stranger.
-_TRUSTED = ("lightning_topkast.app.data", "lightning_topkast.app.models", "torch.nn", "torchvision.models")
 
 
 def build_network(cfg: DictConfig, checkpoint: Checkpoint, trust: bool) -> tuple[nn.Module, str]:
@@ -32,11 +26,8 @@ def build_network(cfg: DictConfig, checkpoint: Checkpoint, trust: bool) -> tuple
     Raises:
         AppError: The configuration has an untrusted target, or the weights do not fit the network.
     """
-    if not trust:
-        _check_targets(cfg, "model", nn.Module)
-        if str(OmegaConf.select(cfg, "sparsity._target_", default="")).endswith(".SmallDense"):  # it is built, too
-            _check_targets(cfg, "sparsity", SmallDense, among=(SmallDense.__module__,))
-    network: nn.Module = instantiate(narrowed_model(cfg), _convert_="all")
+    kind = None if trust else MODEL
+    network: nn.Module = build(narrowed_model(cfg, kind), kind)
     prefix = "" if isinstance(network, LightningModule) else "net."
     load_network(network, prefix, checkpoint.content["state_dict"], checkpoint.path)
     return network.eval(), prefix
@@ -58,9 +49,7 @@ def load_network(network: nn.Module, prefix: str, state: dict[str, Tensor], path
 
 def build_data(cfg: DictConfig, trust: bool) -> LightningDataModule:
     """Return the data of a run, set up for testing; raises like `build_network`."""
-    if not trust:
-        _check_targets(cfg, "data", LightningDataModule)
-    data: LightningDataModule = instantiate(cfg.data, _convert_="all")
+    data: LightningDataModule = build(cfg.data, None if trust else DATA)
     data.prepare_data()
     data.setup("test")
     return data
@@ -83,38 +72,3 @@ def example_input(cfg: DictConfig, network: nn.Module) -> Tensor:
         "the input of the network is not known: the data has neither input_shape nor sequence_length, and the model "
         "has no example_input_array"
     )
-
-
-def _check_targets(cfg: DictConfig, part: str, base: type, among: tuple[str, ...] = _TRUSTED) -> None:
-    for key, target in _targets(OmegaConf.to_container(cfg[part], resolve=True), part):
-        if not _is_trusted(target, base, among):
-            raise AppError(
-                f"the run's configuration has the untrusted target {key}={target!s:.80}: expected a {base.__name__} of "
-                f"{', '.join(among)}; if you trust this run, add --trust"
-            )
-
-
-def _targets(node: Any, key: str) -> Iterator[tuple[str, Any]]:
-    for name, child in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
-        if name == "_target_":
-            yield f"{key}.{name}", child
-        yield from _targets(child, f"{key}.{name}")
-
-
-def _is_trusted(target: Any, base: type, among: tuple[str, ...]) -> bool:
-    """Return whether a target is a class of this package or torch, or a function that builds a network.
-
-    A prefix alone is not enough, since a module leads to all that it imports: `torch.nn.functional.os.system`.
-    """
-    if not isinstance(target, str) or not target.startswith(tuple(f"{name}." for name in among)):
-        return False
-    module_name, _, name = target.rpartition(".")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError:
-        return False
-    found = getattr(module, name, None)
-    if isinstance(found, type):
-        return issubclass(found, base)
-    home = str(getattr(found, "__module__", ""))
-    return callable(found) and home.startswith(("lightning_topkast.app.models.", "torchvision.models."))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_only
+
+from lightning_topkast.app.terminal import say
 
 
 @rank_zero_only
@@ -20,7 +21,7 @@ def leave_report(folder: Path) -> None:
             page = write_run_report(folder)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        print(f"Report:      none, since it failed ({reason}); report=false skips it", file=sys.stderr, flush=True)
+        say(f"Report:      none, since it failed ({reason}); report=false skips it", error=True)
         return
     lacks = "" if has_matplotlib() else "  (without curves: pip install 'lightning-topkast[report]')"
-    print(f"Report:      {page}{lacks}", flush=True)
+    say(f"Report:      {page}{lacks}")

@@ -6,7 +6,6 @@ import re
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
 from lightning import Callback, LightningModule
 from lightning.pytorch.callbacks import LearningRateMonitor
 from omegaconf import DictConfig, OmegaConf
@@ -14,6 +13,7 @@ from torch import nn
 
 from lightning_topkast.app.errors import AppError
 from lightning_topkast.app.run.global_batch import GlobalBatch
+from lightning_topkast.app.run.instantiate import build
 from lightning_topkast.app.run.small_dense import SmallDense, narrowed_model
 from lightning_topkast.app.run.task import ClassificationTask
 
@@ -22,12 +22,12 @@ OF_TASK = ("optimizer", "scheduler", "task")  # parts of the configuration that 
 
 def build_model(cfg: DictConfig) -> LightningModule:
     """Return the configured model; a plain `nn.Module` becomes a `ClassificationTask`."""
-    net: nn.Module = instantiate(narrowed_model(cfg), _convert_="all")
+    net: nn.Module = build(narrowed_model(cfg))
     if isinstance(net, LightningModule):
         _refuse_unused(cfg, type(net).__name__)
         return net
-    parts = {name: instantiate(cfg[name], _convert_="all") for name in ("optimizer", "scheduler")}
-    task: ClassificationTask = instantiate(cfg.task, net=net, **parts, _convert_="all")
+    parts = {name: build(cfg[name]) for name in ("optimizer", "scheduler")}
+    task: ClassificationTask = build(cfg.task, net=net, **parts)
     return task
 
 
@@ -44,7 +44,7 @@ def _refuse_unused(cfg: DictConfig, module: str) -> None:
 
 def build_callbacks(cfg: DictConfig, has_loggers: bool) -> list[Callback]:
     """Return the sparsity callback, followed by those of the group `callbacks`."""
-    callbacks: list[Callback] = [instantiate(cfg.sparsity, _convert_="all"), *build_all(cfg.callbacks)]
+    callbacks: list[Callback] = [build(cfg.sparsity), *build_all(cfg.callbacks)]
     for callback in callbacks:
         if isinstance(callback, SmallDense):
             callback.narrowed = True  # by `build_model`
@@ -58,4 +58,4 @@ def build_callbacks(cfg: DictConfig, has_loggers: bool) -> list[Callback]:
 
 def build_all(group: DictConfig | None) -> list[Any]:
     """Instantiate every entry of a group, except those that are null."""
-    return [instantiate(entry, _convert_="all") for entry in (group or {}).values() if entry]
+    return [build(entry) for entry in (group or {}).values() if entry]

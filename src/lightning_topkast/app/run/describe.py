@@ -21,7 +21,7 @@ from omegaconf import DictConfig, open_dict
 from lightning_topkast.app.errors import AppError
 from lightning_topkast.app.run.meter import Progress
 from lightning_topkast.app.run.plan import plan
-from lightning_topkast.app.run.settings import settings_of, without_places
+from lightning_topkast.app.run.settings import overrides_given, settings_of, without_places
 from lightning_topkast.app.run.small_dense import is_small_dense
 from lightning_topkast.app.run.summary import WeightCount
 from lightning_topkast.app.run_folder.result import (
@@ -115,7 +115,7 @@ def _identity(cfg: DictConfig) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "choices": {group: choice for group, choice in choices.items() if not group.startswith("hydra/") and choice},
-        "overrides": [] if hydra is None else without_places(hydra.overrides.task),
+        "overrides": without_places(overrides_given()),
         "seed": cfg.seed,
         "config": settings_of(cfg),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

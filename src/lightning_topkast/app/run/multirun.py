@@ -16,7 +16,8 @@ from lightning import Trainer
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from lightning_topkast.app.errors import CONFIG_MODULE, AppError
-from lightning_topkast.app.run.settings import quoted
+from lightning_topkast.app.overrides import quoted
+from lightning_topkast.app.run.settings import overrides_given
 
 _END = 60.0  # seconds in which the other processes must end after the first one has
 
@@ -100,7 +101,7 @@ def _command() -> list[str]:
     if "command-line" in places:
         command += ["--config-dir", places["command-line"]]
     own = ["hydra.mode=RUN", f"hydra.run.dir={quoted(config.runtime.output_dir)}", "hydra.output_subdir=null"]
-    return [*command, *config.overrides.task, *config.overrides.hydra, *own]
+    return [*command, *overrides_given("task"), *overrides_given("hydra"), *own]
 
 
 def in_sweep() -> bool:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from lightning import Callback, LightningModule
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from lightning_topkast import TopKastCallback
 from lightning_topkast.app.errors import AppError, did_you_mean
 from lightning_topkast.app.run.build import build_model
 from lightning_topkast.app.run.global_batch import accumulation
+from lightning_topkast.app.run.instantiate import build
 from lightning_topkast.app.run.small_dense import SmallDense
 from lightning_topkast.app.run.task import ClassificationTask
 from lightning_topkast.costs import OptimizerState, Parallel, Plan, make_plan
@@ -107,7 +107,7 @@ def read_precision(cfg: DictConfig) -> torch.dtype:
 
 def read_settings(cfg: DictConfig) -> Settings | None:
     """Return the settings of Top-KAST, or None for a dense run."""
-    callback = instantiate(cfg.sparsity, _convert_="all")
+    callback = build(cfg.sparsity)
     if isinstance(callback, TopKastCallback):
         return callback.settings
     if type(callback) in (Callback, SmallDense):

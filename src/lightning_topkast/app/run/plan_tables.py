@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import fields
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from lightning_topkast.app import formatting
+from lightning_topkast.app.terminal import Terminal
 from lightning_topkast.costs import Bytes, Layer, Plan
 
 _WIDTH = 100  # if the output is not a terminal
@@ -26,13 +26,13 @@ _KINDS = {
 
 def print_tables(plan: Plan) -> None:
     """Print both tables and notes on how to read them."""
-    console = Console(highlight=False)
+    console = Terminal()
     if not console.is_terminal:
-        console = Console(highlight=False, width=_WIDTH)
+        console = Terminal(width=_WIDTH)
     console.print(layer_table(plan))
     console.print(memory_table(plan))
     for note in plan.notes:
-        console.print(f"• {note}", markup=False)
+        console.print(f"• {note}")
 
 
 def layer_table(plan: Plan) -> Table:

@@ -8,6 +8,8 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
+from lightning_topkast.app.terminal import say
+
 
 class SparsityProgressBar(TQDMProgressBar):
     """Lightning's progress bar with the realised forward sparsity of the sparse weights.
@@ -42,4 +44,4 @@ class SparsityProgressBar(TQDMProgressBar):
             shown = (
                 f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in metrics
             )
-            print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}:", *shown, flush=True)
+            say(" ".join([f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}:", *shown]))

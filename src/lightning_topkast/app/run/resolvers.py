@@ -1,11 +1,14 @@
-"""Arithmetic for YAML files."""
+"""Arithmetic for YAML files, and what they may learn of the environment."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from numbers import Real
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.resolvers import oc
 
 
 def times(length: Any, factor: Any) -> Any:
@@ -28,3 +31,13 @@ def _is_number(value: Any) -> bool:
 def register_resolvers() -> None:
     """Register the resolvers with OmegaConf; calling this again has no effect."""
     OmegaConf.register_new_resolver("topkast.times", times, replace=True)
+
+
+@contextmanager
+def environment(answer: Callable[..., Any]) -> Iterator[None]:
+    """Let `answer(name, default)` stand for the resolver `oc.env` within the block; `default` may be missing."""
+    OmegaConf.register_new_resolver("oc.env", answer, replace=True)
+    try:
+        yield
+    finally:
+        OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)

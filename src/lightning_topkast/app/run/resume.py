@@ -14,11 +14,12 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_topkast.app.errors import EXIT_CODE, AppError
-from lightning_topkast.app.run.settings import quoted
+from lightning_topkast.app.overrides import config_dir, more_than_a_value, quoted, split_options
 from lightning_topkast.app.run_folder.folder import RunFolder
+from lightning_topkast.app.terminal import say
 
 AUTO = "auto"
-RESUME = "--resume"
+RESUME, TRUST = "--resume", "--trust"
 
 _NAMELESS = "torchrun-none"  # trainer=multinode without --rdzv-id
 
@@ -26,13 +27,20 @@ _NAMELESS = "torchrun-none"  # trainer=multinode without --rdzv-id
 def resumed(arguments: Sequence[str]) -> list[str]:
     """Replace `--resume FOLDER [overrides]` by the overrides of that run; leave any other command line unchanged.
 
-    The run's own overrides come first, so that those beside `--resume` take precedence.
+    The run's own overrides come first, so that those beside `--resume` take precedence; options such as `--config-dir`
+    are those of the command line. Without `--trust` the run's overrides may only set values.
 
     Raises:
-        AppError: There is no folder, or no run in it that can be resumed.
+        AppError: There is no folder, no run in it that can be resumed, or an override of the run does more.
     """
     folder, rest = _split(arguments)
+    trusted = TRUST in rest
+    rest = [text for text in rest if text != TRUST]
     if folder is None:
+        if trusted:
+            raise AppError(
+                f"{TRUST} is about the overrides in the folder of a run: topkast-train {RESUME} FOLDER {TRUST}"
+            )
         return rest
     if not folder or folder.startswith("-"):
         raise AppError(f"{RESUME} needs the folder of a run: topkast-train {RESUME} outputs/<day>/<time>")
@@ -46,8 +54,23 @@ def resumed(arguments: Sequence[str]) -> list[str]:
         runs = sorted(file.parents[1] for file in path.glob("*/.hydra/overrides.yaml"))
         hint = f"name one of its runs, such as {runs[0]}" if runs else "it lacks .hydra/overrides.yaml"
         raise AppError(f"{RESUME}: {folder} is not the folder of a run of topkast-train: {hint}")
-    kept = [text for text in own if text.partition("=")[0].lstrip("+") != "ckpt_path"]
-    return [*kept, f"hydra.run.dir={quoted(path)}", f"ckpt_path={AUTO}", *rest]
+    kept = _to_repeat(own)
+    for text in () if trusted else kept:
+        if problem := more_than_a_value(text):
+            raise AppError(
+                f"{RESUME}: the override '{text:.80}' in {folder} {problem}, where only values of the shipped "
+                f"configuration are accepted: if you trust this run, add {TRUST}"
+            )
+    options, more = split_options(rest)
+    return [*options, *kept, f"hydra.run.dir={quoted(path)}", f"ckpt_path={AUTO}", *more]
+
+
+def resume_options(run: RunFolder) -> list[str]:
+    """Return the arguments of `topkast-train` that resume a run of the present command line."""
+    beside = config_dir(sys.argv[1:])
+    trust = any(more_than_a_value(text) for text in _to_repeat(run.overrides() or []))
+    more = [*(["--config-dir", beside] if beside else []), *([TRUST] if trust else [])]
+    return [RESUME, str(run.path), *more]
 
 
 @contextmanager
@@ -132,10 +155,14 @@ def _split(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
     return folder if given else "".join(arguments[at + 1 : at + 2]), rest
 
 
+def _to_repeat(overrides: Sequence[str]) -> list[str]:
+    return [text for text in overrides if text.partition("=")[0].lstrip("+") != "ckpt_path"]
+
+
 def _written(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.glob("checkpoints/*")}
 
 
 def _say(text: str) -> None:
     if getattr(rank_zero_only, "rank", 0) == 0:
-        print(f"topkast-train: {text}", file=sys.stderr, flush=True)
+        say(f"topkast-train: {text}", error=True)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from hydra.utils import get_class, instantiate
+from hydra.utils import get_class
 from lightning import Callback, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from lightning_topkast.app.errors import AppError
+from lightning_topkast.app.run.instantiate import SPARSITY, Kind, build, check_target
 from lightning_topkast.method.targets import find_targets
 from lightning_topkast.settings import Settings
 
@@ -43,31 +44,37 @@ class SmallDense(Callback):
             )
 
 
-def with_width(cfg: DictConfig) -> DictConfig:
+def with_width(cfg: DictConfig, kind: Kind | None = None) -> DictConfig:
     """Return `cfg`, or with `sparsity=small_dense` a copy with the chosen `sparsity.width_factor` for the loggers.
+
+    Args:
+        cfg: The configuration.
+        kind: What its model may be, if the configuration comes from a stranger.
 
     Raises:
         AppError: The model has no width factor, or is too large even with one channel per layer.
     """
-    if not is_small_dense(cfg.sparsity):
+    if not is_small_dense(cfg.sparsity, kind is None):
         return cfg
     if OmegaConf.select(cfg, "model.width_factor") is None:
         raise AppError(
             f"sparsity=small_dense narrows a network by model.width_factor, which {cfg.model.get('_target_')} does not "
             "have: choose another model, or add such an argument to yours and set +model.width_factor=1.0"
         )
-    callback: SmallDense = instantiate(cfg.sparsity, _convert_="all")
+    callback: SmallDense = build(cfg.sparsity, SPARSITY if kind else None)
     if callback.width_factor is not None:
         return cfg
     chosen = cfg.copy()
-    chosen.sparsity.width_factor = widest_factor(cfg, parameters_left(_on_meta(cfg.model), callback.settings))
+    budget = parameters_left(_on_meta(cfg.model, kind), callback.settings)
+    chosen.sparsity.width_factor = widest_factor(cfg, budget, kind)
     return chosen
 
 
-def narrowed_model(cfg: DictConfig) -> DictConfig:
+def narrowed_model(cfg: DictConfig, kind: Kind | None = None) -> DictConfig:
     """Return `cfg.model`, with `sparsity=small_dense` in the width that fits; raises like `with_width`."""
-    cfg = with_width(cfg)
-    return _scaled(cfg, cfg.sparsity.width_factor) if is_small_dense(cfg.sparsity) else cfg.model
+    cfg = with_width(cfg, kind)
+    is_narrower = is_small_dense(cfg.sparsity, kind is None)
+    return _scaled(cfg, cfg.sparsity.width_factor) if is_narrower else cfg.model
 
 
 def parameters_left(model: nn.Module, settings: Settings) -> int:
@@ -78,11 +85,11 @@ def parameters_left(model: nn.Module, settings: Settings) -> int:
     return sum(active[target.name][0] if target.sparse else target.shape.numel() for target in targets)
 
 
-def widest_factor(cfg: DictConfig, budget: int) -> float:
+def widest_factor(cfg: DictConfig, budget: int, kind: Kind | None = None) -> float:
     """Return the largest width factor, at most 1, with which the model has at most `budget` parameters."""
 
     def size(factor: float) -> int:
-        return sum(parameter.numel() for parameter in _on_meta(_scaled(cfg, factor)).parameters())
+        return sum(parameter.numel() for parameter in _on_meta(_scaled(cfg, factor), kind).parameters())
 
     low, high = 0.0, 1.0
     if size(high) <= budget:
@@ -105,14 +112,18 @@ def _scaled(cfg: DictConfig, factor: float) -> DictConfig:
     return copy.model
 
 
-def _on_meta(model: DictConfig) -> nn.Module:
+def _on_meta(model: DictConfig, kind: Kind | None) -> nn.Module:
     with torch.device("meta"):
-        net: nn.Module = instantiate(model, _convert_="all")
+        net: nn.Module = build(model, kind)
     # patterns match the names in a ClassificationTask, net.*
     return net if isinstance(net, LightningModule) else nn.ModuleDict({"net": net})
 
 
-def is_small_dense(sparsity: DictConfig) -> bool:
-    """Return whether the sparsity is small-dense."""
+def is_small_dense(sparsity: DictConfig, trust: bool = True) -> bool:
+    """Return whether the sparsity is small-dense; raises `AppError` for an untrusted class that is called so."""
     target = sparsity.get("_target_")
-    return isinstance(target, str) and target.endswith(".SmallDense") and issubclass(get_class(target), SmallDense)
+    if not isinstance(target, str) or not target.endswith(".SmallDense"):
+        return False
+    if not trust:  # before its module is imported
+        check_target("sparsity._target_", target, SPARSITY)
+    return issubclass(get_class(target), SmallDense)

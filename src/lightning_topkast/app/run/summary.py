@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from lightning_topkast.app import formatting
+from lightning_topkast.app.terminal import Terminal
 from lightning_topkast.layers import packed_weights
 
 
@@ -44,17 +44,17 @@ def print_summary(
     incomplete_logs: Sequence[str] = (),
 ) -> None:
     """Print the table of sparsities, the paths, what the logs lack, and the metrics of the test."""
-    console = Console(soft_wrap=True)  # do not wrap paths, so that they can be copied
+    console = Terminal(soft_wrap=True)  # do not wrap paths, so that they can be copied
     console.print(sparsity_table(counts))
-    console.print(f"Run folder:  {output_dir}", highlight=False)
+    console.print(f"Run folder:  {output_dir}")
     if checkpoint is not None:
-        console.print(f"Checkpoint:  {checkpoint}", highlight=False)
+        console.print(f"Checkpoint:  {checkpoint}")
     if wandb_dir is not None:
-        console.print(f"W&B offline: wandb sync {wandb_dir}", highlight=False)
+        console.print(f"W&B offline: wandb sync {wandb_dir}")
     for lacking in incomplete_logs:
-        console.print(f"Log:         incomplete, {lacking}", highlight=False, markup=False)
+        console.print(f"Log:         incomplete, {lacking}")
     if metrics:
-        console.print(f"[bold]Final:       {formatting.metrics(metrics)}[/bold]", highlight=False)
+        console.print(f"Final:       {formatting.metrics(metrics)}", style="bold")
 
 
 def sparsity_table(counts: list[WeightCount]) -> Table:

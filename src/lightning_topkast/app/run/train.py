@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import logging
 import shlex
-import sys
 import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from numbers import Real
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import NoReturn
 
 import torch
-from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
 from lightning import LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
@@ -27,9 +24,11 @@ from lightning_topkast.app.errors import (
     did_you_mean,
     let_errors_through,
 )
+from lightning_topkast.app.overrides import as_override, for_shell
 from lightning_topkast.app.run.build import OF_TASK, build_all, build_callbacks, build_model
 from lightning_topkast.app.run.describe import Outcome, all_finite, describe_end, kept_dense
 from lightning_topkast.app.run.guarded import close_wandb, failures_of, guard_loggers
+from lightning_topkast.app.run.instantiate import build
 from lightning_topkast.app.run.loggers import (
     check_all_writable,
     check_writable,
@@ -42,17 +41,20 @@ from lightning_topkast.app.run.meter import RunMeter
 from lightning_topkast.app.run.multirun import one_job
 from lightning_topkast.app.run.resume import (
     AUTO,
-    RESUME,
     SameCheckpoint,
     newest_checkpoint,
+    resume_options,
 )
+from lightning_topkast.app.run.settings import overrides_given, recorded
 from lightning_topkast.app.run.small_dense import with_width
 from lightning_topkast.app.run.summary import count_weights, print_summary
 from lightning_topkast.app.run.task import ClassificationTask
 from lightning_topkast.app.run_folder.checkpoint import SAFELY, Checkpoint, open_checkpoint
 from lightning_topkast.app.run_folder.folder import RunFolder, only_run_in
 from lightning_topkast.app.run_folder.result import write_result
+from lightning_topkast.app.terminal import say
 from lightning_topkast.errors import NonFiniteWeightError
+from lightning_topkast.training.saved_paths import OwnCheckpoints
 
 _PATIENCE = 20.0  # seconds to wait for another run in the same folder to end
 
@@ -89,12 +91,12 @@ def _train(cfg: DictConfig) -> float:
     auto = cfg.ckpt_path == AUTO
     ckpt_path = newest_checkpoint(folder) if auto else cfg.ckpt_path
     checkpoint = open_checkpoint(ckpt_path)
-    data: LightningDataModule = instantiate(cfg.data, _convert_="all")
+    data: LightningDataModule = build(cfg.data)
     model = build_model(cfg)
     loggers: list[Logger] = build_all(cfg.logger)
     check_all_writable(loggers)
     meter = RunMeter()
-    callbacks = [*build_callbacks(cfg, has_loggers=bool(loggers)), meter]
+    callbacks = [*build_callbacks(cfg, has_loggers=bool(loggers)), meter, OwnCheckpoints()]
     if auto:
         callbacks.append(SameCheckpoint(ckpt_path))
     if checkpoint is not None:
@@ -102,10 +104,10 @@ def _train(cfg: DictConfig) -> float:
         checkpoint.check_callbacks(callbacks)
         if isinstance(model, ClassificationTask):  # another module makes its optimizers in training
             checkpoint.check_optimizer(model.optimizer)
-    trainer: Trainer = instantiate(cfg.trainer, logger=loggers or False, callbacks=callbacks, _convert_="all")
+    trainer: Trainer = build(cfg.trainer, logger=loggers or False, callbacks=callbacks)
     with one_job(trainer):
-        config = cast(dict[str, Any], OmegaConf.to_container(with_width(cfg), resolve=True))
         unused = () if isinstance(model, ClassificationTask) else OF_TASK
+        config = recorded(with_width(cfg))
         log_config(trainer.loggers, {key: value for key, value in config.items() if key not in unused})
         track_best(trainer.loggers, cfg.recipe.monitor, cfg.recipe.mode)
         guard_loggers(trainer.loggers)
@@ -124,14 +126,15 @@ def _train(cfg: DictConfig) -> float:
         own = {name: value for name, value in trainer.callback_metrics.items() if not name.startswith("topkast/")}
         # max_steps may be reached before the first validation
         if cfg.recipe.monitor.startswith("val/") and cfg.recipe.monitor not in own:
-            trainer.validate(model, datamodule=data, verbose=False)
+            trainer.validate(model, datamodule=data, verbose=False, **SAFELY)
             own.update(trainer.callback_metrics)
         score = monitored(trainer, cfg.recipe.monitor)
         best: str = getattr(trainer.checkpoint_callback, "best_model_path", "")
         figures: Mapping[str, float] = {cfg.recipe.monitor: score}
         tested: Mapping[str, float] = {}
         if cfg.test:
-            tested = trainer.test(model, datamodule=data, ckpt_path=best or None, verbose=False)[0]
+            open_checkpoint(best or None)  # it may be older than this process
+            tested = trainer.test(model, datamodule=data, ckpt_path=best or None, verbose=False, **SAFELY)[0]
             figures = {name: value for name, value in tested.items() if name.startswith("test/")} or tested
         counts = count_weights(model)
         if trainer.is_global_zero:
@@ -172,22 +175,17 @@ def _say_how_to_resume(stop: SystemExit, trainer: Trainer, folder: RunFolder) ->
         if not any(last):
             way = "there is no checkpoint yet"
         elif Path(last[-1]).parent == folder.path / "checkpoints" and folder.overrides() is not None:
-            way = f"resume with topkast-train {RESUME} {shlex.quote(str(folder.path))}"
+            way = f"resume with topkast-train {shlex.join(resume_options(folder))}"
         else:
-            overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-            kept = (f"'{text}'" for text in overrides if not text.startswith("ckpt_path="))
-            way = f"resume with {' '.join(['topkast-train', *kept])} {_override('ckpt_path', last[-1])}"
+            kept = [text for text in overrides_given() if not text.startswith("ckpt_path=")]
+            again = map(for_shell, [*kept, as_override("ckpt_path", last[-1])])
+            way = f"resume with {' '.join(['topkast-train', *again])}"
         at = f"interrupted in epoch {trainer.current_epoch}, step {trainer.global_step}"
         saved = max((callback._last_global_step_saved for callback in newest), default=0)
         if saved and saved != trainer.global_step:  # for example during validation, before the epoch is complete
             at += f", the last checkpoint is of step {saved}"
-        print(f"\ntopkast-train: {at}; {way}", file=sys.stderr, flush=True)
+        say(f"\ntopkast-train: {at}; {way}", error=True)
     raise SystemExit(143 if isinstance(stop, SIGTERMException) else 130)
-
-
-def _override(key: str, value: str) -> str:
-    """Return `key=value` in a form that a shell and Hydra accept, with quotes around values such as `epoch=3.ckpt`."""
-    return f"{key}={value}" if not set(value) & set("=,:' ()[]{}") else f"\"{key}='{value}'\""
 
 
 def _refuse_no_training(trainer: Trainer, checkpoint: Checkpoint | None) -> None:

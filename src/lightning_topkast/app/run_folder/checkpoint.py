@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import IO, Any
 from zipfile import BadZipFile, ZipFile, is_zipfile
 
@@ -16,9 +17,10 @@ from torch.optim import Optimizer
 
 from lightning_topkast import TopKastCallback
 from lightning_topkast.app.errors import AppError
+from lightning_topkast.loading import check_distributed, load
 
 # Before 2.6 Lightning unpickles every checkpoint; since then, by default, only those that it does not download.
-SAFELY = {"weights_only": True} if "weights_only" in signature(Trainer.fit).parameters else {}
+SAFELY: dict[str, Any] = {"weights_only": True} if "weights_only" in signature(Trainer.fit).parameters else {}
 
 _OF_OTHERS = ("hpc", "registry")  # Lightning finds these by itself: after a SLURM requeue, and in its model registry
 
@@ -49,7 +51,7 @@ class Checkpoint:
             raise AppError(f"there is no checkpoint {self.path.absolute()}{hint}")
         _check_archive(self.path)
         try:
-            content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+            content = load(self.path, mmap=True)
         except OSError:
             raise
         except Exception as error:
@@ -132,10 +134,32 @@ def open_checkpoint(path: str | None) -> Checkpoint | None:
     folder = Path(path)
     if folder.is_dir():
         if is_sharded(folder):
+            check_sharded(folder)
             return None
         inside = ", ".join(sorted(str(file) for file in folder.rglob("*.ckpt"))[:4])
         raise AppError(f"ckpt_path={path} is a folder: name the file{f', {inside}' if inside else ' in it'}")
     return Checkpoint(path)
+
+
+class UnfinishedCheckpoint(AppError):
+    """A sharded checkpoint whose writer was killed; what was there before it is in other checkpoints."""
+
+
+def check_sharded(folder: Path) -> int:
+    """Return the step of a distributed checkpoint, which Lightning reads itself.
+
+    Raises:
+        AppError, TopKastError: It is not complete, or reading it would run code.
+    """
+    for name in SHARDED_FILES:
+        if not (folder / name).is_file():
+            raise UnfinishedCheckpoint(f"the checkpoint {folder} is not complete: it has no {name}")
+    try:
+        step = int(load(folder / "meta.pt")["global_step"])
+    except (RuntimeError, UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
+        raise UnfinishedCheckpoint(f"the checkpoint {folder} is not complete: its meta.pt cannot be read") from error
+    check_distributed(folder)
+    return step
 
 
 def is_sharded(path: Path) -> bool:

@@ -7,18 +7,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-import torch
-import yaml
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_topkast.app.errors import AppError
-from lightning_topkast.app.run_folder.checkpoint import SHARDED_FILES, Checkpoint
+from lightning_topkast.app.run_folder.checkpoint import Checkpoint, UnfinishedCheckpoint, check_sharded
 from lightning_topkast.app.run_folder.logs import Curve, has_log, read_curves
 from lightning_topkast.app.run_folder.result import RESULT_FILE, RUNNING, Result, Status, read_result
+from lightning_topkast.app.yaml_files import checked_text, read_yaml
+from lightning_topkast.errors import TopKastError
 
 
 class RunFolder:
@@ -78,8 +77,10 @@ class RunFolder:
         if not path.is_file():
             return None
         try:
-            config = OmegaConf.load(path)
-        except Exception as error:  # of YAML, of OmegaConf, or of the text's encoding
+            config = OmegaConf.create(checked_text(path))
+        except AppError:
+            raise
+        except Exception as error:  # of OmegaConf
             raise AppError(f"{path} cannot be read: {error}") from error
         parts = ("model", "data", "sparsity")
         if not isinstance(config, DictConfig) or not all(isinstance(config.get(part), DictConfig) for part in parts):
@@ -136,14 +137,14 @@ class RunFolder:
             OSError: A checkpoint cannot be read.
         """
         complete: list[tuple[int, int, str]] = []
-        lost: list[AppError] = []
+        lost: list[Exception] = []
         for path in self.checkpoints():
             try:
-                step = _sharded_step(path) if path.is_dir() else _step(path)
+                step = check_sharded(path) if path.is_dir() else _step(path)
                 complete.append((step, path.stat().st_mtime_ns, str(path)))
-            except _Unfinished as error:
+            except UnfinishedCheckpoint as error:
                 skip(error)
-            except AppError as error:
+            except (AppError, TopKastError) as error:
                 skip(error)
                 lost.append(error)
         if not complete:
@@ -224,10 +225,6 @@ def _step(file: Path) -> int:
     return checkpoint.step
 
 
-class _Unfinished(AppError):
-    """A sharded checkpoint whose writer was killed; what was there before it is in other checkpoints."""
-
-
 def _entries(folder: Path) -> list[Path]:
     """Return what is in a folder, nothing if it is missing. A glob takes a folder that cannot be read for empty."""
     try:
@@ -236,18 +233,8 @@ def _entries(folder: Path) -> list[Path]:
         return []
 
 
-def _sharded_step(folder: Path) -> int:
-    for name in SHARDED_FILES:
-        if not (folder / name).is_file():
-            raise _Unfinished(f"the checkpoint {folder} is not complete: it has no {name}")
-    try:
-        return int(torch.load(folder / "meta.pt", map_location="cpu", weights_only=True)["global_step"])
-    except (RuntimeError, UnpicklingError, EOFError, KeyError) as error:  # it is written last, and not atomically
-        raise _Unfinished(f"the checkpoint {folder} is not complete: its meta.pt cannot be read") from error
-
-
 def _read_yaml(path: Path) -> Any:
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError, yaml.YAMLError):
+        return read_yaml(path)
+    except (FileNotFoundError, NotADirectoryError, AppError):
         return None

@@ -18,6 +18,7 @@ from lightning_topkast.app.sweep.plot import plot
 from lightning_topkast.app.sweep.progress import show_progress
 from lightning_topkast.app.sweep.tables import to_csv, to_json, to_markdown
 from lightning_topkast.app.sweep.wandb_tables import log_to_wandb
+from lightning_topkast.app.terminal import say
 from lightning_topkast.files import atomic_file
 
 NAME = "comparison"
@@ -37,7 +38,7 @@ def run_sweep(folder: Path, overrides: Sequence[str], sweep: str | None, jobs: i
         runs = expand(grids, rest, launcher.loader)
         left = missing(runs, launcher, folder)
         done = len(runs) - len(left)
-        print(f"{len(runs)} runs in {folder}" + (f", {done} of them completed before" if done else ""), flush=True)
+        say(f"{len(runs)} runs in {folder}" + (f", {done} of them completed before" if done else ""))
         if left:
             with _interruptible(), show_progress(folder, left, done):
                 launcher.launch(left)
@@ -55,9 +56,9 @@ def _interruptible() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as interrupt:
-        print(
+        say(
             "\ntopkast-compare: interrupted; the same command continues, from the last checkpoint of each started run",
-            file=sys.stderr,
+            error=True,
         )
         sys.exit(128 + (interrupt.args[0] if interrupt.args else signal.SIGINT))
     finally:
@@ -85,17 +86,17 @@ def write_tables(collected: Collected, folder: Path, project: str | None = None)
     for suffix, text in texts.items():
         with atomic_file(folder / f"{NAME}.{suffix}", "table") as partial:
             partial.write_text(text, encoding="utf-8")
-    print(f"\n{markdown}")
+    say(f"\n{markdown}")
     picture: Path | None = folder / f"{NAME}.png"
     try:
         picture = picture if plot(collected.comparisons, folder / f"{NAME}.png") else None
     except AppError as error:  # the tables are written all the same
         picture = None
         _say(str(error))
-    print(f"wrote {folder / NAME}." + ", .".join([*texts, *(["png"] if picture else [])]))
+    say(f"wrote {folder / NAME}." + ", .".join([*texts, *(["png"] if picture else [])]))
     if project is not None:
         waiting = log_to_wandb(collected.comparisons, folder, project, picture)
-        print(f"W&B offline: wandb sync {waiting}" if waiting else f"logged to the W&B project {project}")
+        say(f"W&B offline: wandb sync {waiting}" if waiting else f"logged to the W&B project {project}")
     if collected.failed:
         _say(
             f"{len(collected.failed)} of the runs failed, see run.log in their folders; the same command repeats them. "
@@ -104,4 +105,4 @@ def write_tables(collected: Collected, folder: Path, project: str | None = None)
 
 
 def _say(text: str) -> None:
-    print(f"topkast-compare: {text}", file=sys.stderr, flush=True)
+    say(f"topkast-compare: {text}", error=True)

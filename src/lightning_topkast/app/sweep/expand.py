@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from lightning_topkast.app.errors import AppError, did_you_mean
 from lightning_topkast.app.run.settings import without_places
+from lightning_topkast.app.yaml_files import read_yaml
 
 _FIRST, _LAST = ("data", "model", "sparsity"), ("seed",)  # in the name of a run
 _LONGEST = 80
@@ -58,8 +58,8 @@ def read_sweep(name: str) -> Sweep:
             raise AppError(f"there is no sweep '{name}': {did_you_mean(name, known)}; or give the path of a YAML file")
         path = known[name]
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        content = read_yaml(path)
+    except OSError as error:
         raise AppError(f"the sweep {path} cannot be read: {error}") from error
     form = "expected the keys `grids`, a list of lists of overrides, and optionally `common`, a list of overrides"
     if not isinstance(content, dict) or "grids" not in content or content.keys() - {"grids", "common"}:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,11 +18,13 @@ from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_topkast.app.errors import CONFIG_MODULE, CONFIG_NAME, AppError, is_full_disk
-from lightning_topkast.app.run.settings import quoted, settings_of
+from lightning_topkast.app.overrides import quoted
+from lightning_topkast.app.run.settings import settings_of
 from lightning_topkast.app.run_folder.folder import RunFolder
 from lightning_topkast.app.run_folder.result import COMPLETED, RUNNING
 from lightning_topkast.app.sweep.expand import Run
 from lightning_topkast.app.sweep.run_process import SWEEP_PID, run_in_folder
+from lightning_topkast.app.terminal import say
 
 _ATTEMPTS = 3
 
@@ -108,7 +109,7 @@ class Launcher:
             except Exception as error:
                 self._stop_if_full(error)
                 reason = f"{type(error).__name__}: {str(error).strip()}".partition("\n")[0]
-                print(f"topkast-compare: the launcher failed ({reason})", file=sys.stderr, flush=True)
+                say(f"topkast-compare: the launcher failed ({reason})", error=True)
         raise AppError(f"the launcher failed {_ATTEMPTS} times; the same command continues with the runs that are left")
 
     def _stop_if_full(self, error: object) -> None:

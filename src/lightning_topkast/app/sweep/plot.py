@@ -12,6 +12,7 @@ from lightning_topkast.app import formatting
 from lightning_topkast.app.errors import AppError
 from lightning_topkast.app.sweep.collect import Comparison, Row
 from lightning_topkast.files import atomic_file
+from lightning_topkast.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,6 +45,7 @@ def draw(comparisons: Sequence[Comparison]) -> Figure | None:
         AppError: matplotlib is not installed.
     """
     try:
+        from matplotlib import rc_context
         from matplotlib.figure import Figure  # needs no display, and none of pyplot's global state
     except ImportError as error:
         raise AppError("the plot needs matplotlib: pip install 'lightning-topkast[sweep]'") from error
@@ -53,8 +55,9 @@ def draw(comparisons: Sequence[Comparison]) -> Figure | None:
     figure = Figure(figsize=(7.6 * len(shown), 4.8), layout="constrained")
     methods = sorted({_method(row) for _, points in shown for row in points})
     styles = {name: (f"C{n % 10}", _MARKERS[n % len(_MARKERS)]) for n, name in enumerate(methods)}
-    for number, (comparison, points) in enumerate(shown, start=1):
-        _panel(figure.add_subplot(1, len(shown), number), comparison, points, styles)
+    with rc_context({"text.parse_math": False}):  # settings may contain a $
+        for number, (comparison, points) in enumerate(shown, start=1):
+            _panel(figure.add_subplot(1, len(shown), number), comparison, points, styles)
     return figure
 
 
@@ -91,7 +94,7 @@ def _panel(axes: Axes, comparison: Comparison, points: Sequence[Row], styles: di
         axes.errorbar(
             [f.mean for f in flops], [f.mean for f in scores],
             xerr=[f.std or 0.0 for f in flops], yerr=[f.std or 0.0 for f in scores],
-            color=color, elinewidth=1, label=name,
+            color=color, elinewidth=1, label=printable(name),
             linestyle=":" if max(alike.values()) == 1 else "", linewidth=1,  # over the sparsities
             marker=marker, markersize=9 if marker == "*" else 6.5, markeredgecolor="white", markeredgewidth=0.5,
         )  # fmt: skip
@@ -102,8 +105,8 @@ def _panel(axes: Axes, comparison: Comparison, points: Sequence[Row], styles: di
     _ticks(axes)
     axes.set_xlabel("training FLOPs relative to dense")
     better = "lower" if comparison.lower_is_better else "higher"
-    axes.set_ylabel(f"{getattr(comparison, comparison.score)} ({better} is better)")
-    axes.set_title(f"{comparison.data}, {comparison.model}")
+    axes.set_ylabel(printable(f"{getattr(comparison, comparison.score)} ({better} is better)"))
+    axes.set_title(printable(f"{comparison.data}, {comparison.model}"))
     axes.grid(alpha=0.25, which="both", linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
     _label(axes, comparison, inside if len(inside) <= _MOST_LABELS else front)
@@ -144,7 +147,7 @@ def _label(axes: Axes, comparison: Comparison, points: Sequence[Row]) -> None:
         free = [p for p in places if all(abs(x + p[0] - a) > 70 or abs(y + p[1] - b) > 11 for a, b in taken)]
         dx, dy = (free or places)[0]
         taken.append((x + dx, y + dy))
-        axes.annotate(text, at, xytext=(dx, dy), textcoords="offset points", fontsize=7, color="0.25")
+        axes.annotate(printable(text), at, xytext=(dx, dy), textcoords="offset points", fontsize=7, color="0.25")
 
 
 def _levels(row: Row) -> str:

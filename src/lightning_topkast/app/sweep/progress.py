@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
@@ -19,6 +19,8 @@ from lightning_topkast.app.errors import AppError
 from lightning_topkast.app.run_folder.folder import RunFolder
 from lightning_topkast.app.run_folder.result import FAILED, FINISHED, RESULT_FILE, RUNNING, Result
 from lightning_topkast.app.sweep.expand import Run
+from lightning_topkast.app.terminal import Terminal
+from lightning_topkast.text import printable
 
 _POLL = 0.5  # seconds between two checks
 
@@ -49,7 +51,7 @@ def show_progress(folder: Path, runs: Sequence[Run], done: int) -> Iterator[None
 class _ProgressDisplay:
     def __init__(self, folder: Path, runs: Sequence[Run], done: int) -> None:
         self.stop = threading.Event()
-        self.console = Console(highlight=False)
+        self.console = Terminal()
         self._folder, self._since = folder, time.monotonic()
         self._left = {run.name: self._written(run.name) for run in runs}
         self._running: list[str] = []
@@ -59,7 +61,7 @@ class _ProgressDisplay:
         self._task = self._bar.add_task("", total=self._total, completed=done)
 
     def __rich__(self) -> Group:
-        running = Text(f"running: {', '.join(self._running)}" if self._running else "starting")
+        running = Text(printable(f"running: {', '.join(self._running)}") if self._running else "starting")
         running.truncate(self.console.width, overflow="ellipsis")
         return Group(self._bar, running)
 
@@ -85,7 +87,7 @@ class _ProgressDisplay:
             said = formatting.metrics(result.metrics or {result.monitor.name: result.monitor.value})
         else:
             said = result.status + (f": {result.error}" if result.status == FAILED else "")
-        self.console.print(f"[{self._done}/{self._total}] {name}  {said}", markup=False, soft_wrap=True)
+        self.console.print(f"[{self._done}/{self._total}] {name}  {said}", soft_wrap=True)
         # The share of the sweep's time per completed run predicts the rest, however many runs are launched at a time.
         each = (time.monotonic() - self._since) / (self._done - self._before)
         left = timedelta(seconds=round(each * (self._total - self._done)))

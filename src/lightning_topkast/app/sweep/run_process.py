@@ -25,6 +25,7 @@ from lightning_topkast.app.run.describe import describe_start
 from lightning_topkast.app.run.train import set_up_process, train
 from lightning_topkast.app.run_folder.folder import RunFolder
 from lightning_topkast.app.run_folder.result import COMPLETED, FAILED, Status, write_result
+from lightning_topkast.app.terminal import say
 
 LOG_FILE = "run.log"
 SWEEP_PID = "TOPKAST_SWEEP_PID"  # environment variable with the process of the whole sweep
@@ -65,7 +66,7 @@ def _status(run: RunFolder) -> Status | None:
     try:
         return run.status
     except OSError as error:
-        print(f"topkast-compare: {run.path}: its result cannot be read ({error.strerror})", file=sys.stderr, flush=True)
+        say(f"topkast-compare: {run.path}: its result cannot be read ({error.strerror})", error=True)
         return None
 
 
@@ -110,7 +111,7 @@ def _work(cfg: dict[str, Any], hydra: dict[str, Any], log: Path, environment: Ma
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ.clear()
     os.environ.update(environment)
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)  # less what the umask takes
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
         os.dup2(file, stream.fileno())

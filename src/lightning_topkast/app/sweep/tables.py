@@ -10,15 +10,18 @@ from typing import Any
 
 from lightning_topkast.app import formatting
 from lightning_topkast.app.sweep.collect import Collected, Comparison, Figure, Row
+from lightning_topkast.text import markdown
 
 
 def to_markdown(collected: Collected) -> str:
     """Return one aligned table per comparison, and notes on how to read them."""
     parts = []
     for comparison in collected.comparisons:
-        parts.append(f"## {comparison.data}, {comparison.model}")
-        parts.append(_table(header(comparison), [cells(row, comparison) for row in comparison.rows]))
-    parts.append("\n".join(f"- {note}" for note in notes(collected)))
+        parts.append(f"## {markdown(comparison.data)}, {markdown(comparison.model)}")
+        lines = [header(comparison), *(cells(row, comparison) for row in comparison.rows)]
+        head, *rows = ([markdown(cell) for cell in line] for line in lines)
+        parts.append(_table(head, rows))
+    parts.append("\n".join(f"- {markdown(note)}" for note in notes(collected)))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -34,12 +37,13 @@ def to_csv(collected: Collected) -> str:
     for comparison in collected.comparisons:
         for row in comparison.rows:
             figures = [row.figures.get(name) for name in names]
-            writer.writerow(
+            cells_of_row = (
                 [comparison.data, comparison.model, row.method, " ".join(row.settings), row.forward_sparsity]
                 + [row.backward_sparsity, comparison.test, comparison.validation]
                 + [value for figure in figures for value in ((figure.mean, figure.std) if figure else ("", ""))]
                 + [len(row.seeds), row.diverged, " ".join(map(str, row.seeds))]
             )
+            writer.writerow(map(formatting.csv_cell, cells_of_row))
     return text.getvalue()
 
 

@@ -9,6 +9,7 @@ import logging
 import os
 import platform
 import shlex
+import stat
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ Kernels = Literal["auto", "torch", "compiled"]
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
 _PATIENCE = 900  # time limit of a build in seconds
+_OWN = "set TORCH_EXTENSIONS_DIR to a folder of your own"
 _LINES = 8  # of the compiler's output that an error quotes
 _INSTRUCTIONS = {
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"),
@@ -33,6 +35,12 @@ _INSTRUCTIONS = {
 
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
+
+
+class _UnsafeCacheError(OSError):
+    """Other users could put a library into the cache, which would run as this user."""
+
+
 _obstacle: str | None = None  # why the kernels could not be loaded; "" once they are
 
 
@@ -68,7 +76,9 @@ def _load_once() -> str:
                 _obstacle = ""
             except (OSError, RuntimeError, subprocess.SubprocessError) as error:
                 _obstacle = str(error)
-                _log.info("using PyTorch's sparse operators, since compiled kernels are not available: %s", error)
+                level = logging.WARNING if isinstance(error, _UnsafeCacheError) else logging.INFO
+                said = "using PyTorch's sparse operators, since compiled kernels are not available: %s"
+                _log.log(level, said, error)
         return _obstacle
 
 
@@ -110,9 +120,27 @@ def _load(command: list[str]) -> None:
 def _cache() -> Path:
     caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path(caches, "torch_extensions")
-    folder = Path(root, "lightning_topkast")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(root, "lightning_topkast").absolute()
+    for missing in reversed([path for path in (folder, *folder.parents) if not path.exists()]):
+        missing.mkdir(mode=0o700, exist_ok=True)
+    folder = folder.resolve()
+    _check_own(folder)
+    for above in folder.parents:  # whoever may write there can put another folder in the place of ours
+        mode = above.stat().st_mode
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            raise _UnsafeCacheError(f"all users may write to {above}, above the cache of compiled kernels; {_OWN}")
     return folder
+
+
+def _check_own(path: Path) -> None:
+    """Refuse a file or folder of the cache that another user owns or may write to; root may do all anyway."""
+    status = path.stat()
+    if status.st_uid not in (0, os.geteuid()):
+        raise _UnsafeCacheError(f"{path}, for compiled kernels, belongs to another user (uid {status.st_uid}); {_OWN}")
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise _UnsafeCacheError(
+            f"other users may write to {path}, for compiled kernels; remove it, or if nobody has: chmod go-w {path}"
+        )
 
 
 def _digest_of(path: Path) -> Path:
@@ -120,9 +148,17 @@ def _digest_of(path: Path) -> Path:
 
 
 def _intact(path: Path) -> bool:
-    """Return whether a built library is unchanged; loading a truncated one could end the process."""
+    """Return whether a built library is unchanged; loading a truncated one could end the process.
+
+    Raises:
+        OSError: another user may have changed it, and its digest with it.
+    """
     try:
+        for file in (path, _digest_of(path)):
+            _check_own(file)
         return _digest_of(path).read_text() == hashlib.sha256(path.read_bytes()).hexdigest()
+    except _UnsafeCacheError:
+        raise
     except (OSError, UnicodeDecodeError):
         return False
 
@@ -146,5 +182,7 @@ def _build(command: list[str], path: Path) -> None:
             lines = (result.stderr or result.stdout).strip().splitlines()[-_LINES:]
             raise OSError("\n".join([f"'{command[0]}' failed with exit status {result.returncode}", *lines]))
         digest.write_text(hashlib.sha256(built.read_bytes()).hexdigest())
+        for file in (built, digest):
+            file.chmod(0o600)  # whatever the umask allows others
         os.replace(built, path)
         os.replace(digest, _digest_of(path))

@@ -1,0 +1,134 @@
+"""Overrides in Hydra's grammar: writing any value as one, telling them from options, and which ones are only values."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import OverrideType, QuotedString
+from hydra.errors import HydraException
+
+# Interpolations that reach nothing but the configuration: keys, and resolvers of the shipped configuration. Not oc.env.
+_INTERPOLATION = re.compile(r"\$\{\s*(?:[\w.\[\]]+\s*\}|(?:topkast\.times|oc\.select)\s*:)")
+_SHIPPED = "lightning_topkast.conf"
+
+
+def quoted(value: str | Path) -> str:
+    """Return a text as the quoted value of an override, whatever characters it contains."""
+    # A backslash is special only before a quote, and before the end, where one is added.
+    escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), str(value))
+    return f"'{escaped}'"
+
+
+def as_override(key: str, value: str) -> str:
+    """Return `key=value`, with quotes around a value that Hydra would not take for this text."""
+    plain = f"{key}={value}"
+    try:
+        read = OverridesParser.create().parse_override(plain)
+    except HydraException:
+        return f"{key}={quoted(value)}"
+    return plain if not read.is_sweep_override() and read.value() == value else f"{key}={quoted(value)}"
+
+
+def for_shell(override: str) -> str:
+    """Return an override as it is typed in a shell."""
+    if shlex.quote(override) == override:
+        return override
+    return f'"{override}"' if "'" in override and not set(override) & set('"$`\\!') else shlex.quote(override)
+
+
+def corrected(override: str) -> str | None:
+    """Return an override that Hydra cannot read as it should be typed, or None if quotes do not help."""
+    key, _, value = override.partition("=")
+    text = f"{key}={quoted(value)}"
+    try:
+        OverridesParser.create().parse_override(text)
+    except HydraException:
+        return None
+    return for_shell(text) if key and value else None
+
+
+def split_options(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the options of a command line with their values, and its overrides. Hydra reads options first only."""
+    options = list(arguments)
+    overrides: list[str] = get_args_parser().parse_known_intermixed_args(options)[0].overrides
+    for override in reversed(overrides):
+        del options[len(options) - 1 - options[::-1].index(override)]
+    return options, overrides
+
+
+def config_dir(arguments: Sequence[str]) -> str | None:
+    """Return the user's own folder of configurations in a command line, if it names one."""
+    found: str | None = get_args_parser().parse_known_intermixed_args(list(arguments))[0].config_dir
+    return found
+
+
+def more_than_a_value(text: str) -> str | None:
+    """Return what an override does besides setting a value of the shipped configuration, or None.
+
+    Overrides in the folder of a run may come from a stranger. A `_target_` is called, a path as the option of a group
+    is read as configuration, an added key reaches any argument, and a resolver may read the environment.
+    """
+    if text.startswith("-"):
+        return "is an option of the command line"
+    try:
+        override = OverridesParser.create().parse_override(text)
+    except HydraException:
+        return "is not valid"
+    key = override.key_or_group
+    if override.type not in (OverrideType.CHANGE, OverrideType.DEL):
+        return "adds a key"
+    if override.package is not None or "/" in key or re.split(r"[./]", key)[0] == "hydra":
+        return "changes Hydra's own settings, or where a group goes"
+    if override.is_sweep_override():
+        return "has several values"
+    value = None if override.type == OverrideType.DEL else override.value()
+    parts = [*key.split("."), *_keys(value)]
+    if special := next((part for part in parts if part.startswith("_") and part.endswith("_")), None):
+        return f"sets {special}, which may name code"
+    texts = list(_texts(value))
+    if key in _groups() and not all(re.fullmatch(r"[\w-]+", each) for each in texts):
+        return f"names no option of the group {key}"
+    for each in texts:
+        if any(not _INTERPOLATION.match(each, found.start()) for found in re.finditer(r"\$\{", each)):
+            return "uses a resolver that may read more than the configuration"
+    return None
+
+
+def _groups() -> set[str]:
+    return {entry.name for entry in files(_SHIPPED).iterdir() if entry.is_dir()}
+
+
+def _keys(value: Any) -> Iterator[str]:
+    """Yield all keys in a value."""
+    for key, child in _children(value):
+        if isinstance(value, dict):
+            yield _plain(key)
+        yield from _keys(child)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield all texts in a value, also those of keys."""
+    if isinstance(value, str | QuotedString):
+        yield _plain(value)
+    for key, child in _children(value):
+        if isinstance(value, dict):
+            yield _plain(key)
+        yield from _texts(child)
+
+
+def _children(value: Any) -> Iterator[tuple[Any, Any]]:
+    if isinstance(value, dict):
+        yield from value.items()
+    elif isinstance(value, list):
+        yield from enumerate(value)
+
+
+def _plain(value: Any) -> str:
+    return value.text if isinstance(value, QuotedString) else str(value)

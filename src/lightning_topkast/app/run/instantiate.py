@@ -1,0 +1,133 @@
+"""Build what a configuration names: anything of the user's own, and of a stranger's only what is known to be harmless.
+
+Hydra calls whatever a `_target_` names, even `os.system`. So what is checked must be what is built: plain data, in
+which nothing is left that a later change or another look could resolve in another way.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from hydra.utils import instantiate
+from lightning import Callback, LightningDataModule
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.resolvers import oc
+from torch import nn
+
+from lightning_topkast.app.errors import AppError
+from lightning_topkast.app.run.resolvers import environment
+from lightning_topkast.method.targets import Targets
+
+_NETWORKS = ("lightning_topkast.app.models", "torch.nn", "torchvision.models")
+_DOWNLOADS = ("weights", "weights_backbone", "pretrained", "pretrained_backbone")  # arguments of torchvision's models
+_OWN_VARIABLES = "TOPKAST_"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What may be built of a part of a stranger's configuration.
+
+    Attributes:
+        part: Name of the part.
+        bases: Classes, of one of which a target must be a subclass.
+        modules: Modules, in one of which a target must be defined.
+        functions: Modules whose functions are targets, too.
+    """
+
+    part: str
+    bases: tuple[type, ...]
+    modules: tuple[str, ...]
+    functions: tuple[str, ...] = ()
+
+
+MODEL = Kind("model", (nn.Module,), _NETWORKS, ("lightning_topkast.app.models", "torchvision.models"))
+DATA = Kind("data", (LightningDataModule,), ("lightning_topkast.app.data",))
+SPARSITY = Kind("sparsity", (Callback, Targets), ("lightning_topkast",))
+
+
+def build(config: DictConfig | None, kind: Kind | None = None, **more: Any) -> Any:
+    """Instantiate a part of a configuration.
+
+    Args:
+        config: The part.
+        kind: What it may name, if it comes from a stranger; None for a user's own.
+        more: Further arguments of what is built.
+
+    Raises:
+        AppError: It names something else, reads the environment, or would download something.
+    """
+    if kind is None:
+        return instantiate(config, _convert_="all", **more)
+    with environment(_own_variable):
+        plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    _check(plain, kind.part, kind)
+    return instantiate(plain, _convert_="all", **more)
+
+
+def check_target(key: str, target: Any, kind: Kind) -> None:
+    """Refuse a target that is not of a kind.
+
+    A prefix alone is not enough, since a module leads to all that it imports: `torch.nn.functional.os.system`.
+
+    Raises:
+        AppError: Likewise.
+    """
+    if not _is_harmless(target, kind):
+        raise AppError(
+            f"the run's configuration has the untrusted target {key}={target!s:.80}: expected a "
+            f"{kind.bases[0].__name__} of {', '.join(kind.modules)}; if you trust this run, add --trust"
+        )
+
+
+def _check(node: Any, key: str, kind: Kind) -> None:
+    if isinstance(node, str) and "${" in node:  # instantiate would resolve it once more
+        raise AppError(f"the run's configuration has text that is not allowed, {key}={node!s:.80}")
+    if isinstance(node, dict) and "_target_" in node:
+        check_target(f"{key}._target_", node["_target_"], kind)
+        fetched = [name for name in _DOWNLOADS if node.get(name)]
+        if fetched or (node.get("_args_") and str(node["_target_"]).startswith("torchvision.")):
+            raise AppError(
+                f"the run's configuration downloads weights, {key}.{(fetched or ['_args_'])[0]}, which the checkpoint "
+                "replaces: if you trust this run, add --trust"
+            )
+    for name, child in _children(node):
+        _check(name, f"{key}.{name}", kind)
+        _check(child, f"{key}.{name}", kind)
+
+
+def _children(node: Any) -> Iterator[tuple[Any, Any]]:
+    if isinstance(node, dict):
+        yield from node.items()
+    elif isinstance(node, list):
+        yield from enumerate(node)
+
+
+def _is_harmless(target: Any, kind: Kind) -> bool:
+    if not isinstance(target, str) or not _lies_in(target, kind.modules):
+        return False
+    module_name, _, name = target.rpartition(".")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError:
+        return False
+    found = getattr(module, name, None)
+    home = f"{getattr(found, '__module__', '')}."
+    if isinstance(found, type):
+        return issubclass(found, kind.bases) and _lies_in(home, kind.modules)
+    return callable(found) and _lies_in(home, kind.functions)
+
+
+def _lies_in(name: str, modules: tuple[str, ...]) -> bool:
+    return name.startswith(tuple(f"{module}." for module in modules))
+
+
+def _own_variable(name: str, *default: Any) -> Any:
+    """Read only variables that this package documents; any other may be a secret of the user's."""
+    if not name.startswith(_OWN_VARIABLES):
+        raise AppError(
+            f"the run's configuration reads the environment variable {name!s:.80}: if you trust this run, add --trust"
+        )
+    return oc.env(name, *default)

@@ -136,6 +136,16 @@ def test_gradients_of_half_precision_weights_do_not_overflow_in_norms():
     assert Block(4, 4).scores(values, Sharding("w", values)).tolist() == [[1200.0]]
 
 
+@pytest.mark.parametrize("scale", [1e-42, 1e-30, 1e-22, 1e22, 1e37])
+def test_norms_of_tiny_and_huge_values_neither_vanish_nor_overflow(scale):
+    values = torch.rand(8, 12) * scale
+    norms = Block(4, 4).scores(values, Sharding("w", values))
+    blocks = values.double().unflatten(0, (2, 4)).unflatten(2, (3, 4))
+    assert torch.allclose(norms, blocks.square().sum((1, 3)).sqrt(), rtol=1e-6, atol=0)
+    alone = Block(4, 4).norms(values.view(2, 4, 3, 4).transpose(1, 2).reshape(6, 16))
+    assert torch.equal(alone, norms.view(-1))
+
+
 @pytest.mark.parametrize("structure", ["block", "2:4"])
 @pytest.mark.parametrize("backward", [0.25, 0.5])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -311,3 +311,13 @@ def test_a_resumed_summary_says_what_was_asked():
     optimizer.step()
     optimizer.param_groups[0]["lr"] = 1e-5
     assert "shrinks by 0.001 per step, 9.5" in str(topkast.summary())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("penalty", [L2(), L1(1.0), Norm(1.0)], ids=lambda each: type(each).__name__)
+def test_value_of_16_bit_parameters_is_finite(penalty, dtype):
+    values = torch.full((1000,), 300.0, dtype=dtype)
+    assert float(penalty.value(values)) == pytest.approx(float(penalty.value(values.double())), rel=1e-2)
+    assert float(penalty.value(values, lambda part: part)) == pytest.approx(float(penalty.value(values)))
+    shrunk = penalty.shrink_(values.clone(), 1.0, lambda part: part) if isinstance(penalty, Norm) else None
+    assert shrunk is None or torch.isfinite(shrunk).all()

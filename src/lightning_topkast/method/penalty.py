@@ -106,7 +106,7 @@ class L2(Penalty):
 
     def value(self, values: Tensor, total: Total = None) -> Tensor:
         """Return half the sum of squares."""
-        return _summed(values.square().sum() / 2, total)
+        return _summed(_norm(values).square() / 2, total)
 
     def strength_for(self, name: str, density: float, peak: float | None) -> float:
         """Return λ: as given, or the one with which exploring entries lose `shrinkage` per step at the peak."""
@@ -166,7 +166,7 @@ class L1(_GivenStrength):
 
     def value(self, values: Tensor, total: Total = None) -> Tensor:
         """Return the sum of magnitudes."""
-        return _summed(values.abs().sum(), total)
+        return _summed(values.abs().sum(dtype=_wide(values)), total)
 
 
 @dataclass(frozen=True)
@@ -180,12 +180,21 @@ class Norm(_GivenStrength):
     def shrink_(self, values: Tensor, amount: float | Tensor, total: Total = None) -> Tensor:
         """Shorten the vector of all values by `amount`."""
         norm = self.value(values, total)
-        return values.mul_((1 - amount / norm.clamp_min(torch.finfo(values.dtype).tiny)).clamp_min(0))
+        return values.mul_((1 - amount / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp_min(0))
 
     def value(self, values: Tensor, total: Total = None) -> Tensor:
         """Return the norm."""
-        norm = torch.linalg.vector_norm(values)
-        return norm if total is None else total(norm.square()).sqrt()
+        norm = _norm(values)
+        return norm if total is None else total(norm.double().square()).sqrt().to(norm.dtype)
+
+
+def _wide(values: Tensor) -> torch.dtype:
+    """Return a type in which sums of the values do not overflow where those of 16-bit values do."""
+    return torch.promote_types(values.dtype, torch.float32)
+
+
+def _norm(values: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(values, dtype=_wide(values))
 
 
 def _summed(value: Tensor, total: Total) -> Tensor:

@@ -341,7 +341,8 @@ def units_in_order(grid: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _squares(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32)).square()
+    """Return the squares in float64, in which those of float32 neither overflow nor vanish."""
+    return values.double().square()
 
 
 def _sums_of_runs(values: Tensor, dim: int, length: int, of: Callable[[Tensor], Tensor] = torch.clone) -> Tensor:

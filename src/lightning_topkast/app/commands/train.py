@@ -17,6 +17,7 @@ from lightning_topkast.app.run.resume import kept_if_refused, resumed
 from lightning_topkast.app.run.train import set_up_process, train
 from lightning_topkast.app.run_folder.folder import RunFolder
 from lightning_topkast.app.run_folder.result import DIVERGED
+from lightning_topkast.app.terminal import say
 
 PROGRAM = "topkast-train"
 
@@ -39,7 +40,7 @@ def _say_diverged(goes_on: bool) -> None:
     message = "the run diverged: a weight or a loss is NaN or infinite; lower the learning rate"
     if not goes_on:
         raise AppError(message)
-    print(f"{PROGRAM}: {message}", file=sys.stderr, flush=True)
+    say(f"{PROGRAM}: {message}", error=True)
 
 
 def main() -> None:

@@ -336,13 +336,15 @@ def test_a_copy_of_model_and_engine_is_attached_anew_and_goes_on(copied):
     assert same(topkast2.state_dict(), topkast.state_dict())
 
 
-def test_a_second_engine_on_the_same_optimizer_is_refused():
+def test_a_second_engine_on_the_same_optimizer_takes_over_from_the_first():
     model, optimizer, topkast = plain()
     topkast.attach(optimizer)
-    with pytest.raises(TopKastError, match=r"already attached.*detach\(\)"):
-        TopKast(model, 0.75, 0.5).attach(optimizer)
-    topkast.detach()
-    TopKast(model, 0.75, 0.5).attach(optimizer)
+    second = TopKast(model, 0.75, 0.5).attach(optimizer)
+    assert not topkast.is_attached
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert (topkast.step_count, second.step_count) == (0, 1)
 
 
 def test_attach_takes_all_optimizers_or_none():

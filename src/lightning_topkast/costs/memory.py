@@ -197,7 +197,7 @@ def _sets(held: Held) -> int:
     units = prod(held.structure.grid(torch.Size(held.shape)))
     if not isinstance(held.structure, Block):
         return 2 * units
-    score = torch.promote_types(held.dtype, torch.float32).itemsize
+    score = torch.float64.itemsize
     return (2 + score) * units + _INT64 * held.present * units // prod(held.shape)
 
 

@@ -75,6 +75,39 @@ def test_interrupted_refresh_loses_no_value():
     assert torch.equal(weight.tiers, other)
 
 
+def test_interrupted_refresh_of_a_rule_that_clears_what_it_drops_leaves_nothing_outside_the_sets():
+    """SET and Static: a value that stayed would come back with its entry."""
+    line, other = 0, nested_top_k(torch.rand(12, 12, generator=torch.Generator().manual_seed(1)), (20, 20))
+    while True:
+        line += 1
+        torch.manual_seed(0)
+        weight = MaskedWeight("weight", nn.Parameter(torch.randn(12, 12)), 20, 20, Traits(clears_dropped=True))
+        weight.apply(nested_top_k(weight.magnitudes(), (20, 20)))
+        before = weight.theta()
+        if not interrupt_at(line, weight.apply, other):
+            break
+        weight.recover()
+        check_recovered(weight)
+        assert zero_outside(weight.theta(), weight.active), f"line {line}"
+        kept = weight.active & (before != 0)
+        assert torch.equal(weight.theta()[kept], before[kept]), f"line {line}"
+    assert line > 10
+
+
+@pytest.mark.parametrize("rule", ["set", "static"])
+def test_interrupted_step_of_a_baseline_is_made_sparse_again(rule):
+    model = nn.Sequential(nn.Linear(6, 16), nn.Linear(16, 16), nn.Linear(16, 2))
+    topkast = TopKast(model, 0.75, 0.75, rule=rule)
+    weight = topkast.weights["1.weight"]
+    before = weight.theta()
+    weight.open()
+    weight.parameter.detach().add_(1.0)  # what an optimizer with momentum may write outside A too
+    topkast.recover()
+    check_sparse(topkast)
+    assert zero_outside(weight.theta(), weight.active)
+    assert torch.equal(weight.theta()[weight.active], before[weight.active] + 1)
+
+
 def test_interrupted_opening_loses_no_value():
     line = 0
     while True:

@@ -16,6 +16,43 @@ def test_refreshes_come_every_n_steps_and_when_exploration_stops():
     assert not timeline.explores_at(25)
 
 
+def test_sets_stay_from_the_very_step_at_which_updating_stops():
+    """Also where that is a multiple of update_every, at which they would be chosen again otherwise."""
+    timeline = Timeline(Schedule(update_every=10, stop_updating_at=30))
+    assert [step for step in range(1, 51) if timeline.refreshes_after(step)] == [10, 20]
+    assert train(stop=None, steps=25, stop_updating_at=20)[0].refresh_count == 1
+
+
+def test_exploration_that_stops_at_a_multiple_of_update_every_takes_one_refresh():
+    topkast, updated = train(stop=20, steps=25)
+    assert updated == [512] * 20 + [102] * 6
+    assert topkast.refresh_count == 2
+    topkast, updated = train(stop=20, steps=25, stop_updating_at=20)
+    assert updated == [512] * 20 + [102] * 6, "B becomes A even where the sets stay otherwise"
+
+
+def test_exploration_that_stops_while_a_choice_is_pending_stops_for_good():
+    """The choice is of step 10, with B larger than A, and would take effect after step 14."""
+    topkast, updated = train(stop=12, steps=18, delay=4)
+    assert updated == [512] * 12 + [102] * 7
+    assert topkast.refresh_count == 1
+
+
+def test_refresh_by_hand_replaces_a_choice_that_is_pending():
+    topkast, _ = train(stop=None, steps=11, delay=4)
+    (pending,) = topkast._refresher.selections
+    with torch.no_grad():
+        weight = topkast.weights["2.weight"]
+        weight.parameter.copy_(weight.parameter.flip(0))  # so that the choice of now is another
+    topkast.refresh()
+    chosen = weight.tiers
+    assert not torch.equal(chosen, pending.result()["2.weight"])
+    assert topkast._refresher.selections == []
+    topkast._refresher.after_step([weight], 14)
+    assert torch.equal(weight.tiers, chosen)
+    assert topkast.refresh_count == 1
+
+
 @pytest.mark.parametrize(("moment", "step"), [(None, None), (7, 7), (0, 0), (0.5, 100), (1.0, 200), (0.0, 0)])
 def test_an_int_is_a_step_and_a_float_a_fraction_of_the_run(moment, step):
     timeline = Timeline.of(Schedule(stop_exploring_at=moment), None, total_steps=200)

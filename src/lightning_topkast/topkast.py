@@ -352,8 +352,8 @@ class TopKast:
                 _engines.discard(engine)
                 continue
             engine.release()
-            left = [name for name, weight in engine._weights.items() if weight.parameter.requires_grad]
-            if left := [name for name in left if name not in names]:
+            others = {name: weight for name, weight in engine._weights.items() if name not in names}
+            if left := [name for name, weight in others.items() if weight.parameter.requires_grad]:
                 warnings.warn(
                     f"an earlier TopKast kept the weights {', '.join(left[:5])} sparse, and this one does not: they "
                     "become dense; include them too, or freeze them (requires_grad_(False))",
@@ -507,9 +507,10 @@ class TopKast:
         self._zeros = {name: weight.count_zeros() for name, weight in self._weights.items()}
 
     def _after_step(self, hooks: StepHooks) -> None:
-        if self.timeline.refreshes_after(hooks.steps):
+        weights = hooks.weights
+        if self._refresher.sizes_of(weights).timeline.refreshes_after(hooks.steps):
             self._warn_of_left_out()
-        self._refresher.after_step(hooks.weights, hooks.steps)
+        self._refresher.after_step(weights, hooks.steps)
 
     def _warn_of_left_out(self) -> None:
         """Warn of weights that were to be sparse and are trained otherwise."""

@@ -5,7 +5,6 @@ import torch
 from hydra.utils import instantiate
 from lightning import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
-from torch import nn
 
 from lightning_topkast.app.errors import AppError
 from lightning_topkast.app.run.train import train
@@ -13,29 +12,10 @@ from lightning_topkast.app.run.train import train
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 
 OWN = (
-    "model=custom", "model._target_=tests.app.test_own_module.OwnModule", "recipe.monitor=own/loss", "recipe.mode=min",
+    "model=custom", "model._target_=tests.app.own_module.OwnModule", "recipe.monitor=own/loss", "recipe.mode=min",
     "recipe.keep_first_dense=false", "logger=none", "trainer.limit_train_batches=2", "trainer.limit_val_batches=1",
     "test=false", "callbacks.progress=null",
 )  # fmt: skip
-
-
-class OwnModule(BoringModel):
-    """Has an ordinary configure_optimizers, and an attribute that happens to be called as the application's."""
-
-    optimizer = "sgd"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Linear(32, 2))
-
-    def training_step(self, batch, batch_idx):
-        return super().training_step(batch[0], batch_idx)
-
-    def validation_step(self, batch, batch_idx):
-        self.log("own/loss", super().validation_step(batch[0], batch_idx)["x"])
-
-    def configure_optimizers(self):
-        return torch.optim.Adam(self.parameters(), lr=0.01)
 
 
 @pytest.mark.parametrize("how", ["auto", "file", "resume"])

@@ -3,13 +3,10 @@
 import csv
 import json
 import os
-import sys
 
 import pytest
 import torch
 from lightning import LightningModule
-from lightning.pytorch.demos.boring_classes import BoringModel
-from torch import nn
 
 from lightning_topkast.app.data import Digits
 from lightning_topkast.app.models import MLP
@@ -19,25 +16,9 @@ from lightning_topkast.app.run.progress import SparsityProgressBar
 from lightning_topkast.app.run.summary import count_weights
 from lightning_topkast.app.run.task import ClassificationTask
 from lightning_topkast.app.run.train import train
+from tests.app.own_module import OwnModule
 
 SHORT = ["trainer.max_epochs=2", "trainer.limit_train_batches=4", "callbacks.progress=null", "logger=none"]
-
-
-class OwnModule(BoringModel):
-    """A user's LightningModule, which brings its own optimizer and metrics."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Linear(32, 2))
-
-    def training_step(self, batch, batch_idx):
-        return super().training_step(batch[0], batch_idx)
-
-    def validation_step(self, batch, batch_idx):
-        self.log("own/loss", super().validation_step(batch[0], batch_idx)["x"])
-
-    def test_step(self, batch, batch_idx):
-        return super().test_step(batch[0], batch_idx)
 
 
 def rows(path):
@@ -106,9 +87,8 @@ def test_run_that_ends_before_its_first_validation_is_validated_and_tested(compo
 
 
 def test_lightning_module_is_used_as_it_is(composed):
-    config = composed(*SHORT, "model=custom", f"model._target_={__name__}.OwnModule", "recipe.monitor=own/loss",
-                      "recipe.mode=min", "recipe.keep_first_dense=false")  # fmt: skip
-    sys.modules.setdefault(__name__, sys.modules[OwnModule.__module__])
+    config = composed(*SHORT, "model=custom", "model._target_=tests.app.own_module.OwnModule",
+                      "recipe.monitor=own/loss", "recipe.mode=min", "recipe.keep_first_dense=false")  # fmt: skip
     assert isinstance(build_model(config), OwnModule)
     assert train(config) > 0
 

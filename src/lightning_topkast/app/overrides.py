@@ -107,7 +107,7 @@ def _groups() -> set[str]:
 
 def _keys(value: Any) -> Iterator[str]:
     """Yield all keys in a value."""
-    for key, child in _children(value):
+    for key, child in children(value):
         if isinstance(value, dict):
             yield _plain(key)
         yield from _keys(child)
@@ -117,13 +117,14 @@ def _texts(value: Any) -> Iterator[str]:
     """Yield all texts in a value, also those of keys."""
     if isinstance(value, str | QuotedString):
         yield _plain(value)
-    for key, child in _children(value):
+    for key, child in children(value):
         if isinstance(value, dict):
             yield _plain(key)
         yield from _texts(child)
 
 
-def _children(value: Any) -> Iterator[tuple[Any, Any]]:
+def children(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield what a dict or list of a configuration holds, each with its key or place; nothing for any other value."""
     if isinstance(value, dict):
         yield from value.items()
     elif isinstance(value, list):

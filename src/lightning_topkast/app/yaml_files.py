@@ -19,7 +19,7 @@ def read_yaml(path: Path) -> Any:
         AppError: It is not valid YAML, or too large.
         OSError: It cannot be read.
     """
-    return yaml.safe_load(checked_text(path))
+    return _read(path)[1]
 
 
 def checked_text(path: Path) -> str:
@@ -28,16 +28,21 @@ def checked_text(path: Path) -> str:
     Raises:
         AppError, OSError: Likewise.
     """
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
-        size = _size(yaml.compose(text, Loader=yaml.SafeLoader), {})
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        size = _size(node, {})
         if size > _MOST_NODES:
             raise AppError(f"{path} cannot be read: its aliases stand for {size:,} values, more than {_MOST_NODES:,}")
-        yaml.safe_load(text)
+        return text, None if node is None else loader.construct_document(node)
     except (ValueError, yaml.YAMLError, RecursionError) as error:  # not UTF-8, not YAML, or too deep
         reason = " ".join(str(error).split())
         raise AppError(f"{path} cannot be read: {reason}") from error
-    return text
 
 
 def _size(node: Any, known: dict[int, int]) -> int:

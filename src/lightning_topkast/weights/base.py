@@ -294,6 +294,8 @@ class SparseWeight(ABC):
     @property
     def stray_entries(self) -> int:
         """Entries outside A that are not zero in the weight that the network computes with; a collective if sharded."""
+        if not self.sharding.is_sharded:
+            return self.own_strays
         return int(self.sharding.sum(torch.tensor(self.own_strays, device=to_local(self.parameter).device)))
 
     @property

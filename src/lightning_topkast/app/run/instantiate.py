@@ -7,7 +7,6 @@ which nothing is left that a later change or another look could resolve in anoth
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from omegaconf.resolvers import oc
 from torch import nn
 
 from lightning_topkast.app.errors import AppError
+from lightning_topkast.app.overrides import children
 from lightning_topkast.app.run.resolvers import environment
 from lightning_topkast.method.targets import Targets
 
@@ -93,16 +93,9 @@ def _check(node: Any, key: str, kind: Kind) -> None:
                 f"the run's configuration downloads weights, {key}.{(fetched or ['_args_'])[0]}, which the checkpoint "
                 "replaces: if you trust this run, add --trust"
             )
-    for name, child in _children(node):
+    for name, child in children(node):
         _check(name, f"{key}.{name}", kind)
         _check(child, f"{key}.{name}", kind)
-
-
-def _children(node: Any) -> Iterator[tuple[Any, Any]]:
-    if isinstance(node, dict):
-        yield from node.items()
-    elif isinstance(node, list):
-        yield from enumerate(node)
 
 
 def _is_harmless(target: Any, kind: Kind) -> bool:

@@ -318,7 +318,7 @@ def test_a_density_too_small_for_an_expert_is_refused_though_the_stack_has_enoug
 
 def test_nan_in_an_expert_is_refused():
     run = Run()
-    run.model.experts.up.detach()[1, 0, :] = math.nan
+    run.model.experts.up.detach()[run.topkast.weights[UP].active] = math.nan
     with pytest.raises(NonFiniteWeightError, match=f"'{UP}'"):
         run.topkast.refresh()
 

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
 from torch import nn
 
-from lightning_topkast import Packed, TopKast, TopKastError
+from lightning_topkast import SET, Packed, Ramp, Schedule, TopKast, TopKastError
 from tests.helpers import (
     MIDDLE,
     Batches,
@@ -243,7 +243,7 @@ def test_weights_with_nan_that_are_loaded_are_refused_by_name(tmp_path, storage)
     def load(trainer, pl_module):
         pl_module.load_state_dict(pl_module.state_dict() | {MIDDLE: torch.full((16, 16), torch.nan)})
 
-    with pytest.raises(TopKastError, match=r"NaN or infinity were loaded into 'layers.2.weight'"):
+    with pytest.raises(TopKastError, match=r"NaN or infinity were to be loaded into 'layers.2.weight'"):
         fit(make_trainer(tmp_path, make_callback(), AtBatchEnd(load, at=2)), make_net())
 
 
@@ -269,7 +269,7 @@ def test_copy_and_pickle_of_a_trained_module_load_without_the_engine(tmp_path):
     fit(make_trainer(tmp_path, callback, AtBatchEnd(take, at=1)), model)
     for each in copies:
         each.load_state_dict(model.layers.state_dict())
-    assert not weight_of(callback).was_loaded
+    assert weight_of(callback).load_count == 0
 
 
 class Tuned(Net):
@@ -739,98 +739,183 @@ def test_a_weight_of_another_package_stays_out_of_it():
     assert topkast.step_count == 0
 
 
-# --- state of the optimizer that is put back --------------------------------------------------------------------------
+# --- θ and sets that would be lost ------------------------------------------------------------------------------------
 
 
-def run_in_a_plain_loop(kind, steps=4, update_every=2):
+def plain_run(kind="masked", **options):
     torch.manual_seed(0)
     model = make_net().layers
-    topkast = TopKast(model, 0.75, 0.5, update_every=update_every, penalty=None, storage=kind)
+    topkast = TopKast(model, 0.75, **{"backward_sparsity": 0.5, "penalty": None, "storage": kind} | options)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
     topkast.attach(optimizer)
-
-    def train(steps):
-        for _ in range(steps):
-            optimizer.zero_grad()
-            model(torch.randn(4, 6)).square().mean().backward()
-            optimizer.step()
-
-    train(steps)
-    return model, topkast, optimizer, train
+    return model, topkast, optimizer
 
 
-def momenta(topkast, optimizer):
-    """exp_avg of the middle weight in its own shape, zero outside B."""
-    weight = topkast.weights["2.weight"]
-    values = optimizer.state[weight.parameter]["exp_avg"]
-    if not weight.is_packed:
-        return values.clone()
-    dense = torch.zeros(weight.size)
-    order = weight.structure.order(weight.tiers)
-    dense[order] = values[: order.numel()]
-    return dense.view(weight.shape)
-
-
-@pytest.mark.parametrize("kind", ["masked", "packed", "compact"])
-def test_optimizer_state_put_back_alone_is_never_that_of_other_entries(kind):
-    model, topkast, optimizer, train = run_in_a_plain_loop(kind, steps=4, update_every=3)
-    saved, before = copy.deepcopy(optimizer.state_dict()), momenta(topkast, optimizer)
-    train(3)  # the sets change
-    optimizer.load_state_dict(saved)
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    if kind == "masked":
+def train(model, optimizer, steps, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.randn(4, 6, generator=generator)).square().mean().backward()
         optimizer.step()
-    else:
-        with pytest.warns(UserWarning, match="put back the optimizer's state.*2.weight.*topkast.load_state_dict"):
-            optimizer.step()
-    after, updated = momenta(topkast, optimizer), topkast.weights["2.weight"].updated
-    expected = torch.where(updated, before * 0.9, 0) if kind == "masked" else torch.zeros(16, 16)
-    assert torch.allclose(after, expected)
-    train(4)
+
+
+@pytest.mark.parametrize("how", ["load_state_dict", "copy_", "copy_ of more entries"])
+def test_weights_swapped_in_and_saved_meanwhile_leave_no_trace(how):
+    found = []
+    for swaps in (False, True):
+        model, topkast, optimizer = plain_run(schedule=Schedule(3, delay=2))
+        train(model, optimizer, 4)  # a selection is under way
+        weight = topkast.weights["2.weight"]
+        if how == "copy_ of more entries":
+            with torch.no_grad():
+                weight.parameter[:8] = 0
+        if swaps:
+            backup = copy.deepcopy(model.state_dict())
+            other = torch.randn(16, 16, generator=torch.Generator().manual_seed(1))
+            if how == "load_state_dict":
+                model.load_state_dict(backup | {"2.weight": other})
+            else:  # other entries, as sparse
+                added = other.masked_fill(weight.active, 0) * (other > 1.2)
+                with torch.no_grad():
+                    weight.parameter.copy_(added + (backup["2.weight"] if how == "copy_ of more entries" else 0))
+            saved = model.state_dict()["2.weight"]
+            assert 0 < int(torch.count_nonzero(saved)) <= 64
+            assert bool((saved != 0)[backup["2.weight"] == 0].any())
+            if how == "load_state_dict":
+                model.load_state_dict(backup)
+            else:
+                with torch.no_grad():
+                    weight.parameter.copy_(backup["2.weight"])
+        train(model, optimizer, 4, seed=2)
+        found.append({name: weight.theta() for name, weight in topkast.weights.items()})
+    assert same(*found)
+
+
+def test_write_after_a_load_does_not_pass_for_the_load():
+    model, topkast, optimizer = plain_run()
+    train(model, optimizer, 2)
+    theta, tiers = topkast.weights["2.weight"].theta(), topkast.weights["2.weight"].tiers
+    model.load_state_dict(copy.deepcopy(model.state_dict()))
+    with torch.no_grad():
+        model[2].weight.add_(1.0)
+    with pytest.warns(UserWarning, match=WRITTEN):
+        topkast.accept_writes()
+    weight = topkast.weights["2.weight"]
+    assert torch.equal(weight.tiers, tiers)
+    torch.testing.assert_close(weight.theta(), theta + weight.active)
+
+
+def test_refresh_after_a_write_does_not_choose_from_it():
+    model, topkast, optimizer = plain_run()
+    train(model, optimizer, 2)
+    weight = topkast.weights["2.weight"]
+    theta = weight.theta()
+    with torch.no_grad():
+        model[2].weight.add_(100 * ~weight.active)
+    with pytest.warns(UserWarning, match=WRITTEN):
+        topkast.refresh()
+    assert torch.equal(weight.theta(), theta)
     check_sparse(topkast)
 
 
-@pytest.mark.parametrize("kind", ["masked", "packed", "compact"])
-@pytest.mark.parametrize("first", ["topkast", "optimizer"])
-def test_run_put_back_as_a_whole_goes_on_as_before(kind, first):
-    model, topkast, optimizer, train = run_in_a_plain_loop(kind)
+def test_run_with_a_ramp_is_put_back_to_where_it_was_less_sparse():
+    model, topkast, optimizer = plain_run(schedule=Schedule(2), ramp=Ramp(end=10))
+    train(model, optimizer, 2)
     saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), topkast.state_dict()))
-    torch.manual_seed(1)
-    train(3)
-    expected = {name: weight.theta() for name, weight in topkast.weights.items()}
-    model.load_state_dict(saved[0])
-    if first == "topkast":
-        topkast.load_state_dict(saved[2])
-        optimizer.load_state_dict(saved[1])
-    else:
-        optimizer.load_state_dict(saved[1])
-        topkast.load_state_dict(saved[2])
-    torch.manual_seed(1)
-    train(3)
-    assert same({name: weight.theta() for name, weight in topkast.weights.items()}, expected)
+    entries = int(topkast.weights["2.weight"].active_entries)
+    train(model, optimizer, 3, seed=5)
+    expected = topkast.weights["2.weight"].theta()
+    train(model, optimizer, 7)
+    for part, state in zip((model, optimizer, topkast), saved, strict=True):
+        part.load_state_dict(state)
+    assert entries == int(topkast.weights["2.weight"].active_entries) > 64
+    train(model, optimizer, 3, seed=5)
+    assert torch.equal(topkast.weights["2.weight"].theta(), expected)
 
 
 @pytest.mark.parametrize("kind", ["masked", "packed"])
-def test_optimizer_state_put_back_before_the_sets_change_is_kept(kind):
-    model, topkast, optimizer, _ = run_in_a_plain_loop(kind, steps=1, update_every=100)
-    before = momenta(topkast, optimizer)
-    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    assert torch.allclose(momenta(topkast, optimizer), before * 0.9)
+def test_detached_engine_leaves_weights_that_are_loaded_alone(kind):
+    model, topkast, optimizer = plain_run(kind)
+    topkast.detach()
+    values = torch.randn(16, 16)
+    model.load_state_dict(model.state_dict() | {"2.weight": values})
+    if kind == "masked":
+        assert torch.equal(model[2].weight, values)
+    topkast.attach(optimizer)
+    check_sparse(topkast)
+    assert torch.equal(topkast.weights["2.weight"].theta(), values)
 
 
-def test_optimizers_made_anew_leave_nothing_behind():
-    model, topkast, _, _ = run_in_a_plain_loop("masked", steps=1)
-    for _ in range(20):
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-        model(torch.randn(4, 6)).square().mean().backward()
-        optimizer.step()
-    (hooks,) = topkast._attached.hooks
+@pytest.mark.parametrize("kind", ["masked", "packed"])
+def test_run_that_goes_on_without_its_engine_or_its_state_says_so(kind):
+    model, topkast, optimizer = plain_run()
+    train(model, optimizer, 2)
+    del topkast, optimizer
     gc.collect()
-    assert len(hooks.optimizers) == len(hooks._handles) == 1
+    model = copy.deepcopy(model)
+    topkast = TopKast(model, 0.75, 0.5, penalty=None, storage=kind)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    topkast.attach(optimizer)
+    with pytest.warns(UserWarning, match="2.weight was sparse already, and zero outside B.*load_state_dict"):
+        train(model, optimizer, 1)
+    train(model, optimizer, 1)  # once
+
+
+def test_run_that_goes_on_with_its_state_or_by_a_rule_that_grows_zeros_does_not():
+    model, topkast, optimizer = plain_run()
+    train(model, optimizer, 2)
+    weights, state = copy.deepcopy((model.state_dict(), topkast.state_dict()))
+    for options in ({}, {"rule": SET()}):
+        model, topkast, optimizer = plain_run(**({"backward_sparsity": 0.75} if options else {}) | options)
+        topkast.detach()
+        model.load_state_dict(weights)
+        if not options:
+            topkast.load_state_dict(state)
+        topkast.attach(optimizer)
+        train(model, optimizer, 1)
+
+
+def test_gradient_that_is_written_to_after_it_was_masked_is_masked_again():
+    model, topkast, optimizer = plain_run()
+    weight = topkast.weights["2.weight"]
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.randn(4, 6)).square().mean().backward()
+        topkast.prepare_step(optimizer)
+        weight.parameter.grad.add_(torch.randn(16, 16))
+        optimizer.step()
+    assert zero_outside(optimizer.state[weight.parameter]["exp_avg"], weight.updated)
+    assert bool(optimizer.state[weight.parameter]["exp_avg"][weight.updated].all())
+
+
+def test_released_engine_is_not_attached_again():
+    model, topkast, optimizer = plain_run()
+    TopKast(model, 0.5, 0.25, penalty=None)
+    with pytest.raises(TopKastError, match="a later one has taken over its weights"):
+        topkast.attach(optimizer)
+
+
+def test_step_of_a_wrapper_that_fails_does_not_hide_those_of_the_optimizer_inside():
+    model, topkast, _ = plain_run()
+    topkast.detach()
+
+    class Fails(torch.optim.Optimizer):
+        def __init__(self, inner):
+            super().__init__(inner.param_groups, {})
+            self.inner = inner
+
+        def step(self, closure=None):
+            raise RuntimeError("out of memory")
+
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    outer = Fails(inner)
+    topkast.attach(outer)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(model, outer, 1)
+    topkast.recover()
+    train(model, inner, 2)
+    assert topkast.step_count == 2
+    check_sparse(topkast)
 
 
 # --- weights that are thawed ------------------------------------------------------------------------------------------

@@ -94,7 +94,8 @@ def test_values_written_into_the_model_after_a_run_are_those_of_the_next_one():
     first = TopKast(model, 0.75, 0.5, penalty=None)
     with torch.no_grad():
         model[2].weight.copy_(values)
-    second = TopKast(model, 0.75, 0.5, penalty=None)
+    with pytest.warns(UserWarning, match="this one begins with what the model holds now"):
+        second = TopKast(model, 0.75, 0.5, penalty=None)
     assert torch.equal(second.weights["2.weight"].theta(), values)
     model.load_state_dict(model.state_dict() | {"2.weight": -values})
     assert torch.equal(TopKast(model, 0.75, 0.5, penalty=None).weights["2.weight"].theta(), -values)
@@ -166,7 +167,8 @@ def test_weights_rewritten_between_fits_are_selected_afresh(tmp_path):
     with torch.no_grad():
         model.layers[2].weight.copy_(values)
     start = Start(callback)
-    fit(make_trainer(tmp_path, callback, start), model)
+    with pytest.warns(UserWarning, match="this one begins with what the model holds now"):
+        fit(make_trainer(tmp_path, callback, start), model)
     assert torch.equal(start.thetas[MIDDLE], values)
     check_sparse(callback.topkast)
 
@@ -350,7 +352,8 @@ def test_evaluation_of_a_checkpoint_sees_its_sparse_model(tmp_path, with_callbac
     trainer = fit(make_trainer(tmp_path, callback), model)
     trainer.save_checkpoint(tmp_path / "model.ckpt")
     data = batches(2, seed=5)
-    expected = trainer.validate(model, data, verbose=False)[0]["val_loss"]
+    # packed layers and a dense one add up in different orders
+    expected = pytest.approx(trainer.validate(model, data, verbose=False)[0]["val_loss"], rel=1e-6)
 
     other = make_net(seed=3)
     trainer = make_trainer(tmp_path, *([make_callback()] if with_callback else []))

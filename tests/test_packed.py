@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import weakref
+from itertools import permutations
 
 import pytest
 import torch
@@ -286,7 +287,7 @@ def test_weight_reads_as_alpha_and_its_gradient_reaches_the_values(storage):
     assert torch.equal(layer.weight.detach(), weight.alpha())
     target = torch.randn_like(weight.alpha())
     (gradient,) = torch.autograd.grad((layer.weight * target).sum(), weight.parameter)
-    expected = target.flatten()[weight.structure.order(weight.tiers)]
+    expected = target.flatten()[weight.structure.order(weight.units, weight.shape)]
     assert torch.equal(gradient, expected)
 
 
@@ -445,7 +446,7 @@ def test_assigning_a_state_dict_keeps_the_packed_parameter():
 
 
 @executions
-def test_masked_state_may_be_loaded_in_two_orders_and_in_no_third(storage):
+def test_masked_state_may_be_loaded_in_any_order(storage):
     masked = Run("masked")
     masked.step(12)
     states = [copy.deepcopy(each.state_dict()) for each in (masked.model, masked.optimizer, masked.topkast)]
@@ -470,10 +471,8 @@ def test_masked_state_may_be_loaded_in_two_orders_and_in_no_third(storage):
     def attach(run):
         run.topkast.attach(run.optimizer)
 
-    for order in ((optimizer, engine, attach), (attach, optimizer, engine)):
+    for order in permutations((optimizer, engine, attach)):
         check_alike(resumed(*order), masked)
-    with pytest.raises(TopKastError, match=r"'2.weight' comes from a masked run, and attach\(\) packed it"):
-        resumed(optimizer, attach, engine)
 
 
 def test_a_dense_checkpoint_with_its_optimizer_goes_on_packed():
@@ -488,7 +487,8 @@ def test_a_dense_checkpoint_with_its_optimizer_goes_on_packed():
     run.topkast.attach(run.optimizer)
     weight = run.topkast.weights["2.weight"]
     expected = optimizer.state[plain[2].weight]["exp_avg"].flatten()[weight.layout.indices()]
-    assert torch.equal(run.optimizer.state[weight.parameter]["exp_avg"], expected)
+    number = [id(p) for group in run.optimizer.param_groups for p in group["params"]].index(id(weight.parameter))
+    assert torch.equal(run.optimizer.state_dict()["state"][number]["exp_avg"], expected)
     run.step(3)
 
 

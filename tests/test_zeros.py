@@ -121,6 +121,7 @@ def test_every_storage_draws_the_same_sets(options, values):
     assert not torch.equal(start_of(values, seed=1, **options).tiers, tiers), "the seed decides"
 
 
+@pytest.mark.filterwarnings("ignore:0.weight was sparse already, and zero outside B")
 @pytest.mark.parametrize("storage", ["masked", "packed", "compact"])
 def test_a_run_from_zeros_is_that_of_the_reference(storage):
     torch.manual_seed(0)

@@ -55,6 +55,7 @@ class TopKastCallback(Callback):
         self._run_length: RunLength | None = None  # where only the run shows it
         self._new: TopKast | None = None  # an engine whose training has not started
         self._fits = self._saves_shards = False
+        self._is_loaded = False  # whether `_new` has loaded `_saved_state`
         self._is_own_model = False  # whether a checkpoint is loaded into the model of `topkast`
         self._steps_seen = 0, 0  # the Trainer's and ours, at the last batch
         self._looked_at_graph = False
@@ -95,7 +96,7 @@ class TopKastCallback(Callback):
                 f"storage='{self.settings.storage.name}' replaces layers after LightningModule.setup, but the module "
                 "has no layers yet; build them in __init__, setup or configure_model"
             )
-        self._new = self._build(trainer, pl_module)
+        self._new, self._is_loaded = self._build(trainer, pl_module), False
         copy_again(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -109,7 +110,7 @@ class TopKastCallback(Callback):
         self._attach(topkast, trainer)  # which refuses a state that is damaged
         corrects = self.settings.needs_length and not pl_module.automatic_optimization
         self._run_length = RunLength(topkast, saved and saved.get("run_length")) if corrects else None
-        self.topkast, self._new = topkast, None
+        self.topkast, self._new, self._is_loaded = topkast, None, False
         self._steps_seen = trainer.global_step, topkast.hooked_steps
         keep(pl_module, topkast)
         if SparseAverages.exist_in(trainer):
@@ -151,6 +152,14 @@ class TopKastCallback(Callback):
             topkast.exclude([name for name, weight in topkast.weights.items() if not weight.parameter.requires_grad])
             if not topkast.weights:
                 raise TopKastError("all weights chosen to be sparse are frozen; unfreeze some, or include others")
+        state, self._saved_state = self._saved_state, None
+        if state and not self._is_loaded:
+            try:
+                topkast.load_state_dict(with_shards(state, topkast, trainer.ckpt_path))
+            except TopKastError:
+                if trainer.ckpt_path is not None:
+                    raise
+                # the state of a checkpoint that was only tested, and the model is no longer that checkpoint's
         sparse = {id(weight.parameter) for weight in topkast.weights.values()}
         optimizers = [optimizer for optimizer in trainer.optimizers if sparse & _parameters_of(optimizer)]
         if optimizers:
@@ -161,14 +170,6 @@ class TopKastCallback(Callback):
                 "them (requires_grad_(False)) or exclude them; unless storage='masked', "
                 "configure_optimizers must use the layers that __init__ or configure_model built"
             )
-        state, self._saved_state = self._saved_state, None
-        if state:
-            try:
-                topkast.load_state_dict(with_shards(state, topkast, trainer.ckpt_path))
-            except TopKastError:
-                if trainer.ckpt_path is not None:
-                    raise
-                # the state of a checkpoint that was only tested, and the model is no longer that checkpoint's
         if trainer.global_step == 0:
             topkast.restart()
 
@@ -334,7 +335,7 @@ class TopKastCallback(Callback):
         The engine exists already if its layers are packed, if the weights are restored in the middle of a run (by the
         learning rate finder), and if a checkpoint is tested after the run.
         """
-        self._saved_state = state_dict
+        self._saved_state, self._is_loaded = state_dict, False
         engine = self._new or (self.topkast if self._is_own_model else None)
         if engine is None or not state_dict:
             return
@@ -343,15 +344,18 @@ class TopKastCallback(Callback):
                 raise TopKastError("a sharded checkpoint cannot be restored in the middle of a run; start a new fit")
             return
         try:
-            engine.load_state_dict(state_dict, with_optimizers=self._fits)
+            engine.load_state_dict(state_dict)
         except TopKastError:
-            if self._fits:
+            # another model's, which is only tested; or weights are still to be frozen, and training refuses it if not
+            if self._fits and engine is not self._new:
                 raise
-            return  # another model's, which is only tested
-        if engine is self.topkast:
-            self._saved_state = None
-            if self._run_length is not None:
-                self._run_length = RunLength(engine, state_dict.get("run_length"))
+            return
+        if engine is self._new:
+            self._is_loaded = True
+            return
+        self._saved_state = None
+        if self._run_length is not None:
+            self._run_length = RunLength(engine, state_dict.get("run_length"))
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
         """Refuse to resume from a sparse checkpoint whose sets would be silently lost."""

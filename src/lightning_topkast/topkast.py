@@ -18,7 +18,7 @@ from lightning_topkast.engine.materialize import materialize
 from lightning_topkast.engine.refresh import Refresher, Selection
 from lightning_topkast.engine.state import STATE_VERSION, SavedState
 from lightning_topkast.engine.step_hooks import StepHooks
-from lightning_topkast.engine.summary import Summary, summarize, warn_if_little
+from lightning_topkast.engine.summary import Summary, summarize, warn_if_little, without_reservoir
 from lightning_topkast.engine.watch import watch_module
 from lightning_topkast.engine.writes import ForeignWrites
 from lightning_topkast.errors import TopKastError
@@ -29,7 +29,7 @@ from lightning_topkast.method.schedule import Timeline, in_words, moments
 from lightning_topkast.method.targets import FROZEN, Target, find_targets, find_thawed
 from lightning_topkast.settings import Settings, takes_settings
 from lightning_topkast.storage import Masked
-from lightning_topkast.weights import EntryState, SparseWeight, Traits
+from lightning_topkast.weights import EntryState, MaskedWeight, SparseWeight, Traits
 
 _engines: WeakSet["TopKast"] = WeakSet()  # that no later one has released
 
@@ -87,7 +87,8 @@ class TopKast:
         self.settings = settings
         self._watches: list[RemovableHandle] = []
         self._writes = ForeignWrites()
-        self._warned_of_thawed = False
+        self._warned_of_thawed = self._warned_of_reservoir = False
+        self._keeps_strength = False  # whether λ was loaded, for the optimizers that are attached next
         self._zeros: dict[str, tuple[int, int]] = {}  # for the summary
 
         if settings.storage.name != "masked":
@@ -103,11 +104,12 @@ class TopKast:
         if self._take_over_earlier(sparse):
             self._targets = find_targets(model, settings.targets)
             sparse = [target for target in self._targets if target.sparse]
-        self._refresher = Refresher(sizes, settings.rule, settings.seed, self._state_to_reset)
+        self._refresher = Refresher(sizes, settings.rule, settings.seed, self._state_of)
         self._attached = self._unattached()
+        resets_state = not isinstance(settings.storage, Masked) or settings.storage.reset_optimizer_state
         traits = Traits(
             settings.structure, settings.penalty, settings.rule.clears_dropped, sizes.changes_size,
-            settings.powerpropagation, settings.seed,
+            settings.powerpropagation, settings.seed, resets_state,
         )  # fmt: skip
         self._weights = make_weights(sparse, sizes.final, settings.storage, traits)
         self._by_parameter: dict[Tensor, SparseWeight] = {weight.parameter: weight for weight in self._weights.values()}
@@ -249,7 +251,8 @@ class TopKast:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy, which is attached to no optimizer, even if the optimizer is copied with it."""
-        self._attached.align()
+        for hooks in self._attached:
+            hooks.fit_state()
         return self.__dict__ | {"_attached": self.optimizer_steps, "_watches": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -273,22 +276,28 @@ class TopKast:
         """
         if not optimizers:
             raise TopKastError("attach() expected at least one optimizer, got none; pass those that train the model")
+        if self.is_released:
+            raise TopKastError(
+                "this TopKast was released, or a later one has taken over its weights; attach that one, or make another"
+            )
+        self.accept_writes()
         if total_steps is not None or not self._refresher.sizes.is_planned:
             self.plan(total_steps)
         before = self._attached.add(optimizers, self._by_parameter)
         try:
-            self._set_strength()
+            if not self._keeps_strength:
+                self._set_strength()
         except TopKastError:
             self._attached.take_back(before)
             raise
-        self.accept_writes()
         self._watch_modules()
         for weight in self._weights.values():
             weight.is_trained = True
             weight.match_layout()
-            weight.forget_order()
         self._attached.begin(before)
+        self._keeps_strength = False
         self._look_for_zeros()
+        self._follow_schedule()
         return self
 
     def plan(self, total_steps: int | float | None) -> None:
@@ -329,15 +338,19 @@ class TopKast:
 
     def release(self) -> None:
         """Put every stored θ back into the model, which is dense afterwards; this engine cannot be used again."""
+        self._let_go()
+        _reshard(self.model)
+        for target in self._targets:
+            if target.name in self._weights:
+                release(target, self._weights[target.name])
+
+    def _let_go(self) -> None:
+        """Leave the model as it is, for good."""
         self.detach()
         for watch in self._watches:
             watch.remove()
         self._watches = []
         _engines.discard(self)
-        _reshard(self.model)
-        for target in self._targets:
-            if target.name in self._weights:
-                release(target, self._weights[target.name])
 
     def _take_over_earlier(self, sparse: Sequence[Target]) -> bool:
         """Release the engines that kept some of these parameters sparse before; return whether there were any."""
@@ -347,9 +360,13 @@ class TopKast:
         for engine in earlier:
             engine.recover()
             engine.accept_writes([weight for weight in engine._weights.values() if weight.was_loaded])
-            if not engine.is_intact:  # other weights were written into the model since, and θ belongs to none of them
-                engine.detach()
-                _engines.discard(engine)
+            if not engine.is_intact:
+                warnings.warn(
+                    "an earlier TopKast kept these weights sparse, and other code has written other values into them "
+                    "since, to which its θ does not belong: this one begins with what the model holds now",
+                    stacklevel=5,
+                )
+                engine._let_go()
                 continue
             engine.release()
             others = {name: weight for name, weight in engine._weights.items() if name not in names}
@@ -408,10 +425,9 @@ class TopKast:
         """
         _reshard(self.model)
         self.recover()
-        # entries that left B when other weights were loaded lose their state, even if they return
+        self.accept_writes()
         for hooks in self._attached:
             hooks.fit_state()
-        self._attached.align()
         self._refresher.selections.clear()
         self._refresher.refresh(*self._groups)
 
@@ -419,6 +435,7 @@ class TopKast:
         """Make every parameter α again after an interrupted step or refresh; otherwise do nothing."""
         for weight in self._weights.values():
             weight.recover()
+        self._attached.recover()
 
     def restore_sparsity(self) -> None:
         """Make every parameter zero outside A again after other code wrote to it; θ outside A is kept."""
@@ -459,7 +476,7 @@ class TopKast:
         """Notice weights that are loaded, and give only sparse ones to be saved."""
         for target in self._targets if not self._watches else ():
             weight = self._weights.get(target.name)
-            if weight is not None and not weight.is_packed:
+            if isinstance(weight, MaskedWeight):
                 self._watches += watch_module(weight, target.owners, self.accept_writes)
 
     def _unattached(self, steps: Sequence[int] = ()) -> Attached:
@@ -508,9 +525,22 @@ class TopKast:
 
     def _after_step(self, hooks: StepHooks) -> None:
         weights = hooks.weights
+        if not self._warned_of_reservoir:
+            self._warn_of_lost_reservoir()
         if self._refresher.sizes_of(weights).timeline.refreshes_after(hooks.steps):
             self._warn_of_left_out()
         self._refresher.after_step(weights, hooks.steps)
+
+    def _warn_of_lost_reservoir(self) -> None:
+        """Warn if training begins with weights that an earlier run has left, but without its θ outside B."""
+        self._warned_of_reservoir = True
+        if lost := without_reservoir(self._weights, self._zeros, self.settings):
+            warnings.warn(
+                f"{', '.join(lost[:5])} {'was' if len(lost) == 1 else 'were'} sparse already, and zero outside B, when "
+                "training began: exploration draws at random until entries have values. To go on with an earlier run, "
+                "keep its TopKast and attach that, or load its state: topkast.load_state_dict(state)",
+                stacklevel=2,
+            )
 
     def _warn_of_left_out(self) -> None:
         """Warn of weights that were to be sparse and are trained otherwise."""
@@ -530,21 +560,8 @@ class TopKast:
                 stacklevel=2,
             )
 
-    def _state_to_reset(self, weight: SparseWeight) -> list[EntryState]:
-        storage = self.settings.storage
-        return (
-            [] if isinstance(storage, Masked) and not storage.reset_optimizer_state else self._attached.state_of(weight)
-        )
-
-    def _check_order(self, weight: SparseWeight, saved: Mapping[str, Any]) -> None:
-        """Refuse saved sets if an optimizer's dense state was already packed according to other sets."""
-        gathered = weight.has_gathered and bool(self._attached.state_of(weight))
-        if gathered and saved["storage"] == "masked" and not torch.equal(weight.tiers, saved["tiers"]):
-            raise TopKastError(
-                f"the optimizer's state of '{weight.name}' comes from a masked run, and attach() packed it for other "
-                "sets than the saved ones; load the saved Top-KAST state before attach(), or load the optimizer's "
-                "state after it"
-            )
+    def _state_of(self, weight: SparseWeight) -> list[EntryState]:
+        return self._attached.state_of(weight)
 
     def _set_strength(self) -> None:
         names = {id(weight.parameter): name for name, weight in self._weights.items()}
@@ -565,7 +582,6 @@ class TopKast:
                 and the whole tensors once it has read or received them.
         """
         self.accept_writes(closely=True)
-        self._attached.align()
         own = self._refresher.own_sizes
         plans = {
             "plans": {name: sizes.timeline.moments for name, sizes in own.items()},
@@ -582,13 +598,13 @@ class TopKast:
         }
 
     @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Any], with_optimizers: bool = True) -> None:
-        """Continue from a saved state, after the model and its optimizers have loaded theirs.
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a saved state, after the model has loaded its own.
+
+        The optimizers may load theirs before or after this, or keep it; before it is used it is moved to the sets.
 
         Args:
             state: what `state_dict` has returned.
-            with_optimizers: whether the optimizers load their state of the same moment, before or after this. If not,
-                theirs is moved to the loaded sets.
 
         Raises:
             TopKastError: the state has another format version, other weights, other densities or damaged tensors, or
@@ -598,18 +614,17 @@ class TopKast:
         _reshard(self.model)
         for name, weight in self._weights.items():
             weight.check_state(saved.weights[name])
-            self._check_order(weight, saved.weights[name])
         selections = [Selection.from_state(each, self._weights) for each in saved.selections]
         # A strength computed from the peak learning rate is kept, since the peak may no longer be known.
-        keep_strength = saved.shrinkage is not None and saved.shrinkage == self._shrinkage
+        keeps_strength = saved.shrinkage is not None and saved.shrinkage == self._shrinkage
         for name, weight in self._weights.items():
             asked = weight.strength
             weight.load_state_dict(saved.weights[name])
-            if not keep_strength:
+            if not keeps_strength:
                 weight.shrinkage.strength = asked
-            if with_optimizers:
-                weight.forget_order()
-        self._attached.load(saved.steps, with_optimizers)
+        self._keeps_strength = keeps_strength and not self.is_attached
+        self._warned_of_reservoir = True  # which was loaded, whatever it holds
+        self._attached.load(saved.steps)
         self._refresher.count, self._refresher.selections = saved.refresh_count, selections
         if saved.plans and saved.planned_from == moments(self.settings.schedule, self.settings.ramp):
             sizes = self._refresher.sizes

@@ -28,9 +28,11 @@ class Attached:
         accept_writes: Callable[[Sequence[SparseWeight]], None],
     ) -> None:
         self.hooks: list[StepHooks] = []
-        self._past: list[StepHooks] = []  # of the optimizers that were detached last
+        # of the optimizers that were detached last, whose state is saved as it fits the sets
+        self._past: list[StepHooks] = []
         # Steps taken with optimizers that were detached, or of a state loaded before any optimizer was attached.
         self.steps_before: list[int] = []
+        self._loaded = 0  # number of optimizers of a state that was loaded before any was attached
         self._calls = after_step, looks_at_gradients, accept_writes
 
     def __iter__(self) -> Iterator[StepHooks]:
@@ -64,6 +66,10 @@ class Attached:
             TopKastError: see `TopKast.attach`. Nothing was added then.
         """
         before = self.hooks
+        if self._loaded not in (0, len(optimizers)):
+            raise TopKastError(
+                f"expected {self._loaded} optimizers, as in the Top-KAST state that was loaded, got {len(optimizers)}"
+            )
         try:
             for optimizer, steps in zip(optimizers, chain(self.steps_before, repeat(0)), strict=False):
                 if self._acts_on(optimizer):
@@ -80,38 +86,30 @@ class Attached:
 
     def begin(self, before: Collection[StepHooks]) -> None:
         """Act on the steps of the optimizers that were added, and of others that are made in their place."""
+        for hooks in self._past:
+            hooks.end_watching()
+        self._past = []
         for hooks in self.hooks:
             if hooks not in before:
-                # masked weights: only if the sets that a packed state belongs to were loaded
-                hooks.adopt_state(packed_only=not self.steps_before)
                 hooks.begin()
-        self.steps_before = []
+        self.steps_before, self._loaded = [], 0
         watch_steps(self)
 
     def end(self) -> None:
-        """Remove the hooks; the step counts are kept."""
-        self.align()
+        """Remove the hooks on steps; the step counts are kept."""
         self.steps_before = self.steps
         for hooks in self.hooks:
             hooks.end()
-        self._past, self.hooks = self.hooks or self._past, []
+        if self.hooks:
+            self._past, self.hooks = self.hooks, []
         unwatch_steps(self)
 
-    def load(self, steps: Sequence[int], with_state: bool) -> None:
-        """Continue with the step counts of a saved state.
-
-        Args:
-            steps: taken with each optimizer.
-            with_state: whether the optimizers load the state of the same moment, before or after this.
-        """
-        for hooks in self.hooks:
-            hooks.adopt_state()
-            if with_state:
-                hooks.expect_state()
+    def load(self, steps: Sequence[int]) -> None:
+        """Continue with the step counts of a saved state, one for each optimizer."""
         self.steps_before = [] if self.hooks else list(steps)
+        self._loaded = len(self.steps_before)
         for hooks, count in zip(self.hooks, steps, strict=False):
             hooks.steps = count
-        self.align()
 
     def restart(self) -> None:
         """Count the steps from 0."""
@@ -119,13 +117,13 @@ class Attached:
         for hooks in self.hooks:
             hooks.steps = 0
 
-    def align(self) -> None:
-        """Align the optimizers' state with the present sets before it is used without us, or saved."""
-        for hooks in self.hooks or self._past:
-            hooks.align_state()
+    def recover(self) -> None:
+        """Forget a step that was interrupted."""
+        for hooks in self.hooks:
+            hooks.recover()
 
     def state_of(self, weight: SparseWeight) -> list[EntryState]:
-        """Return the state that the optimizers keep for the entries of a weight."""
+        """Return the state that the optimizers keep for the entries of a weight, which then fits its sets."""
         return [state for hooks in self.hooks for state in hooks.state_of(weight)]
 
     def meet(self, optimizer: Optimizer) -> None:

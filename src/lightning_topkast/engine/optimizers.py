@@ -127,20 +127,29 @@ def check_optimizer(optimizer: Optimizer, packed: Collection[str]) -> None:
             )
 
 
-def entry_states(optimizer: Optimizer, parameter: nn.Parameter, name: str) -> Iterator[EntryState]:
+def state_of(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
+    """Return the state that an optimizer keeps for a parameter, by its names."""
+    state = optimizer.state.get(parameter, {})
+    return state if isinstance(state, dict) else {"state": state}
+
+
+def entry_states(
+    optimizer: Optimizer, parameter: nn.Parameter, name: str, state: Mapping[str, Any]
+) -> Iterator[EntryState]:
     """Yield the state that an optimizer keeps for the entries of a parameter.
 
     Args:
         optimizer: whose step may have made its state.
         parameter: of a sparse weight.
         name: of the weight, for errors.
+        state: what `state_of` has returned, or a copy.
 
     Raises:
         TopKastError: some of the state is not known, or of a kind that cannot be reset entry by entry.
     """
     facts = known(optimizer) or KnownOptimizer()
     starts = {**_ZERO_AT_FIRST, **facts.starts}
-    for key, value in _state_of(optimizer, parameter).items():
+    for key, value in state.items():
         if key in facts.shared:
             continue
         for tensor in tensors_in(value):
@@ -204,11 +213,6 @@ def inner_optimizers(optimizer: Any) -> list[Optimizer]:
 def calls_hooks(optimizer: Optimizer) -> bool:
     """Return whether hooks on the steps of this optimizer are called; not so in wrappers without `__init__`."""
     return getattr(type(optimizer).step, "hooked", False) and hasattr(optimizer, "_optimizer_step_pre_hooks")
-
-
-def _state_of(optimizer: Optimizer, parameter: nn.Parameter) -> Mapping[str, Any]:
-    state = optimizer.state.get(parameter, {})
-    return state if isinstance(state, Mapping) else {"state": state}
 
 
 def _group_of(optimizer: Optimizer, parameter: nn.Parameter) -> Mapping[str, Any]:

@@ -1,7 +1,7 @@
 """Hooks on an optimizer's step, which open sparse weights before the update and close them after it."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -11,15 +11,18 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_topkast.engine.optimizer_state import OptimizerState
 from lightning_topkast.engine.optimizers import (
     calls_hooks,
     check_hidden_state,
     check_optimizer,
     entry_states,
     inner_optimizers,
+    state_of,
 )
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.weights import EntryState, SparseWeight
+from lightning_topkast.weights.writes import stamp
 
 Hook = tuple[tuple[Any, ...], dict[str, Any]] | None
 
@@ -66,13 +69,13 @@ class StepHooks:
         self._optimizers: list[ref[Optimizer]] = []
         self._last_held: list[SparseWeight] = []
         self._stepping: ref[Optimizer] | None = None  # the outermost optimizer whose step is in progress
-        self._gradients_masked = False
+        # gradients that were masked for the next step, and how they were left
+        self._masked: dict[SparseWeight, tuple[Tensor, tuple[int, int, int]]] = {}
         self._checked: list[ref[Optimizer]] = []  # those whose state was found to be known
         self._warned_of_overshoot = self._warned_of_empty = False
         self._handles: WeakKeyDictionary[Optimizer, list[RemovableHandle]] = WeakKeyDictionary()
-        self._versions: dict[SparseWeight, int] = {}  # of the sets, when the optimizers' state was known to fit them
-        self._expects_state = False  # whether state that is loaded before the next step is that of the present sets
-        self._was_loaded = False  # whether other state was loaded since the last step
+        self._watches: list[RemovableHandle] = []
+        self._state = OptimizerState(self._held_by)
         if not self._held_by(optimizer):
             raise TopKastError(
                 f"this {name} holds none of the sparse weights; attach the optimizer of this model (unless "
@@ -123,30 +126,43 @@ class StepHooks:
 
     def begin(self) -> None:
         """Register the hooks."""
-        self._versions = {weight: weight.version for weight in self.weights}
         for optimizer in self.optimizers:
             self._hook(optimizer)
 
     def _hook(self, optimizer: Optimizer) -> None:
         if calls_hooks(optimizer):
+            self._watches += self._state.watch(optimizer)
             self._handles[optimizer] = [
                 optimizer.register_step_pre_hook(self._before_step),
                 optimizer.register_step_post_hook(self._after_step),
-                optimizer.register_load_state_dict_post_hook(self._after_loading),
             ]
 
     def join(self, optimizer: Optimizer) -> None:
         """Act on the steps of another optimizer of the same weights too, beginning with the one that it takes now."""
         self._check(optimizer)
         self._optimizers = [each for each in self._optimizers if each() is not None] + [ref(optimizer)]
-        self._adopt_state(optimizer)
+        self.fit_state()
         self._hook(optimizer)
 
     def end(self) -> None:
-        """Remove the hooks."""
+        """Remove the hooks on steps; state is saved as it fits the sets until `end_watching`."""
+        self.recover()
+        for optimizer in self.optimizers:
+            self._state.leave(optimizer)
         for handle in chain.from_iterable(self._handles.values()):
             handle.remove()
         self._handles.clear()
+
+    def end_watching(self) -> None:
+        """Remove the hooks on the optimizers' state."""
+        for handle in self._watches:
+            handle.remove()
+        self._watches.clear()
+
+    def recover(self) -> None:
+        """Forget a step that was interrupted."""
+        self._stepping = None
+        self._masked.clear()
 
     def mask_gradients(self) -> None:
         """Zero the gradients outside B, after recording them if the next sets depend on them."""
@@ -164,59 +180,46 @@ class StepHooks:
     def prepare_step(self) -> None:
         """Mask the gradients of the next step, so that the step itself need not mask them."""
         self.mask_gradients()
-        self._gradients_masked = True
+        gradients = {weight: weight.parameter.grad for weight in self.weights}
+        self._masked = {
+            weight: (gradient, stamp(gradient)) for weight, gradient in gradients.items() if gradient is not None
+        }
+
+    def _mask_again(self, weights: Iterable[SparseWeight]) -> None:
+        """Mask the gradients that other code has written to since, such as noise; recording it would be wrong."""
+        for weight in weights:
+            gradient, seen = weight.parameter.grad, self._masked.get(weight)
+            if gradient is not None and (seen is None or seen[0] is not gradient or seen[1] != stamp(gradient)):
+                weight.mask_gradient()
 
     def state_of(self, weight: SparseWeight) -> list[EntryState]:
-        """Return the state that the optimizers keep for the entries of a weight.
+        """Return the state that the optimizers keep for the entries of a weight, which then fits its sets.
 
         Raises:
             TopKastError: some of the state is not known.
         """
+        self._warn_of_new([name for optimizer in self.optimizers for name in self._state.fit(optimizer, [weight])])
+        parameter, name = weight.parameter, weight.name
         return [
-            state for optimizer in self.optimizers for state in entry_states(optimizer, weight.parameter, weight.name)
+            entry
+            for optimizer in self.optimizers
+            for entry in entry_states(optimizer, parameter, name, state_of(optimizer, parameter))
         ]
 
-    @torch.no_grad()
-    def align_state(self) -> None:
-        """Put the optimizers' state in the order of the sets, if other weights were loaded since the last step."""
-        for weight in self.weights:
-            if weight.was_reordered:
-                weight.realign(self.state_of(weight))
-
-    @torch.no_grad()
     def fit_state(self) -> None:
-        """Make the optimizers' state fit the sets before it is used, if other code has put back an earlier one."""
-        anew = []
-        for weight in self.weights if self._was_loaded else ():
-            if weight.fit_state(self.state_of(weight), self._versions.get(weight) != weight.version):
-                anew.append(weight.name)
-        self._was_loaded = False
-        if anew:
+        """Make the optimizers' state fit the sets before it is used, if either was loaded."""
+        self._warn_of_new(
+            [name for optimizer in self.optimizers for name in self._state.fit(optimizer, self._held_by(optimizer))]
+        )
+
+    def _warn_of_new(self, names: Sequence[str]) -> None:
+        if names:
             warnings.warn(
-                f"other code has put back the optimizer's state, and to which sets of {', '.join(anew[:5])} it belongs "
-                "is not known, so it begins anew there; put back the state of TopKast of the same moment too: "
-                "topkast.load_state_dict(state)",
-                stacklevel=2,
+                f"the optimizer's state of {', '.join(names[:5])} was saved with other sets than the present ones, and "
+                "in which order it is, is not known, so it begins anew there; put back the state of TopKast of the "
+                "same moment too: topkast.load_state_dict(state)",
+                stacklevel=3,
             )
-
-    def expect_state(self) -> None:
-        """Take state that was loaded since the last step, or is loaded before the next one, for that of these sets."""
-        self._expects_state, self._was_loaded = True, False
-        self._versions = {weight: weight.version for weight in self.weights}
-
-    def adopt_state(self, packed_only: bool = False) -> None:
-        """Convert state that was loaded from a run with another storage to the parameters' shapes."""
-        for optimizer in self.optimizers:
-            self._adopt_state(optimizer, packed_only)
-
-    def _adopt_state(self, optimizer: Optimizer, packed_only: bool = False) -> None:
-        for weight in self._held_by(optimizer):
-            if packed_only and not weight.is_packed:
-                continue
-            state = optimizer.state.get(weight.parameter, {})
-            for key, value in state.items():
-                if isinstance(value, Tensor):
-                    state[key] = weight.adopt(value)
 
     # --- hooks ----------------------------------------------------------------------------------------------------
 
@@ -262,16 +265,14 @@ class StepHooks:
         weights = self._held_by(optimizer)
         self._accept_writes(weights)
         self.fit_state()
-        self.align_state()
-        if not self._gradients_masked:
+        if self._masked:
+            self._mask_again(weights)
+        else:
             self.mask_gradients()
         for weight in weights:
             # like the optimizer, skip parameters without a gradient
             if weight.parameter.grad is not None and not weight.is_open:
                 weight.open()
-
-    def _after_loading(self, optimizer: Optimizer) -> None:
-        self._was_loaded = not self._expects_state
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
@@ -281,7 +282,7 @@ class StepHooks:
             return
         self._stepping = None
         self.seen += 1
-        self._gradients_masked = self._expects_state = False
+        self._masked.clear()
         # A fused optimizer under a gradient scaler skips the step inside its own kernel; others are not even called.
         found_inf = getattr(optimizer, "found_inf", None)
         skipped = found_inf is not None and bool(found_inf)

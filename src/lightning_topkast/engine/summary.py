@@ -133,19 +133,30 @@ def _how_chosen(timeline: Timeline, settings: Settings) -> str:
     return f"refresh every {schedule.update_every} steps{until}, {how}, {settings.allocation.distribution} distribution"
 
 
+def without_reservoir(
+    weights: Mapping[str, SparseWeight], zeros: Mapping[str, tuple[int, int]], settings: Settings
+) -> list[str]:
+    """Return the names of the weights that explore, but are zero outside B, so that nothing says which entries to try.
+
+    Args:
+        weights: the sparse weights by name.
+        zeros: weight name → the number of zeros in θ, and of those outside B.
+        settings: of the run.
+    """
+    found = []
+    for name, (everywhere, outside) in zeros.items():
+        weight = weights.get(name)
+        if weight is not None and 0 < outside == weight.size - int(weight.updated_entries) and everywhere < weight.size:
+            found.append(name)
+    return found if settings.rule.explores else []
+
+
 def _of_zeros(
     weights: Mapping[str, SparseWeight], zeros: Mapping[str, tuple[int, int]], settings: Settings
 ) -> list[str]:
     """Name the weights whose magnitudes do not say which entries are worth exploring."""
-    whole, reservoir = [], []
-    for name, (everywhere, outside) in zeros.items():
-        weight = weights.get(name)
-        if weight is None:
-            continue
-        if everywhere == weight.size:
-            whole.append(name)
-        elif settings.rule.explores and outside and outside == weight.size - int(weight.updated_entries):
-            reservoir.append(name)
+    whole = [name for name, (everywhere, _) in zeros.items() if name in weights and everywhere == weights[name].size]
+    reservoir = without_reservoir(weights, zeros, settings)
     notes = []
     if whole:
         notes.append(f"all zeros: {', '.join(whole)}; the sets are drawn at random until entries have values")

@@ -28,7 +28,7 @@ class ForeignWrites:
                     count = weight.take_over()
                 except NonFiniteScoresError:
                     raise NonFiniteWeightError(
-                        f"weights with NaN or infinity were loaded into '{weight.name}'; load others"
+                        f"other code wrote weights with NaN or infinity into '{weight.name}'; write others"
                     ) from None
                 if count:
                     strays[weight.name] = count

@@ -92,9 +92,12 @@ class Structure(ABC):
         """
         return units
 
-    def order(self, tiers: Tensor) -> Tensor:
-        r"""Return flat indices of B in packed order: the units of A, then those of B\A, both in the grid's order."""
-        return self.entries(torch.cat(units_in_order(self.units_of(tiers))), tiers.shape)
+    def order(self, units: Tensor, shape: torch.Size) -> Tensor:
+        r"""Return flat indices of B in packed order, from the units' tiers.
+
+        These are the units of A, then those of B\A, both in the grid's order.
+        """
+        return self.entries(torch.cat(units_in_order(units)), shape)
 
     def selection(self, sharding: Sharding, draw: Draw | None = None) -> TopK:
         """Return the function that finds the largest units of a weight, which may be sharded.

@@ -14,6 +14,7 @@ from lightning_topkast.method.penalty import Penalty
 from lightning_topkast.method.powerpropagation import Powerpropagation
 from lightning_topkast.method.selection import ACTIVE
 from lightning_topkast.method.structure import Structure, Unstructured
+from lightning_topkast.weights.orders import Orders
 from lightning_topkast.weights.shrinkage import Shrinkage
 from lightning_topkast.weights.state import problem_with
 from lightning_topkast.weights.writes import WriteWatch
@@ -30,6 +31,7 @@ class Traits:
         sizes_change: whether |A| and |B| change during the run.
         exponent: the exponent of powerpropagation; 1 without it.
         seed: of the run.
+        resets_state: whether entries outside B lose their optimizer state; packed ones always do.
     """
 
     structure: Structure = field(default_factory=Unstructured)
@@ -38,6 +40,7 @@ class Traits:
     sizes_change: bool = False
     exponent: float = 1.0
     seed: int = 0
+    resets_state: bool = True
 
 
 class EntryState(NamedTuple):
@@ -50,6 +53,26 @@ class EntryState(NamedTuple):
 
     values: Tensor
     start: float = 0.0
+
+
+class Before(NamedTuple):
+    """A weight before other values were written or loaded into it, so that they can be put back.
+
+    Args:
+        theta: θ; for a sharded weight this process' part.
+        tiers: the entries' tiers, likewise.
+        never_active: as the weight stores it.
+        first_reservoir: as in `SparseWeight`.
+        order: the present one of `Orders`.
+        load_count: as in `SparseWeight`.
+    """
+
+    theta: Tensor
+    tiers: Tensor
+    never_active: Tensor
+    first_reservoir: int
+    order: int
+    load_count: int
 
 
 class SparseWeight(ABC):
@@ -99,14 +122,12 @@ class SparseWeight(ABC):
         # entries that the last refresh promoted into A
         self.promoted = 0
         self.first_reservoir = 0
-        # number of times that other weights were loaded, for which the sets are chosen again
+        # number of times that the sets were chosen again for values that other code has written or loaded
         self.load_count = 0
         # changes whenever the sets or their order in memory change; key of results computed from them
         self.version = 0
-        # whether dense state of an optimizer was packed according to the present sets
-        self.has_gathered = False
-        # whether `load_state_dict` of the model has loaded other weights that were not taken over yet
-        self.was_loaded = False
+        self.orders = Orders()
+        self._before: Before | None = None  # while no step was taken since
         self._writes = WriteWatch()
         self._note_own_write()
 
@@ -283,13 +304,14 @@ class SparseWeight(ABC):
         """Whether other code has written to the parameter since we last did; see `WriteWatch`."""
         return self.is_settled and self._writes.differs(self.parameter)
 
+    @property
+    def was_loaded(self) -> bool:
+        """Whether `load_state_dict` of the model has loaded other values that were not taken over yet."""
+        return False
+
     def _note_own_write(self) -> None:
         """Remember that the parameter is what we wrote."""
         self._writes.note(self.parameter)
-
-    def begin_loading(self) -> None:
-        """Prepare for `load_state_dict`, which is about to overwrite the parameter."""
-        self.was_loaded = True
 
     @property
     def stray_entries(self) -> int:
@@ -313,14 +335,14 @@ class SparseWeight(ABC):
 
         A sparse weight becomes α: its non-zero entries are the active ones, and θ is kept where it is zero. So does a
         dense one that `load_state_dict` of the model has loaded, after the sets are chosen again. Otherwise what was
-        written outside A is zeroed, and θ is kept there; so too in a sharded weight that `load_state_dict` has not
-        loaded, since other processes may not take part.
+        written outside A is zeroed, and θ is kept there; so too in a sharded weight, since other processes may
+        not take part.
 
         Returns:
             the number of entries outside A that were zeroed.
 
         Raises:
-            NonFiniteScoresError: a weight that was loaded holds NaN or infinity.
+            NonFiniteScoresError: a sparse weight with other entries holds NaN or infinity.
         """
         self._note_own_write()
         return 0
@@ -345,6 +367,37 @@ class SparseWeight(ABC):
     def _as_theta(self, values: Tensor) -> Tensor:
         """Return θ for `values`, which are φ while the optimizer steps."""
         return values if self._powerpropagation is None else self._powerpropagation.theta_of(values)
+
+    # --- other values ---------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def before(self) -> Before:
+        """Return what is needed to put back the present values; those before the first write, if no step was taken."""
+
+    @abstractmethod
+    def _put(self, theta: Tensor, tiers: Tensor) -> None:
+        """Replace θ and the sets."""
+
+    def replace(self, theta: Tensor, tiers: Tensor, before: Before) -> None:
+        """Replace θ and the sets by those of other values; the optimizer's state is moved before it is used.
+
+        Where the sets are those of before, as after weights that were swapped in and out again, so is all else.
+
+        Args:
+            theta: for a sharded weight this process' part.
+            tiers: the entries' tiers, likewise.
+            before: what `before` has returned when the other values were written.
+        """
+        differ = int(self.sharding.sum(torch.count_nonzero(tiers != before.tiers)))
+        self.orders.replace(self.units)
+        self._put(theta, tiers)
+        if differ:
+            self.load_count = before.load_count + 1
+            self.record_first_reservoir()
+        else:
+            self.orders.present, self.load_count = before.order, before.load_count
+            self._never_active, self.first_reservoir = before.never_active.clone(), before.first_reservoir
+        self._before = before if self.is_trained else None
 
     # --- state ----------------------------------------------------------------------------------------------------
 
@@ -383,38 +436,35 @@ class SparseWeight(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load a state that `check_state` has accepted; the model already holds the saved α."""
 
-    @abstractmethod
-    def adopt(self, value: Tensor) -> Tensor:
-        """Return optimizer state in the parameter's shape, converted if it was saved under another storage."""
-
     @property
     def is_packed(self) -> bool:
         """Whether the parameter holds only the values of B."""
         return self.storage != "masked"
 
+    # --- the optimizer's state ------------------------------------------------------------------------------------
+
     @property
-    def was_reordered(self) -> bool:
-        """Whether sets were loaded since the optimizer's state was last aligned with them."""
-        return False
+    @abstractmethod
+    def units(self) -> Tensor:
+        """The units' tiers, which determine the order of packed state; for a sharded weight this process' part."""
 
-    def realign(self, state: Sequence[EntryState]) -> None:  # noqa: B027  only packed state has an order
-        """Put the optimizer's state in the order of the sets that were loaded since it was last aligned."""
-
-    def fit_state(self, state: Sequence[EntryState], sets_changed: bool) -> bool:
-        """Make state of the optimizer that other code has put back fit the present sets.
+    @abstractmethod
+    def adopt(self, value: Tensor, units: Tensor | None) -> Tensor:
+        """Return a tensor of the optimizer's state in the parameter's shape, converted if another storage saved it.
 
         Args:
-            state: which belongs to the present sets, or to earlier ones of this run.
-            sets_changed: whether the sets have changed in this run.
-
-        Returns:
-            whether it had to begin anew.
+            value: of any shape; others than those of a storage are left alone.
+            units: the tiers of the sets that it belongs to; None: not known, and zeros are returned if it is packed.
         """
-        self.realign(state)
-        return False
 
-    def forget_order(self) -> None:  # noqa: B027  likewise
-        """Treat the optimizer's state, if any, as that of the present sets."""
+    @abstractmethod
+    def realign(self, state: Sequence[EntryState], units: Tensor) -> None:
+        """Move the optimizer's state from other sets to the present ones.
+
+        Args:
+            state: in the parameter's shape.
+            units: the tiers of the sets that it belongs to.
+        """
 
     @abstractmethod
     def sparsify_average(self, average: Any, active_before: Tensor) -> None:

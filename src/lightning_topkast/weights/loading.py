@@ -1,39 +1,50 @@
-"""The sets of weights that were loaded in place of those that the sets were chosen for."""
+"""The sets of values that other code has written or loaded in place of those that the sets were chosen for."""
 
 import torch
 from torch import Tensor
 
-from lightning_topkast.distributed import to_local
-from lightning_topkast.method.selection import drawn
-from lightning_topkast.weights.base import SparseWeight
+from lightning_topkast.method.selection import ACTIVE, RESERVOIR, drawn
+from lightning_topkast.weights.base import Before, SparseWeight
 
 
-def sets_of(weight: SparseWeight, alpha: Tensor) -> tuple[Tensor, Tensor]:
-    """Return θ and the tiers for other values: A has their largest entries, B the largest of θ besides.
+def replace(weight: SparseWeight, values: Tensor, before: Before) -> None:
+    """Let a weight go on from other values: A has their largest entries, B the largest of θ besides.
 
-    Where values that are sparse already are zero, θ is kept. Ties of zeros are drawn as for the first sets of a run.
+    If they are zero outside the A of before, the sets stay. Where values that are sparse already are zero, θ is kept.
+    Ties of zeros are drawn as for the first sets of a run.
 
     Args:
         weight: whose values are replaced.
-        alpha: the other values; for a sharded weight this process' part.
+        values: the other ones; for a sharded weight this process' part.
+        before: what was there before they were written.
 
     Raises:
         NonFiniteScoresError: the values hold NaN or infinity.
     """
+    active = before.tiers == ACTIVE
+    outside = torch.count_nonzero(values.masked_fill(active, 0))
+    if not int(weight.sharding.sum(outside)):
+        theta, tiers = torch.where(active, values, before.theta), before.tiers
+    else:
+        theta, tiers = _sets_of(weight, values, before)
+    weight.replace(theta, tiers, before)
+
+
+def _sets_of(weight: SparseWeight, values: Tensor, before: Before) -> tuple[Tensor, Tensor]:
     structure, sharding = weight.structure, weight.sharding
-    active, updated = (_units_in(weight, to_local(members)) for members in (weight.active, weight.updated))
-    support = alpha != 0
+    was_active, support = before.tiers == ACTIVE, values != 0
+    active, updated = (_units_in(weight, members) for members in (was_active, before.tiers != RESERVOIR))
 
     def draw() -> Tensor:
         numbers = drawn(weight.seed, 0, weight.name, structure.grid(weight.shape))
-        return structure.part_of(numbers, sharding).to(alpha.device)
+        return structure.part_of(numbers, sharding).to(values.device)
 
     select = structure.selection(sharding, draw)
-    first = select(structure.scores(alpha.abs(), sharding), (active,)).bool()
-    theta = alpha
-    if int(sharding.sum(torch.count_nonzero(support))) <= int(weight.active_entries):
+    first = select(structure.scores(values.abs(), sharding), (active,)).bool()
+    theta = values
+    if int(sharding.sum(torch.count_nonzero(support) - torch.count_nonzero(was_active))) <= 0:
         chosen = structure.tiers(first.to(torch.uint8), sharding).bool()
-        theta = torch.where(support | chosen, alpha, to_local(weight.theta()))
+        theta = torch.where(support | chosen, values, before.theta)
     scores = structure.scores(theta.abs(), sharding)
     tiers = select(scores.masked_fill(first, torch.finfo(scores.dtype).max), (updated, active))
     return theta, structure.tiers(tiers, sharding)

@@ -20,8 +20,8 @@ from lightning_topkast.errors import TopKastError
 from lightning_topkast.method.penalty import Total
 from lightning_topkast.method.selection import ACTIVE, EXPLORING, RESERVOIR
 from lightning_topkast.ops.flat import copied, count_outside, flat, indices, mask_outside_, merged, where
-from lightning_topkast.weights.base import EntryState, SparseWeight, Traits
-from lightning_topkast.weights.loading import sets_of
+from lightning_topkast.weights.base import Before, EntryState, SparseWeight, Traits
+from lightning_topkast.weights.loading import replace
 
 
 class MaskedWeight(SparseWeight):
@@ -56,8 +56,10 @@ class MaskedWeight(SparseWeight):
         self._never_active = torch.zeros_like(self._alpha, dtype=torch.bool)
         # sizes of B, B\A and the never active entries, counted over all parts of a sharded weight
         self._counted = [self.size, 0, 0]
-        self._overwritten: Tensor | None = None  # θ on A, in memory order, before other weights were loaded
-        self._state_is_stale = False  # entries that have left B may have kept their optimizer state
+        self._resets_state = traits.resets_state
+        self._before_loading: Before | None = None  # until what `load_state_dict` has written is taken over
+        # what `load_state_dict` has written, if it has more entries than A and nothing was written since
+        self._as_loaded: Tensor | None = None
         if self._latent.stride() != self._alpha.stride():
             raise TopKastError(f"'{name}': its entries overlap or have gaps in memory; make the parameter contiguous")
 
@@ -154,7 +156,7 @@ class MaskedWeight(SparseWeight):
         latent.index_fill_(0, promoted, 0)
         alpha.index_fill_(0, demoted, 0)
         self._forget()
-        self._settled = True
+        self._settled, self._before = True, None
         self._note_own_write()
 
         flat(self._never_active).index_fill_(0, promoted, False)
@@ -163,11 +165,12 @@ class MaskedWeight(SparseWeight):
         self._reset(state)
 
     def _reset(self, state: Sequence[EntryState]) -> None:
+        if not self._resets_state:
+            return
         for values, start in state:  # old state would act on entries that return to B, and decay into denormals
             mask_outside_(to_local(values), self._mask)
             if start:
                 to_local(values).masked_fill_(self._mask == 0, start)
-        self._state_is_stale = False
 
     def _forget(self) -> None:
         if self.clears_dropped:
@@ -268,7 +271,7 @@ class MaskedWeight(SparseWeight):
     def _note_own_write(self) -> None:
         """Remember that the parameter is α now."""
         super()._note_own_write()
-        self._overwritten, self.was_loaded = None, False
+        self._as_loaded = None
 
     @property
     def is_settled(self) -> bool:
@@ -304,6 +307,8 @@ class MaskedWeight(SparseWeight):
         mask_outside_(alpha, self._mask)
         self.shrinkage.apply_(alpha, False, lr, self._total)
         self._settled = True
+        self.orders.step()
+        self._before = None
         self._note_own_write()
 
     def penalty(self) -> Tensor:
@@ -323,33 +328,55 @@ class MaskedWeight(SparseWeight):
         exploring = torch.count_nonzero(flat(alpha).index_select(0, self._exploring))
         return int(exploring + count_outside(alpha, self._mask))
 
+    @property
+    def was_loaded(self) -> bool:
+        """Whether `load_state_dict` of the model has loaded other values that were not taken over yet."""
+        return self._before_loading is not None
+
     def begin_loading(self) -> None:
-        """Keep θ on A, which `load_state_dict` is about to overwrite."""
-        super().begin_loading()
-        if self._overwritten is None:
-            self._overwritten = flat(self._alpha)[flat(self._tiers) == ACTIVE]
+        """Keep what `load_state_dict` is about to overwrite."""
+        if self._settled and self._before_loading is None:
+            self._before_loading = self.before()
+
+    def finish_loading(self) -> None:
+        """Go on from what `load_state_dict` has written, once an optimizer trains the weight."""
+        if self.was_loaded and self.is_trained:
+            self.take_over()
 
     def take_over(self) -> int:
         """Accept what other code wrote: the parameter is α again; see `SparseWeight.take_over`."""
         self.match_layout()
-        # all processes load weights together; anything else one of them may write alone
-        strays = self.stray_entries if self.was_loaded else self.own_strays
-        if strays and (self.was_loaded or self.is_as_sparse):
+        before, self._before_loading = self._before_loading, None
+        if before is not None:
             loaded = self._alpha.clone()
-            if self._overwritten is not None:
-                flat(self._latent)[flat(self._tiers) == ACTIVE] = self._overwritten
-            self._alpha.zero_()  # so that θ is that of before
-            theta, tiers = sets_of(self, loaded)
-            self._alpha.copy_(theta.masked_fill(tiers != ACTIVE, 0))
-            self._put_sets(tiers, theta.masked_fill(tiers == ACTIVE, 0))
-            self.record_first_reservoir()
-            self.load_count += 1
-            self._state_is_stale = True
+            replace(self, loaded, before)
+            if not torch.equal(self._alpha, loaded):
+                self._as_loaded = loaded
+            return 0
+        # of this process' part, since one process may write alone
+        strays = self.own_strays
+        if (strays or self._before is not None) and self.is_as_sparse:
+            replace(self, self._alpha.clone(), self.before())
             return 0
         if strays:
             self.restore_sparsity()
         self._note_own_write()
         return strays
+
+    def before(self) -> Before:
+        """Return what is needed to put back the present values; those before the first write, if no step was taken."""
+        if self._before is not None:
+            return self._before
+        tiers = self._tiers
+        theta = torch.where(tiers == ACTIVE, self._alpha, self._latent)
+        return Before(
+            theta, tiers, self._never_active.clone(), self.first_reservoir, self.orders.present, self.load_count
+        )
+
+    def _put(self, theta: Tensor, tiers: Tensor) -> None:
+        """Replace θ and the sets; the parameter is α."""
+        self._alpha.copy_(theta.masked_fill(tiers != ACTIVE, 0))
+        self._put_sets(tiers, theta.masked_fill(tiers == ACTIVE, 0))
 
     def restore_sparsity(self) -> None:
         """Zero the parameter outside A after other code (an average copied into the model) wrote to it."""
@@ -357,19 +384,6 @@ class MaskedWeight(SparseWeight):
         mask_outside_(self._alpha, active)
         mask_outside_(self._latent, ~active)
         self._note_own_write()
-
-    @property
-    def was_reordered(self) -> bool:
-        """Whether sets were taken over since the optimizer's state was last aligned with them."""
-        return self._state_is_stale
-
-    def realign(self, state: Sequence[EntryState]) -> None:
-        """Reset the optimizer's state of entries that left B when other weights were taken over."""
-        self._reset(state)
-
-    def forget_order(self) -> None:
-        """Treat the optimizer's state, if any, as that of the present sets."""
-        self._state_is_stale = False
 
     @property
     def is_exploring(self) -> bool:
@@ -397,21 +411,33 @@ class MaskedWeight(SparseWeight):
             whole = {key: self.sharding.to_dtensor(part.clone()).cpu() for key, part in parts.items()}
         return whole | self._counts()
 
-    def adopt(self, value: Tensor) -> Tensor:
+    @property
+    def units(self) -> Tensor:
+        """The units' tiers; for a sharded weight this process' part."""
+        return self.structure.units_of(self._tiers)
+
+    def adopt(self, value: Tensor, units: Tensor | None) -> Tensor:
         """Return optimizer state in the parameter's shape; packed state is unpacked, with zeros outside B."""
-        if value.shape == self.shape or value.shape != (self.updated_count,):
+        if value.shape == self.shape or value.shape != (self.updated_count,) or self.sharding.is_sharded:
             return value
-        order = self.structure.order(self.tiers)
         dense = value.new_zeros(self.size)
-        dense[order] = value[: order.numel()]
+        if units is not None:
+            order = self.structure.order(units, self.shape).to(value.device)
+            dense[order] = value[: order.numel()]
         # in the parameter's memory format, which fused optimizers expect
         return torch.empty_like(self._alpha, dtype=value.dtype, device=value.device).copy_(dense.view(self.shape))
 
+    def realign(self, state: Sequence[EntryState], units: Tensor) -> None:
+        """Reset the optimizer's state of entries outside B."""
+        self._reset(state)
+
     def _in_model(self) -> Tensor:
-        return self._alpha
+        return self._alpha if self._as_loaded is None or self.was_written else self._as_loaded
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load a state that `check_state` has accepted; the parameter already holds the saved α."""
+        """Load a state that `check_state` has accepted; the parameter already holds the saved α, or was given it."""
+        self._alpha.copy_(self._in_model())
+        self.orders.replace(self.units)
         saved_tiers, latent, never_active = (
             self.sharding.to_local(state[key]) for key in ("tiers", "latent", "never_active")
         )
@@ -419,7 +445,8 @@ class MaskedWeight(SparseWeight):
         self._never_active = torch.empty_like(self._mask, dtype=torch.bool).copy_(never_active)
         self._count()
         self._load_counts(state)
-        self._state_is_stale = True
+        self.orders.load(self.units)
+        self._before = self._before_loading = None
 
     def _put_sets(self, tiers: Tensor, latent: Tensor) -> None:
         """Replace the sets and θ outside A; the parameter is α already."""

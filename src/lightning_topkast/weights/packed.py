@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from lightning_topkast.distributed import Sharding
 from lightning_topkast.method.selection import ACTIVE, RESERVOIR, NonFiniteScoresError
-from lightning_topkast.method.structure import Block
+from lightning_topkast.method.structure import Block, units_in_order
 from lightning_topkast.ops.flat import indices
-from lightning_topkast.weights.base import EntryState, SparseWeight, Traits
+from lightning_topkast.weights.base import Before, EntryState, SparseWeight, Traits
 from lightning_topkast.weights.layouts import Layout, make_layout
-from lightning_topkast.weights.loading import sets_of
+from lightning_topkast.weights.loading import replace
 
 
 class PackedWeight(SparseWeight):
@@ -66,10 +66,6 @@ class PackedWeight(SparseWeight):
         self._pending: tuple[list[tuple[Tensor, Tensor]], Tensor, Layout] | None = None
         # sets that the next `apply` is likely to receive, with their layout
         self._prepared: tuple[Tensor, Layout] | None = None
-        # θ, sets and telemetry of before other weights were loaded, until the next step
-        self._before_loading: tuple[Tensor, Tensor, Tensor | None, Tensor, int] | None = None
-        # units that the optimizer's state belongs to, if other weights were loaded since
-        self._state_units: Tensor | None = None
 
     @property
     def layout(self) -> Layout:
@@ -160,7 +156,6 @@ class PackedWeight(SparseWeight):
         layout = prepared[1] if prepared is not None and prepared[0] is given else self._pack(tiers)
         self._update_scores()
         places, new_places = self._places(), layout.indices().long()
-        units = _units_of(self._layout, places) if self._state_units is None else self._state_units
         self._theta.index_copy_(0, places, self._values())
         if self.clears_dropped:
             forgotten = (tiers == RESERVOIR) & (self._tiers != RESERVOIR)
@@ -168,15 +163,13 @@ class PackedWeight(SparseWeight):
             if self._scores is not None:
                 self._scores.masked_fill_(forgotten, 0)
         writes = [(self.parameter.detach(), self._values_at(new_places))]
-        writes += self._moved(state, units, _units_of(layout, new_places))
-        self._state_units = None
+        writes += self._moved(state, _units_of(self._layout, places), _units_of(layout, new_places))
         promoted = torch.count_nonzero((tiers == ACTIVE) & (self._tiers != ACTIVE))
         self.promoted = int(promoted) * self._unit_size
         # Everything is prepared. Writing it twice does no harm, so an interrupted write is simply repeated.
         self._pending = (writes, tiers, layout)
         self._settle()
-        self.has_gathered = False
-        self._before_loading = None
+        self._before = None
 
     def _pack(self, tiers: Tensor) -> Layout:
         return make_layout(tiers, self.shape, self.structure, self.storage == "packed")
@@ -267,7 +260,8 @@ class PackedWeight(SparseWeight):
             self.shrinkage.apply_(exploring, True, lr)
         values[layout.updated_count :].zero_()
         self.is_open = False
-        self._before_loading = None
+        self.orders.step()
+        self._before = None
         self._note_own_write()
 
     def recover(self) -> None:
@@ -314,35 +308,42 @@ class PackedWeight(SparseWeight):
             "never_active": self.structure.tiers(self._never_active.clone(), self.sharding),
         } | self._counts()
 
-    def adopt(self, value: Tensor) -> Tensor:
+    @property
+    def units(self) -> Tensor:
+        """The units' tiers, on CPU."""
+        self._settle()
+        return self._tiers
+
+    def adopt(self, value: Tensor, units: Tensor | None) -> Tensor:
         """Return optimizer state in the parameter's shape; dense state is packed, its values on B."""
         if value.shape == self.parameter.shape or value.shape != self.shape:
             return value
-        order = self._places().to(value.device)
+        order = self.structure.order(self.units if units is None else units, self.shape)
         packed = value.new_zeros(self.parameter.shape)
-        packed[: order.numel()] = value.reshape(-1)[order]
-        self.has_gathered = True
+        packed[: order.numel()] = value.reshape(-1)[order.to(value.device)]
         return packed
+
+    def realign(self, state: Sequence[EntryState], units: Tensor) -> None:
+        """Move the optimizer's state to the order of the present sets; that of entries that were not in B is new."""
+        if units is not self.units:
+            for tensor, content in self._moved(state, torch.cat(units_in_order(units)), self._units()):
+                tensor.copy_(content)
 
     def _in_model(self) -> Tensor:
         return self.alpha()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load a state that `check_state` has accepted; the model already holds the saved α."""
-        if self._state_units is None:
-            self._state_units = self._units()
-        self._take_over(self.alpha() + state["latent"].cpu(), state["tiers"].cpu())
+        self.orders.replace(self.units)
+        self._put(self.alpha() + state["latent"].cpu(), state["tiers"].cpu())
         self._never_active = self._on_grid(state["never_active"]).clone()
         self._load_counts(state)
         self.is_open = False
-        self._before_loading = None
+        self.orders.load(self.units)
+        self._before = None
 
     def load_alpha(self, alpha: Tensor) -> None:
-        """Load dense weights from a state dict; the network then computes with those of them that are in A.
-
-        Weights that are zero outside the present A only change its values. For other weights the sets are chosen again:
-        A are the largest entries. If the weights were sparse already, θ is kept where they are zero. Ties of zeros are
-        drawn as for the first sets of a run.
+        """Go on from dense weights of a state dict; the network computes with those of them that are in A.
 
         Raises:
             NonFiniteScoresError: the weights hold NaN or infinity.
@@ -350,52 +351,17 @@ class PackedWeight(SparseWeight):
         alpha = alpha.detach().cpu().to(self._theta.dtype).contiguous()
         if not bool(torch.isfinite(alpha).all()):
             raise NonFiniteScoresError("weights must be finite")
-        if not self.is_trained:
-            self._before_loading = None
-        elif self._before_loading is None:
-            theta, units, never = self.theta().view(-1), self._state_units, self._never_active.clone()
-            self._before_loading = theta, self.tiers, units, never, self.first_reservoir
-        else:  # weights that are swapped in and out again leave everything as it was
-            theta, tiers, self._state_units, never, self.first_reservoir = self._before_loading
-            self._take_over(theta, tiers)
-            self._never_active = never.clone()
-        theta, tiers = sets_of(self, alpha)
-        if not bool(((alpha != 0) & ~self.active).any()):
-            count = self._layout.active_count
-            values = alpha.view(-1).index_select(0, self._places()[:count])
-            self.parameter.detach()[:count] = values.to(self.parameter)
-            self._note_own_write()
-            return
-        if self._state_units is None:
-            self._state_units = self._units()
-        self.load_count += 1
-        self._take_over(theta, tiers)
-        self.record_first_reservoir()
+        replace(self, alpha, self.before())
 
-    @property
-    def was_reordered(self) -> bool:
-        """Whether sets were loaded since the optimizer's state was last aligned with them."""
-        return self._state_units is not None
+    def before(self) -> Before:
+        """Return what is needed to put back the present values; those before the first write, if no step was taken."""
+        if self._before is not None:
+            return self._before
+        never = self._never_active.clone()
+        return Before(self.theta(), self.tiers, never, self.first_reservoir, self.orders.present, self.load_count)
 
-    def realign(self, state: Sequence[EntryState]) -> None:
-        """Put the optimizer's state in the order of the sets that were loaded since it was last aligned."""
-        if self._state_units is not None:
-            before, self._state_units = self._state_units, None
-            for tensor, content in self._moved(state, before, self._units()):
-                tensor.copy_(content)
-
-    def fit_state(self, state: Sequence[EntryState], sets_changed: bool) -> bool:
-        """Begin state of the optimizer anew if the sets have changed, since its order is not known then."""
-        self._state_units = None
-        for values, start in state if sets_changed else ():
-            values.fill_(start)
-        return sets_changed
-
-    def forget_order(self) -> None:
-        """Treat the optimizer's state, if any, as that of the present sets."""
-        self._state_units = None
-
-    def _take_over(self, theta: Tensor, tiers: Tensor) -> None:
+    def _put(self, theta: Tensor, tiers: Tensor) -> None:
+        """Replace θ and the sets."""
         self._theta = theta.to(self._theta.dtype).contiguous().clone().view(-1)
         self._scores = self._scores_of(self._theta)
         tiers = self._on_grid(tiers).clone()

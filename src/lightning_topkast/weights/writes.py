@@ -37,16 +37,17 @@ class WriteWatch:
 
     def note(self, parameter: nn.Parameter) -> None:
         """Remember that the parameter is what we wrote."""
-        self._seen = _stamp(parameter)
+        self._seen = stamp(parameter)
 
     def differs(self, parameter: nn.Parameter) -> bool:
         """Return whether other code has written to the parameter since `note`."""
-        if self._seen != _stamp(parameter):
+        if self._seen != stamp(parameter):
             return True
         return self._places.size > 0 and has_bits(to_local(parameter.detach()), self._places)
 
 
-def _stamp(parameter: nn.Parameter) -> tuple[int, int, int]:
+def stamp(tensor: Tensor) -> tuple[int, int, int]:
+    """Return what changes when anybody writes to a tensor in place, or gives it other memory."""
     with torch.no_grad():  # or a DTensor would give a view; `detach()` of one has a counter of its own
-        local = to_local(parameter)
-    return parameter._version, local._version, local.data_ptr()
+        local = to_local(tensor)
+    return tensor._version, local._version, local.data_ptr()

@@ -1,0 +1,70 @@
+"""The sets that the optimizer's state of a weight belongs to."""
+
+import hashlib
+from typing import Any
+
+from torch import Tensor
+
+
+class Orders:
+    """Which sets state of the optimizer belongs to, although they are replaced without it when weights are loaded.
+
+    As long as only refreshes change the sets, which move the state with them, the order is the same. All sets are given
+    by the units' tiers, which determine the order of packed state.
+    """
+
+    def __init__(self) -> None:
+        self.present = 0
+        self._count = 0
+        # the order of the last step and its sets, if they were replaced since
+        self._stepped: tuple[int, Tensor] | None = None
+        self._loaded: Tensor | None = None
+
+    def replace(self, units: Tensor) -> None:
+        """Begin another order, since sets are replaced without the optimizer's state.
+
+        Args:
+            units: the sets until now.
+        """
+        if self._stepped is None:
+            self._stepped = self.present, units
+        self._count += 1
+        self.present = self._count
+
+    def load(self, units: Tensor) -> None:
+        """Note sets that were loaded with a saved state; the optimizer may load its state of the same moment later."""
+        self._loaded = units
+
+    def step(self) -> None:
+        """Note that a step was taken, before which all state was moved to the present sets."""
+        self._stepped = self._loaded = None
+
+    def sets_of(self, order: int | None, units: Tensor) -> Tensor | None:
+        """Return the sets that state of the optimizer belongs to, or None if they are not known.
+
+        Args:
+            order: in which the state was used last. None: it was loaded, or made without us, and belongs to the sets
+                that were loaded last, or else to the present ones.
+            units: the present sets.
+        """
+        if order is None and self._loaded is not None:
+            return self._loaded
+        if order in (self.present, None):
+            return units
+        return self._stepped[1] if self._stepped is not None and self._stepped[0] == order else None
+
+    def sets_with(self, saved: Any, units: Tensor) -> Tensor | None:
+        """Return the sets with a fingerprint, or None if they are not known.
+
+        Args:
+            saved: what stood in a state that may come from a file.
+            units: the present sets.
+        """
+        known = [units, self._loaded, *(self._stepped or ())[1:]] if isinstance(saved, int) else []
+        return next((each for each in known if each is not None and fingerprint(each) == saved), None)
+
+
+def fingerprint(units: Tensor) -> int:
+    """Return a number that differs for other sets."""
+    digest = hashlib.blake2b(units.cpu().contiguous().numpy().data, digest_size=7)
+    return int.from_bytes(digest.digest(), "little")

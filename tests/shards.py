@@ -173,7 +173,8 @@ def check_experts(world: int, mesh, rank: int) -> dict:
     bag = shard(nn.Sequential(Experts()), mesh, lambda dims: [Shard(0)])
     topkast = TopKast(bag, **nouns(**OPTIONS))
     if rank == 0:
-        bag[0].weight.detach().to_local()[0, 0] = float("nan")
+        active = topkast.weights["0.weight"].active.to_local()
+        bag[0].weight.detach().to_local()[active] = float("nan")
     try:
         topkast.refresh()
     except NonFiniteWeightError as error:
@@ -192,7 +193,8 @@ def check_refusals(mesh, rank: int) -> dict:
     topkast = TopKast(bag, **nouns(**OPTIONS))
     before = {name: weight.tiers.to_local().clone() for name, weight in topkast.weights.items()}
     if rank == 0:
-        bag.layer1.weight.detach().to_local()[0, 0] = float("nan")
+        active = topkast.weights["layer1.weight"].active.to_local()
+        bag.layer1.weight.detach().to_local()[active] = float("nan")
     try:
         topkast.refresh()
     except NonFiniteWeightError as error:

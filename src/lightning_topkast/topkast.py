@@ -312,7 +312,7 @@ class TopKast:
                 f"{type(self.settings.rule).__name__} depends on the progress of the run, but its length is not known; "
                 "give stop_updating_at, or limit the run (Trainer: max_steps or max_epochs; attach: total_steps)"
             )
-        self._refresher.plan(sizes)
+        self._refresher.plan(sizes, keeps_own=self._attached.awaits_optimizers)
         if self.step_count == self.refresh_count == 0 and not self._sets_fit_schedule:
             self._choose_first()  # exploration stops at a fraction that is less than a step
 
@@ -500,7 +500,9 @@ class TopKast:
 
     def _follow_schedule(self) -> None:
         """Refresh if the sets explore and the schedule says they should not, or the reverse."""
-        if self._refresher.sizes.is_planned and not self._sets_fit_schedule:
+        # which steps count for which weights is not known before optimizers of their own are attached
+        is_known = self.is_attached or not self._refresher.own_sizes
+        if is_known and self._refresher.sizes.is_planned and not self._sets_fit_schedule:
             self.refresh()
 
     @property

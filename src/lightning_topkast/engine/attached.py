@@ -51,6 +51,11 @@ class Attached:
         """The optimizers that were attached, or those made anew in their place."""
         return [optimizer for hooks in self.hooks for optimizer in hooks.optimizers[:1]]
 
+    @property
+    def awaits_optimizers(self) -> bool:
+        """Whether a state was loaded before its optimizers were attached."""
+        return self._loaded > 0
+
     def left_out(self, weights: Mapping[str, SparseWeight]) -> list[str]:
         """Return the names of the weights that no optimizer holds."""
         held = {id(weight) for hooks in self.hooks for weight in hooks.weights}

@@ -148,9 +148,16 @@ class Refresher:
         """Return the state of a copy, which has no callback."""
         return self.__dict__ | {"on_refresh": None}
 
-    def plan(self, sizes: SetSizes) -> None:
-        """Plan the run anew."""
-        self.sizes, self.own_sizes = sizes, {}
+    def plan(self, sizes: SetSizes, keeps_own: bool) -> None:
+        """Plan the run anew.
+
+        Args:
+            sizes: of the sets over the run.
+            keeps_own: whether moments that an optimizer has of its own stay.
+        """
+        own = self.own_sizes if keeps_own else {}
+        self.sizes = sizes
+        self.own_sizes = {name: sizes.with_moments(each.timeline.moments) for name, each in own.items()}
 
     def replan(self, weights: Sequence[SparseWeight], step: int, total_steps: int) -> None:
         """Correct the length of the run in steps of the optimizer of these weights, which has taken `step` steps."""

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_topkast import Ramp, TopKast, TopKastError
+from lightning_topkast import Block, Ramp, TopKast, TopKastError
 from lightning_topkast.baselines import RigL
 from lightning_topkast.costs import OptimizerState, Parallel, Plan, make_plan
 from lightning_topkast.method.density import SetSizes
@@ -383,6 +383,22 @@ def test_model_that_does_not_fit_its_input_is_refused_by_shape():
 def test_optimizer_that_takes_no_step_alone_is_refused():
     with pytest.raises(TopKastError, match="the size of the optimizer's state is not known"):
         plan_of(Mixed, IMAGES, optimizer=torch.optim.LBFGS)
+
+
+@pytest.mark.parametrize(
+    ("structure", "side", "storage"),
+    [("unstructured", 2**16, "compact"), ("unstructured", 2**15, "packed"), (Block(2, 1), 2**16, "compact"),
+     (Block(4, 4), 2**16, "packed")],
+)  # fmt: skip
+def test_weights_with_too_many_entries_for_the_kernels_are_planned_as_they_would_be_stored(structure, side, storage):
+    """At most 2³¹ - 1 entries of A, or blocks; others would fail when the model is built, after an hour of waiting."""
+
+    def build() -> nn.Module:
+        return nn.Sequential(*(nn.Linear(each, out, bias=False) for each, out in ((4, side), (side, side), (side, 4))))
+
+    sparsity = {"forward_sparsity": 0.4, "backward_sparsity": 0.2, "storage": "packed", "structure": structure}
+    stored = {layer.name: layer.storage for layer in plan_of(build, (1, 4), **sparsity).layers}
+    assert stored["1.weight"] == storage
 
 
 def test_strict_refuses_weights_left_masked():

@@ -19,6 +19,7 @@ from lightning_topkast.ops import Kernels, choose_kernels
 from lightning_topkast.settings import Settings
 from lightning_topkast.storage import Masked, Packed
 from lightning_topkast.weights import MaskedWeight, PackedWeight, SparseWeight, Traits
+from lightning_topkast.weights.layouts import can_multiply
 
 # Time of a packed product per entry, as a multiple of a dense product's, and the number of entries below which the
 # fixed cost of a layer outweighs the gain: measured on CPUs at batches of 128 and 256 (benchmarks/README.md, packed
@@ -142,6 +143,8 @@ def storage_of(
     if obstacle := _obstacle(target):
         return "masked", obstacle
     if storage.products == "dense" or not all(product_of(*owner) for owner in target.owners):
+        return "compact", ""
+    if not can_multiply(target.shape, active, updated, structure):
         return "compact", ""
     if storage.products == "auto":
         parameter = target.parameter

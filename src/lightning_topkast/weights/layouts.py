@@ -160,10 +160,20 @@ def make_layout(tiers: Tensor, shape: torch.Size, structure: Structure, products
         return FlatLayout(*sets, structure.entries(both, shape).to(narrow))
     if isinstance(structure, Block):
         sides = (structure.outputs, structure.inputs)
-        grid = (len(tiers), tiers.numel() // max(len(tiers), 1))
-        return BsrLayout(*sets, BlockPattern.from_flat(active, exploring, grid, sides))
-    matrix = (shape[0], shape.numel() // max(shape[0], 1))
+        return BsrLayout(*sets, BlockPattern.from_flat(active, exploring, _as_matrix(tiers.shape), sides))
+    matrix = _as_matrix(shape)
     return CsrLayout(*sets, Pattern.from_flat(active, matrix), Pattern.from_flat(exploring, matrix, transpose=False))
+
+
+def can_multiply(shape: torch.Size, active: int, updated: int, structure: Structure) -> bool:
+    """Return whether the kernels' int32 can hold the indices of a weight of this shape, with |A| and |B| entries."""
+    if isinstance(structure, Block):
+        return BlockPattern.fits(_as_matrix(structure.grid(shape)), (structure.outputs, structure.inputs))
+    return Pattern.fits(_as_matrix(shape), max(active, updated - active))
+
+
+def _as_matrix(shape: torch.Size) -> tuple[int, int]:
+    return shape[0], shape.numel() // max(shape[0], 1)
 
 
 def _flat_indices(pattern: Pattern) -> Tensor:

@@ -99,7 +99,7 @@ class BlockPattern:
                 f"{tuple(block_shape)}"
             )
         (rows, columns), (height, width) = grid, block_shape
-        if max(rows * columns, rows * height, columns * width) > _LARGEST:
+        if not cls.fits((rows, columns), block_shape):
             raise TopKastError(
                 f"{rows} × {columns} blocks of {height} × {width} exceed the int32 limit of {_LARGEST}; use larger "
                 "blocks"
@@ -117,6 +117,12 @@ class BlockPattern:
             active_by_column=Lines.of(column[:count], row[:count], columns),
             updated_by_row=Lines.of(row, column, rows),
         )
+
+    @staticmethod
+    def fits(grid: tuple[int, int], block_shape: tuple[int, int]) -> bool:
+        """Return whether int32 can hold the indices of the blocks of a grid, and of the rows and columns."""
+        (rows, columns), (height, width) = grid, block_shape
+        return max(rows * columns, rows * height, columns * width) <= _LARGEST
 
     @property
     def updated_count(self) -> int:

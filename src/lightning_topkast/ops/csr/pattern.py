@@ -42,7 +42,7 @@ class Pattern:
             ValueError: the indices are out of range or not strictly increasing, or too many for int32.
         """
         rows, columns = shape
-        if max(rows, columns, indices.numel()) > _LARGEST:
+        if not cls.fits(shape, indices.numel()):
             raise ValueError(f"{indices.numel()} entries in {rows} × {columns} exceed the int32 limit of {_LARGEST}")
         entries = indices.numpy()
         if entries.size and not (entries[0] >= 0 and entries[-1] < rows * columns):
@@ -61,6 +61,11 @@ class Pattern:
         t_crow = torch.searchsorted(sorted_columns, torch.arange(columns + 1, dtype=torch.int32), out_int32=True)
         t_col = torch.from_numpy(rows_of_entries)[order]
         return cls((rows, columns), torch.from_numpy(crow), col, t_crow, t_col, order.int())
+
+    @staticmethod
+    def fits(shape: tuple[int, int], entries: int) -> bool:
+        """Return whether int32 can hold the indices of this many entries of a matrix."""
+        return max(*shape, entries) <= _LARGEST
 
     def to(self, device: torch.device | str) -> "Pattern":
         """Return the same pattern on another device."""

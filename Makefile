@@ -1,4 +1,4 @@
-# make train | test | test-all | soak | docs | docs-serve | lint | types | format | clean, from a fresh clone. Needs Python >= 3.10 with pip, and make.
+# make train | test | test-all | soak | mutants | lightning-suite | docs | docs-serve | lint | types | format | clean, from a fresh clone. Needs Python >= 3.10 with pip, and make.
 PYTHON ?= python3
 # More overrides for the run: make train ARGS="model=cnn sparsity.forward_sparsity=0.95"
 ARGS ?=
@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --progress-bar off -c constraints.txt
 SOURCES := src tests $(wildcard examples benchmarks reliability docs)
 
-.PHONY: train test test-slow test-all soak docs docs-serve lint types format clean
+.PHONY: train test test-slow test-all soak mutants lightning-suite docs docs-serve lint types format clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.installed
@@ -30,6 +30,15 @@ test-all: test test-slow
 # Half an hour of randomised runs, or so long: make soak ARGS="--minutes 1"
 soak: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python reliability/soak.py $(ARGS)
+
+# Small changes of the code that its tests should notice, hours of them; or some: make mutants ARGS="method/schedule.py --sample 20"
+mutants: $(VENV)/.installed-dev
+	$(INSTALL) -e '.[mutants]'
+	OMP_NUM_THREADS=1 $(BIN)/python reliability/mutants.py $(ARGS)
+
+# Lightning's own tests with our callback in every Trainer: make lightning-suite ARGS="TREE", a source tree of the installed version
+lightning-suite: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python reliability/lightning_suite.py $(ARGS)
 
 # The documentation, in build/site; any warning is an error. The variable silences its theme's announcement.
 docs: $(VENV)/.installed-dev

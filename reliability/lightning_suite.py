@@ -1,0 +1,134 @@
+"""Runs Lightning's own tests with our callback added to every Trainer, and lists what fails only because of it.
+
+    python reliability/lightning_suite.py TREE [TESTS...] [--storage masked] [--json FILE] [-- PYTEST OPTIONS...]
+
+TREE is a source tree of the version of Lightning that is installed, with the requirements of its tests
+(`TREE/requirements/pytorch/test.txt`). What fails with the callback runs again without it. What fails in both belongs
+to the machine; a test whose failure is listed in `EXPECTED` is one that forbids what a callback does. Anything else is
+ours, and the exit status is 1. Tests of models that have nothing to make sparse are skipped.
+
+    python reliability/lightning_suite.py ~/lightning tests/tests_pytorch/callbacks -- -x -k "not ddp"
+"""
+
+import argparse
+import fnmatch
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_topkast import Targets, TopKastCallback, TopKastError
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = "tests/tests_pytorch"
+
+# Pattern of test names → why they cannot pass with a callback that logs and holds state.
+EXPECTED: dict[str, str] = {}
+
+
+class Added:
+    """A plugin for pytest: the callback is in every Trainer, and outcomes go to a file."""
+
+    def __init__(self, storage: str | None, file: Path) -> None:
+        self.file, self.outcomes = file, dict[str, str]()
+        if storage is not None:
+            add_callback(storage)
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        """Keep the worst outcome of a test's parts."""
+        if report.when == "call" or not report.passed:
+            before = self.outcomes.get(report.nodeid)
+            self.outcomes[report.nodeid] = report.outcome if before in (None, "passed", "skipped") else before
+
+    def pytest_sessionfinish(self) -> None:
+        """Write the outcomes."""
+        self.file.write_text(json.dumps(self.outcomes))
+
+
+class Callback(TopKastCallback):
+    """Skips a test whose model has nothing to make sparse."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin as always."""
+        try:
+            super().on_train_start(trainer, pl_module)
+        except TopKastError as error:
+            if "no weight of the model is sparse" in str(error):
+                pytest.skip("nothing to make sparse")
+            raise
+
+
+def add_callback(storage: str) -> None:
+    """Let every Trainer have a callback, as a user would add it."""
+    make = Trainer.__init__
+
+    @functools.wraps(make)
+    def init(self: Trainer, *arguments: Any, **options: Any) -> None:
+        given = options.get("callbacks") or []
+        others = [given] if not isinstance(given, list) else given
+        targets = Targets(keep_first_dense=False, keep_last_dense=False)
+        added = Callback(0.5, 0.25, targets=targets, storage=storage)
+        make(self, *arguments, **options | {"callbacks": [*others, added]})
+
+    Trainer.__init__ = init  # type: ignore[method-assign]
+
+
+def run(tree: Path, storage: str | None, tests: list[str], given: list[str]) -> dict[str, str]:
+    """Run tests in another process; return their outcomes by name."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "outcomes.json")
+        path = os.pathsep.join(filter(None, [str(ROOT), str(tree / "tests"), os.environ.get("PYTHONPATH")]))
+        command = [sys.executable, str(Path(__file__).resolve()), str(tree), *tests, "--inside", str(file)]
+        command += ([] if storage is None else ["--storage", storage]) + ["--", *given]
+        subprocess.run(command, cwd=tree, env={**os.environ, "PYTHONPATH": path}, check=False)
+        outcomes: dict[str, str] = json.loads(file.read_text()) if file.exists() else {}
+    return outcomes
+
+
+def main() -> int:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tree", type=Path, help="source tree of the installed version of Lightning")
+    parser.add_argument("tests", nargs="*", default=[FOLDER], help="files or folders, seen from TREE; all without")
+    parser.add_argument("--storage", default="masked", help="of the callback")
+    parser.add_argument("--json", type=Path, help="write all outcomes here")
+    parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
+    own, given = sys.argv[1:], []
+    if "--" in own:
+        own, given = own[: own.index("--")], own[own.index("--") + 1 :]
+    options = parser.parse_args(own)
+    tree = options.tree.expanduser().resolve()
+    if not (tree / FOLDER).is_dir():
+        parser.error(f"expected a source tree of Lightning with '{FOLDER}', got '{options.tree}'")
+    if options.inside is not None:
+        storage = options.storage if "--storage" in own else None
+        return int(pytest.main([*options.tests, *given], plugins=[Added(storage, options.inside)]))
+    with_callback = run(tree, options.storage, options.tests, given)
+    if not with_callback:
+        print("no test has run", file=sys.stderr)
+        return 2
+    failed = [name for name, outcome in with_callback.items() if outcome == "failed"]
+    without = run(tree, None, failed, given) if failed else {}
+    ours = [name for name in failed if without.get(name) == "passed"]
+    reasons = {name: next((why for one, why in EXPECTED.items() if fnmatch.fnmatch(name, one)), "") for name in ours}
+    print(f"\nwith the callback: {dict(Counter(with_callback.values()))}")
+    print(f"failed, and fail without it too: {len(failed) - len(ours)}")
+    for why, count in Counter(filter(None, reasons.values())).items():
+        print(f"expected, {count}: {why}")
+    unexpected = [name for name, why in reasons.items() if not why]
+    print("\n".join(["not expected:", *unexpected]) if unexpected else "nothing else fails because of it")
+    if options.json is not None:
+        options.json.write_text(json.dumps({"with": with_callback, "without": without, "expected": reasons}, indent=1))
+    return int(bool(unexpected))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
 from torch import nn
 
-from lightning_topkast import SET, Packed, Ramp, Schedule, TopKast, TopKastError
+from lightning_topkast import SET, Packed, Ramp, RigL, Schedule, Static, Targets, TopKast, TopKastError
 from tests.helpers import (
     MIDDLE,
     Batches,
@@ -789,6 +789,66 @@ def test_weights_swapped_in_and_saved_meanwhile_leave_no_trace(how):
         train(model, optimizer, 4, seed=2)
         found.append({name: weight.theta() for name, weight in topkast.weights.items()})
     assert same(*found)
+
+
+@pytest.mark.parametrize("kind", ["masked", "packed", "compact"])
+def test_weights_swapped_in_while_detached_leave_no_trace(kind):
+    model, topkast, optimizer = plain_run(kind)
+    train(model, optimizer, 3)
+    before = {name: (weight.theta(), weight.tiers) for name, weight in topkast.weights.items()}
+    topkast.detach()
+    backup = copy.deepcopy(model.state_dict())
+    model.load_state_dict({name: torch.randn(value.shape) for name, value in backup.items()})
+    model.load_state_dict(backup)
+    topkast.attach(optimizer)
+    assert same(before, {name: (weight.theta(), weight.tiers) for name, weight in topkast.weights.items()})
+
+
+@pytest.mark.parametrize("kind", ["masked", "packed"])
+@pytest.mark.parametrize("write", [lambda p: p.mul_(1), lambda p: p.share_memory_()], ids=["in place", "moved"])
+def test_theta_of_dense_weights_that_are_loaded_outlives_a_write(kind, write):
+    model, topkast, optimizer = plain_run(kind)
+    train(model, optimizer, 2)
+    values = torch.randn(16, 16)
+    model.load_state_dict(model.state_dict() | {"2.weight": values})
+    weight = topkast.weights["2.weight"]
+    with torch.no_grad():
+        write(weight.parameter)
+    topkast.accept_writes()
+    assert torch.equal(weight.theta(), values)
+
+
+@pytest.mark.parametrize("rule", [SET(), RigL(), Static()], ids=str)
+def test_dense_weights_that_are_loaded_leave_nothing_outside_b_where_entries_return_as_zeros(rule):
+    found = []
+    for kind in ("masked", "packed") if not isinstance(rule, RigL) else ("masked",):
+        model, topkast, optimizer = plain_run(
+            kind, rule=rule, backward_sparsity=0.75, schedule=Schedule(3, stop_updating_at=90)
+        )
+        train(model, optimizer, 2)
+        values = torch.randn(16, 16, generator=torch.Generator().manual_seed(3))
+        model.load_state_dict(model.state_dict() | {"2.weight": values})
+        weight = topkast.weights["2.weight"]
+        assert zero_outside(weight.theta(), weight.updated)
+        train(model, optimizer, 5, seed=2)
+        found.append(weight.theta())
+    torch.testing.assert_close(found[0], found[-1])
+
+
+@pytest.mark.parametrize("kind", ["masked", "packed"])
+def test_group_that_is_added_in_mid_run_has_the_penalty(kind):
+    torch.manual_seed(0)
+    model = make_net().layers
+    topkast = TopKast(model, 0.75, 0.5, storage=kind, targets=Targets(keep_last_dense=False, keep_first_dense=False))
+    late = topkast.weights["2.weight"].parameter
+    first = [parameter for parameter in model.parameters() if parameter is not late]
+    optimizer = torch.optim.SGD(first, lr=0.1)
+    topkast.attach(optimizer)
+    expected = topkast.weights["4.weight"].strength
+    optimizer.add_param_group({"params": [late], "lr": 0.05})
+    train(model, optimizer, 1)
+    assert topkast.weights["2.weight"].strength == pytest.approx(2 * expected)
+    assert topkast.weights["4.weight"].strength == expected > 0
 
 
 def test_write_after_a_load_does_not_pass_for_the_load():

@@ -169,6 +169,24 @@ def test_state_follows_weights_that_are_loaded(kind, how):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_state_saved_between_weights_that_are_swapped_while_detached_is_whole(kind):
+    run = Run(kind, update_every=100)
+    run.train(3)
+    before = run.momenta()
+    run.topkast.detach()
+    backup = copy.deepcopy(run.model.state_dict())
+    run.model.load_state_dict({name: torch.randn(value.shape) for name, value in backup.items()})
+    run.state()
+    run.model.load_state_dict(backup)
+    state = run.optimizer.state_dict()
+    run.optimizer = run.make()
+    run.optimizer.load_state_dict(state)
+    run.topkast.attach(run.optimizer)
+    run.idle()
+    torch.testing.assert_close(run.momenta(), before * 0.9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_state_put_back_before_the_sets_change_is_kept(kind):
     run = Run(kind, update_every=100)
     run.train(1)
@@ -211,6 +229,107 @@ def test_a_copy_goes_on_alike(kind):
     for each in (run, other):
         each.train(3, seed=7)
     assert same(run.thetas(), other.thetas())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("first", ["swapped", "put back"])
+def test_state_follows_a_refresh_by_hand_and_weights_that_are_loaded_after_it(kind, first):
+    run = Run(kind, update_every=100)
+    run.train(4)
+    state = run.state()
+    generator = torch.Generator().manual_seed(9)
+    others = [
+        {name: torch.randn(value.shape, generator=generator) for name, value in state["model"].items()}
+        for _ in range(2)
+    ]
+    if first == "swapped":
+        run.model.load_state_dict(others[0])
+        run.model.load_state_dict(state["model"])
+    else:
+        run.load(state)
+    run.topkast.refresh()
+    before = run.momenta()
+    run.model.load_state_dict(others[1])
+    run.idle()
+    torch.testing.assert_close(run.momenta(), torch.where(run.weight.updated, before * 0.9, 0))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_follows_a_refresh_while_detached(kind):
+    run = Run(kind, update_every=100)
+    run.train(4)
+    before = run.momenta()
+    run.topkast.detach()
+    run.topkast.refresh()
+    saved = copy.deepcopy(run.optimizer.state_dict())
+    for how in ("as it is", "saved"):
+        if how == "saved":
+            run.topkast.detach()
+            run.optimizer = run.make()
+            run.optimizer.load_state_dict(saved)
+        run.topkast.attach(run.optimizer)
+        run.idle()
+        torch.testing.assert_close(run.momenta(), torch.where(run.weight.updated, before * 0.9, 0))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore:a .* was copied while it is trained")
+@pytest.mark.parametrize("order", [("model", "topkast", "optimizer"), ("model", "optimizer", "topkast")])
+def test_a_copy_between_loading_and_the_next_step_goes_on_alike(kind, order):
+    run = Run(kind)
+    run.train(3)
+    generator = torch.Generator().manual_seed(9)
+    values = {name: torch.randn(value.shape, generator=generator) for name, value in run.model.state_dict().items()}
+    run.model.load_state_dict(values)
+    other = copy.copy(run)
+    vars(other).update(zip(order, copy.deepcopy([getattr(run, part) for part in order]), strict=True))
+    other.weight = other.topkast.weights["2.weight"]
+    other.topkast.attach(other.optimizer)
+    for each in (run, other):
+        each.train(3, seed=7)
+    assert same(run.thetas(), other.thetas())
+
+
+def test_dense_weights_loaded_into_a_copy_are_chosen_from_by_magnitude():
+    run = Run("masked")
+    run.train(2)
+    model, topkast = copy.deepcopy((run.model, run.topkast))
+    values = torch.randn(16, 16)
+    model.load_state_dict(model.state_dict() | {"2.weight": values})
+    topkast.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+    assert torch.equal(topkast.weights["2.weight"].theta(), values)
+    check_sparse(topkast)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_of_all_optimizers_follows_the_step_of_one(kind):
+    run = Run(kind, update_every=100)
+    second = torch.optim.SGD(run.model.parameters(), lr=0.01, momentum=0.9)
+    run.topkast.detach()
+    run.topkast.attach(run.optimizer, second)
+    run.train(2)
+    run.optimizer, first = second, run.optimizer
+    run.train(2)
+    before = run.momenta("momentum_buffer")
+    run.model.load_state_dict({name: torch.randn(each.shape) for name, each in run.model.state_dict().items()})
+    run.optimizer = first
+    run.idle()
+    run.optimizer = second
+    run.idle()
+    torch.testing.assert_close(run.momenta("momentum_buffer"), torch.where(run.weight.updated, before * 0.9, 0))
+
+
+def test_engine_that_was_taken_over_has_no_part_in_what_is_saved():
+    run = Run("masked")
+    run.train(2)
+    later = TopKast(run.model, 0.75, 0.25, update_every=2, penalty=None)
+    later.attach(run.optimizer)
+    run.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
+    run.train(2)
+    live = run.optimizer.state[later.weights["2.weight"].parameter]["exp_avg"]
+    number = next(n for n, p in enumerate(run.model.parameters()) if p is later.weights["2.weight"].parameter)
+    assert torch.equal(run.optimizer.state_dict()["state"][number]["exp_avg"], live)
+    assert int(torch.count_nonzero(live)) > int(run.weight.updated_entries)
 
 
 @pytest.mark.parametrize("kind", ["masked", "packed"])

@@ -1,6 +1,7 @@
 """Which optimizers train sparse weights; all others are refused by name, because of their state or their update."""
 
 import inspect
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -234,6 +235,47 @@ def test_optimizer_that_looks_at_all_entries_is_refused_for_packed_weights_only(
     check_sparse(trained(lambda p: Relative(p, lr=0.1))[0])
     with pytest.raises(TopKastError, match="Relative looks at the shape of a weight"):
         trained(lambda p: Relative(p, lr=0.1), "packed")
+
+
+class Projects(torch.optim.SGD):
+    """Looks at the rows of a weight where the gradient is orthogonal to it, as AdamP does."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                weight, gradient = parameter.detach(), parameter.grad
+                if gradient is not None and (weight * gradient).sum().abs() < 1e-6 * weight.norm() * gradient.norm():
+                    rows = weight.reshape(len(weight), -1).norm(dim=1)
+                    gradient.mul_(rows.view(-1, *[1] * (weight.dim() - 1)))
+        return super().step(closure)
+
+
+def test_optimizer_that_looks_at_rows_now_and_then_is_refused_for_packed_weights_only():
+    check_sparse(trained(lambda p: Projects(p, lr=0.1))[0])
+    with pytest.raises(TopKastError, match="Projects looks at the shape of a weight"):
+        trained(lambda p: Projects(p, lr=0.1), "packed")
+
+
+class Bare(torch.optim.Optimizer):
+    """A wrapper that makes the hooks of steps itself, and no others."""
+
+    def __init__(self, inner):
+        self.inner, self.param_groups, self.defaults = inner, inner.param_groups, {}
+        self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+        self._patch_step_function()
+
+    @property
+    def state(self):
+        return self.inner.state
+
+    def step(self, closure=None):
+        return self.inner.step(closure)
+
+
+def test_wrapper_without_hooks_on_its_state_trains(storage):
+    topkast, _ = trained(lambda p: Bare(torch.optim.Adam(p, lr=0.1)), storage)
+    check_sparse(topkast)
+    assert topkast.step_count > 0
 
 
 def test_state_that_is_declared_is_reset_and_moved(monkeypatch):

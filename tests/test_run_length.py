@@ -8,9 +8,9 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 from torch import nn
 
-from lightning_topkast import Ramp, Schedule, TopKastError
+from lightning_topkast import Ramp, RigL, Schedule, TopKastError
 from lightning_topkast.method.schedule import Timeline
-from tests.helpers import Net, Resumable, batches, fit, make_callback, make_net, make_trainer, same
+from tests.helpers import Net, Resumable, batches, check_sparse, fit, make_callback, make_net, make_trainer, same
 
 
 class Accumulating(Net):
@@ -163,6 +163,23 @@ def test_a_resumed_run_plans_the_same(tmp_path, name, storage, stop_at):
     assert refreshes == resumed_refreshes
     assert same(state["weights"], resumed["weights"])
     assert same(module.state_dict(), again.state_dict())
+
+
+def test_rigl_under_manual_optimization_resumes(tmp_path):
+    """It depends on the length of the run, although no moment is a fraction of it."""
+    make, limits, _ = RUNS["five critics, epochs"]
+
+    def run(epochs, ckpt_path=None):
+        torch.manual_seed(0)
+        callback = make_callback(update_every=EVERY, backward_sparsity=0.75, rule=RigL())
+        trainer = make_trainer(tmp_path, callback, **limits | {"max_epochs": epochs})
+        return callback, fit(trainer, make(), batches(8), ckpt_path=ckpt_path)
+
+    _, first = run(1)
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    callback, _ = run(2, ckpt_path=tmp_path / "half.ckpt")
+    assert callback.topkast.state_dict()["plans"]
+    check_sparse(callback.topkast)
 
 
 @pytest.mark.parametrize("limits", [{"max_epochs": -1, "max_time": "00:00:00:01"}, {"max_epochs": -1}])

@@ -200,7 +200,7 @@ def dense_momentum(topkast, optimizer):
     weight = next(iter(topkast.weights.values()))
     order = torch.cat([torch.nonzero((weight.tiers == tier).flatten()).flatten() for tier in (2, 1)])
     dense = torch.zeros(weight.size)
-    dense[order] = optimizer.state[weight.parameter]["momentum_buffer"][: order.numel()]
+    dense[order] = optimizer.state_dict()["state"][0]["momentum_buffer"][: order.numel()]  # as it is saved
     return dense.view(weight.shape), weight.updated
 
 

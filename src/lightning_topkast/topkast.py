@@ -90,6 +90,7 @@ class TopKast:
         self._warned_of_thawed = self._warned_of_reservoir = False
         self._keeps_strength = False  # whether λ was loaded, for the optimizers that are attached next
         self._zeros: dict[str, tuple[int, int]] = {}  # for the summary
+        self._with_strength: set[SparseWeight] = set()  # weights whose learning rate was known when λ was worked out
 
         if settings.storage.name != "masked":
             materialize(model)
@@ -251,14 +252,14 @@ class TopKast:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy, which is attached to no optimizer, even if the optimizer is copied with it."""
-        for hooks in self._attached:
-            hooks.fit_state()
-        return self.__dict__ | {"_attached": self.optimizer_steps, "_watches": []}
+        orders = {name: order for hooks in self._attached for name, order in hooks.orders.items()}
+        return self.__dict__ | {"_attached": (self.optimizer_steps, orders), "_watches": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._attached = self._unattached(state["_attached"])
+        self._attached = self._unattached(*state["_attached"])
         _engines.add(self)
+        self._watch_modules()
 
     # --- the method -----------------------------------------------------------------------------------------------
 
@@ -287,12 +288,13 @@ class TopKast:
         try:
             if not self._keeps_strength:
                 self._set_strength()
+            self._with_strength.update(weight for hooks in self._attached for weight in hooks.weights)
         except TopKastError:
             self._attached.take_back(before)
             raise
         self._watch_modules()
         for weight in self._weights.values():
-            weight.is_trained = True
+            weight.is_trained = weight.was_trained = True
             weight.match_layout()
         self._attached.begin(before)
         self._keeps_strength = False
@@ -347,6 +349,7 @@ class TopKast:
     def _let_go(self) -> None:
         """Leave the model as it is, for good."""
         self.detach()
+        self._attached.end_watching()
         for watch in self._watches:
             watch.remove()
         self._watches = []
@@ -426,10 +429,10 @@ class TopKast:
         _reshard(self.model)
         self.recover()
         self.accept_writes()
-        for hooks in self._attached:
-            hooks.fit_state()
+        self._attached.fit_state()
         self._refresher.selections.clear()
         self._refresher.refresh(*self._groups)
+        self._attached.leave_state()
 
     def recover(self) -> None:
         """Make every parameter α again after an interrupted step or refresh; otherwise do nothing."""
@@ -479,9 +482,9 @@ class TopKast:
             if isinstance(weight, MaskedWeight):
                 self._watches += watch_module(weight, target.owners, self.accept_writes)
 
-    def _unattached(self, steps: Sequence[int] = ()) -> Attached:
-        attached = Attached(self._after_step, self._refresher.looks_at_gradients, self.accept_writes)
-        attached.steps_before = list(steps)
+    def _unattached(self, steps: Sequence[int] = (), orders: Mapping[str, int] = MappingProxyType({})) -> Attached:
+        attached = Attached(self._after_step, self._refresher.looks_at_gradients, self._before_step)
+        attached.steps_before, attached.orders = list(steps), dict(orders)
         return attached
 
     @property
@@ -525,6 +528,13 @@ class TopKast:
         _reshard(self.model)
         self._zeros = {name: weight.count_zeros() for name, weight in self._weights.items()}
 
+    def _before_step(self, weights: Sequence[SparseWeight]) -> None:
+        self.accept_writes(weights)
+        self._attached.fit_state()
+        if not self._with_strength.issuperset(weights):  # an optimizer was given another group
+            self._set_strength(set(weights) - self._with_strength)
+            self._with_strength.update(weights)
+
     def _after_step(self, hooks: StepHooks) -> None:
         weights = hooks.weights
         if not self._warned_of_reservoir:
@@ -565,13 +575,15 @@ class TopKast:
     def _state_of(self, weight: SparseWeight) -> list[EntryState]:
         return self._attached.state_of(weight)
 
-    def _set_strength(self) -> None:
+    def _set_strength(self, weights: Collection[SparseWeight] | None = None) -> None:
+        """Work out λ of some weights, or of all, now that their learning rates are known."""
         names = {id(weight.parameter): name for name, weight in self._weights.items()}
         peaks = peak_learning_rates(names, self._attached.optimizers)
         penalty = self.settings.penalty
         for name, weight in self._weights.items():
-            density, peak = weight.forward_density_target, peaks.get(name)
-            weight.shrinkage.strength = 0.0 if penalty is None else penalty.strength_for(name, density, peak)
+            if weights is None or weight in weights:
+                density, peak = weight.forward_density_target, peaks.get(name)
+                weight.shrinkage.strength = 0.0 if penalty is None else penalty.strength_for(name, density, peak)
 
     # --- state ----------------------------------------------------------------------------------------------------
 

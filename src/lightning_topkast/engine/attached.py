@@ -18,22 +18,23 @@ class Attached:
     Args:
         after_step: as for `StepHooks`.
         looks_at_gradients: likewise.
-        accept_writes: likewise.
+        before_step: likewise.
     """
 
     def __init__(
         self,
         after_step: Callable[[StepHooks], None],
         looks_at_gradients: Callable[[Sequence[SparseWeight], int], bool],
-        accept_writes: Callable[[Sequence[SparseWeight]], None],
+        before_step: Callable[[Sequence[SparseWeight]], None],
     ) -> None:
         self.hooks: list[StepHooks] = []
         # of the optimizers that were detached last, whose state is saved as it fits the sets
         self._past: list[StepHooks] = []
+        self.orders: dict[str, int] = {}  # of the state of optimizers that were copied, as in `StepHooks.orders`
         # Steps taken with optimizers that were detached, or of a state loaded before any optimizer was attached.
         self.steps_before: list[int] = []
         self._loaded = 0  # number of optimizers of a state that was loaded before any was attached
-        self._calls = after_step, looks_at_gradients, accept_writes
+        self._calls = after_step, looks_at_gradients, before_step
 
     def __iter__(self) -> Iterator[StepHooks]:
         return iter(self.hooks)
@@ -91,13 +92,11 @@ class Attached:
 
     def begin(self, before: Collection[StepHooks]) -> None:
         """Act on the steps of the optimizers that were added, and of others that are made in their place."""
-        for hooks in self._past:
-            hooks.end_watching()
-        self._past = []
+        self.end_watching()
         for hooks in self.hooks:
             if hooks not in before:
-                hooks.begin()
-        self.steps_before, self._loaded = [], 0
+                hooks.begin(self.orders)
+        self.steps_before, self._loaded, self.orders = [], 0, {}
         watch_steps(self)
 
     def end(self) -> None:
@@ -108,6 +107,22 @@ class Attached:
         if self.hooks:
             self._past, self.hooks = self.hooks, []
         unwatch_steps(self)
+
+    def end_watching(self) -> None:
+        """Remove the hooks on the state of optimizers that were detached."""
+        for hooks in self._past:
+            hooks.end_watching()
+        self._past = []
+
+    def fit_state(self) -> None:
+        """Make the optimizers' state fit the sets before these are used or changed."""
+        for hooks in self.hooks or self._past:
+            hooks.fit_state()
+
+    def leave_state(self) -> None:
+        """Leave the state of optimizers that are detached to code that does not know of us."""
+        for hooks in self._past:
+            hooks.leave_state()
 
     def load(self, steps: Sequence[int]) -> None:
         """Continue with the step counts of a saved state, one for each optimizer."""
@@ -129,7 +144,7 @@ class Attached:
 
     def state_of(self, weight: SparseWeight) -> list[EntryState]:
         """Return the state that the optimizers keep for the entries of a weight, which then fits its sets."""
-        return [state for hooks in self.hooks for state in hooks.state_of(weight)]
+        return [state for hooks in self.hooks or self._past for state in hooks.state_of(weight)]
 
     def meet(self, optimizer: Optimizer) -> None:
         """Act on the steps of an optimizer if it holds weights of an attached one: inside a wrapper, or made anew.

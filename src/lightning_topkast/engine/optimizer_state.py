@@ -1,7 +1,7 @@
 """The optimizers' state of sparse weights, which belongs to certain sets."""
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary, WeakMethod
@@ -38,10 +38,21 @@ class OptimizerState:
 
     def watch(self, optimizer: Optimizer) -> list[RemovableHandle]:
         """Notice state that is loaded, and give fitting state to be saved, as long as this object exists."""
+        if not hasattr(optimizer, "_optimizer_state_dict_post_hooks"):  # a wrapper without its base's __init__
+            return []
         return [
             optimizer.register_load_state_dict_post_hook(_weakly(self._after_loading)),
             optimizer.register_state_dict_post_hook(_weakly(self._after_saving)),
         ]
+
+    def orders(self, optimizer: Optimizer) -> dict[str, int]:
+        """Return weight name → the order in which the state was used last, where it is known."""
+        return {weight.name: order for weight, order in self._orders.get(optimizer, {}).items()}
+
+    def begin(self, optimizer: Optimizer, orders: Mapping[str, int]) -> None:
+        """Take the state for that of these orders, as `orders` has returned them for the optimizer that was copied."""
+        known = {weight: orders[weight.name] for weight in self._weights_of(optimizer) if weight.name in orders}
+        self._orders[optimizer] = known
 
     @torch.no_grad()
     def fit(self, optimizer: Optimizer, weights: Iterable[SparseWeight]) -> list[str]:
@@ -98,7 +109,7 @@ class OptimizerState:
         for weight in self._weights_of(optimizer):
             key = key_of[id(weight.parameter)]
             state = states.get(key)
-            if not state or not isinstance(state, dict):
+            if not state or not isinstance(state, dict) or weight.was_loaded:  # its sets are not chosen yet
                 continue
             units = weight.units
             known = self._sets_of(optimizer, weight, state, units)

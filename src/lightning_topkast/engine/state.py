@@ -65,7 +65,11 @@ class SavedState:
         ):
             raise TopKastError("the saved Top-KAST state is damaged: it lacks valid weights or step counts")
         plans, planned_from = state.get("plans", {}), state.get("planned_from", [])
-        if not isinstance(plans, dict) or not isinstance(planned_from, list) or bool(plans) != bool(planned_from):
+        if (
+            not isinstance(plans, dict)
+            or not isinstance(planned_from, list)
+            or ("plans" in state) != ("planned_from" in state)
+        ):
             raise TopKastError("the saved Top-KAST state is damaged: its plans or what they were made from is lost")
         if not all(map(_are_moments, plans.values())):
             raise TopKastError("the saved Top-KAST state is damaged: its plans hold something else than steps")

@@ -39,7 +39,7 @@ class StepHooks:
         after_step: called with these hooks after every step that was not skipped.
         looks_at_gradients: returns whether the gradients of these weights outside B are used at the step after this
             number of steps.
-        accept_writes: called before every step, to accept what other code wrote to the weights since the last one.
+        before_step: called before every step with the weights that it updates.
         steps: number of steps taken before.
 
     Raises:
@@ -53,7 +53,7 @@ class StepHooks:
         weights: Mapping[Tensor, SparseWeight],
         after_step: Callable[["StepHooks"], None],
         looks_at_gradients: Callable[[Sequence[SparseWeight], int], bool],
-        accept_writes: Callable[[Sequence[SparseWeight]], None],
+        before_step: Callable[[Sequence[SparseWeight]], None],
         steps: int = 0,
     ) -> None:
         name = type(optimizer).__name__
@@ -61,7 +61,7 @@ class StepHooks:
             raise TopKastError(f"expected a torch.optim.Optimizer, got {name}")
         self.after_step = after_step
         self._looks_at_gradients = looks_at_gradients
-        self._accept_writes = accept_writes
+        self._before_step_of = before_step
         self.steps = steps
         self.seen = 0  # steps, with those that were skipped
         self._weights_by_parameter = weights
@@ -124,10 +124,20 @@ class StepHooks:
     def _held_by(self, optimizer: Optimizer) -> list[SparseWeight]:
         return [weight for weight, _ in self._weights_and_groups(optimizer)]
 
-    def begin(self) -> None:
-        """Register the hooks."""
+    def begin(self, orders: Mapping[str, int]) -> None:
+        """Register the hooks.
+
+        Args:
+            orders: of the optimizer's state, if it is a copy; see `OptimizerState.begin`.
+        """
         for optimizer in self.optimizers:
+            self._state.begin(optimizer, orders)
             self._hook(optimizer)
+
+    @property
+    def orders(self) -> dict[str, int]:
+        """Weight name → the order of the optimizers' state, for copies of them."""
+        return {name: order for each in self.optimizers for name, order in self._state.orders(each).items()}
 
     def _hook(self, optimizer: Optimizer) -> None:
         if calls_hooks(optimizer):
@@ -147,11 +157,15 @@ class StepHooks:
     def end(self) -> None:
         """Remove the hooks on steps; state is saved as it fits the sets until `end_watching`."""
         self.recover()
-        for optimizer in self.optimizers:
-            self._state.leave(optimizer)
+        self.leave_state()
         for handle in chain.from_iterable(self._handles.values()):
             handle.remove()
         self._handles.clear()
+
+    def leave_state(self) -> None:
+        """Leave the optimizers' state to code that does not know of us."""
+        for optimizer in self.optimizers:
+            self._state.leave(optimizer)
 
     def end_watching(self) -> None:
         """Remove the hooks on the optimizers' state."""
@@ -263,8 +277,7 @@ class StepHooks:
     @torch.no_grad()
     def _open(self, optimizer: Optimizer) -> None:
         weights = self._held_by(optimizer)
-        self._accept_writes(weights)
-        self.fit_state()
+        self._before_step_of(weights)
         if self._masked:
             self._mask_again(weights)
         else:

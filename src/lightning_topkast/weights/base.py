@@ -109,6 +109,7 @@ class SparseWeight(ABC):
         self.updated_count = updated_count
         self.is_open = False
         self.is_trained = False  # whether an engine is attached to an optimizer
+        self.was_trained = False  # whether it has ever been
         self.structure = traits.structure
         self.seed = traits.seed
         self.clears_dropped = traits.clears_dropped
@@ -397,7 +398,7 @@ class SparseWeight(ABC):
         else:
             self.orders.present, self.load_count = before.order, before.load_count
             self._never_active, self.first_reservoir = before.never_active.clone(), before.first_reservoir
-        self._before = before if self.is_trained else None
+        self._before = before if self.was_trained else None
 
     # --- state ----------------------------------------------------------------------------------------------------
 

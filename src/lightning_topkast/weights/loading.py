@@ -27,6 +27,8 @@ def replace(weight: SparseWeight, values: Tensor, before: Before) -> None:
         theta, tiers = torch.where(active, values, before.theta), before.tiers
     else:
         theta, tiers = _sets_of(weight, values, before)
+        if weight.clears_dropped:
+            theta = theta.masked_fill(tiers == RESERVOIR, 0)
     weight.replace(theta, tiers, before)
 
 

@@ -157,6 +157,7 @@ class MaskedWeight(SparseWeight):
         alpha.index_fill_(0, demoted, 0)
         self._forget()
         self._settled, self._before = True, None
+        self.orders.refresh()
         self._note_own_write()
 
         flat(self._never_active).index_fill_(0, promoted, False)
@@ -355,13 +356,23 @@ class MaskedWeight(SparseWeight):
             return 0
         # of this process' part, since one process may write alone
         strays = self.own_strays
-        if (strays or self._before is not None) and self.is_as_sparse:
+        if (strays or self._are_put_back) and self.is_as_sparse:
             replace(self, self._alpha.clone(), self.before())
             return 0
         if strays:
             self.restore_sparsity()
         self._note_own_write()
         return strays
+
+    @property
+    def _are_put_back(self) -> bool:
+        """Whether what other code wrote within A are values of before, which had another A."""
+        if self._before is None or self.sharding.is_sharded:
+            return False
+        was_active = self._before.tiers == ACTIVE
+        return not torch.equal(was_active, self._tiers == ACTIVE) and not bool(
+            self._alpha.masked_fill(was_active, 0).any()
+        )
 
     def before(self) -> Before:
         """Return what is needed to put back the present values; those before the first write, if no step was taken."""

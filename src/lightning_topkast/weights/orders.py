@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
+_KEPT = 4  # orders between two steps whose sets are known; state of others begins anew
+
 
 class Orders:
     """Which sets state of the optimizer belongs to, although they are replaced without it when weights are loaded.
@@ -16,8 +18,7 @@ class Orders:
     def __init__(self) -> None:
         self.present = 0
         self._count = 0
-        # the order of the last step and its sets, if they were replaced since
-        self._stepped: tuple[int, Tensor] | None = None
+        self._earlier: dict[int, Tensor] = {}  # sets of earlier orders since the last step
         self._loaded: Tensor | None = None
 
     def replace(self, units: Tensor) -> None:
@@ -26,8 +27,9 @@ class Orders:
         Args:
             units: the sets until now.
         """
-        if self._stepped is None:
-            self._stepped = self.present, units
+        self._earlier.setdefault(self.present, units)
+        if len(self._earlier) > _KEPT:
+            del self._earlier[list(self._earlier)[1]]  # the first is that of the last step
         self._count += 1
         self.present = self._count
 
@@ -35,9 +37,14 @@ class Orders:
         """Note sets that were loaded with a saved state; the optimizer may load its state of the same moment later."""
         self._loaded = units
 
+    def refresh(self) -> None:
+        """Note that a refresh has moved all state, which was that of the sets before."""
+        self._earlier.pop(self.present, None)
+
     def step(self) -> None:
         """Note that a step was taken, before which all state was moved to the present sets."""
-        self._stepped = self._loaded = None
+        self._earlier.clear()
+        self._loaded = None
 
     def sets_of(self, order: int | None, units: Tensor) -> Tensor | None:
         """Return the sets that state of the optimizer belongs to, or None if they are not known.
@@ -49,9 +56,9 @@ class Orders:
         """
         if order is None and self._loaded is not None:
             return self._loaded
-        if order in (self.present, None):
+        if order is None or order == self.present:
             return units
-        return self._stepped[1] if self._stepped is not None and self._stepped[0] == order else None
+        return self._earlier.get(order)
 
     def sets_with(self, saved: Any, units: Tensor) -> Tensor | None:
         """Return the sets with a fingerprint, or None if they are not known.
@@ -60,7 +67,7 @@ class Orders:
             saved: what stood in a state that may come from a file.
             units: the present sets.
         """
-        known = [units, self._loaded, *(self._stepped or ())[1:]] if isinstance(saved, int) else []
+        known = [units, self._loaded, *self._earlier.values()] if isinstance(saved, int) else []
         return next((each for each in known if each is not None and fingerprint(each) == saved), None)
 
 

@@ -170,6 +170,7 @@ class PackedWeight(SparseWeight):
         self._pending = (writes, tiers, layout)
         self._settle()
         self._before = None
+        self.orders.refresh()
 
     def _pack(self, tiers: Tensor) -> Layout:
         return make_layout(tiers, self.shape, self.structure, self.storage == "packed")

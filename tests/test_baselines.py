@@ -212,6 +212,28 @@ def test_rigl_ignores_the_gradient_of_a_step_that_was_skipped():
     assert torch.equal(plain.step().weight.active, skipping.step().weight.active)
 
 
+def test_rigl_grows_nothing_by_the_gradient_of_an_older_step():
+    run = Run(RigL(0.5)).step(5)
+    for steps in (0, 2):  # that of step 5 was used, and those of 6 and 7 are not looked at
+        run.step(steps)
+        active, values = run.weight.active, run.weight.parameter.detach()
+        values[active] = values[active].flip(0)  # so that others are the smallest
+        run.topkast.refresh()
+        assert torch.equal(run.weight.active, active)
+
+
+def test_rigl_records_the_last_gradient_that_was_not_masked():
+    run = Run(RigL(0.5)).step(4)
+    run.backward()
+    whole = run.weight.parameter.grad.abs().clone()
+    run.topkast.mask_gradients()
+    run.topkast.mask_gradients()
+    assert torch.equal(run.weight.gradient_magnitudes, whole)
+    run.weight.parameter.grad.copy_(3 * whole)  # of another backward pass
+    run.topkast.mask_gradients()
+    assert torch.equal(run.weight.gradient_magnitudes, 3 * whole)
+
+
 def test_rigl_refuses_a_gradient_that_is_not_finite_and_leaves_the_sets_alone():
     run = Run(RigL(0.5)).step(4)
     before = run.weight.active

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_topkast import Block, NonFiniteWeightError, Targets, TopKast, TopKastError
+from lightning_topkast import Block, Magnitude, NonFiniteWeightError, Targets, TopKast, TopKastError
 from lightning_topkast.baselines import SET, RigL, Static
 from lightning_topkast.distributed import Sharding
 from lightning_topkast.method.structure import NOfM
@@ -182,6 +182,29 @@ def test_packed_blocks_train_as_masked_ones(storage):
     masked, packed = train("masked"), train(storage)
     assert torch.equal(masked.tiers, packed.tiers)
     assert torch.allclose(masked.theta(), packed.theta(), atol=1e-6)
+
+
+@pytest.mark.parametrize("storage", ["masked", "packed", "compact"])
+def test_what_is_counted_of_blocks_is_their_entries(storage):
+    model = nn.Sequential(nn.Linear(16, 16))
+    options = {"structure": Block(4, 2), "storage": storage, "rule": Magnitude("random"), "penalty": None}
+    targets = Targets(keep_first_dense=False, keep_last_dense=False)
+    topkast = TopKast(model, 0.75, 0.5, targets=targets, update_every=1, **options)
+    optimizer = torch.optim.SGD(model.parameters(), lr=2.0)
+    topkast.attach(optimizer)
+    weight = topkast.weights["0.weight"]
+    first, ever, promoted = ~weight.updated, torch.zeros(16, 16, dtype=torch.bool), []
+    for step in range(6):
+        before = weight.active
+        optimizer.zero_grad()
+        model(torch.randn(5, 16, generator=torch.Generator().manual_seed(step))).square().mean().backward()
+        optimizer.step()
+        ever |= weight.active
+        promoted.append(weight.promoted)
+        assert weight.promoted == int((weight.active & ~before).sum())
+        assert int(weight.never_active_entries) == int((first & ~ever).sum())
+    assert any(promoted)
+    assert 0 < int(weight.never_active_entries) < weight.first_reservoir == int(first.sum())
 
 
 @pytest.mark.parametrize(

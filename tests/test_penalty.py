@@ -1,6 +1,7 @@
 """The exploration penalty: its closed form, its factor 1/D and its limits."""
 
 import copy
+import math
 import warnings
 
 import pytest
@@ -139,6 +140,40 @@ def attach(lr=0.1, scheduler=None, **options):
 def test_a_strength_that_overshoots_zero_is_refused_with_the_largest_that_does_not():
     with pytest.raises(TopKastError, match=r"choose a strength below 0\.0996"):
         attach(lr=1.0, strength=0.2)
+
+
+def test_a_strength_that_just_reaches_zero_is_refused_and_the_next_smaller_one_is_not():
+    at = 0.25 / 0.5  # learning rate · strength / density is exactly 1
+    with pytest.raises(TopKastError, match=r"past zero: .* = 1, expected below 1"):
+        L2(strength=at).strength_for("w", density=0.25, peak=0.5)
+    below = math.nextafter(at, 0)
+    assert L2(strength=below).strength_for("w", density=0.25, peak=0.5) == below
+
+
+def test_a_rate_at_which_a_given_strength_just_reaches_zero_is_warned_of():
+    weight, _, _ = one_step("l2", strength=0.1)
+    weight.shrinkage.strength = 0.5
+    assert weight.shrinkage.overshoots(0.4)
+    assert not weight.shrinkage.overshoots(math.nextafter(0.4, 0))
+
+
+@pytest.mark.parametrize("shrinkage", [1, 1.0, math.nextafter(1, 2), -1e-9, float("nan"), "0.5", True])
+def test_a_shrinkage_that_leaves_nothing_is_refused(shrinkage):
+    with pytest.raises(TopKastError, match=rf"expected L2\.shrinkage to be a number in \[0, 1\), got {shrinkage!r}$"):
+        L2(shrinkage=shrinkage)
+
+
+def test_a_shrinkage_just_below_one_leaves_next_to_nothing():
+    shrinkage = math.nextafter(1, 0)
+    topkast, optimizer = attach(lr=0.1, shrinkage=shrinkage)
+    weight = topkast.weights["1.weight"]
+    exploring = weight.updated & ~weight.active
+    before = weight.theta()[exploring]
+    weight.parameter.grad = torch.zeros_like(weight.parameter)
+    optimizer.step()
+    assert weight.theta()[exploring].abs().max() <= 1e-6 * before.abs().max()
+    assert weight.theta()[weight.active].abs().min() > 0
+    assert L2(shrinkage=0).shrinkage == 0
 
 
 def test_a_learning_rate_that_rises_beyond_the_known_peak_is_capped_loudly():

@@ -1,11 +1,13 @@
 """When refreshes happen and exploration stops."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
 
-from lightning_topkast import TopKast, TopKastError
-from lightning_topkast.method.schedule import Schedule, Timeline
+from lightning_topkast import Ramp, TopKast, TopKastError
+from lightning_topkast.method.schedule import Schedule, Timeline, needs_length
 from tests.helpers import nouns
 
 
@@ -57,6 +59,60 @@ def test_refresh_by_hand_replaces_a_choice_that_is_pending():
 def test_an_int_is_a_step_and_a_float_a_fraction_of_the_run(moment, step):
     timeline = Timeline.of(Schedule(stop_exploring_at=moment), None, total_steps=200)
     assert timeline.schedule.stop_exploring_at == step
+
+
+@pytest.mark.parametrize("delay", [100, 101, -1, 1.0, True, "1", None])
+def test_a_delay_is_a_count_below_update_every(delay):
+    assert Schedule(update_every=100, delay=99).delay == 99
+    with pytest.raises(TopKastError, match=rf"expected delay to be .* below update_every=100, got {delay!r}$"):
+        Schedule(update_every=100, delay=delay)
+
+
+@pytest.mark.parametrize("moment", ["0.5", True, -1, -0.1, 1.5, float("nan"), float("inf"), [3], 1j])
+def test_a_moment_of_another_kind_is_refused_with_its_name_and_value(moment):
+    shown = re.escape(f"a step (int of at least 0) or a fraction of the run (float in [0, 1]), or None, got {moment!r}")
+    for name in ("stop_exploring_at", "stop_updating_at"):
+        with pytest.raises(TopKastError, match=f"expected {name} to be {shown}$"):
+            Schedule(**{name: moment})
+    shown = shown.replace(", or None", "").replace(r",\ or\ None", "")
+    for name in ("begin", "end"):
+        with pytest.raises(TopKastError, match=rf"expected Ramp\.{name} to be {shown}$"):
+            Ramp(**{name: moment})
+
+
+@pytest.mark.parametrize(
+    ("schedule", "ramp", "needs"),
+    [
+        (Schedule(), None, False),
+        (Schedule(stop_exploring_at=30, stop_updating_at=40), None, False),
+        (Schedule(stop_exploring_at=0.0, stop_updating_at=0.0), None, False),
+        (Schedule(stop_exploring_at=30, stop_updating_at=0.5), None, True),
+        (Schedule(stop_exploring_at=1.0), None, True),
+        (Schedule(stop_exploring_at=30), Ramp(begin=5, end=20), False),
+        (Schedule(), Ramp(begin=0.0, end=20), False),
+        (Schedule(), Ramp(begin=0.1, end=20), True),
+        (Schedule(), Ramp(begin=5, end=0.5), True),
+    ],
+)
+def test_only_a_fraction_above_zero_needs_the_length_of_the_run(schedule, ramp, needs):
+    assert needs_length(schedule, ramp) is needs
+
+
+def test_a_timeline_is_made_again_from_its_moments():
+    schedule, ramp = Schedule(stop_exploring_at=0.5, stop_updating_at=0.75), Ramp(begin=0.1, end=0.4)
+    timeline = Timeline.of(schedule, ramp, 200)
+    assert timeline.moments == [100, 150, 20, 80, 200]
+    assert Timeline.of_moments(schedule, ramp, timeline.moments) == timeline
+    for endless in (Timeline.of(Schedule(stop_updating_at=30), None, None), Timeline.of(Schedule(), None, -1)):
+        assert Timeline.of_moments(endless.schedule, None, endless.moments) == endless
+
+
+def test_sizes_with_moments_keep_each_of_them():
+    options = {"stop_exploring_at": 0.5, "stop_updating_at": 0.75, "ramp": Ramp(begin=0.1, end=0.4), "penalty": None}
+    sizes = TopKast(nn.Linear(8, 8), 0.5, 0.25, **nouns(include=["weight"], **options))._refresher.sizes
+    again = sizes.with_moments([100, 150, 20, 80, 200])
+    assert again == sizes.planned(200)
+    assert (again.timeline.schedule.stop_updating_at, again.timeline.horizon) == (150, 150)
 
 
 @pytest.mark.parametrize("unknown", [None, -1, float("inf")])

@@ -11,6 +11,8 @@ from lightning_topkast.method.selection import (
     SAMPLE,
     NonFiniteScoresError,
     _tiers_torch,
+    drawn,
+    drop_and_grow,
     nested_top_k,
     top_k_then_random,
 )
@@ -185,3 +187,52 @@ def test_random_exploration_keeps_the_largest_active_and_draws_the_rest():
 def test_random_exploration_never_draws_what_is_active():
     tiers = top_k_then_random(torch.tensor([3.0, 2.0, 1.0, 0.0]), 2, 4, torch.zeros(4))
     assert tiers.tolist() == [2, 2, 1, 1]
+
+
+def test_drop_and_grow_keeps_the_largest_of_a_and_adds_the_largest_growth_outside():
+    generator = torch.Generator().manual_seed(0)
+    scores, growth = torch.rand(2, 20, 30, generator=generator)
+    active = torch.rand(20, 30, generator=generator) < 0.3
+    size, dropped = int(active.sum()), 40
+    chosen = drop_and_grow(scores, active, growth, size - dropped, dropped)
+    assert chosen.dtype == torch.uint8
+    assert chosen.shape == scores.shape
+    kept = active & (scores >= scores[active].sort(descending=True).values[size - dropped - 1])
+    entered = chosen.bool() & ~kept
+    assert chosen[kept].all()
+    assert (int(kept.sum()), int(entered.sum()), int(chosen.max())) == (size - dropped, dropped, 1)
+    assert growth[entered].min() > growth[~chosen.bool()].max()
+
+
+@pytest.mark.parametrize(("kept", "grown"), [(0, 3), (3, 0), (2, 1), (3, 3), (1, 4)])
+def test_drop_and_grow_has_exactly_the_counts_asked_for(kept, grown):
+    active = torch.tensor([True, False, True, False, True, False])
+    for scores in (torch.zeros(6), torch.ones(6), torch.arange(6.0)):
+        for growth in (torch.zeros(6), scores):
+            chosen = drop_and_grow(scores, active, growth, kept, grown)
+            assert int(chosen.sum()) == kept + grown
+            assert int(chosen[active].sum()) >= kept
+
+
+# --- numbers that are drawn ----------------------------------------------------------------------------------------
+
+
+def test_drawn_numbers_follow_from_seed_step_and_name_alone():
+    numbers = drawn(1, 23, "w", (40, 50))
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    assert torch.equal(drawn(1, 23, "w", [40, 50]), numbers)
+    assert torch.equal(torch.get_rng_state(), before), "the run's own generator is left alone"
+    others = [drawn(2, 23, "w", (40, 50)), drawn(1, 24, "w", (40, 50)), drawn(1, 23, "v", (40, 50))]
+    others += [drawn(12, 3, "w", (40, 50)), drawn(1, 2, "3w", (40, 50))]  # also where the digits are the same
+    for other in others:
+        assert (other == numbers).float().mean() < 0.01
+
+
+def test_drawn_numbers_are_uniform_and_below_one():
+    numbers = drawn(0, 0, "w", (200, 500))
+    assert numbers.shape == (200, 500)
+    assert 0 <= numbers.min()
+    assert numbers.max() < 1
+    assert torch.histc(numbers, bins=10, min=0, max=1).sub(10_000).abs().max() < 500
+    assert drawn(0, 0, "w", ()).shape == ()

@@ -105,6 +105,20 @@ def test_logged_values_are_those_counted_by_hand(tmp_path):
     assert by_hand.rows[-1]["topkast/reservoir_activated"] > 0
 
 
+def test_logged_values_of_blocks_are_counted_in_entries(tmp_path):
+    callback, by_hand, model = make_measured(structure="block", block=(1, 2), exploration="random")
+    logger = CSVLogger(tmp_path)
+    fit(make_trainer(tmp_path, callback, by_hand, logger=logger, max_epochs=4), model)
+    _, logged = read_csv(logger)
+    for step, expected in enumerate(by_hand.rows):
+        assert logged[step] == pytest.approx(expected, rel=1e-5), step
+    for name, weight in callback.topkast.weights.items():
+        assert weight.first_reservoir == int(by_hand.reservoir[name].sum())
+        assert int(weight.never_active_entries) == int((by_hand.reservoir[name] & ~by_hand.ever[name]).sum())
+    assert max(row["topkast/mask_change"] for row in by_hand.rows) > 0
+    assert 0 < by_hand.rows[-1]["topkast/reservoir_activated"] < 1
+
+
 def test_first_sparsity_is_logged_before_the_first_step(tmp_path):
     callback, _, model = make_measured()
     logger = CSVLogger(tmp_path)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_topkast import L2, SET, Magnitude, RigL, Schedule, Targets, TopKast
-from lightning_topkast.method.selection import _tiers_torch, drawn, nested_top_k
+from lightning_topkast.method.selection import _tiers_torch, drawn, drop_and_grow, nested_top_k, top_k_then_random
 from lightning_topkast.method.sharded_selection import nested_top_k_of_shards
 from lightning_topkast.method.structure import Block, NOfM
 from lightning_topkast.reference import Reference
@@ -83,6 +83,71 @@ def test_a_group_of_n_of_m_draws_among_its_zeros():
 
 def test_the_reference_draws_the_numbers_of_the_library():
     assert reference_draw(3, 7, "w", (2, 3)) == drawn(3, 7, "w", (2, 3)).flatten().tolist()
+
+
+# --- values that are nearly zero ------------------------------------------------------------------------------------
+
+TINY = [0.0, 1e-31, 3e-45, 1e-38, 0.0, 1e-40, 1e-31, 2e-45, 1e-31, 0.0]  # the smallest are denormal
+
+
+def on_a_device(scores, counts, among, draw):
+    return _tiers_torch(scores, counts, draw)
+
+
+PATHS = pytest.mark.parametrize("select", [nested_top_k, in_one_part, on_a_device])
+
+
+@PATHS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tiny_values_are_ranked_by_size_and_drawn_only_where_they_are_zero(select, dtype):
+    scores = torch.tensor(TINY, dtype=dtype)
+    lots = torch.arange(1.0, 11) / 16  # against the order of the index
+    for updated in range(11):
+        for active in range(updated + 1):
+            expected = by_sorting(scores.tolist(), lots.tolist(), [True] * 10, (updated, active))
+            assert torch.equal(select(scores, (updated, active), None, lambda: lots), expected)
+
+
+@PATHS
+def test_a_large_weight_of_denormal_values_is_selected_exactly(select):
+    scores = torch.rand(1 << 20, generator=torch.Generator().manual_seed(0)) * 1e-39
+    assert scores.max() < torch.finfo(torch.float32).tiny
+    order = torch.sort(scores, descending=True, stable=True).indices
+    expected = torch.zeros(1 << 20, dtype=torch.uint8)
+    for count in (200_000, 100_000):
+        expected[order[:count]] += 1
+    assert torch.equal(select(scores, (200_000, 100_000), None, lambda: torch.rand(1 << 20)), expected)
+
+
+@pytest.mark.parametrize("select", [nested_top_k, in_one_part])
+def test_members_with_tiny_values_come_before_all_that_are_none(select):
+    scores = torch.tensor([9.0, 2e-45, 9.0, 0.0, 1e-40, 9.0])
+    members = torch.tensor([False, True, False, True, True, False])
+    for count, chosen in ((1, [4]), (2, [1, 4]), (3, [1, 3, 4])):
+        for draw in (None, lambda: torch.zeros(6)):
+            assert select(scores, (count,), among=members, draw=draw).nonzero().flatten().tolist() == chosen
+
+
+def test_rules_see_tiny_values():
+    scores, active = torch.tensor([2e-45, 9.0, 1e-40, 0.0, 1e-35]), torch.tensor([True, False, True, True, False])
+    assert drop_and_grow(scores, active, torch.tensor([0.0, 0, 0, 2e-45, 1e-40]), 2, 1).tolist() == [1, 0, 1, 0, 1]
+    lots = torch.tensor([0.9, 0.9, 0.9, 2e-45, 1e-40])
+    assert top_k_then_random(scores, 2, 3, lots).tolist() == [1, 2, 0, 0, 2]
+
+
+def test_groups_of_n_of_m_rank_tiny_values_and_draw_among_zeros_only():
+    scores = torch.tensor([[1e-31, 1e-38, 1e-31, 2e-45], [0.0, 2e-45, 0.0, 0.0], [1e-31, 1e-31, 1e-31, 0.0]])
+    lots = torch.tensor([[0.1, 0.8, 0.2, 0.9], [0.1, 0.0, 0.2, 0.9], [0.1, 0.2, 0.3, 0.9]])
+    assert NOfM(2, 4)._winners(scores, lambda: lots).int().tolist() == [[1, 0, 1, 0], [0, 1, 0, 1], [1, 1, 0, 0]]
+
+
+@pytest.mark.parametrize("storage", ["masked", "packed", "compact"])
+@pytest.mark.parametrize("structure", ["unstructured", Block(4, 4), NOfM(1, 4)], ids=str)
+def test_sets_of_a_tiny_weight_are_those_of_the_same_weight_made_larger(structure, storage):
+    values = torch.randn(32, 32, generator=torch.Generator().manual_seed(0))
+    tiny = start_of(values * 2.0**-112, structure=structure, storage=storage)
+    assert tiny.magnitudes().max() < 1e-30
+    assert torch.equal(tiny.tiers, start_of(values, structure=structure, storage=storage).tiers)
 
 
 # --- whole weights -------------------------------------------------------------------------------------------------

@@ -1,8 +1,10 @@
 """What a run leaves in `result.json`."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from lightning_topkast import TopKastError
 from lightning_topkast.app.errors import AppError
@@ -72,6 +74,13 @@ def test_meter_goes_on_from_what_a_checkpoint_holds():
     assert meter.progress().seconds > 100
     meter.on_train_end(None, None)
     assert meter.progress() == meter.progress(), "the clock stands"
+
+
+def test_meter_counts_the_examples_of_all_processes():
+    meter, trainer = RunMeter(), SimpleNamespace(world_size=4, global_step=0)
+    for trainer.global_step, size in ((1, 8), (2, 8), (3, 5)):
+        meter.on_train_batch_end(trainer, None, None, (torch.zeros(size, 3), torch.zeros(size)), 0)
+    assert (meter.progress().examples, meter.progress().steps) == (4 * 21, 3)
 
 
 def test_run_that_was_good_once_and_is_not_finite_at_its_end_has_diverged(composed, tmp_path):

@@ -137,6 +137,38 @@ def test_averaged_run_resumes_bit_for_bit(tmp_path, average, topkast_first):
 
 
 @ORDERS
+@EVERY_AVERAGE
+@pytest.mark.parametrize("options", [{}, {"stop_exploring_at": 7}], ids=["explores", "stops"])
+@pytest.mark.parametrize("storage", ["packed"], indirect=True)
+def test_average_of_packed_blocks_is_that_of_masked_ones(tmp_path, average, topkast_first, options):
+    results = []
+    for kept in ("masked", "packed"):
+        callback = make_callback(structure="block", block=(2, 4), storage=kept, update_every=2, **options)
+        model, promoted = make_net(optimizer="adamw", lr=0.05), []
+        callbacks = ordered(callback, AVERAGES[average](), topkast_first)
+        look = LookAtPromoted(callback, promoted)
+        fit(make_trainer(tmp_path, *callbacks, look, max_epochs=4), model)
+        assert callback.topkast.weights[MIDDLE].storage == kept
+        check_sparse(callback.topkast)
+        results.append((parameters_of(model), promoted))
+    (expected, _), (found, promoted) = results
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-4)
+    assert results[0][1] == promoted
+    assert any(promoted)
+
+
+class LookAtPromoted(Callback):
+    """Notes how many entries each refresh has promoted."""
+
+    def __init__(self, callback, promoted: list[int]) -> None:
+        self.callback, self.promoted = callback, promoted
+
+    def on_train_batch_end(self, *_):
+        self.promoted.append(self.callback.topkast.weights[MIDDLE].promoted)
+
+
+@ORDERS
 @pytest.mark.parametrize("average", ["mean", "ema"])
 def test_average_of_a_promoted_entry_begins_at_its_value(tmp_path, average, topkast_first):
     """Else it would begin at zero, which the entry never was."""

@@ -201,6 +201,33 @@ def test_dense_checkpoint_can_be_made_sparse(tmp_path):
     check_sparse(callback.topkast)
 
 
+class Explores(Callback):
+    """Notes after each step whether B is larger than A."""
+
+    def __init__(self, callback) -> None:
+        self.callback, self.seen = callback, []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.seen.append(self.callback.topkast.weights[MIDDLE].is_exploring)
+
+
+def test_fraction_of_a_run_is_of_what_remains_after_a_dense_checkpoint(tmp_path, storage):
+    fit(make_trainer(tmp_path, SaveAfter(tmp_path / "dense.ckpt", 0), max_epochs=1), make_net())
+    callback = make_callback(stop_exploring_at=0.5)
+    explores = Explores(callback)
+    fit(make_trainer(tmp_path, callback, explores, max_epochs=3), make_net(), ckpt_path=tmp_path / "dense.ckpt")
+    assert explores.seen == [True] * 3 + [False] * 5
+
+
+def test_fraction_of_a_run_is_of_the_whole_after_a_sparse_checkpoint(tmp_path, storage):
+    first = make_callback(stop_exploring_at=0.5)
+    fit(make_trainer(tmp_path, first, SaveAfter(tmp_path / "sparse.ckpt", 0), max_epochs=3), make_net())
+    callback = make_callback(stop_exploring_at=0.5)
+    explores = Explores(callback)
+    fit(make_trainer(tmp_path, callback, explores, max_epochs=3), make_net(), ckpt_path=tmp_path / "sparse.ckpt")
+    assert explores.seen == [True] + [False] * 7
+
+
 # --- without this package -----------------------------------------------------------------------------------------
 
 PLAIN = """

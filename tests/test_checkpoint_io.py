@@ -12,7 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from lightning_topkast import AtomicCheckpointIO
+from lightning_topkast import AtomicCheckpointIO, files
 from lightning_topkast.files import atomic_file
 from tests.helpers import make_trainer, same
 from tests.processes import forked
@@ -141,6 +141,72 @@ def test_two_writers_of_one_file_never_leave_it_half_written(path):
     assert seen == {0.0, 1.0}
     assert reads > 10
     assert os.listdir(path.parent) == ["last.ckpt"]
+
+
+def test_file_is_on_the_disk_before_it_is_renamed_and_its_folder_after(path, monkeypatch):
+    done = []
+
+    def noted(name, call):
+        def noting(target, *arguments):
+            kind = "folder" if isinstance(target, int) and stat.S_ISDIR(os.fstat(target).st_mode) else "file"
+            done.append((name, kind))
+            return call(target, *arguments)
+
+        return noting
+
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(os, name, noted(name, getattr(os, name)))
+    AtomicCheckpointIO().save_checkpoint(NEW, path)
+    assert done == [("fsync", "file"), ("replace", "file"), ("fsync", "folder")]
+
+
+def test_folder_that_cannot_be_synced_by_its_file_system_is_no_error(path, monkeypatch):
+    def refuse(descriptor, fsync=os.fsync):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(22, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    AtomicCheckpointIO().save_checkpoint(NEW, path)
+    assert same(load(path), NEW)
+
+
+def test_file_that_another_process_takes_for_a_leftover_before_it_is_locked_is_made_anew(path, monkeypatch):
+    lock, taken = files._lock, []
+
+    def late(file, wait):
+        if wait and not taken:
+            taken.append(file.name)
+            with forked() as children:
+                children.append(os.fork())
+                if children[0] == 0:
+                    try:
+                        files.remove_leftovers(path.parent)
+                    finally:
+                        os._exit(0)
+                assert os.waitpid(children.pop(), 0)[1] == 0
+            assert not os.path.exists(file.name), "the other process was to remove it"
+        return lock(file, wait)
+
+    monkeypatch.setattr(files, "_lock", late)
+    AtomicCheckpointIO().save_checkpoint(NEW, path)
+    assert taken
+    assert same(load(path), NEW)
+    assert os.listdir(path.parent) == ["last.ckpt"]
+
+
+def test_file_that_another_process_writes_is_no_leftover(path):
+    with atomic_file(path) as partial:
+        shutil.copyfile(path, partial)
+        with forked() as children:
+            children.append(os.fork())
+            if children[0] == 0:
+                try:
+                    files.remove_leftovers(path.parent)
+                finally:
+                    os._exit(0)
+            assert os.waitpid(children.pop(), 0)[1] == 0
+        assert partial.exists()
 
 
 def test_temporary_file_is_not_taken_for_a_checkpoint(tmp_path, monkeypatch):

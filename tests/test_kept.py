@@ -282,6 +282,42 @@ def test_finetuning_of_a_backbone_does_not_depend_on_the_order_and_resumes(tmp_p
     check_sparse(ours(second).topkast)
 
 
+class Freeze(Callback):
+    def __init__(self, *names) -> None:
+        self.names = names
+
+    def on_fit_start(self, trainer, pl_module):  # after packing
+        for name, parameter in pl_module.named_parameters():
+            parameter.requires_grad_(name not in self.names)
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_weights_that_another_callback_freezes_stay_dense_and_as_they_are(tmp_path, storage, ours_first):
+    def train(model, epochs, ckpt_path=None):
+        callback = make_callback(keep_last_dense=False)
+        callbacks = [callback, Freeze(MIDDLE)] if ours_first else [Freeze(MIDDLE), callback]
+        trainer = fit(make_trainer(tmp_path, *callbacks, max_epochs=epochs), model, ckpt_path=ckpt_path)
+        assert list(callback.topkast.weights) == ["layers.4.weight"]
+        assert (callback.topkast.step_count, callback.topkast.refresh_count) == (4 * epochs, 4 * epochs // 3)
+        check_sparse(callback.topkast)
+        assert torch.equal(model.layers[2].weight, frozen)
+        return trainer
+
+    model = make_net(optimizer="adamw", lr=0.02)
+    frozen = model.layers[2].weight.detach().clone()
+    train(model, 2).save_checkpoint(tmp_path / "half.ckpt")
+    resumed = make_net(seed=3, optimizer="adamw", lr=0.02)
+    train(resumed, 4, tmp_path / "half.ckpt")
+    whole = make_net(optimizer="adamw", lr=0.02)
+    train(whole, 4)
+    assert same(dict(whole.state_dict()), dict(resumed.state_dict()))
+
+
+def test_run_whose_sparse_weights_another_callback_has_frozen_is_refused(tmp_path):
+    with pytest.raises(TopKastError, match="all weights chosen to be sparse are frozen"):
+        fit(make_trainer(tmp_path, make_callback(storage="packed"), Freeze(MIDDLE)), make_net())
+
+
 @pytest.mark.parametrize("kind", ["masked", "packed"])
 def test_picture_of_the_network_can_be_logged(tmp_path, kind):
     model, callback = make_net(), make_callback(storage=kind)

@@ -3,6 +3,7 @@
 import os
 import pickle
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -114,6 +115,29 @@ def test_distributed_checkpoint_is_accepted_and_made_one_file(tmp_path, shards):
     assert open_checkpoint(str(shards)) is None
     consolidate(shards, tmp_path / "whole.ckpt")
     assert load(tmp_path / "whole.ckpt")["optimizer_states"][0]["param_groups"][0]["lr"] == 0.1
+
+
+@pytest.mark.parametrize("error", [OSError(28, "no space left"), KeyboardInterrupt()], ids=["full", "interrupted"])
+@pytest.mark.parametrize("part", [1, 2])
+def test_making_one_file_leaves_the_old_one_whole_if_it_is_interrupted(tmp_path, shards, monkeypatch, part, error):
+    whole = tmp_path / "whole.ckpt"
+    consolidate(shards, whole)
+    before, written = whole.read_bytes(), []
+
+    def half(content, path, save=torch.save):
+        save(content, path)
+        written.append(path)
+        if len(written) == part:
+            data = Path(path).read_bytes()
+            Path(path).write_bytes(data[: len(data) // 2])
+            raise error
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(type(error)):
+        consolidate(shards, whole)
+    assert len(written) == part
+    assert whole.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["shards", "whole.ckpt"]
 
 
 def with_code_in_the_index(folder, path):

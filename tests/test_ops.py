@@ -190,6 +190,16 @@ def test_operands_larger_than_the_cache_are_right(kernels, transposed):
     check(layer, random(150, shape[0] if transposed else shape[1]), kernels)
 
 
+@pytest.mark.parametrize("shape", [(3, 700), (700, 3)])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_and_columns_of_hundreds_of_entries_are_right(kernels, shape, transposed, dtype):
+    layer = make_layer(shape, (0.4, 0.8), dtype, transposed=transposed)
+    assert min(layer.active.nnz, layer.exploring.nnz) > 3 * 250
+    for batch in (1, 20, 130):
+        check(layer, random(batch, shape[0] if transposed else shape[1], dtype=dtype), kernels)
+
+
 @pytest.mark.parametrize("density", [(0.0, 0.0), (0.0, 0.5), (0.5, 0.5), (1.0, 1.0)])
 @pytest.mark.parametrize("batch", [0, 1, 20])
 def test_empty_and_full_patterns_are_right(kernels, density, batch):
@@ -566,6 +576,41 @@ def test_damaged_libraries_are_built_again(unloaded, compiler, monkeypatch, dama
     monkeypatch.setattr(compiled, "_obstacle", None)
     assert choose_kernels("auto", CPU) == "compiled"
     assert unloaded == [b"half a library"] * 2
+
+
+@pytest.mark.parametrize("digest", [None, "", "0" * 64, b"\xff"], ids=["missing", "empty", "wrong", "no text"])
+def test_libraries_without_their_digest_are_built_again(unloaded, compiler, monkeypatch, digest):
+    choose_kernels("compiled", CPU)
+    (place,) = compiled._cache().glob("*.sha256")
+    right = place.read_text()
+    if digest is None:
+        place.unlink()
+    else:
+        place.write_bytes(digest if isinstance(digest, bytes) else digest.encode())
+    monkeypatch.setattr(compiled, "_obstacle", None)
+    assert choose_kernels("compiled", CPU) == "compiled"
+    assert len(compiler.read_text().splitlines()) == 2
+    assert place.read_text() == right
+
+
+@pytest.mark.parametrize("what", ["torch", "machine", "command", "source"])
+def test_libraries_of_another_torch_machine_command_or_source_are_not_loaded(
+    unloaded, compiler, monkeypatch, tmp_path, what
+):
+    choose_kernels("compiled", CPU)
+    monkeypatch.setattr(compiled, "_obstacle", None)
+    if what == "torch":
+        monkeypatch.setattr(torch, "__version__", "2.0.0")
+    elif what == "machine":
+        monkeypatch.setattr(compiled.platform, "machine", lambda: "another")
+    elif what == "command":
+        monkeypatch.setenv("CXX", f"{os.environ['CXX']} -O1")
+    else:
+        (tmp_path / "kernels.cpp").write_text("// another\n")
+        monkeypatch.setattr(compiled, "_SOURCE", tmp_path / "kernels.cpp")
+    choose_kernels("compiled", CPU)
+    assert len(compiler.read_text().splitlines()) == 2
+    assert len([*compiled._cache().glob("*.so")]) == 2
 
 
 def test_libraries_that_do_not_load_are_built_again(unloaded, compiler, monkeypatch):

@@ -301,6 +301,56 @@ def test_state_that_is_declared_is_reset_and_moved(monkeypatch):
     assert int((age[weight.updated] == 5).sum()) < int((age[weight.updated] > 5).sum())
 
 
+def keeping(name, starts):
+    """A class of this name, as of another library, that adds the gradients up in its state, from these values on."""
+
+    class Keeping(torch.optim.Optimizer):
+        def __init__(self, parameters, lr=0.01):
+            super().__init__(parameters, {"lr": lr})
+
+        @torch.no_grad()
+        def step(self, closure=None):
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    for key, start in starts.items():
+                        kept = self.state[parameter].setdefault(key, torch.full_like(parameter, start))
+                        kept.add_(parameter.grad)
+                        parameter.sub_(group["lr"] * (kept - start))
+
+    Keeping.__name__ = name
+    return Keeping
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("Adan", ("exp_avg", "exp_avg_sq", "previous_grad", "neg_pre_grad", "exp_avg_nest")),
+        ("AdEMAMix", ("exp_avg", "exp_avg_sq", "exp_avg_slow")),
+        ("SophiaH", ("momentum", "hessian_moment")),
+        ("Another", ("exp_avg", "exp_avg_sq", "exp_inf", "square_avg", "grad_avg", "acc_delta", "prev")),
+    ],
+)
+@pytest.mark.parametrize("storage", ["packed", "compact"])
+def test_state_of_a_known_class_of_another_library_begins_at_zero_again(name, keys, storage):
+    made = keeping(name, dict.fromkeys(keys, 0.0))
+    masked, optimizer = trained(made, steps=9)  # a refresh has just been
+    weight = masked.weights["2.weight"]
+    for key in keys:
+        kept = optimizer.state[weight.parameter][key]
+        assert not kept[~weight.updated].any(), key
+        assert kept[weight.updated].any(), key
+    packed = trained(made, storage, steps=9)[0].weights["2.weight"]
+    assert torch.allclose(packed.theta(), weight.theta(), atol=1e-5)
+
+
+def test_matrix_of_lars_is_reset_in_masked_storage():
+    topkast, optimizer = trained(keeping("LARS", {"mu": 0.0}), steps=9)
+    weight = topkast.weights["2.weight"]
+    assert not optimizer.state[weight.parameter]["mu"][~weight.updated].any()
+    with pytest.raises(TopKastError, match="LARS looks at the shape of a weight"):
+        trained(keeping("LARS", {"mu": 0.0}), "packed")
+
+
 def thirds() -> dict:
     """The optimizers of pytorch_optimizer by name, or nothing where it is not installed."""
     try:

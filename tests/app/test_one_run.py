@@ -1,8 +1,15 @@
 """Two runs in one folder: the second is refused, or has files of its own."""
 
+import os
+import signal
+
+import pytest
 from filelock import FileLock
 
+from lightning_topkast.app.errors import AppError
 from lightning_topkast.app.run.loggers import csv_logger
+from lightning_topkast.app.run_folder.folder import only_run_in
+from tests.processes import end, forked
 
 SHORT = (
     "trainer.limit_train_batches=1",
@@ -24,6 +31,28 @@ def test_second_run_in_a_folder_is_refused_in_one_line_while_the_first_trains(cl
     assert not (folder / "checkpoints").exists()
     assert not (folder / "csv").exists()
     assert cli(*SHORT, f"hydra.run.dir={folder}")[0] == 0, "the lock ends with the process that holds it"
+
+
+def test_lock_of_a_killed_process_is_free_at_once(tmp_path):
+    reads, writes = os.pipe()
+    with forked() as children:
+        children.append(os.fork())
+        if children[0] == 0:
+            with only_run_in(tmp_path / "run", "topkast-train"):
+                os.write(writes, b"locked")
+                signal.pause()
+        assert os.read(reads, 6) == b"locked"
+        for _ in range(2):
+            with (
+                pytest.raises(AppError, match=r"another topkast-train is running in .*run: wait for it"),
+                only_run_in(tmp_path / "run", "topkast-train"),
+            ):
+                pass
+        with only_run_in(tmp_path / "run", "topkast-compare"), only_run_in(tmp_path, "topkast-train"):
+            pass  # another program, another folder
+        end([children.pop()])
+        with only_run_in(tmp_path / "run", "topkast-train"):
+            pass
 
 
 def test_two_loggers_of_one_folder_share_no_file_even_before_the_first_has_written(tmp_path):

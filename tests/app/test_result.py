@@ -1,6 +1,7 @@
 """What a run leaves in `result.json`."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -122,6 +123,22 @@ def test_broken_result_is_refused_with_its_name(tmp_path, text):
     (tmp_path / "result.json").write_text(text)
     with pytest.raises(AppError, match=r"result\.json .*remove it"):
         read_result(tmp_path)
+
+
+def test_interrupted_writing_of_a_result_leaves_the_old_one_whole(tmp_path, monkeypatch):
+    old = {"format": 1, "status": "running", "choices": {}, "overrides": [], "config": {}}
+    result = result_module.Result(**old)
+    result_module.write_result(tmp_path, result)
+
+    def half(path, text, **options):
+        path.write_bytes(text[: len(text) // 2].encode())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(KeyboardInterrupt):
+        result_module.write_result(tmp_path, result.model_copy(update={"seed": 1}))
+    assert json.loads((tmp_path / "result.json").read_text()) == old
+    assert [file.name for file in tmp_path.iterdir()] == ["result.json"]
 
 
 def test_result_that_can_not_be_written_leaves_the_old_one_whole(tmp_path, monkeypatch):

@@ -173,8 +173,7 @@ def check_experts(world: int, mesh, rank: int) -> dict:
     bag = shard(nn.Sequential(Experts()), mesh, lambda dims: [Shard(0)])
     topkast = TopKast(bag, **nouns(**OPTIONS))
     if rank == 0:
-        active = topkast.weights["0.weight"].active.to_local()
-        bag[0].weight.detach().to_local()[active] = float("nan")
+        bag[0].weight.detach().to_local()[0, 0] = float("nan")
     try:
         topkast.refresh()
     except NonFiniteWeightError as error:
@@ -192,13 +191,15 @@ def check_refusals(mesh, rank: int) -> dict:
     bag = shard(Bag(), mesh, lambda dims: [Shard(0)])
     topkast = TopKast(bag, **nouns(**OPTIONS))
     before = {name: weight.tiers.to_local().clone() for name, weight in topkast.weights.items()}
-    if rank == 0:
-        active = topkast.weights["layer1.weight"].active.to_local()
-        bag.layer1.weight.detach().to_local()[active] = float("nan")
+    values = bag.layer1.weight.detach().to_local()
+    kept = values.clone()
+    if rank == 0:  # in A, since what is written outside is zeroed
+        values[to_local(topkast.weights["layer1.weight"].active)] = float("nan")
     try:
         topkast.refresh()
     except NonFiniteWeightError as error:
         found["nan on rank 0"] = str(error)
+    values.copy_(kept)
     found["sets kept"] = all(same(weight.tiers.to_local(), before[name]) for name, weight in topkast.weights.items())
     damaged = topkast.state_dict()
     if rank == dist.get_world_size() - 1:
@@ -207,6 +208,23 @@ def check_refusals(mesh, rank: int) -> dict:
         topkast.load_state_dict(damaged)
     except TopKastError as error:
         found["damaged on the last rank"] = str(error)
+    for name, key in {"latent on rank 0": "latent", "sets on rank 0": "tiers"}.items():
+        damaged = topkast.state_dict()
+        if rank == 0:
+            part = damaged["weights"]["layer1.weight"][key].to_local()
+            part.fill_(float("nan") if key == "latent" else 3)
+        try:
+            topkast.load_state_dict(damaged)
+        except TopKastError as error:
+            found[name] = str(error)
+    state = topkast.state_dict()
+    if rank == 0:
+        values[topkast.weights["layer1.weight"].tiers.to_local() == 0] = 1.0
+    try:
+        topkast.load_state_dict(state)
+    except TopKastError as error:
+        found["model on rank 0"] = str(error)
+    topkast.accept_writes(closely=True)
     unlike = topkast.state_dict()
     if rank == 0:
         unlike["weights"]["layer1.weight"]["strength"] = float("nan")

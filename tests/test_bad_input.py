@@ -10,6 +10,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_topkast import L2, NonFiniteWeightError, Schedule, Targets, TopKast, TopKastCallback, TopKastError
+from lightning_topkast.distributed import Sharding
+from lightning_topkast.weights.state import problem_with
 from tests.helpers import (
     MIDDLE,
     Net,
@@ -365,6 +367,27 @@ DAMAGES = {
     "count as text": (lambda state: state.update(active_count="64"), "expected 'active_count' to be of type int"),
     "no dict at all": (None, "expected a dict, got list"),
 }  # fmt: skip
+
+
+class TwoParts(Sharding):
+    """Stands for a weight of which another process holds a part with a problem."""
+
+    sums = 0
+
+    def sum(self, value):
+        self.sums += 1
+        return value + 1
+
+
+@pytest.mark.parametrize(
+    ("strength", "message"), [(0.0, "another process found a problem in its part"), (math.nan, "expected 'strength'")]
+)
+def test_problem_that_one_process_finds_is_heard_of_by_all(strength, message):
+    weight = TopKast(make_net(), 0.75, 0.5).weights[MIDDLE]
+    state, sharding = weight.state_dict() | {"strength": strength}, TwoParts(MIDDLE, weight.parameter)
+    problem = problem_with(state, weight.parameter, weight.active_count, weight.updated_count, sharding)
+    assert problem.startswith(message)
+    assert sharding.sums == 1, "each process sums as often as the others"
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -95,6 +95,9 @@ def test_every_rank_hears_of_what_is_wrong_on_one(folder, world):
         assert "'layer1.weight' holds NaN or infinity" in each["nan on rank 0"]
         assert each["sets kept"]
         assert "does not fit weight 'layer1.weight': its tiers hold" in each["damaged on the last rank"]
+        assert "does not fit weight 'layer1.weight': its latent values hold NaN" in each["latent on rank 0"]
+        assert "does not fit weight 'layer1.weight': its tiers hold" in each["sets on rank 0"]
+        assert "'layer1.weight': the model's weight is not zero outside" in each["model on rank 0"]
     first, *others = found(folder, world, "refusals")
     assert "expected 'strength' to be finite and at least 0, got nan" in first["unlike on rank 0"]
     assert "another process found a problem" in first["whole on rank 0 only"]

@@ -6,6 +6,7 @@ import signal
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import Checkpoint
 
 from lightning_topkast import StepBoundaryCheckpoint, TopKastError
 from tests.helpers import Resumable, batches, make_callback, make_net, make_trainer, same
@@ -144,9 +145,18 @@ def test_ctrl_c_is_given_back_after_the_run(tmp_path):
         def on_train_batch_end(self, *_):
             raise ValueError("no")
 
+    class Later(Checkpoint):
+        """Comes after ours and before Lightning's own teardown, which may restore the handler too."""
+
+        def on_train_end(self, *_):
+            ended.append(signal.getsignal(signal.SIGINT))
+
+        on_exception = on_train_end
+
+    ended = []
     for other in (Look(), Fails()):
         trainer = make_trainer(
-            tmp_path, other, StepBoundaryCheckpoint(tmp_path), enable_checkpointing=True, max_epochs=1
+            tmp_path, other, StepBoundaryCheckpoint(tmp_path), Later(), enable_checkpointing=True, max_epochs=1
         )
         try:
             trainer.fit(make_net(), batches(2), batches(2, seed=2))
@@ -154,3 +164,4 @@ def test_ctrl_c_is_given_back_after_the_run(tmp_path):
             assert isinstance(other, Fails)
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert signal.default_int_handler not in during
+    assert ended == 2 * [signal.default_int_handler]

@@ -2,13 +2,14 @@
 
 import copy
 import gc
+import warnings
 from itertools import permutations
 
 import pytest
 import torch
 
 from lightning_topkast import Schedule, TopKast, TopKastError
-from tests.helpers import MIDDLE, check_sparse, fit, make_callback, make_net, make_trainer, same
+from tests.helpers import MIDDLE, batches, check_sparse, fit, make_callback, make_net, make_trainer, same
 
 KINDS = ["masked", "packed", "compact"]
 ANEW = r"the optimizer's state of 2.weight was saved with other sets than the present ones.*topkast.load_state_dict"
@@ -364,6 +365,19 @@ def test_strength_is_kept_whether_the_state_is_loaded_before_or_after_the_optimi
         if not attached:
             resumed.topkast.attach(resumed.optimizer)
         assert resumed.weight.strength == strength > 0
+
+
+def test_a_new_fit_after_a_checkpoint_was_tested_has_the_strength_of_its_own_learning_rate(tmp_path):
+    callback, model = make_callback(penalty="auto", strength=None), make_net(lr=0.1)
+    trainer = fit(make_trainer(tmp_path, callback, max_epochs=1), model)
+    strength = callback.topkast.weights[MIDDLE].strength
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning.pytorch")
+        trainer.test(model, batches(2), ckpt_path=tmp_path / "run.ckpt", verbose=False)
+    model.hparams.lr = 0.01
+    fit(make_trainer(tmp_path, callback, max_epochs=1), model)
+    assert callback.topkast.weights[MIDDLE].strength == pytest.approx(10 * strength)
 
 
 def test_state_of_another_number_of_optimizers_is_refused_when_they_are_attached():

@@ -397,6 +397,8 @@ class TopKast:
     def restart(self) -> None:
         """Start a new run with the same weights: count steps from 0, and explore again if exploration had stopped."""
         self._attached.restart()
+        if self.is_attached:  # with the learning rates of this run, although λ of another was loaded
+            self._set_strength()
         self._refresher.selections.clear()
         self._refresher.own_sizes.clear()
         if self.settings.ramp is not None and self.refresh_count:

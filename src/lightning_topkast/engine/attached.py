@@ -74,7 +74,8 @@ class Attached:
         before = self.hooks
         if self._loaded not in (0, len(optimizers)):
             raise TopKastError(
-                f"expected {self._loaded} optimizers, as in the Top-KAST state that was loaded, got {len(optimizers)}"
+                f"expected {self._loaded} optimizers, as in the Top-KAST state that was loaded, got {len(optimizers)}; "
+                "attach as many, or make a new TopKast without that state"
             )
         try:
             for optimizer, steps in zip(optimizers, chain(self.steps_before, repeat(0)), strict=False):

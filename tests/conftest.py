@@ -2,10 +2,14 @@
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from tests import helpers
 
 torch.set_num_threads(1)
+# a busy machine is no reason to fail
+settings.register_profile("shared", suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("shared")
 
 
 def pytest_collection_modifyitems(items):

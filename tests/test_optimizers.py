@@ -326,7 +326,6 @@ def keeping(name, starts):
     [
         ("Adan", ("exp_avg", "exp_avg_sq", "previous_grad", "neg_pre_grad", "exp_avg_nest")),
         ("AdEMAMix", ("exp_avg", "exp_avg_sq", "exp_avg_slow")),
-        ("SophiaH", ("momentum", "hessian_moment")),
         ("Another", ("exp_avg", "exp_avg_sq", "exp_inf", "square_avg", "grad_avg", "acc_delta", "prev")),
     ],
 )

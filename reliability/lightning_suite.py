@@ -31,7 +31,10 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = "tests/tests_pytorch"
 
 # Pattern of test names → why they cannot pass with a callback that logs and holds state.
-EXPECTED: dict[str, str] = {}
+EXPECTED = {
+    "*test_lr_monitor_multiple_param_groups_no_lr_scheduler": "its optimizer leaves out a weight, which we refuse",
+    "*test_timer_stops_training": "its limit of milliseconds ends before the second step, if the first is slower",
+}
 
 
 class Added:

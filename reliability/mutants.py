@@ -34,7 +34,7 @@ PACKAGE = ROOT / "src/lightning_topkast"
 # File → its tests, without "tests/test_" and ".py".
 TESTS = {
     "method/density.py": "distribution sizes",
-    "method/penalty.py": "penalty",
+    "method/penalty.py": "penalty bad_input",
     "method/powerpropagation.py": "powerpropagation",
     "method/rule.py": "selection baselines",
     "method/schedule.py": "schedule run_length",
@@ -173,9 +173,9 @@ def main() -> int:
     if unknown := [file for file in options.files if file not in TESTS]:
         parser.error(f"expected files with tests ({', '.join(TESTS)}), got {', '.join(unknown)}")
     torch.set_num_threads(1)
-    generator, rows = random.Random(options.seed), dict[str, dict[str, Any]]()
+    rows = dict[str, dict[str, Any]]()
     for file in options.files:
-        count, found = survivors(file, options.sample, generator)
+        count, found = survivors(file, options.sample, random.Random(f"{options.seed} {file}"))
         left = []
         for difference in found:
             left.append(difference)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from lightning_topkast import L2, NonFiniteWeightError, Schedule, Targets, TopKast, TopKastCallback, TopKastError
@@ -299,6 +300,15 @@ def checkpoint(tmp_path_factory):
 def test_checkpoint_of_another_run_is_refused(tmp_path, checkpoint, options, message):
     with pytest.raises(TopKastError, match=message):
         fit(make_trainer(tmp_path, make_callback(**options)), make_net(), ckpt_path=checkpoint)
+
+
+def test_checkpoint_with_states_by_type_is_resumed(tmp_path):
+    """As Lightning saved them before version 1.5; it still reads them."""
+    callback, trainer, model = make_callback(), make_trainer(tmp_path), make_net()
+    trainer.state.fn = TrainerFn.FITTING
+    callback.on_load_checkpoint(trainer, model, {"callbacks": {ModelCheckpoint: {}}})
+    with pytest.raises(TopKastError, match="expected a checkpoint with the Top-KAST state"):
+        callback.on_load_checkpoint(trainer, model, {"callbacks": {ModelCheckpoint: {}, "TopKastCallback{}": {}}})
 
 
 def test_checkpoint_of_other_layers_is_refused(tmp_path, checkpoint):

@@ -64,6 +64,7 @@ def test_an_int_is_a_step_and_a_float_a_fraction_of_the_run(moment, step):
 @pytest.mark.parametrize("delay", [100, 101, -1, 1.0, True, "1", None])
 def test_a_delay_is_a_count_below_update_every(delay):
     assert Schedule(update_every=100, delay=99).delay == 99
+    assert Schedule(update_every=1).update_every == 1
     with pytest.raises(TopKastError, match=rf"expected delay to be .* below update_every=100, got {delay!r}$"):
         Schedule(update_every=100, delay=delay)
 

@@ -360,7 +360,9 @@ class TopKastCallback(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
         """Refuse to resume from a sparse checkpoint whose sets would be silently lost."""
         self._is_own_model = self.topkast is not None and self.topkast.model is pl_module
-        saved = [key for key in checkpoint.get("callbacks", {}) if key.startswith(type(self).__qualname__)]
+        # Lightning before 1.5 saved states by the type of their callback
+        keys = [key for key in checkpoint.get("callbacks", {}) if isinstance(key, str)]
+        saved = [key for key in keys if key.startswith(type(self).__qualname__)]
         if trainer.state.fn == TrainerFn.FITTING and saved and self.state_key not in saved:
             raise TopKastError(
                 f"expected a checkpoint with the Top-KAST state {self.state_key}, got {'; '.join(saved)}; resume with "

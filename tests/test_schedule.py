@@ -69,6 +69,11 @@ def test_a_delay_is_a_count_below_update_every(delay):
         Schedule(update_every=100, delay=delay)
 
 
+def test_a_sparsity_of_a_ramp_is_refused_by_its_name():
+    with pytest.raises(TopKastError, match=r"Ramp\.forward_sparsity.* got 1\.5"):
+        Ramp(forward_sparsity=1.5)
+
+
 @pytest.mark.parametrize("moment", ["0.5", True, -1, -0.1, 1.5, float("nan"), float("inf"), [3], 1j])
 def test_a_moment_of_another_kind_is_refused_with_its_name_and_value(moment):
     shown = re.escape(f"a step (int of at least 0) or a fraction of the run (float in [0, 1]), or None, got {moment!r}")

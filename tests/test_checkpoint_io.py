@@ -171,20 +171,25 @@ def test_folder_that_cannot_be_synced_by_its_file_system_is_no_error(path, monke
     assert same(load(path), NEW)
 
 
+def remove_leftovers_elsewhere(folder):
+    """Let another process remove them."""
+    with forked() as children:
+        children.append(os.fork())
+        if children[0] == 0:
+            try:
+                files.remove_leftovers(folder)
+            finally:
+                os._exit(0)
+        assert os.waitpid(children.pop(), 0)[1] == 0
+
+
 def test_file_that_another_process_takes_for_a_leftover_before_it_is_locked_is_made_anew(path, monkeypatch):
     lock, taken = files._lock, []
 
     def late(file, wait):
         if wait and not taken:
             taken.append(file.name)
-            with forked() as children:
-                children.append(os.fork())
-                if children[0] == 0:
-                    try:
-                        files.remove_leftovers(path.parent)
-                    finally:
-                        os._exit(0)
-                assert os.waitpid(children.pop(), 0)[1] == 0
+            remove_leftovers_elsewhere(path.parent)
             assert not os.path.exists(file.name), "the other process was to remove it"
         return lock(file, wait)
 
@@ -198,14 +203,7 @@ def test_file_that_another_process_takes_for_a_leftover_before_it_is_locked_is_m
 def test_file_that_another_process_writes_is_no_leftover(path):
     with atomic_file(path) as partial:
         shutil.copyfile(path, partial)
-        with forked() as children:
-            children.append(os.fork())
-            if children[0] == 0:
-                try:
-                    files.remove_leftovers(path.parent)
-                finally:
-                    os._exit(0)
-            assert os.waitpid(children.pop(), 0)[1] == 0
+        remove_leftovers_elsewhere(path.parent)
         assert partial.exists()
 
 

@@ -45,6 +45,11 @@ class Run:
             parameter.grad = torch.zeros_like(parameter)
         self.optimizer.step()
 
+    def other_weights(self, seed=9):
+        """Dense ones for the model."""
+        generator = torch.Generator().manual_seed(seed)
+        return {name: torch.randn(each.shape, generator=generator) for name, each in self.model.state_dict().items()}
+
     def state(self):
         parts = {"model": self.model, "topkast": self.topkast, "optimizer": self.optimizer}
         return {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
@@ -155,9 +160,7 @@ def test_state_follows_weights_that_are_loaded(kind, how):
     before, updated = run.momenta(), run.weight.updated
     if how != "attached":
         run.topkast.detach()
-    generator = torch.Generator().manual_seed(9)
-    values = {name: torch.randn(value.shape, generator=generator) for name, value in run.model.state_dict().items()}
-    run.model.load_state_dict(values)
+    run.model.load_state_dict(run.other_weights())
     if how == "detached, and saved":  # and put back into an optimizer that knows nothing
         state = run.optimizer.state_dict()
         run.optimizer = run.make()
@@ -176,7 +179,7 @@ def test_state_saved_between_weights_that_are_swapped_while_detached_is_whole(ki
     before = run.momenta()
     run.topkast.detach()
     backup = copy.deepcopy(run.model.state_dict())
-    run.model.load_state_dict({name: torch.randn(value.shape) for name, value in backup.items()})
+    run.model.load_state_dict(run.other_weights())
     run.state()
     run.model.load_state_dict(backup)
     state = run.optimizer.state_dict()
@@ -204,8 +207,7 @@ def test_saving_changes_no_state_and_saves_what_fits(kind):
     for each in (run, other):
         each.train(4)  # a selection is under way
     backup = copy.deepcopy(run.model.state_dict())
-    generator = torch.Generator().manual_seed(9)
-    run.model.load_state_dict({name: torch.randn(value.shape, generator=generator) for name, value in backup.items()})
+    run.model.load_state_dict(run.other_weights())
     momenta, units = dense(other.weight, other.optimizer.state[other.weight.parameter]["exp_avg"]), run.weight.units
     state = run.state()
     number = next(n for n, p in enumerate(run.model.parameters()) if p is run.weight.parameter)
@@ -238,11 +240,7 @@ def test_state_follows_a_refresh_by_hand_and_weights_that_are_loaded_after_it(ki
     run = Run(kind, update_every=100)
     run.train(4)
     state = run.state()
-    generator = torch.Generator().manual_seed(9)
-    others = [
-        {name: torch.randn(value.shape, generator=generator) for name, value in state["model"].items()}
-        for _ in range(2)
-    ]
+    others = run.other_weights(9), run.other_weights(10)
     if first == "swapped":
         run.model.load_state_dict(others[0])
         run.model.load_state_dict(state["model"])
@@ -279,9 +277,7 @@ def test_state_follows_a_refresh_while_detached(kind):
 def test_a_copy_between_loading_and_the_next_step_goes_on_alike(kind, order):
     run = Run(kind)
     run.train(3)
-    generator = torch.Generator().manual_seed(9)
-    values = {name: torch.randn(value.shape, generator=generator) for name, value in run.model.state_dict().items()}
-    run.model.load_state_dict(values)
+    run.model.load_state_dict(run.other_weights())
     other = copy.copy(run)
     vars(other).update(zip(order, copy.deepcopy([getattr(run, part) for part in order]), strict=True))
     other.weight = other.topkast.weights["2.weight"]
@@ -312,7 +308,7 @@ def test_state_of_all_optimizers_follows_the_step_of_one(kind):
     run.optimizer, first = second, run.optimizer
     run.train(2)
     before = run.momenta("momentum_buffer")
-    run.model.load_state_dict({name: torch.randn(each.shape) for name, each in run.model.state_dict().items()})
+    run.model.load_state_dict(run.other_weights())
     run.optimizer = first
     run.idle()
     run.optimizer = second

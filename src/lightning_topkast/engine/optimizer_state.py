@@ -67,7 +67,6 @@ class OptimizerState:
             state = state_of(optimizer, weight.parameter)
             if SETS in state or orders.get(weight) != weight.orders.present:
                 units = self._sets_of(optimizer, weight, state, weight.units)
-                state.pop(SETS, None)
                 if not _move(optimizer, weight, state, units):
                     anew.append(weight.name)
                 orders[weight] = weight.orders.present

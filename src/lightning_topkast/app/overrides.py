@@ -14,8 +14,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import OverrideType, QuotedString
 from hydra.errors import HydraException
 
+KEY = r"\.*[\w\[\]]+(?:\.[\w\[\]]+)*"  # in an interpolation; leading dots: relative to where it stands
 # Interpolations that reach nothing but the configuration: keys, and resolvers of the shipped configuration. Not oc.env.
-_INTERPOLATION = re.compile(r"\$\{\s*(?:[\w.\[\]]+\s*\}|(?:topkast\.times|oc\.select)\s*:)")
+_INSIDE = re.compile(rf"\$\{{\s*(?:{KEY}\s*\}}|oc\.select\s*:\s*{KEY}\s*[,}}]|topkast\.times\s*:)")
 _SHIPPED = "lightning_topkast.conf"
 
 
@@ -95,10 +96,23 @@ def more_than_a_value(text: str) -> str | None:
     texts = list(_texts(value))
     if key in _groups() and not all(re.fullmatch(r"[\w-]+", each) for each in texts):
         return f"names no option of the group {key}"
-    for each in texts:
-        if any(not _INTERPOLATION.match(each, found.start()) for found in re.finditer(r"\$\{", each)):
-            return "uses a resolver that may read more than the configuration"
+    if any(reaches_further(each) for each in texts):
+        return "uses a resolver that may read more than the configuration"
     return None
+
+
+def reaches_further(text: str, variables: str | None = None) -> bool:
+    """Return whether an interpolation in a text may reach more than keys of the configuration that it names.
+
+    Args:
+        text: The text.
+        variables: How those variables of the environment begin that it may read, too; None: it may read none.
+    """
+    starts = [found.start() for found in re.finditer(r"\$\{", text)]
+    if variables is not None:
+        allowed = re.compile(rf"\$\{{\s*oc\.env\s*:\s*{variables}\w*\s*[,}}]")
+        starts = [at for at in starts if not allowed.match(text, at)]
+    return any(not _INSIDE.match(text, at) for at in starts)
 
 
 def _groups() -> set[str]:

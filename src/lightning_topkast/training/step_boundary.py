@@ -166,7 +166,7 @@ class _Signals:
             self._answers[signal.SIGINT] = _interrupt
 
     def close(self) -> None:
-        """Restore Python's handler of Ctrl-C, which Lightning does not restore."""
+        """Restore Python's handler of Ctrl-C, which not all versions of Lightning restore."""
         if signal.SIGINT in self._answers and signal.getsignal(signal.SIGINT) == self._note:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 

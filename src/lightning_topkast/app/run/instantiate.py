@@ -13,17 +13,16 @@ from typing import Any
 from hydra.utils import instantiate
 from lightning import Callback, LightningDataModule
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.resolvers import oc
 from torch import nn
 
 from lightning_topkast.app.errors import AppError
-from lightning_topkast.app.overrides import children
-from lightning_topkast.app.run.resolvers import environment
+from lightning_topkast.app.interpolations import texts_of
+from lightning_topkast.app.overrides import children, reaches_further
 from lightning_topkast.method.targets import Targets
 
 _NETWORKS = ("lightning_topkast.app.models", "torch.nn", "torchvision.models")
 _DOWNLOADS = ("weights", "weights_backbone", "pretrained", "pretrained_backbone")  # arguments of torchvision's models
-_OWN_VARIABLES = "TOPKAST_"
+_OWN_VARIABLES = "TOPKAST_"  # documented by this package; any other may be a secret of the user's
 
 
 @dataclass(frozen=True)
@@ -59,10 +58,15 @@ def build(config: DictConfig | None, kind: Kind | None = None, **more: Any) -> A
     Raises:
         AppError: It names something else, reads the environment, or would download something.
     """
-    if kind is None:
+    if kind is None or config is None:
         return instantiate(config, _convert_="all", **more)
-    with environment(_own_variable):
-        plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    for text in texts_of(config):
+        if reaches_further(text, _OWN_VARIABLES):
+            raise AppError(
+                f"the run's configuration has an interpolation that may read more than itself, such as a variable of "
+                f"the environment: {text:.80}; if you trust this run, add --trust"
+            )
+    plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     _check(plain, kind.part, kind)
     return instantiate(plain, _convert_="all", **more)
 
@@ -115,12 +119,3 @@ def _is_harmless(target: Any, kind: Kind) -> bool:
 
 def _lies_in(name: str, modules: tuple[str, ...]) -> bool:
     return name.startswith(tuple(f"{module}." for module in modules))
-
-
-def _own_variable(name: str, *default: Any) -> Any:
-    """Read only variables that this package documents; any other may be a secret of the user's."""
-    if not name.startswith(_OWN_VARIABLES):
-        raise AppError(
-            f"the run's configuration reads the environment variable {name!s:.80}: if you trust this run, add --trust"
-        )
-    return oc.env(name, *default)

@@ -24,6 +24,7 @@ from lightning_topkast.app.errors import (
     did_you_mean,
     let_errors_through,
 )
+from lightning_topkast.app.interpolations import check_size
 from lightning_topkast.app.overrides import as_override, for_shell
 from lightning_topkast.app.run.build import OF_TASK, build_all, build_callbacks, build_model
 from lightning_topkast.app.run.describe import Outcome, all_finite, describe_end, kept_dense
@@ -74,6 +75,7 @@ def train(cfg: DictConfig) -> float:
             warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*", category=FutureWarning)
             # The first process writes for all. One that is restarted may find its predecessor still ending.
             first = getattr(rank_zero_only, "rank", 0) == 0
+            check_size(cfg)
             folder = Path(cfg.paths.output_dir)
             check_writable(folder)
             with only_run_in(folder, "topkast-train", _PATIENCE) if first else nullcontext():

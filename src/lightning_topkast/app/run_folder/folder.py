@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_topkast.app.errors import AppError
+from lightning_topkast.app.interpolations import check_size
 from lightning_topkast.app.run_folder.checkpoint import Checkpoint, UnfinishedCheckpoint, check_sharded
 from lightning_topkast.app.run_folder.logs import Curve, has_log, read_curves
 from lightning_topkast.app.run_folder.result import RESULT_FILE, RUNNING, Result, Status, read_result
@@ -85,6 +86,7 @@ class RunFolder:
         parts = ("model", "data", "sparsity")
         if not isinstance(config, DictConfig) or not all(isinstance(config.get(part), DictConfig) for part in parts):
             raise AppError(f"{path} is not a configuration of topkast-train: it needs a model, data and sparsity")
+        check_size(config)
         return config
 
     def plain_config(self) -> Any:

@@ -420,7 +420,7 @@ def check_bytes(world: int, mesh) -> dict:
         "optimizer": (planned.optimizer, sum(state)),
         "masks": (planned.masks, sum(weight._mask.nbytes + weight._never_active.nbytes for weight in weights)),
         "latent": (planned.latent, sum(weight._latent.nbytes for weight in weights)),
-        "indices": (planned.indices, sum(weight._exploring.nbytes for weight in weights)),
+        "indices": (planned.indices, sum(weight._exploring.nbytes + weight._explored.nbytes for weight in weights)),
     }
 
 

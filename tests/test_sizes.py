@@ -140,6 +140,7 @@ def test_a_weight_may_lose_all_its_places_without_harm():
         run.weights[1].parameter.mul_(1e-6)
     run.topkast.refresh()
     run.weights[1]._latent.mul_(1e-6)
+    run.weights[1]._explored.mul_(1e-6)
     run.topkast.refresh()
     assert run.sizes()[1] == (0, 0)
     run.step(10).check()

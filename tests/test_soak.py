@@ -107,9 +107,9 @@ def break_closing(monkeypatch):
     close = MaskedWeight.close
 
     def forgetful(self, lr):
-        latent = self._latent.clone()
+        explored = self._explored.clone()
         close(self, lr)
-        self._latent.copy_(latent)
+        self._explored.copy_(explored)
 
     monkeypatch.setattr(MaskedWeight, "close", forgetful)
 

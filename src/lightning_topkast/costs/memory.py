@@ -30,7 +30,7 @@ class Bytes:
         optimizer: the optimizer's state.
         masks: the updated set and a telemetry flag of masked weights.
         latent: latent values, θ outside the active set, of masked weights.
-        indices: of exploring entries (masked), or of all stored entries (packed, compact).
+        indices: of exploring entries, and their values (masked), or of all stored entries (packed, compact).
         host: θ, sets and flags of packed and compact weights in host memory, per process.
         payload: data of the collectives per step.
         sent: data that the device sends for these collectives, with ring algorithms.
@@ -164,10 +164,10 @@ def bytes_of(held: Held, optimizer: OptimizerState, parallel: Parallel) -> Bytes
     if held.storage == "masked":
         # each device has about its share of the exploring entries of a sharded weight
         share = entries / max(prod(held.shape), 1)
-        indices = round((held.present - held.active) * share)
+        indices = (_INT64 + itemsize) * round((held.present - held.active) * share)
         if parallel.strategy == "ddp" and parallel.all_reduce != "dense":
-            indices += held.present  # those of B, which the communication hook keeps
-        found += Bytes(masks=2 * entries, latent=entries * itemsize, indices=_INT64 * indices)
+            indices += _INT64 * held.present  # those of B, which the communication hook keeps
+        found += Bytes(masks=2 * entries, latent=entries * itemsize, indices=indices)
     elif held.packs:
         found += Bytes(indices=_packing(held), host=itemsize * prod(held.shape) + _sets(held))
     return found + _traffic(held, parallel)

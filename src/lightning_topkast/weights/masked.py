@@ -1,7 +1,8 @@
 """A sparse weight stored as the module's own dense parameter with zeros in it.
 
 The parameter is α (zero outside A) except during the optimizer's step. Each entry also has a *latent value* (θ outside
-A), a byte that says whether it is in B and a byte for telemetry; each exploring entry has its index.
+A), a byte that says whether it is in B and a byte for telemetry; each exploring entry has its index and, since every step
+reads and writes it, its value beside the dense ones.
 
 For a sharded parameter (a DTensor) these tensors are this process' part; public methods return the same sharding.
 """
@@ -48,10 +49,12 @@ class MaskedWeight(SparseWeight):
         # At first all entries are active and θ is the parameter itself. Only `apply` makes it sparse.
         # B, with all bits set: as fast on CPU as multiplying by a byte, 2.5 times as fast as by bool
         self._mask = torch.full_like(self._alpha, -1, dtype=torch.int8)
-        self._latent = torch.zeros_like(self._alpha)
+        self._latent = torch.zeros_like(self._alpha)  # as of the last refresh for exploring entries
         self._exploring = torch.empty(0, dtype=torch.int64, device=parameter.device)
-        # new exploring indices, indices at which the mask changes, and its new values, while a refresh is in progress
-        self._pending: tuple[Tensor, Tensor, Tensor] | None = None
+        self._explored = self._latent.new_empty(0)  # θ of the exploring entries
+        # new exploring indices and their values, indices at which the mask changes, and its new values, while a refresh
+        # is in progress
+        self._pending: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
         # the first C without the entries that have been active since: telemetry of how far exploration reaches
         self._never_active = torch.zeros_like(self._alpha, dtype=torch.bool)
         # sizes of B, B\A and the never active entries, counted over all parts of a sharded weight
@@ -110,7 +113,12 @@ class MaskedWeight(SparseWeight):
     def _theta(self) -> Tensor:
         if self.is_open:
             return torch.where(self._mask.bool(), self._as_theta(self._alpha), self._latent)
-        return self._alpha + self._latent  # no entry is in both
+        return self._alpha + self._whole_latent()  # no entry is in both
+
+    def _whole_latent(self) -> Tensor:
+        """Bring the exploring entries' latent values up to date, and return all."""
+        flat(self._latent).index_copy_(0, self._exploring, self._explored)
+        return self._latent
 
     def alpha(self) -> Tensor:
         """Return α, θ on A and zero elsewhere, even in the middle of a step; dense, a copy."""
@@ -128,7 +136,7 @@ class MaskedWeight(SparseWeight):
             return self._theta.abs_().contiguous()
         # NumPy requests huge pages and PyTorch does not, so filling new memory takes half the time
         magnitudes = torch.from_numpy(np.empty(alpha.shape, dtype=np.float32))
-        return torch.add(alpha, self._latent, out=magnitudes).abs_()
+        return torch.add(alpha, self._whole_latent(), out=magnitudes).abs_()
 
     def apply(self, tiers: Tensor, state: Sequence[EntryState] = ()) -> None:
         """Change the sets; few entries change their set, so only these are found and moved."""
@@ -145,13 +153,13 @@ class MaskedWeight(SparseWeight):
         else:
             exploring = indices(new == EXPLORING)
         mask = -(after != RESERVOIR).to(torch.int8)
-        alpha, latent = flat(self._alpha), flat(self._latent)
+        alpha, latent = flat(self._alpha), flat(self._whole_latent())
 
         # First copy, then switch the sets, then clear, so that `recover` finds every value after any interruption.
         self._settled = False
         alpha.index_copy_(0, promoted, latent.index_select(0, promoted))
         latent.index_copy_(0, demoted, alpha.index_select(0, demoted))
-        self._pending = (exploring, changed, mask)
+        self._pending = (exploring, latent.index_select(0, exploring), changed, mask)
         self._switch()
         latent.index_fill_(0, promoted, 0)
         alpha.index_fill_(0, demoted, 0)
@@ -180,7 +188,7 @@ class MaskedWeight(SparseWeight):
     def _switch(self) -> None:
         """Apply the pending sets; a second call does no harm."""
         if self._pending is not None:
-            self._exploring, changed, mask = self._pending
+            self._exploring, self._explored, changed, mask = self._pending
             flat(self._mask).index_copy_(0, changed, mask)
             self.version += 1
             self._pending = None
@@ -211,15 +219,20 @@ class MaskedWeight(SparseWeight):
         if (latent.device, latent.dtype, latent.stride()) == (alpha.device, alpha.dtype, alpha.stride()):
             return
         tiers = self._tiers
-        self._latent = torch.empty_like(alpha).copy_(latent)
+        self._latent = torch.empty_like(alpha).copy_(self._whole_latent())
         self._mask = torch.empty_like(alpha, dtype=torch.int8).copy_(self._mask)
         tiers = torch.empty_like(self._mask, dtype=torch.uint8).copy_(tiers)
-        self._exploring = indices(flat(tiers) == EXPLORING)
+        self._find_exploring(tiers)
         self._never_active = torch.empty_like(self._mask, dtype=torch.bool).copy_(self._never_active)
         self.version += 1
         if self._latent.stride() != alpha.stride():
             raise TopKastError(f"'{self.name}': other code gave its parameter memory with gaps; make it contiguous")
         self._writes.look_at(self._tiers)
+
+    def _find_exploring(self, tiers: Tensor) -> None:
+        """Take the exploring entries from their tiers, and their values from the latent ones."""
+        self._exploring = indices(flat(tiers) == EXPLORING)
+        self._explored = flat(self._latent).index_select(0, self._exploring)
 
     # --- around the optimizer's step ------------------------------------------------------------------------------
 
@@ -251,8 +264,7 @@ class MaskedWeight(SparseWeight):
         r"""Put θ on B\A into the parameter, so that the optimizer updates it."""
         self.match_layout()
         self._settled = False
-        entries = flat(self._alpha)
-        entries.index_copy_(0, self._exploring, flat(self._latent).index_select(0, self._exploring))
+        flat(self._alpha).index_copy_(0, self._exploring, self._explored)
         self.is_open = True
         self._put_phi(self._alpha, self._gradient())
 
@@ -263,7 +275,7 @@ class MaskedWeight(SparseWeight):
         self._switch()
         if self.is_open:
             self._put_theta(self._alpha)
-            flat(self._latent).index_copy_(0, self._exploring, flat(self._alpha).index_select(0, self._exploring))
+            self._explored = flat(self._alpha).index_select(0, self._exploring)
             self.is_open = False
         self.restore_sparsity()
         self._forget()
@@ -299,10 +311,10 @@ class MaskedWeight(SparseWeight):
         self._put_theta(self._alpha)
         alpha = self._alpha
         entries = flat(alpha)
-        exploring = entries.index_select(0, self._exploring)
+        explored = entries.index_select(0, self._exploring)
         if self.is_exploring:
-            self.shrinkage.apply_(exploring, True, lr, self._total)
-        flat(self._latent).index_copy_(0, self._exploring, exploring)
+            self.shrinkage.apply_(explored, True, lr, self._total)
+        self._explored = explored
         self.is_open = False  # set here already, since `recover` can do the rest after an interruption
         entries.index_fill_(0, self._exploring, 0)
         mask_outside_(alpha, self._mask)
@@ -314,8 +326,7 @@ class MaskedWeight(SparseWeight):
 
     def penalty(self) -> Tensor:
         """Return the value of the exploration penalty, a scalar tensor; a collective for a sharded weight."""
-        exploring = flat(self._latent).index_select(0, self._exploring)
-        return self.shrinkage.value(self._alpha, exploring, self._total)
+        return self.shrinkage.value(self._alpha, self._explored, self._total)
 
     @property
     def nonzero_entries(self) -> Tensor:
@@ -379,7 +390,7 @@ class MaskedWeight(SparseWeight):
         if self._before is not None:
             return self._before
         tiers = self._tiers
-        theta = torch.where(tiers == ACTIVE, self._alpha, self._latent)
+        theta = torch.where(tiers == ACTIVE, self._alpha, self._whole_latent())
         return Before(
             theta, tiers, self._never_active.clone(), self.first_reservoir, self.orders.present, self.load_count
         )
@@ -413,7 +424,7 @@ class MaskedWeight(SparseWeight):
     def state_dict(self, gathered: bool = False) -> dict[str, Any]:
         """Return tiers and latent values (dense, contiguous), on CPU: tensors and primitives only."""
         settled = self._as_settled()
-        parts = {"tiers": settled._tiers, "latent": settled._latent, "never_active": settled._never_active}
+        parts = {"tiers": settled._tiers, "latent": settled._whole_latent(), "never_active": settled._never_active}
         if not self.sharding.is_dtensor:
             whole = {key: copied(part) for key, part in parts.items()}
         elif gathered:
@@ -464,7 +475,7 @@ class MaskedWeight(SparseWeight):
         tiers = torch.empty_like(self._mask, dtype=torch.uint8).copy_(tiers)
         self._latent.copy_(latent)
         torch.ne(tiers, 0, out=self._mask).neg_()
-        self._exploring = indices(flat(tiers) == EXPLORING)
+        self._find_exploring(tiers)
         self._count()
         self.version += 1
         self.is_open = False

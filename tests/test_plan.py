@@ -68,7 +68,8 @@ def measured(model: nn.Module, topkast: TopKast, optimizer: torch.optim.Optimize
         "optimizer": sum(tensor.nbytes for tensor in state),
         "masks": sum(weight._mask.nbytes + weight._never_active.nbytes for weight in masked),
         "latent": sum(weight._latent.nbytes for weight in masked),
-        "indices": sum(weight._exploring.nbytes + weight._explored.nbytes for weight in masked) + sum(weight.layout.nbytes for weight in packed),
+        "indices": sum(weight._exploring.nbytes + weight._explored.nbytes for weight in masked)
+        + sum(weight.layout.nbytes for weight in packed),
         "host": sum(
             tensor.nbytes
             for weight in packed

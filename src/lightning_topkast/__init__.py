@@ -1,7 +1,10 @@
 """Always sparse training (Top-KAST) for PyTorch and Lightning."""
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
+
+__version__: str
 
 if TYPE_CHECKING:
     from lightning_topkast.baselines import SET, RigL, Static
@@ -99,6 +102,8 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     # On first use, so that a plain PyTorch loop with `TopKast` does not load Lightning.
+    if name == "__version__":
+        return version("lightning-topkast")
     if name in _HOMES:
         return getattr(import_module(f"lightning_topkast.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'lightning_topkast' has no attribute '{name}'")

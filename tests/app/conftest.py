@@ -100,7 +100,7 @@ def command_line(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[s
 @pytest.fixture
 def cli(command_line: Callable[..., Cli], monkeypatch: pytest.MonkeyPatch) -> Cli:
     """Run `topkast-train`, without reports."""
-    monkeypatch.setattr("lightning_topkast.app.commands.train.leave_report", lambda folder: None)
+    monkeypatch.setattr("lightning_topkast.app.commands.train_job.leave_report", lambda folder: None)
     return command_line("topkast-train", main)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_topkast.app.commands import train as train_module
+from lightning_topkast.app.commands import train_job
 from lightning_topkast.app.errors import did_you_mean
 
 
@@ -154,7 +154,7 @@ def test_unknown_errors_keep_their_traceback(cli, monkeypatch):
     def fail(config):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(train_module, "train", fail)
+    monkeypatch.setattr(train_job, "train", fail)
     with pytest.raises(ZeroDivisionError):
         cli()
 

@@ -17,11 +17,11 @@ from omegaconf import open_dict
 from PIL import Image
 
 from lightning_topkast.app.commands import report as command
-from lightning_topkast.app.commands import train as train_command
-from lightning_topkast.app.commands.report import write_reports
-from lightning_topkast.app.errors import AppError
-from lightning_topkast.app.report import leave_report, run_page
+from lightning_topkast.app.commands import train_job
+from lightning_topkast.app.report import run_page
+from lightning_topkast.app.report.leave import leave_report
 from lightning_topkast.app.report.run_page import write_run_report
+from lightning_topkast.app.report.write import write_reports
 from lightning_topkast.app.run.settings import settings_of, without_places
 from lightning_topkast.app.run.train import train
 from lightning_topkast.app.run_folder.folder import RunFolder
@@ -241,7 +241,7 @@ def test_report_is_no_part_of_what_a_run_computes(composed):
 
 @pytest.mark.slow
 def test_training_ends_with_the_name_of_its_report(cli, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_command, "leave_report", leave_report)
+    monkeypatch.setattr(train_job, "leave_report", leave_report)
     code, out, _ = cli(*SHORT, f"hydra.run.dir={tmp_path}/run")
     assert code == 0
     assert out.splitlines()[-1].split() == ["Report:", f"{tmp_path}/run/report.html"]
@@ -249,7 +249,7 @@ def test_training_ends_with_the_name_of_its_report(cli, tmp_path, monkeypatch):
 
 
 def test_report_false_leaves_none(cli, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_command, "leave_report", leave_report)
+    monkeypatch.setattr(train_job, "leave_report", leave_report)
     code, out, _ = cli(*SHORT, f"hydra.run.dir={tmp_path}/run", "report=false")
     assert code == 0
     assert "Report:" not in out
@@ -479,8 +479,9 @@ def test_folder_without_runs_is_refused_in_one_line(tmp_path, monkeypatch, capsy
     code, _, err = call([str(tmp_path)], monkeypatch, capsys)
     assert (code, err.strip().count("\n")) == (2, 0)
     assert f"there is no run in {tmp_path}" in err
-    with pytest.raises(AppError, match=f"there is no folder {re.escape(str(tmp_path))}/nowhere"):
-        write_reports(tmp_path / "nowhere")
+    code, _, err = call([str(tmp_path / "nowhere")], monkeypatch, capsys)
+    assert code == 2
+    assert f"there is no folder {tmp_path}/nowhere" in err
 
 
 @pytest.mark.usefixtures("without_figures")

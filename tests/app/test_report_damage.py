@@ -8,13 +8,13 @@ import torch
 from PIL import Image
 
 from lightning_topkast.app.commands import report as command
-from lightning_topkast.app.commands.report import write_reports
 from lightning_topkast.app.errors import AppError
 from lightning_topkast.app.report.contents import read_contents
 from lightning_topkast.app.report.key_figures import key_figures
 from lightning_topkast.app.report.mask_pictures import draw_mask
 from lightning_topkast.app.report.page import write_page
 from lightning_topkast.app.report.run_page import write_run_report
+from lightning_topkast.app.report.write import write_reports
 from lightning_topkast.app.run_folder.folder import runs_in
 from lightning_topkast.app.run_folder.logs import read_curves
 from lightning_topkast.app.run_folder.masks import SavedWeight, _saved_weight
@@ -199,7 +199,7 @@ def test_ctrl_c_ends_without_a_traceback(tmp_path, monkeypatch):
     def interrupt(folder, each):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "write_reports", interrupt)
+    monkeypatch.setattr("lightning_topkast.app.report.write.write_reports", interrupt)
     monkeypatch.setattr(sys, "argv", ["topkast-report", str(tmp_path)])
     with pytest.raises(SystemExit) as stop:
         command.main()

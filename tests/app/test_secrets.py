@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from lightning_topkast.app.commands.report import write_reports
+from lightning_topkast.app.report.write import write_reports
 from lightning_topkast.app.run.settings import recorded, settings_of
 from lightning_topkast.app.sweep.launch import differences
 

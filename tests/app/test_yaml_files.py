@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from lightning_topkast.app.commands.report import write_reports
 from lightning_topkast.app.errors import AppError
+from lightning_topkast.app.report.write import write_reports
 from lightning_topkast.app.run_folder.folder import RunFolder
 from lightning_topkast.app.sweep.expand import read_sweep
 from lightning_topkast.app.yaml_files import read_yaml

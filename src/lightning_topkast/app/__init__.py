@@ -1,8 +1,8 @@
-"""The application around the callback: models, data, training, sweeps, reports and the console scripts."""
+"""The application around the callback: models, data, training, sweeps, reports and the console scripts.
 
-from lightning_topkast.app.run.resolvers import register_resolvers
-from lightning_topkast.app.vision import make_torchvision_importable
+Rooms that need PyTorch import `vision` before Lightning. What answers `--help` and typing errors needs neither.
+"""
 
-# Before any module imports Lightning, whose dependency torchmetrics imports torchvision.
-make_torchvision_importable()
+from lightning_topkast.app.resolvers import register_resolvers
+
 register_resolvers()

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 
-import torch
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import (
@@ -21,10 +20,8 @@ from hydra.errors import (
     MissingConfigException,
     OverrideParseException,
 )
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from lightning_topkast.app.overrides import corrected
 from lightning_topkast.app.terminal import say
@@ -125,9 +122,9 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
 
 def explain(error: BaseException, config_name: str = CONFIG_NAME) -> str | None:
     """Return a one-line message for `error`, or None if it is not known to be a mistake of the user."""
-    if isinstance(error, MisconfigurationException) and "No supported gpu" in str(error):
+    if isinstance(error, _misconfiguration()) and "No supported gpu" in str(error):
         return "this installation of torch finds no GPU: use trainer=cpu or trainer=ddp_cpu"
-    if isinstance(error, AppError | TopKastError | MisconfigurationException):
+    if isinstance(error, (AppError, TopKastError, *_misconfiguration())):
         return str(error)
     if _is_lost_connection(error):
         return _explain_lost_connection(error)
@@ -144,6 +141,12 @@ def explain(error: BaseException, config_name: str = CONFIG_NAME) -> str | None:
     return None
 
 
+def _misconfiguration() -> tuple[type[Exception], ...]:
+    """Return Lightning's class of errors; none if it is not loaded, since the command line is answered without it."""
+    module = sys.modules.get("lightning.fabric.utilities.exceptions")
+    return () if module is None else (module.MisconfigurationException,)
+
+
 def is_full_disk(error: BaseException) -> bool:
     """Return whether the system has refused a write since the disk or the user's share of it is full."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -158,7 +161,8 @@ def _way_out(error: OSError) -> str:
 
 
 def _is_lost_connection(error: BaseException) -> bool:
-    if isinstance(error, torch.distributed.DistError):
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.distributed.DistError):
         return True
     return isinstance(error, RuntimeError) and re.search(_GLOO_ERRORS, str(error)) is not None
 
@@ -176,6 +180,8 @@ def _tell_torchrun(error: BaseException) -> None:
     """Write the error to the file that torchrun's summary reads, if torchrun has started this process."""
     if "TORCHELASTIC_ERROR_FILE" not in os.environ:
         return
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
     try:
         raise error from error.__cause__  # the exception being handled is written, with its traceback
     except type(error):
@@ -189,8 +195,8 @@ def _explain_instantiation(error: InstantiationException) -> str | None:
     if cause is None or isinstance(cause, InstantiationException):
         return prefix + str(error).replace(where.group(0), "") if where else str(error)
     # Errors of a constructor about its arguments; torch raises RuntimeError for sizes.
-    known = (ValueError, TypeError, RuntimeError, OSError, ImportError, AppError, MisconfigurationException)
-    if isinstance(cause, known):
+    known = (ValueError, TypeError, RuntimeError, OSError, ImportError, AppError)
+    if isinstance(cause, (*known, *_misconfiguration())):
         return prefix + (explain(cause) or str(cause))
     return None
 

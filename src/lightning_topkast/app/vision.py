@@ -1,5 +1,7 @@
 """Import torchvision, even if its compiled operators do not match the installed torch.
 
+Import this module before Lightning, whose dependency torchmetrics imports torchvision.
+
 The default torchvision wheel is built for CUDA. With a CPU-only torch its operators cannot be loaded and the import
 fails, although models, transforms and datasets do not need them.
 """
@@ -13,6 +15,8 @@ from types import ModuleType
 
 import torch
 
+from lightning_topkast.app.errors import AppError
+
 # Operators that `import torchvision` looks up; it needs no implementation of them.
 _SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -21,7 +25,7 @@ _SCHEMAS = (
 _library: torch.library.Library | None = None
 
 
-def make_torchvision_importable() -> None:
+def _make_importable() -> None:
     """Declare the operators without which torchvision cannot be imported, if it is installed and needs this."""
     global _library
     if _library is not None or importlib.util.find_spec("torchvision") is None:
@@ -42,14 +46,13 @@ def make_torchvision_importable() -> None:
 
 def load_torchvision(submodule: str) -> ModuleType:
     """Import a submodule of torchvision, e.g. `load_torchvision("transforms.v2")`."""
-    make_torchvision_importable()
     try:
         return importlib.import_module(f"torchvision.{submodule}")
     except ModuleNotFoundError as error:
-        # Imported late: errors imports Lightning, which must come after `make_torchvision_importable`.
-        from lightning_topkast.app.errors import AppError
-
         raise AppError(
             f"this model or data set needs torchvision ({error}): pip install 'lightning-topkast[vision]', or "
             "in a clone .venv/bin/pip install -c constraints.txt '.[vision]'"
         ) from error
+
+
+_make_importable()

@@ -1,8 +1,8 @@
 """A sparse weight stored as the module's own dense parameter with zeros in it.
 
 The parameter is α (zero outside A) except during the optimizer's step. Each entry also has a *latent value* (θ outside
-A), a byte that says whether it is in B and a byte for telemetry; each exploring entry has its index and, since every step
-reads and writes it, its value beside the dense ones.
+A), a byte that says whether it is in B and a byte for telemetry; each exploring entry has its index, and its θ beside
+the dense latent values, since every step reads and writes it.
 
 For a sharded parameter (a DTensor) these tensors are this process' part; public methods return the same sharding.
 """

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from lightning_topkast import __version__
 from lightning_topkast.app.errors import CONFIG_NAME, let_errors_through, one_line_errors, quiet_broken_pipe
 
 
 @contextmanager
 def console_script(program: str, config_name: str = CONFIG_NAME) -> Iterator[None]:
     """Answer a user's mistake with one line and exit code 2, and end quietly on Ctrl-C or a closed pipe."""
+    if sys.argv[1:] == ["--version"]:  # Hydra would print its own
+        print(f"{program} {__version__}")
+        sys.exit()
     let_errors_through()
     with quiet_broken_pipe(), one_line_errors(program, config_name):
         yield
@@ -21,7 +26,9 @@ def argument_parser(
     program: str, description: str, epilog: str | None = None, usage: str | None = None
 ) -> argparse.ArgumentParser:
     """Return a parser that prints its texts as they are laid out."""
-    return argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog=program, description=description, epilog=epilog, usage=usage,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"{program} {__version__}")
+    return parser

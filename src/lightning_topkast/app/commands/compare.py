@@ -8,8 +8,6 @@ from pathlib import Path
 
 from lightning_topkast.app.commands.common import argument_parser, console_script
 from lightning_topkast.app.errors import AppError
-from lightning_topkast.app.sweep.collect import collect
-from lightning_topkast.app.sweep.compare import run_sweep, write_tables
 
 PROGRAM = "topkast-compare"
 
@@ -33,14 +31,17 @@ def main() -> None:
     """Run the command."""
     with console_script(PROGRAM):
         given = _arguments()
-        folder = given.folder.absolute()
-        project = given.wandb
-        if given.overrides or given.sweep:
-            project = project or run_sweep(folder, given.overrides, given.sweep, given.jobs)
-        elif given.jobs:
+        folder, runs = given.folder.absolute(), given.overrides or given.sweep
+        if given.jobs and not runs:
             raise AppError(f"--jobs {given.jobs} needs something to run: give overrides, or --sweep NAME")
-        elif not folder.is_dir():
+        if not runs and not folder.is_dir():
             raise AppError(f"there is no folder {folder}: name a folder with runs, or give overrides or --sweep NAME")
+        from lightning_topkast.app.sweep.collect import collect
+        from lightning_topkast.app.sweep.compare import run_sweep, write_tables
+
+        project = given.wandb
+        if runs:
+            project = project or run_sweep(folder, given.overrides, given.sweep, given.jobs)
         collected = collect(folder)
         write_tables(collected, folder, project)
         sys.exit(1 if collected.failed else 0)

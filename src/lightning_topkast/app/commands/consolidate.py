@@ -6,7 +6,6 @@ from pathlib import Path
 
 from lightning_topkast.app.commands.common import argument_parser, console_script
 from lightning_topkast.app.terminal import say
-from lightning_topkast.training.sharded_checkpoint import consolidate
 
 PROGRAM = "topkast-consolidate"
 
@@ -25,6 +24,8 @@ def main() -> None:
         given = parser.parse_args()
         if given.file.exists():
             parser.error(f"{given.file} exists already: name another file")
+        from lightning_topkast.training.sharded_checkpoint import consolidate
+
         consolidate(given.folder, given.file)
         say(f"wrote {given.file}, {given.file.stat().st_size:,} bytes")
 

@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 
 from lightning_topkast.app.commands.common import argument_parser, console_script
-from lightning_topkast.app.export.export_run import FORMATS, export
 
 PROGRAM = "topkast-export"
+FORMATS = ("safetensors", "2:4", "csr", "dense", "onnx", "onnx-sparse")
 
 _DESCRIPTION = """\
 Exports a trained run in a format that can be read without this package. The folder of a run stands for its best
@@ -34,6 +34,8 @@ def main() -> None:
     """Run the command."""
     with console_script(PROGRAM):
         given = _arguments()
+        from lightning_topkast.app.export.export_run import export
+
         export(given.path, given.format, given.output, check=given.check, force=given.force, trust=given.trust)
 
 

@@ -6,6 +6,7 @@ import csv
 import json
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import hydra
 from omegaconf import DictConfig
@@ -13,10 +14,10 @@ from omegaconf import DictConfig
 from lightning_topkast.app.commands.common import console_script
 from lightning_topkast.app.errors import CONFIG_MODULE, AppError, did_you_mean
 from lightning_topkast.app.formatting import csv_cell
-from lightning_topkast.app.run.plan import plan
-from lightning_topkast.app.run.plan_tables import print_tables
 from lightning_topkast.app.terminal import say
-from lightning_topkast.costs import Plan
+
+if TYPE_CHECKING:  # it takes seconds to import
+    from lightning_topkast.costs import Plan
 
 PROGRAM, CONFIG_NAME = "topkast-plan", "plan"
 
@@ -33,8 +34,14 @@ def write_csv(plan: Plan) -> None:
     writer.writerows([{name: csv_cell(value) for name, value in row.items()} for row in rows])
 
 
+def _print_tables(plan: Plan) -> None:
+    from lightning_topkast.app.run.plan_tables import print_tables
+
+    print_tables(plan)
+
+
 _FORMATS: dict[str, Callable[[Plan], None]] = {
-    "table": print_tables,
+    "table": _print_tables,
     "csv": write_csv,
     "json": lambda plan: say(json.dumps(plan.to_dict(), indent=2)),
 }
@@ -45,6 +52,8 @@ def _run(cfg: DictConfig) -> None:
     with console_script(PROGRAM, CONFIG_NAME):  # here too, since Hydra reports every error that leaves its job
         if cfg.format not in _FORMATS:
             raise AppError(f"format={cfg.format} is not valid: {did_you_mean(str(cfg.format), _FORMATS)}")
+        from lightning_topkast.app.run.plan import plan
+
         _FORMATS[cfg.format](plan(cfg))
 
 

@@ -1,5 +1,6 @@
 """Data modules for the application's `data` group."""
 
+import lightning_topkast.app.vision  # noqa: F401  before Lightning
 from lightning_topkast.app.data.digits import Digits
 from lightning_topkast.app.data.fashion_mnist import FashionMNIST
 from lightning_topkast.app.data.sotu import Sotu

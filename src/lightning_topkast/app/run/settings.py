@@ -11,7 +11,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from lightning_topkast.app.run.resolvers import environment
+from lightning_topkast.app.resolvers import environment
 
 # The location of a run, the checkpoint it resumes from and its loggers do not change what it computes.
 _PLACES = ("paths", "run_name", "project", "ckpt_path", "logger", "hydra", "report")

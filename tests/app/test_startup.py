@@ -1,0 +1,65 @@
+"""What the commands answer without PyTorch and Lightning, which take seconds to import, and their version."""
+
+import subprocess
+import sys
+
+import pytest
+
+import lightning_topkast
+from lightning_topkast.app.commands.export import FORMATS
+from lightning_topkast.app.export import export_run
+
+COMMANDS = ("train", "plan", "compare", "export", "report", "consolidate")
+MODULE = """
+import sys, time
+from lightning_topkast.app.commands.{command} import main
+sys.argv = ["topkast-{command}", *{arguments}]
+try:
+    main()
+except SystemExit as ended:
+    code = ended.code or 0
+else:
+    code = 0
+seconds = time.process_time()
+print(code, seconds, *({{"torch", "lightning", "torchmetrics", "matplotlib"}} & set(sys.modules)))
+"""
+
+
+def answer(command, *arguments):
+    code = MODULE.format(command=command, arguments=list(arguments))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    *lines, last = done.stdout.splitlines()
+    code, seconds, *loaded = last.split()
+    return int(code), float(seconds), loaded, "\n".join(lines) + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "code", "text"),
+    [
+        *((command, ["--help"], 0, f"topkast-{command}") for command in COMMANDS),
+        ("train", ["modle=cnn"], 2, "did you mean 'model'?"),
+        ("train", ["model=cn"], 2, "did you mean 'cnn'?"),
+        ("train", ["sparsity.forwrd_sparsity=0.9"], 2, "did you mean 'sparsity.forward_sparsity'?"),
+        ("plan", ["modle=cnn"], 2, "did you mean 'model'?"),
+        ("compare", ["nowhere"], 2, "there is no folder"),
+        ("report", ["nowhere"], 2, "there is no folder"),
+        ("export", ["x", "--format", "onx"], 2, "invalid choice: 'onx'"),
+    ],
+)
+def test_help_and_typing_errors_are_answered_at_once(command, arguments, code, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found, seconds, loaded, shown = answer(command, *arguments)
+    assert (found, loaded) == (code, [])
+    assert text in shown
+    assert seconds < 3  # 0.2 to 0.9 s of CPU on a quiet machine
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_a_version(command):
+    code, _, loaded, shown = answer(command, "--version")
+    assert (code, loaded) == (0, [])
+    assert shown.strip() == f"topkast-{command} {lightning_topkast.__version__}"
+
+
+def test_formats_of_the_command_are_those_of_the_export():
+    assert tuple(export_run.FORMATS) == FORMATS

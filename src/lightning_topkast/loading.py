@@ -81,6 +81,8 @@ def check_distributed(folder: Path) -> None:
         for place, stored in index.storage_data.items():
             if Path(stored.relative_path).name != str(stored.relative_path):
                 raise TopKastError(f"'{place.fqn}' is said to be in {stored.relative_path}, which is not in its folder")
+            if stored.transform_descriptors:  # torch would unpack, then unpickle what was never looked at
+                raise TopKastError(f"'{place.fqn}' is stored in a form, {stored.transform_descriptors}, of its own")
             if isinstance(index.state_dict_metadata.get(place.fqn), BytesStorageMetadata):
                 with open(folder / stored.relative_path, "rb") as file:
                     file.seek(stored.offset)

@@ -10,9 +10,10 @@ class OwnModule(BoringModel):
 
     optimizer = "sgd"
 
-    def __init__(self) -> None:
+    def __init__(self, token: str = "", nested: dict[str, str] | None = None, width: int = 32) -> None:
         super().__init__()
-        self.layer = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Linear(32, 2))
+        self.save_hyperparameters()
+        self.layer = nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.Linear(width, 2))
 
     def training_step(self, batch, batch_idx):
         return super().training_step(batch[0], batch_idx)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lightning_topkast.app.commands import train_job
-from lightning_topkast.app.errors import did_you_mean
+from lightning_topkast.app.errors import did_you_mean, explain
 
 
 def last_line(err: str) -> str:
@@ -163,6 +163,13 @@ def test_hydra_full_error_lets_every_error_through(cli, monkeypatch):
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     with pytest.raises(Exception, match="Could not find 'model/cn'"):
         cli("model=cn")
+
+
+def test_full_disk_is_one_line_where_the_system_names_no_file():
+    assert explain(OSError(28, "No space left on device")).startswith(
+        "not written: No space left on device; free space"
+    )
+    assert explain(OSError(5, "Input/output error")) is None
 
 
 def test_did_you_mean_lists_all_names_where_none_is_near():

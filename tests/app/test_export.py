@@ -361,4 +361,36 @@ def test_environment_is_not_read_for_a_strangers_configuration(cli, run_folder, 
 @pytest.mark.parametrize("how", [{"weights": "DEFAULT"}, {"_args_": [True]}], ids=str)
 def test_weights_that_a_strangers_configuration_names_are_not_downloaded(cli, run_folder, how):
     configure(run_folder, model={"_target_": "torchvision.models.resnet18", **how})
-    assert "downloads weights" in refused(cli, run_folder, "--format", "onnx")
+    assert "downloads something, model." in refused(cli, run_folder, "--format", "onnx")
+
+
+def test_data_that_a_strangers_configuration_names_is_not_downloaded(cli, run_folder):
+    configure(run_folder, data___target_="lightning_topkast.app.data.FashionMNIST", data__download=True)
+    assert "downloads something, data.download" in refused(cli, run_folder, "--check")
+
+
+@pytest.mark.parametrize("name", ["detection.fasterrcnn_resnet50_fpn", "segmentation.fcn_resnet50"])
+def test_models_that_download_by_default_do_not(name, monkeypatch):
+    pytest.importorskip("torchvision")
+    fetched = []
+    monkeypatch.setattr("torch.hub.load_state_dict_from_url", lambda *_, **__: fetched.append(name))
+    config = OmegaConf.create({"model": {"_target_": f"torchvision.models.{name}"}})
+    with torch.device("meta"):
+        assert isinstance(instantiate.build(config.model, instantiate.MODEL), nn.Module)
+    assert fetched == []
+
+
+def test_strangers_data_starts_no_processes():
+    config = OmegaConf.create({"data": {"_target_": "lightning_topkast.app.data.Digits", "num_workers": 100000}})
+    assert instantiate.build(config.data, instantiate.DATA).num_workers == 0
+
+
+def test_network_larger_than_its_checkpoint_is_not_built(cli, run_folder):
+    configure(run_folder, model={"_target_": "torch.nn.Linear", "in_features": 1 << 20, "out_features": 1 << 20})
+    assert "has 1,099,512,676,352 values, and" in refused(cli, run_folder, "--format", "onnx")
+
+
+@pytest.mark.parametrize("change", [{"data___partial_": True}, {"data": {"input_shape": [1, 8, 8], "num_classes": 10}}])
+def test_configuration_of_something_else_than_data_is_refused(cli, run_folder, change):
+    configure(run_folder, **change)
+    assert "configuration of data stands for a" in refused(cli, run_folder, "--check")

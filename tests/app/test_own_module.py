@@ -38,6 +38,22 @@ def test_override_without_effect_is_refused_in_one_line(cli, override):
     assert f"topkast-train: {override} has no effect: OwnModule is a LightningModule" in err.strip().splitlines()[-1]
 
 
+def test_files_of_a_run_hold_no_variable_that_the_module_was_given(cli, tmp_path, monkeypatch):
+    monkeypatch.setenv("A_SECRET", "hunter2-of-the-module")
+    own = [text for text in OWN if text != "logger=none"]
+    secret = "${oc.env:A_SECRET}"
+    given = [f"+model.token={secret}", f"+model.nested={{a: '{secret}'}}", "+model.width=16"]
+    code, out, err = cli(*own, "logger=csv", *given, f"hydra.run.dir={tmp_path}/run", "trainer.max_epochs=1")
+    assert code == 0, err
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert not [path for path in files if b"hunter2" in path.read_bytes()]
+    saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["hyper_parameters"]
+    assert saved == {"token": secret, "nested": {"a": secret}, "width": 16}
+    code, _, err = cli(*own, f"+optimizer.key={secret}")
+    assert "has no effect" in err
+    assert "hunter2" not in out + err
+
+
 def test_settings_without_effect_are_not_logged(composed, monkeypatch):
     logged = []
     monkeypatch.setattr("lightning_topkast.app.run.train.log_config", lambda loggers, config: logged.append(config))

@@ -164,6 +164,28 @@ def test_page_that_cannot_be_written_leaves_nothing_beside_it(tmp_path):
     assert not list(tmp_path.glob(".report*"))
 
 
+def test_links_in_a_folder_lead_no_report_to_other_files(tmp_path):
+    own = tmp_path / "home"
+    own.mkdir()
+    for name in ("old.png", "new.png", "page.html"):
+        (own / name).write_text('<figure id="old">')
+    before = {path.name: path.read_bytes() for path in own.iterdir()}
+    linked, run = tmp_path / "linked", tmp_path / "run"
+    (run / "report").mkdir(parents=True)
+    linked.mkdir()
+    (linked / "report").symlink_to(own)
+    for folder in (run, linked):
+        (folder / "report.html").symlink_to(own / "page.html")
+    with pytest.raises(AppError, match=r"report is a link.*remove the link"):
+        write_page(linked, "page", {"new": b"picture"})
+    for name in ("old", "new"):
+        (run / "report" / f"{name}.png").symlink_to(own / f"{name}.png")
+    write_page(run, "page", {"new": b"picture"})
+    assert {path.name: path.read_bytes() for path in own.iterdir()} == before
+    assert (run / "report" / "new.png").read_bytes() == b"picture"
+    assert not (run / "report" / "old.png").is_symlink()
+
+
 def test_text_that_utf8_cannot_hold_does_not_stop_the_page(tmp_path):
     assert write_page(tmp_path, "a \ud800 name", {}).read_text(encoding="utf-8") == "a ? name"
 

@@ -136,8 +136,8 @@ def explain(error: BaseException, config_name: str = CONFIG_NAME) -> str | None:
         return _explain_config(error, config_name)
     if isinstance(error, ValueError) and str(error).startswith("Config group override must be"):  # Hydra's own
         return "expected the name of an option for a group, not null: logger=none, scheduler=none, callbacks=none"
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}{_way_out(error)}"
+    if isinstance(error, OSError) and (error.filename is not None or is_full_disk(error)):
+        return f"{error.filename or 'not written'}: {error.strerror}{_way_out(error)}"
     return None
 
 
@@ -155,6 +155,8 @@ def is_full_disk(error: BaseException) -> bool:
 def _way_out(error: OSError) -> str:
     if not is_full_disk(error):
         return ""
+    if error.filename is None:  # the system names no file where a write fails
+        return "; free space on the disk, and start the same command again"
     places = Path(error.filename).absolute().parents
     disk = next((place for place in places if place.is_mount()), places[-1])
     return f"; free space on the disk mounted at {disk}, and start the same command again"

@@ -27,9 +27,18 @@ def build_network(cfg: DictConfig, checkpoint: Checkpoint, trust: bool) -> tuple
         AppError: The configuration has an untrusted target, or the weights do not fit the network.
     """
     kind = None if trust else MODEL
-    network: nn.Module = build(narrowed_model(cfg, kind), kind)
+    model, saved = narrowed_model(cfg, kind), checkpoint.content["state_dict"]
+    if not trust:
+        with torch.device("meta"):
+            needed = sum(value.numel() for value in build(model, kind).state_dict().values())
+        if needed > (held := sum(value.numel() for value in saved.values())):
+            raise AppError(
+                f"the network of the run's configuration has {needed:,} values, and {checkpoint.path} has {held:,}: "
+                "they do not belong together"
+            )
+    network: nn.Module = build(model, kind)
     prefix = "" if isinstance(network, LightningModule) else "net."
-    load_network(network, prefix, checkpoint.content["state_dict"], checkpoint.path)
+    load_network(network, prefix, saved, checkpoint.path)
     return network.eval(), prefix
 
 
@@ -50,6 +59,8 @@ def load_network(network: nn.Module, prefix: str, state: dict[str, Tensor], path
 def build_data(cfg: DictConfig, trust: bool) -> LightningDataModule:
     """Return the data of a run, set up for testing; raises like `build_network`."""
     data: LightningDataModule = build(cfg.data, None if trust else DATA)
+    if not isinstance(data, LightningDataModule):
+        raise AppError(f"the run's configuration of data stands for a {type(data).__name__}, not a LightningDataModule")
     data.prepare_data()
     data.setup("test")
     return data

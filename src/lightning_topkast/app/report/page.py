@@ -14,6 +14,7 @@ import yaml
 from jinja2 import Environment, FunctionLoader
 from markupsafe import Markup
 
+from lightning_topkast.app.errors import AppError
 from lightning_topkast.files import atomic_file
 
 PAGE, PICTURES = "report.html", "report"
@@ -52,13 +53,21 @@ def render(template: str, **values: Any) -> str:
 
 
 def write_page(folder: Path, html: str, pictures: Mapping[str, bytes]) -> Path:
-    """Write a page and its pictures, remove the pictures of an earlier report, and return the page."""
+    """Write a page and its pictures, remove the pictures of an earlier report, and return the page.
+
+    A link in the folder, which may come from somebody else, is replaced; what it refers to is left alone.
+
+    Raises:
+        AppError: The folder of the pictures is a link.
+    """
     beside = folder / PICTURES
-    beside.mkdir(parents=True, exist_ok=True)
+    if beside.is_symlink():
+        raise AppError(f"{beside} is a link: the pictures of a report go into a folder of their own; remove the link")
     for old in _pictures_of(folder / PAGE) - pictures.keys():
         (beside / f"{old}.png").unlink(missing_ok=True)
     for name, content in pictures.items():
-        (beside / f"{name}.png").write_bytes(content)
+        with atomic_file(beside / f"{name}.png") as partial:
+            partial.write_bytes(content)
     with atomic_file(folder / PAGE) as partial:
         partial.write_text(html, encoding="utf-8", errors="replace")
     return folder / PAGE

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
 from lightning import Callback, LightningModule
 from lightning.pytorch.callbacks import LearningRateMonitor
 from omegaconf import DictConfig, OmegaConf
@@ -14,6 +13,7 @@ from torch import nn
 from lightning_topkast.app.errors import AppError
 from lightning_topkast.app.run.global_batch import GlobalBatch
 from lightning_topkast.app.run.instantiate import build
+from lightning_topkast.app.run.settings import overrides_given
 from lightning_topkast.app.run.small_dense import SmallDense, narrowed_model
 from lightning_topkast.app.run.task import ClassificationTask
 
@@ -33,8 +33,7 @@ def build_model(cfg: DictConfig) -> LightningModule:
 
 def _refuse_unused(cfg: DictConfig, module: str) -> None:
     """Refuse overrides of parts that a LightningModule brings itself; a sweep over them would repeat one run."""
-    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    unused = [text for text in given if re.split(r"[.@=]", text.lstrip("+"))[0] in OF_TASK]
+    unused = [text for text in overrides_given() if re.split(r"[.@=]", text.lstrip("+"))[0] in OF_TASK]
     if unused:
         raise AppError(
             f"{unused[0]} has no effect: {module} is a LightningModule, which has an optimizer, a scheduler and a loss "

@@ -6,22 +6,28 @@ which nothing is left that a later change or another look could resolve in anoth
 
 from __future__ import annotations
 
+import copy
 import importlib
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
 from hydra.utils import instantiate
 from lightning import Callback, LightningDataModule
+from lightning.pytorch.core.mixins.hparams_mixin import HyperparametersMixin
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from lightning_topkast.app.errors import AppError
 from lightning_topkast.app.interpolations import texts_of
 from lightning_topkast.app.overrides import children, reaches_further
+from lightning_topkast.app.run.settings import recorded
 from lightning_topkast.method.targets import Targets
 
 _NETWORKS = ("lightning_topkast.app.models", "torch.nn", "torchvision.models")
-_DOWNLOADS = ("weights", "weights_backbone", "pretrained", "pretrained_backbone")  # arguments of torchvision's models
+# Arguments that fetch something, and what they are without.
+_NOTHING = {"weights": None, "weights_backbone": None, "download": False, "num_workers": 0}
+_DOWNLOADS = ("weights", "weights_backbone", "pretrained", "pretrained_backbone", "download")
 _OWN_VARIABLES = "TOPKAST_"  # documented by this package; any other may be a secret of the user's
 
 
@@ -59,7 +65,10 @@ def build(config: DictConfig | None, kind: Kind | None = None, **more: Any) -> A
         AppError: It names something else, reads the environment, or would download something.
     """
     if kind is None or config is None:
-        return instantiate(config, _convert_="all", **more)
+        built = instantiate(config, _convert_="all", **more)
+        if config is not None and isinstance(built, HyperparametersMixin):
+            _keep_environment_out(built, config)
+        return built
     for text in texts_of(config):
         if reaches_further(text, _OWN_VARIABLES):
             raise AppError(
@@ -68,7 +77,13 @@ def build(config: DictConfig | None, kind: Kind | None = None, **more: Any) -> A
             )
     plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     _check(plain, kind.part, kind)
-    return instantiate(plain, _convert_="all", **more)
+    built = instantiate(plain, _convert_="all", **more)
+    if not isinstance(built, kind.bases):
+        raise AppError(
+            f"the run's configuration of {kind.part} stands for a {type(built).__name__}: expected a "
+            f"{kind.bases[0].__name__}"
+        )
+    return built
 
 
 def check_target(key: str, target: Any, kind: Kind) -> None:
@@ -91,15 +106,32 @@ def _check(node: Any, key: str, kind: Kind) -> None:
         raise AppError(f"the run's configuration has text that is not allowed, {key}={node!s:.80}")
     if isinstance(node, dict) and "_target_" in node:
         check_target(f"{key}._target_", node["_target_"], kind)
-        fetched = [name for name in _DOWNLOADS if node.get(name)]
-        if fetched or (node.get("_args_") and str(node["_target_"]).startswith("torchvision.")):
-            raise AppError(
-                f"the run's configuration downloads weights, {key}.{(fetched or ['_args_'])[0]}, which the checkpoint "
-                "replaces: if you trust this run, add --trust"
-            )
+        _fetch_nothing(node, key)
     for name, child in children(node):
         _check(name, f"{key}.{name}", kind)
         _check(child, f"{key}.{name}", kind)
+
+
+def _fetch_nothing(node: dict[Any, Any], key: str) -> None:
+    """Refuse what downloads something or starts other processes, and say so to targets that do it by default."""
+    asked = [name for name in _DOWNLOADS if node.get(name)]
+    if asked or (node.get("_args_") and str(node["_target_"]).startswith("torchvision.")):
+        raise AppError(
+            f"the run's configuration downloads something, {key}.{(asked or ['_args_'])[0]}: if you trust this run, "
+            "add --trust"
+        )
+    module, _, name = str(node["_target_"]).rpartition(".")
+    arguments = inspect.signature(getattr(importlib.import_module(module), name)).parameters
+    node |= {argument: none for argument, none in _NOTHING.items() if argument in arguments}
+
+
+def _keep_environment_out(built: HyperparametersMixin, config: DictConfig) -> None:
+    """Replace hyper-parameters that hold variables of the environment, since checkpoints and loggers store them."""
+    given: Any = OmegaConf.to_container(config, resolve=True)
+    for key, value in recorded(config).items():
+        if key in built.hparams and value != given[key]:
+            built.hparams[key] = value
+    built._hparams_initial = copy.deepcopy(built.hparams)  # type: ignore[attr-defined]
 
 
 def _is_harmless(target: Any, kind: Kind) -> bool:

@@ -513,10 +513,13 @@ class TopKast:
     @property
     def _sets_fit_schedule(self) -> bool:
         """Whether the sets explore if and only if the schedule says so."""
+        left_out = set(self.unattached) if self.is_attached else set()  # no step of theirs leads to a refresh
         for weights, step in self._groups:
-            counts = self._refresher.sizes_of(weights).at(step)
-            explore = any(counts[weight.name][1] > counts[weight.name][0] for weight in weights)
-            if explore != any(weight.is_exploring for weight in weights):
+            sizes = self._refresher.sizes_of(weights)
+            counts = sizes.at(sizes.timeline.last_choice(step))
+            held = [weight for weight in weights if weight.name not in left_out]
+            explore = any(counts[weight.name][1] > counts[weight.name][0] for weight in held)
+            if explore != any(weight.is_exploring for weight in held):
                 return False
         return True
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_topkast.engine.optimizers import entry_states, state_of
+from lightning_topkast.engine.optimizers import entry_states, start_of, state_of
 from lightning_topkast.weights import SparseWeight
 from lightning_topkast.weights.orders import fingerprint
 
@@ -135,7 +135,7 @@ def _move(optimizer: Optimizer, weight: SparseWeight, state: dict[str, Any], uni
     state.pop(SETS, None)
     for key, value in state.items():
         if isinstance(value, Tensor):
-            state[key] = weight.adopt(value, units)
+            state[key] = weight.adopt(value, units, start_of(optimizer, weight.parameter, key))
     entries = list(entry_states(optimizer, weight.parameter, weight.name, state))
     if units is not None:
         weight.realign(entries, units)

@@ -152,17 +152,25 @@ def entry_states(
         TopKastError: some of the state is not known, or of a kind that cannot be reset entry by entry.
     """
     facts = known(optimizer) or KnownOptimizer()
-    starts = {**_ZERO_AT_FIRST, **facts.starts}
     for key, value in state.items():
         if key in facts.shared:
             continue
         for tensor in tensors_in(value):
             if tensor.numel() <= 1 and tensor.shape != parameter.shape:
                 continue  # a count of steps
-            if key not in starts or tensor.shape != parameter.shape or not _is_plain(tensor):
+            if key not in _starts(facts) or tensor.shape != parameter.shape or not _is_plain(tensor):
                 raise TopKastError(_unknown(optimizer, key, tensor, parameter, name))
-            start = starts[key]
-            yield EntryState(tensor, float(_group_of(optimizer, parameter)[start] if isinstance(start, str) else start))
+            yield EntryState(tensor, start_of(optimizer, parameter, key))
+
+
+def start_of(optimizer: Optimizer, parameter: nn.Parameter, key: str) -> float:
+    """Return the value that state of this name has for an entry that was never updated; 0 if the name is not known."""
+    start = _starts(known(optimizer) or KnownOptimizer()).get(key, 0.0)
+    return float(_group_of(optimizer, parameter)[start] if isinstance(start, str) else start)
+
+
+def _starts(facts: KnownOptimizer) -> dict[str, float | str]:
+    return {**_ZERO_AT_FIRST, **facts.starts}
 
 
 def check_hidden_state(optimizer: Optimizer, weights: Mapping[str, nn.Parameter]) -> None:

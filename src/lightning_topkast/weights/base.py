@@ -400,6 +400,11 @@ class SparseWeight(ABC):
             self._never_active, self.first_reservoir = before.never_active.clone(), before.first_reservoir
         self._before = before if self.was_trained else None
 
+    @property
+    def _unmoved(self) -> Tensor | None:
+        """The units' tiers, if an optimizer that was not given may have state that belongs to them."""
+        return self.units if self.was_trained else None
+
     # --- state ----------------------------------------------------------------------------------------------------
 
     @abstractmethod
@@ -450,12 +455,13 @@ class SparseWeight(ABC):
         """The units' tiers, which determine the order of packed state; for a sharded weight this process' part."""
 
     @abstractmethod
-    def adopt(self, value: Tensor, units: Tensor | None) -> Tensor:
+    def adopt(self, value: Tensor, units: Tensor | None, start: float = 0.0) -> Tensor:
         """Return a tensor of the optimizer's state in the parameter's shape, converted if another storage saved it.
 
         Args:
             value: of any shape; others than those of a storage are left alone.
-            units: the tiers of the sets that it belongs to; None: not known, and zeros are returned if it is packed.
+            units: the tiers of the sets that it belongs to; None: not known, and `start` is returned if it is packed.
+            start: the value of an entry that was never updated.
         """
 
     @abstractmethod

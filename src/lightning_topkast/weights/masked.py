@@ -141,6 +141,7 @@ class MaskedWeight(SparseWeight):
     def apply(self, tiers: Tensor, state: Sequence[EntryState] = ()) -> None:
         """Change the sets; few entries change their set, so only these are found and moved."""
         self.match_layout()
+        unmoved = None if state else self._unmoved
         # in the parameter's memory order, so that flat indices of all tensors agree
         new = flat(torch.empty_like(self._mask, dtype=torch.uint8).copy_(to_local(tiers)))
         old = flat(self._tiers)
@@ -165,7 +166,7 @@ class MaskedWeight(SparseWeight):
         alpha.index_fill_(0, demoted, 0)
         self._forget()
         self._settled, self._before = True, None
-        self.orders.refresh()
+        self.orders.refresh(unmoved)
         self._note_own_write()
 
         flat(self._never_active).index_fill_(0, promoted, False)
@@ -438,11 +439,11 @@ class MaskedWeight(SparseWeight):
         """The units' tiers; for a sharded weight this process' part."""
         return self.structure.units_of(self._tiers)
 
-    def adopt(self, value: Tensor, units: Tensor | None) -> Tensor:
-        """Return optimizer state in the parameter's shape; packed state is unpacked, with zeros outside B."""
+    def adopt(self, value: Tensor, units: Tensor | None, start: float = 0.0) -> Tensor:
+        """Return optimizer state in the parameter's shape; packed state is unpacked, with `start` outside B."""
         if value.shape == self.shape or value.shape != (self.updated_count,) or self.sharding.is_sharded:
             return value
-        dense = value.new_zeros(self.size)
+        dense = value.new_full((self.size,), start)
         if units is not None:
             order = self.structure.order(units, self.shape).to(value.device)
             dense[order] = value[: order.numel()]

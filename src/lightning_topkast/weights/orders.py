@@ -37,9 +37,16 @@ class Orders:
         """Note sets that were loaded with a saved state; the optimizer may load its state of the same moment later."""
         self._loaded = units
 
-    def refresh(self) -> None:
-        """Note that a refresh has moved all state, which was that of the sets before."""
-        self._earlier.pop(self.present, None)
+    def refresh(self, unmoved: Tensor | None) -> None:
+        """Note a refresh, which has moved all state of the sets before it.
+
+        Args:
+            unmoved: the sets before it, if there may be state of these that it was not given.
+        """
+        if unmoved is not None:
+            self.replace(unmoved)
+        else:
+            self._earlier.pop(self.present, None)
 
     def step(self) -> None:
         """Note that a step was taken, before which all state was moved to the present sets."""

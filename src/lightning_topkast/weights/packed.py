@@ -151,6 +151,7 @@ class PackedWeight(SparseWeight):
     def apply(self, tiers: Tensor, state: Sequence[EntryState] = ()) -> None:
         """Change the sets: values of entries that stay in B are moved, others are exchanged with the host's copy."""
         self.match_layout()
+        unmoved = None if state else self._unmoved
         prepared, self._prepared = self._prepared, None
         given, tiers = tiers, self._on_grid(tiers)
         layout = prepared[1] if prepared is not None and prepared[0] is given else self._pack(tiers)
@@ -170,7 +171,7 @@ class PackedWeight(SparseWeight):
         self._pending = (writes, tiers, layout)
         self._settle()
         self._before = None
-        self.orders.refresh()
+        self.orders.refresh(unmoved)
 
     def _pack(self, tiers: Tensor) -> Layout:
         return make_layout(tiers, self.shape, self.structure, self.storage == "packed")
@@ -315,12 +316,12 @@ class PackedWeight(SparseWeight):
         self._settle()
         return self._tiers
 
-    def adopt(self, value: Tensor, units: Tensor | None) -> Tensor:
+    def adopt(self, value: Tensor, units: Tensor | None, start: float = 0.0) -> Tensor:
         """Return optimizer state in the parameter's shape; dense state is packed, its values on B."""
         if value.shape == self.parameter.shape or value.shape != self.shape:
             return value
         order = self.structure.order(self.units if units is None else units, self.shape)
-        packed = value.new_zeros(self.parameter.shape)
+        packed = value.new_full(self.parameter.shape, start)
         packed[: order.numel()] = value.reshape(-1)[order.to(value.device)]
         return packed
 

@@ -65,6 +65,12 @@ HOSTILE = (
     "-m",
     "--experimental-rerun=evil.pickle",
     "a=b=c",
+    "callbacks.last_checkpoint.dirpath=/home/me",
+    "callbacks.last_checkpoint.dirpath=~/models",
+    "callbacks.last_checkpoint.dirpath=models/../../me",
+    "callbacks.last_checkpoint.dirpath=http://there",
+    "callbacks.last_checkpoint.dirpath='C:\\me'",
+    "paths.output_dir='simplecache::file://x'",
 )
 
 

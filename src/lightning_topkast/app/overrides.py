@@ -17,6 +17,7 @@ from hydra.errors import HydraException
 KEY = r"\.*[\w\[\]]+(?:\.[\w\[\]]+)*"  # in an interpolation; leading dots: relative to where it stands
 # Interpolations that reach nothing but the configuration: keys, and resolvers of the shipped configuration. Not oc.env.
 _INSIDE = re.compile(rf"\$\{{\s*(?:{KEY}\s*\}}|oc\.select\s*:\s*{KEY}\s*[,}}]|topkast\.times\s*:)")
+_ELSEWHERE = re.compile(r"^\s*(?:[/\\~]|[A-Za-z]:[/\\])|(?:^|[/\\])\.\.(?:[/\\]|$)|://|::")  # absolute, above, or a URL
 _SHIPPED = "lightning_topkast.conf"
 
 
@@ -74,7 +75,8 @@ def more_than_a_value(text: str) -> str | None:
     """Return what an override does besides setting a value of the shipped configuration, or None.
 
     Overrides in the folder of a run may come from a stranger. A `_target_` is called, a path as the option of a group
-    is read as configuration, an added key reaches any argument, and a resolver may read the environment.
+    is read as configuration, an added key reaches any argument, a resolver may read the environment, and checkpoints
+    are written, and removed, where `dirpath` says.
     """
     if text.startswith("-"):
         return "is an option of the command line"
@@ -98,6 +100,8 @@ def more_than_a_value(text: str) -> str | None:
         return f"names no option of the group {key}"
     if any(reaches_further(each) for each in texts):
         return "uses a resolver that may read more than the configuration"
+    if any(_ELSEWHERE.search(each) for each in texts):
+        return "names a place, which may be read or written"
     return None
 
 

@@ -12,7 +12,18 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
 from torch import nn
 
-from lightning_topkast import SET, Packed, Ramp, RigL, Schedule, Static, Targets, TopKast, TopKastError
+from lightning_topkast import (
+    SET,
+    NonFiniteWeightError,
+    Packed,
+    Ramp,
+    RigL,
+    Schedule,
+    Static,
+    Targets,
+    TopKast,
+    TopKastError,
+)
 from tests.helpers import (
     MIDDLE,
     Batches,
@@ -1004,3 +1015,80 @@ def test_weight_that_is_thawed_in_mid_run_is_named(tmp_path, storage):
             run("layers.4.weight")
     run("layers.4.weight", exclude=["layers.4*"])
     run("layers.4.bias")
+
+
+# --- what is said, and how often --------------------------------------------------------------------------------------
+
+
+def trained_stack(layers=7, backward_sparsity=0.5, **options):
+    """A stack of sparse layers after two steps, as a plain loop."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(layers)))
+    every = Targets(keep_first_dense=False, keep_last_dense=False)
+    topkast = TopKast(model, 0.75, backward_sparsity, targets=every, **{"schedule": Schedule(100), **options})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    topkast.attach(optimizer)
+
+    def train(steps):
+        for step in range(steps):
+            optimizer.zero_grad()
+            model(torch.full((4, 8), 0.1 * (step + 1))).square().mean().backward()
+            optimizer.step()
+
+    train(2)
+    return model, topkast, train
+
+
+def write_everywhere(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(0.5)
+
+
+def test_many_written_weights_are_counted_and_said_once():
+    model, _, train = trained_stack()
+    write_everywhere(model)
+    with pytest.warns(UserWarning, match=WRITTEN) as caught:
+        train(1)
+    assert "'4.weight' (48) and 2 more" in str(caught[0].message)
+    write_everywhere(model)
+    train(1)
+
+
+def test_dense_pass_is_said_once():
+    model, topkast, _ = trained_stack()
+    write_everywhere(model)
+    with pytest.warns(UserWarning, match=COMPUTED):
+        topkast.warn_if_dense()
+    topkast.warn_if_dense()
+
+
+@pytest.mark.parametrize("storage", ["masked", "packed"])
+def test_loaded_weights_that_are_not_finite_are_refused_by_name(storage):
+    model = trained_stack(1, storage=storage)[0]
+    state = {name: torch.full_like(value, torch.nan) for name, value in model.state_dict().items()}
+    # load_state_dict makes one RuntimeError of what packed weights say
+    with pytest.raises((NonFiniteWeightError, RuntimeError), match=r"NaN or infinity.*'0\.weight'|0\.weight holds NaN"):
+        model.load_state_dict(state)
+
+
+@pytest.mark.parametrize("storage", ["masked", "packed"])
+def test_sets_that_were_being_chosen_do_not_become_those_of_weights_that_are_loaded_meanwhile(storage):
+    model, topkast, train = trained_stack(1, storage=storage, schedule=Schedule(2, delay=1))
+    weight = topkast.weights["0.weight"]
+    generator = torch.Generator().manual_seed(5)
+    state = model.state_dict().items()
+    model.load_state_dict({name: torch.randn(value.shape, generator=generator) for name, value in state})
+    train(1)
+    theta, active = weight.theta().abs(), weight.active
+    assert theta[active].min() >= theta[~active].max()
+
+
+def test_each_optimizers_own_plan_says_when_gradients_outside_the_updated_set_are_needed():
+    topkast = trained_stack(2, 0.75, rule=RigL(), schedule=Schedule(3, stop_updating_at=50))[1]
+    refresher, weights = topkast._refresher, list(topkast.weights.values())
+    assert [refresher.looks_at_gradients(weights, step) for step in (1, 2, 3)] == [False, True, False]
+    refresher.replan(weights[:1], 2, 100)
+    own = refresher.own_sizes["0.weight"].with_moments([None, 3, None, None, 100])  # refreshes stop at step 3
+    refresher.own_sizes["0.weight"] = own
+    assert [refresher.looks_at_gradients([weight], 2) for weight in weights] == [False, True]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -19,6 +20,8 @@ from lightning_topkast.app.run_folder.logs import Curve, has_log, read_curves
 from lightning_topkast.app.run_folder.result import RESULT_FILE, RUNNING, Result, Status, read_result
 from lightning_topkast.app.yaml_files import checked_text, read_yaml
 from lightning_topkast.errors import TopKastError
+
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}  # of a file system without them
 
 
 class RunFolder:
@@ -175,18 +178,25 @@ def only_run_in(folder: Path, program: str, patience: float = 0.0) -> Iterator[N
         patience: Seconds to wait for another process, which may be about to end.
 
     Raises:
-        AppError: Another process holds the lock.
+        AppError: Another process holds the lock, or it cannot be opened.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / f".{program}.lock")
+    path = folder / f".{program}.lock"
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise AppError(f"the lock {path} is a link or no regular file: remove it, or choose another folder")
+    lock = FileLock(path, mode=folder.stat().st_mode & 0o666)  # who may write to the folder may lock it
     try:
         lock.acquire(timeout=patience)
     except Timeout:
         raise AppError(
             f"another {program} is running in {folder}: wait for it to end, or choose another folder"
         ) from None
-    except (OSError, NotImplementedError):  # a file system without locks
-        pass
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            raise AppError(
+                f"the lock {path}, which keeps other runs out of the folder, cannot be taken ({error.strerror}): make "
+                "it writable for you, or choose another folder"
+            ) from error
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Callbacks that ruin a run."""
+"""What ruins a run: callbacks, and values."""
 
 import os
 import signal
@@ -32,3 +32,11 @@ class Poison(Callback):
             with torch.no_grad():
                 for parameter in pl_module.parameters():
                     parameter.fill_(float("nan"))
+
+
+def doubled(levels: int = 40):
+    """A few lists, each of which holds the next one twice: too many values for anything that walks over them."""
+    value: list = [0.0]
+    for _ in range(levels):
+        value = [value, value]
+    return value

@@ -104,6 +104,19 @@ def cli(command_line: Callable[..., Cli], monkeypatch: pytest.MonkeyPatch) -> Cl
     return command_line("topkast-train", main)
 
 
+@pytest.fixture
+def as_nobody() -> Iterator[None]:
+    """Run without the rights of root, for which nothing is forbidden."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One folder with every data set that isn't part of a package."""

@@ -3,13 +3,15 @@
 import os
 import pickle
 
+import fsspec
 import pytest
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
-from lightning_topkast.app.errors import explain
+from lightning_topkast.app.errors import AppError, explain
 from lightning_topkast.app.run.resume import newest_checkpoint
 from lightning_topkast.app.run_folder.folder import RunFolder
+from tests.app.bombs import doubled
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
@@ -105,6 +107,59 @@ def test_sharded_checkpoint_counts_if_it_is_complete(tmp_path, capsys, missing):
     expected = "last.ckpt" if missing else "sharded.ckpt"
     assert newest_checkpoint(RunFolder(tmp_path)) == str(tmp_path / "checkpoints" / expected)
     assert ("skipped: the checkpoint" in capsys.readouterr().err) == bool(missing)
+
+
+@pytest.mark.parametrize("wrong", ["damaged", "an endless pipe", "repeats itself"])
+def test_sharded_checkpoint_that_is_damaged_is_not_unfinished(tmp_path, wrong):
+    folder = tmp_path / "checkpoints" / "last.ckpt"
+    write_sharded(folder, step=20)
+    if wrong == "damaged":
+        (folder / "meta.pt").write_bytes(b"damaged" * 30)
+    elif wrong == "repeats itself":
+        torch.save({"global_step": 20, "callbacks": doubled()}, folder / "meta.pt")
+    else:
+        (folder / "meta.pt").unlink()
+        os.mkfifo(folder / "meta.pt")
+    with pytest.raises(AppError, match="there are 1 checkpoints of"):
+        newest_checkpoint(RunFolder(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "where", ["callbacks.last_checkpoint.dirpath={}/scratch", "callbacks.last_checkpoint.filename='last/{{epoch}}'"]
+)
+def test_checkpoints_are_found_wherever_the_run_writes_them(auto, tmp_path, where):
+    more = ("callbacks.checkpoint=null", "test=false", where.format(tmp_path))
+    assert auto("trainer.max_epochs=1", *more)[0] == 0
+    assert not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+    code, out, err = auto("trainer.max_epochs=2", *more)
+    assert code == 0
+    assert lines(err)[0].startswith("resuming from ")
+    assert "epoch 1/2:" not in out
+
+
+def test_checkpoints_that_lie_in_a_loggers_folder_are_found_and_those_of_another_run_are_not(tmp_path):
+    write_checkpoint(tmp_path / "csv-2" / "checkpoints" / "last.ckpt", step=10)
+    write_checkpoint(tmp_path / "project" / "id" / "checkpoints" / "last.ckpt", step=20)
+    write_checkpoint(tmp_path / "day" / "time" / "checkpoints" / "last.ckpt", step=30)
+    (tmp_path / "day" / "time" / ".hydra").mkdir()
+    found = tmp_path / "project" / "id" / "checkpoints" / "last.ckpt"
+    assert newest_checkpoint(RunFolder(tmp_path)) == str(found)
+
+
+def test_checkpoints_on_another_machine_are_not_begun_over(tmp_path):
+    place = f"memory://{tmp_path.name}"
+    assert newest_checkpoint(RunFolder(tmp_path), [place]) is None
+    with fsspec.open(f"{place}/last.ckpt", "wb") as file:
+        file.write(b"x")
+    with pytest.raises(AppError, match=r"there is memory://.*last\.ckpt: name the one to resume from"):
+        newest_checkpoint(RunFolder(tmp_path), [place])
+
+
+@pytest.mark.parametrize("name", ["best/epoch=1.ckpt", "deep/best.ckpt"])
+def test_best_checkpoint_in_a_subfolder_is_the_best(tmp_path, name):
+    write_checkpoint(tmp_path / "checkpoints" / name, step=10)
+    write_checkpoint(tmp_path / "checkpoints" / "last.ckpt", step=20)
+    assert RunFolder(tmp_path).best_checkpoint() == tmp_path / "checkpoints" / name
 
 
 def test_checkpoint_of_weights_only_is_passed_over(tmp_path, capsys):

@@ -3,8 +3,10 @@
 import functools
 import os
 import random
+import sys
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from zipfile import ZIP_BZIP2, ZipFile
 
 import pytest
 import torch
@@ -12,9 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_topkast.app.errors import AppError
+from lightning_topkast.app.run.task import ClassificationTask
 from lightning_topkast.app.run_folder.checkpoint import Checkpoint, open_checkpoint
+from tests.app.bombs import doubled
 from tests.helpers import SaveAfter, fit, make_callback, make_net, make_trainer
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The dirpath has changed"),  # Lightning's own, of a checkpoint of another run
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+]
 SHORT = ("trainer.limit_train_batches=2", "trainer.limit_val_batches=1", "trainer.limit_test_batches=1", "logger=none")
 
 
@@ -148,3 +156,141 @@ def test_a_lightning_that_would_run_code_is_not_let_to_download(monkeypatch):
     monkeypatch.setattr("lightning_topkast.app.run_folder.checkpoint.SAFELY", {})
     with pytest.raises(AppError, match="name a local file"):
         open_checkpoint("http://127.0.0.1/last.ckpt")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "/dev/zero"])
+@pytest.mark.skipif(os.name != "posix", reason="pipes and devices")
+def test_what_is_no_regular_file_is_not_read(tmp_path, kind):
+    if kind == "pipe":
+        os.mkfifo(tmp_path / "a.ckpt")
+    else:
+        (tmp_path / "a.ckpt").symlink_to(kind)
+    assert "no regular file" in check_opens_or_says_why(tmp_path / "a.ckpt")
+
+
+def test_compressed_parts_are_not_unpacked(tmp_path):
+    with ZipFile(tmp_path / "a.ckpt", "w", ZIP_BZIP2) as archive:
+        archive.writestr("archive/data.pkl", bytes(1 << 20))
+    assert "is compressed" in check_opens_or_says_why(tmp_path / "a.ckpt")
+
+
+def test_parts_that_share_the_bytes_of_others_are_not_unpacked(tmp_path, saved):
+    path = _original(tmp_path / "x", saved)
+    with ZipFile(path, "a") as archive:
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+        archive.filelist += [largest] * 9
+        archive.NameToInfo[largest.filename] = largest
+        archive._didModify = True
+    assert "its parts take more bytes than it has" in check_opens_or_says_why(path)
+
+
+@pytest.mark.parametrize("place", ["optimizer_states", "loops", "hyper_parameters"])
+@pytest.mark.parametrize("value", [doubled(), "itself", "deep"], ids=["doubled", "itself", "deep"])
+def test_values_without_end_are_refused_when_a_checkpoint_is_opened(tmp_path, saved, place, value):
+    content = torch.load(_original(tmp_path / "x", saved), weights_only=True)
+    if value == "itself":
+        value = []
+        value.append(value)
+    elif value == "deep":
+        value = []
+        for _ in range(1500):
+            value = [value]
+    content[place] = [value] if place == "optimizer_states" else {"more": value}
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(10 * limit)  # for writing what is too deep
+    torch.save(content, tmp_path / "a.ckpt")
+    sys.setrecursionlimit(limit)
+    assert "made to fill the memory" in check_opens_or_says_why(tmp_path / "a.ckpt")
+
+
+@pytest.mark.filterwarnings("ignore:.*[Ss]parse .* tensor", "ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (torch.Tensor.to_sparse, "got a tensor of float32, sparse_coo"),
+        (torch.Tensor.to_sparse_csr, "got a tensor of float32, sparse_csr"),
+        (lambda weight: weight.to("meta"), "got a tensor without values"),
+        (lambda weight: weight.to(torch.complex64), "got a tensor of complex numbers"),
+        (torch.Tensor.int, "got a tensor of integer numbers"),
+        (torch.Tensor.half, ""),
+    ],
+    ids=["sparse", "csr", "meta", "complex", "int", "half"],
+)
+def test_weights_of_another_kind_are_refused(tmp_path, saved, change, expected):
+    content = torch.load(_original(tmp_path / "x", saved), weights_only=True)
+    content["state_dict"]["layers.2.weight"] = change(content["state_dict"]["layers.2.weight"])
+    torch.save(content, tmp_path / "a.ckpt")
+    says = check_opens_or_says_why(tmp_path / "a.ckpt")
+    assert expected in says
+    assert bool(says) == bool(expected)
+
+
+def _states(content, part):
+    return [state for key, state in content["callbacks"].items() if part in key]
+
+
+ODD_PARTS = {
+    "version": lambda content: content.update({"pytorch-lightning_version": "banana"}),
+    "loops": lambda content: content.update(loops={}),
+    "progress": lambda content: content["loops"]["fit_loop"].update({"epoch_loop.batch_progress": {"total": 3}}),
+    "optimizer": lambda content: content["optimizer_states"][0]["state"][0].update(exp_avg="x"),
+    "learning rate": lambda content: content["optimizer_states"][0]["param_groups"][0].update(lr="fast"),
+    "scheduler": lambda content: content["lr_schedulers"][0].update(last_epoch="x"),
+    "meter": lambda content: _states(content, "RunMeter")[0].update(seconds=float("nan")),
+    "data": lambda content: content["Digits"].update(batches="%d"),
+    "best score": lambda content: _states(content, "'val/acc'")[0].update(best_model_score="great"),
+    "checkpoints": lambda content: content["callbacks"].update(
+        {key: 3 for key in content["callbacks"] if "'val/acc'" in key}
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def last(tmp_path_factory):
+    """The bytes of the last checkpoint of a run of the application."""
+    from lightning_topkast.app.commands import train
+
+    folder = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patched:
+        arguments = [*SHORT, "trainer.max_epochs=1", "report=false", f"hydra.run.dir={folder}"]
+        patched.setattr("sys.argv", ["topkast-train", *arguments])
+        train.main()
+    return (folder / "checkpoints" / "last.ckpt").read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore:.*[Ss]parse .* tensor")
+@pytest.mark.parametrize("part", ODD_PARTS)
+def test_odd_parts_are_answered_in_one_line_that_names_the_checkpoint(cli, tmp_path, last, part):
+    content = torch.load(_original(tmp_path / "x", last), weights_only=True)
+    ODD_PARTS[part](content)
+    torch.save(content, tmp_path / "a.ckpt")
+    run = (*SHORT, f"hydra.run.dir={tmp_path}/run", "trainer.max_epochs=2", f"ckpt_path={tmp_path}/a.ckpt")
+    code, _, err = cli(*run)
+    assert code == 2
+    line = err.strip().splitlines()[-1]
+    assert line.startswith(f"topkast-train: the run cannot go on from the checkpoint {tmp_path}/a.ckpt (")
+    assert line.endswith("use another one; HYDRA_FULL_ERROR=1 shows the traceback")
+    assert "Warning: " not in line, "an error of its own, not a warning of the tests"
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("step", [0, 2, 3])
+def test_errors_of_other_code_keep_their_traceback(cli, tmp_path, last, monkeypatch, step):
+    """At the start of a run and after the first step of one that resumes; in that step it may be the checkpoint."""
+    given = _original(tmp_path / "x", last)
+    own = ClassificationTask.training_step
+
+    def training_step(task, batch, batch_idx):
+        if task.trainer.global_step == step:
+            raise RuntimeError("a bug")
+        return own(task, batch, batch_idx)
+
+    monkeypatch.setattr(ClassificationTask, "training_step", training_step)
+    run = (*SHORT, f"hydra.run.dir={tmp_path}/run", "trainer.max_epochs=2")
+    if step == 2:
+        code, _, err = cli(*run, f"ckpt_path={given}")
+        assert code == 2
+        assert "(RuntimeError: a bug)" in err.strip().splitlines()[-1]
+    else:
+        with pytest.raises(RuntimeError, match="a bug"):
+            cli(*run, *([f"ckpt_path={given}"] if step else []))

@@ -6,6 +6,9 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lightning_topkast.app.errors import AppError
+from lightning_topkast.app.run.resume import kept_if_refused, resumed
+from lightning_topkast.training.saved_paths import own_state
 from tests.app.test_hostile_checkpoint import Touch, server  # noqa: F401  (a fixture)
 
 pytestmark = [
@@ -82,3 +85,98 @@ def test_own_checkpoints_are_still_known_after_a_resume(cli, run):
     after = next(state for state in content.values() if state.get("monitor"))
     assert after["best_model_score"] >= before["best_model_score"]
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+
+
+def test_moved_run_goes_on_with_its_best_checkpoint(cli, tmp_path):
+    """With the least accuracy as the best, the first epoch is, so that nothing is better after the move."""
+    worst = ("recipe.mode=min", "optimizer.lr=0.05", "trainer.max_epochs=1")
+    assert cli(*SHORT, *worst, f"hydra.run.dir={tmp_path}/run")[0] == 0
+    before = torch.load(tmp_path / "run" / "checkpoints" / "best.ckpt", weights_only=True)
+    moved = (tmp_path / "run").rename(tmp_path / "moved")
+    assert cli("--resume", moved, "trainer.max_epochs=3")[0] == 0
+    assert {path.name for path in (moved / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    best, last = (torch.load(moved / "checkpoints" / f"{name}.ckpt", weights_only=True) for name in ("best", "last"))
+    assert best["global_step"] == before["global_step"]
+    (state,) = (state for state in last["callbacks"].values() if state.get("monitor"))
+    assert state["best_model_path"] == str(moved / "checkpoints" / "best.ckpt")
+
+
+@pytest.mark.parametrize(
+    "path", ["{old}/../../precious", "{old}/link", "{old}/missing.ckpt", "/elsewhere/best.ckpt", 3]
+)
+def test_path_of_a_moved_run_stays_in_its_folder(tmp_path, path):
+    own = tmp_path / "new"
+    own.mkdir()
+    (tmp_path / "precious").mkdir()
+    (own / "link").symlink_to(tmp_path / "precious")
+    callback = ModelCheckpoint(own, monitor="loss")
+    path = path.format(old="/old/a") if isinstance(path, str) else path
+    state = callback.state_dict() | {"dirpath": "/old/a", "best_k_models": {path: torch.tensor(1.0)}}
+    kept = own_state(callback, state | dict.fromkeys(PATHS, path))
+    assert [kept[name] for name in PATHS] == ["", "", ""]
+    assert kept["best_k_models"] == {}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The folder of a run as `--resume` reads it."""
+    (tmp_path / "run" / ".hydra").mkdir(parents=True)
+    (tmp_path / "run" / ".hydra" / "overrides.yaml").write_text("[]")
+    (tmp_path / "run" / "wandb" / "run-1" / "logs").mkdir(parents=True)
+    return tmp_path / "run"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links and pipes")
+@pytest.mark.parametrize(
+    "name",
+    [
+        ".hydra", ".hydra/config.yaml", ".hydra/overrides.yaml", ".topkast-train.lock", "checkpoints", "wandb",
+        "tensorboard/hparams.yaml", "report/mask-1.png",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["link", "chain", "pipe"])
+def test_run_is_not_resumed_that_would_write_through_its_folder(folder, tmp_path, name, kind):
+    path = folder / name
+    if path.is_dir():
+        path.rename(tmp_path / "moved")
+    path.unlink(missing_ok=True)
+    path.parent.mkdir(exist_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "link":
+        path.symlink_to(tmp_path / "precious")
+    else:
+        (tmp_path / "precious").touch()
+        (folder / "more").symlink_to(tmp_path / "precious")
+        path.symlink_to(folder / "more")
+    with pytest.raises(AppError, match=r"(link to another place|no regular file).*--trust"):
+        resumed(["--resume", str(folder)])
+    if kind == "link" and name == "report/mask-1.png":
+        assert resumed(["--resume", str(folder), "--trust"])
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links")
+def test_links_of_an_honest_run_are_no_reason_to_refuse_it(folder, tmp_path):
+    logs = folder / "wandb" / "run-1" / "logs"
+    (logs / "debug.log").touch()
+    (logs / "debug-core.log").symlink_to(tmp_path / "cache.log")  # as W&B leaves them
+    (folder / "wandb" / "latest-run").symlink_to("run-1")
+    (folder / "wandb" / "debug.log").symlink_to("run-1/logs/debug.log")
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "last.ckpt").symlink_to("best.ckpt")  # save_last="link"
+    assert resumed(["--resume", str(folder)])
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes and devices")
+def test_refused_run_is_put_back_without_reading_what_never_ends(folder, tmp_path):
+    (folder / ".hydra" / "hydra.yaml").symlink_to("/dev/zero")
+    os.mkfifo(folder / ".hydra" / "config.yaml")
+
+    def refuse():
+        with kept_if_refused(["--resume", str(folder), "--trust"]):
+            (folder / ".hydra" / "overrides.yaml").write_text("[a=1]")
+            raise AppError("refused")
+
+    with pytest.raises(AppError, match="refused"):
+        refuse()
+    assert (folder / ".hydra" / "overrides.yaml").read_text() == "[]"

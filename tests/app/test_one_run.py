@@ -1,5 +1,6 @@
 """Two runs in one folder: the second is refused, or has files of its own."""
 
+import errno
 import os
 import signal
 
@@ -65,9 +66,43 @@ def test_two_loggers_of_one_folder_share_no_file_even_before_the_first_has_writt
     assert texts == [["loss,step", f"{value}.0,1"] for value in range(3)]
 
 
-def test_run_on_a_file_system_without_locks_trains(cli, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error", [NotImplementedError("no flock"), OSError(errno.ENOLCK, "No locks available")], ids=repr
+)
+def test_run_on_a_file_system_without_locks_trains(cli, tmp_path, monkeypatch, error):
     def refuse(self, *args, **options):
-        raise NotImplementedError("FileSystem does not appear to support flock")
+        raise error
 
     monkeypatch.setattr(FileLock, "acquire", refuse)
     assert cli(*SHORT, f"hydra.run.dir={tmp_path}/run")[0] == 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links, pipes, permissions")
+@pytest.mark.parametrize("kind", ["a link", "a pipe", "of another user"])
+def test_lock_that_cannot_be_taken_is_no_reason_to_go_on_without(tmp_path, kind, request):
+    lock = tmp_path / ".topkast-train.lock"
+    if kind == "a link":
+        lock.symlink_to(tmp_path / "elsewhere")
+    elif kind == "a pipe":
+        os.mkfifo(lock)
+    else:
+        lock.touch(0o600)
+        for folder in list(tmp_path.parents)[:3]:
+            folder.chmod(0o755)
+        tmp_path.chmod(0o777)
+        request.getfixturevalue("as_nobody")
+        if os.geteuid() == lock.stat().st_uid:
+            pytest.skip("no other user")
+    with pytest.raises(AppError, match="choose another folder"), only_run_in(tmp_path, "topkast-train"):
+        pass
+    assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions")
+def test_who_may_write_to_a_folder_may_lock_it(tmp_path):
+    for mode in (0o755, 0o775, 0o777):
+        folder = tmp_path / oct(mode)
+        folder.mkdir()
+        folder.chmod(mode)
+        with only_run_in(folder, "topkast-train"):
+            assert (folder / ".topkast-train.lock").stat().st_mode & 0o777 == mode & 0o666

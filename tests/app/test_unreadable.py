@@ -47,19 +47,6 @@ def stale(monkeypatch):
     return lose
 
 
-@pytest.fixture
-def as_nobody():
-    """Run without the rights of root, for which nothing is forbidden."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-
-
 def test_run_whose_newest_checkpoint_cannot_be_read_stops_in_one_line(cli, tmp_path, stale):
     folder = (f"hydra.run.dir={tmp_path}/run", "ckpt_path=auto")
     assert cli(*SHORT, *folder, "trainer.max_epochs=1")[0] == 0
@@ -105,7 +92,7 @@ def test_run_with_damaged_checkpoints_only_stops_and_keeps_them(cli, tmp_path):
     code, _, err = cli(*SHORT, f"hydra.run.dir={tmp_path}/run", "ckpt_path=auto", "trainer.max_epochs=1")
     assert code == 2
     line = err.strip().splitlines()[-1]
-    assert "there are 1 checkpoints in" in line
+    assert "there are 1 checkpoints of" in line
     assert "ckpt_path=FILE" in line
     assert last.read_bytes() == b"half a check"
 

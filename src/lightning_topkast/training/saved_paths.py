@@ -1,9 +1,11 @@
 """The paths in the state that a `ModelCheckpoint` has saved, which it would load, remove or hand to loggers."""
 
+import os
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
@@ -27,12 +29,27 @@ class OwnCheckpoints(Callback):
 
 
 def own_state(callback: ModelCheckpoint, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a saved state without paths other than those of existing checkpoints in the callback's own folder."""
+    """Return a saved state with paths of existing checkpoints in the callback's own folder only.
+
+    A path in the folder that the state was saved for counts as the same place in the callback's folder, since a run may
+    have been moved or copied.
+
+    Raises:
+        ValueError: The state is damaged.
+    """
+    if not isinstance(state, Mapping):
+        raise ValueError(f"expected the state of a {type(callback).__name__}, got {state!r:.60}")
     kept = dict(state)
-    scores = state.get("best_k_models")
-    scores = scores if isinstance(scores, dict) else {}
-    scores = {path: score for path, score in scores.items() if is_own(callback, path) and isinstance(score, Tensor)}
-    kept |= {name: state.get(name) if is_own(callback, state.get(name)) else "" for name in _PATHS}
+    saved_scores = state.get("best_k_models", {})
+    if not isinstance(saved_scores, Mapping):
+        raise ValueError(f"expected best_k_models to be a dict, got {saved_scores!r:.60}")
+    scores = {
+        own: _score(score, path) for path, score in saved_scores.items() if (own := _own_path(callback, state, path))
+    }
+    for name in ("best_model_score", "current_score", "kth_value"):
+        if state.get(name) is not None:
+            kept[name] = _score(state[name], name)
+    kept |= {name: _own_path(callback, state, state.get(name)) for name in _PATHS}
     kept["best_k_models"] = scores
     best, worst = (max, min) if callback.mode == "max" else (min, max)
     if scores and kept["kth_best_model_path"] not in scores:
@@ -41,7 +58,29 @@ def own_state(callback: ModelCheckpoint, state: Mapping[str, Any]) -> dict[str, 
     if not kept["best_model_path"]:
         kept["best_model_path"] = best(scores, key=lambda path: float(scores[path])) if scores else ""
         kept["best_model_score"] = scores.get(kept["best_model_path"])
+    if any(kept[name] for name in _PATHS):
+        kept["dirpath"] = callback.dirpath  # Lightning takes nothing but the best path from the state of another folder
     return kept
+
+
+def _own_path(callback: ModelCheckpoint, state: Mapping[str, Any], path: Any) -> str:
+    """Return a saved path as one in the callback's own folder, or "" if there is no such checkpoint."""
+    if is_own(callback, path):
+        return str(path)
+    saved_in = state.get("dirpath")
+    if not isinstance(path, str) or not isinstance(saved_in, str) or not callback.dirpath:
+        return ""
+    try:
+        moved = os.path.join(callback.dirpath, PurePath(path).relative_to(saved_in))
+    except ValueError:  # it was elsewhere already
+        return ""
+    return moved if is_own(callback, moved) else ""
+
+
+def _score(value: Any, name: Any) -> Tensor:
+    if not isinstance(value, Tensor) or value.numel() != 1 or value.is_complex() or value.layout is not torch.strided:
+        raise ValueError(f"expected {name} to be a score, got {value!r:.60}")
+    return value
 
 
 def is_own(callback: ModelCheckpoint, path: Any) -> bool:

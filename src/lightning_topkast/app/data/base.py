@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lightning_topkast.app.errors import AppError
+from lightning_topkast.checks import is_count
 
 Batch = tuple[Tensor, Tensor]
 Example = Any
@@ -83,7 +84,7 @@ class SplitData(LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Start the next training loader at that position."""
-        self._position = state_dict or None
+        self._position = _checked_position(state_dict) if state_dict else None
 
     def val_dataloader(self) -> DataLoader[Example]:
         """Return validation batches in order."""
@@ -135,7 +136,7 @@ class ResumableLoader(DataLoader[Example]):
 
     def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
         """Start there the next time."""
-        self.position = state_dict
+        self.position = _checked_position(state_dict)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # what DataLoader returns is one
         """Yield the batches of an epoch, or the remaining ones."""
@@ -153,6 +154,14 @@ class ResumableLoader(DataLoader[Example]):
         for batch in super().__iter__():
             self._batches += 1
             yield batch
+
+
+def _checked_position(state: Any) -> Mapping[str, int]:
+    if not isinstance(state, Mapping) or not all(
+        is_count(state.get(key), 0) for key in ("epoch", "batches", "examples")
+    ):
+        raise ValueError(f"expected a position in the training data (epoch, batches, examples), got {state!r:.80}")
+    return state
 
 
 class ArrayDataset(Dataset[Any]):

@@ -10,6 +10,8 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from lightning_topkast.checks import is_count, is_number
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -54,8 +56,10 @@ class RunMeter(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from the counts of a checkpoint."""
-        self._seconds = float(state_dict["seconds"])
-        self._steps, self._examples = int(state_dict["steps"]), int(state_dict["examples"])
+        seconds, steps, examples = (state_dict[name] for name in ("seconds", "steps", "examples"))
+        if not (is_number(seconds) and seconds >= 0 and is_count(steps, 0) and is_count(examples, 0)):
+            raise ValueError(f"expected the seconds, steps and examples of a run, got {state_dict!r:.80}")
+        self._seconds, self._steps, self._examples = float(seconds), steps, examples
 
 
 def _batch_size(batch: Any) -> int:

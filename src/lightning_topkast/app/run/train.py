@@ -42,7 +42,9 @@ from lightning_topkast.app.run.meter import RunMeter
 from lightning_topkast.app.run.multirun import one_job
 from lightning_topkast.app.run.resume import (
     AUTO,
+    FirstStep,
     SameCheckpoint,
+    checkpoint_places,
     newest_checkpoint,
     resume_options,
 )
@@ -91,14 +93,14 @@ def _train(cfg: DictConfig) -> float:
     folder = RunFolder(cfg.paths.output_dir)
     seed_everything(cfg.seed, workers=True, verbose=False)
     auto = cfg.ckpt_path == AUTO
-    ckpt_path = newest_checkpoint(folder) if auto else cfg.ckpt_path
+    ckpt_path = newest_checkpoint(folder, checkpoint_places(cfg)) if auto else cfg.ckpt_path
     checkpoint = open_checkpoint(ckpt_path)
     data: LightningDataModule = build(cfg.data)
     model = build_model(cfg)
     loggers: list[Logger] = build_all(cfg.logger)
     check_all_writable(loggers)
-    meter = RunMeter()
-    callbacks = [*build_callbacks(cfg, has_loggers=bool(loggers)), meter, OwnCheckpoints()]
+    meter, first_step = RunMeter(), FirstStep()
+    callbacks = [*build_callbacks(cfg, has_loggers=bool(loggers)), meter, OwnCheckpoints(), first_step]
     if auto:
         callbacks.append(SameCheckpoint(ckpt_path))
     if checkpoint is not None:
@@ -115,7 +117,8 @@ def _train(cfg: DictConfig) -> float:
         guard_loggers(trainer.loggers)
 
         try:
-            trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, **SAFELY)
+            with first_step.explained():
+                trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, **SAFELY)
         except SystemExit as stop:  # Lightning has handled Ctrl-C or SIGTERM, and has written its checkpoints
             _say_how_to_resume(stop, trainer, RunFolder(folder.path.resolve()))
         except NonFiniteWeightError:
@@ -136,7 +139,8 @@ def _train(cfg: DictConfig) -> float:
         tested: Mapping[str, float] = {}
         if cfg.test:
             open_checkpoint(best or None)  # it may be older than this process
-            tested = trainer.test(model, datamodule=data, ckpt_path=best or None, verbose=False, **SAFELY)[0]
+            with first_step.explained():
+                tested = trainer.test(model, datamodule=data, ckpt_path=best or None, verbose=False, **SAFELY)[0]
             figures = {name: value for name, value in tested.items() if name.startswith("test/")} or tested
         counts = count_weights(model)
         if trainer.is_global_zero:
@@ -220,6 +224,12 @@ def monitored(trainer: Trainer, name: str) -> float:
 def set_up_process() -> None:
     """Apply the settings of a process that trains."""
     torch.set_float32_matmul_precision("high")  # use tensor cores where there are any
+    # Lightning leaves its messages to the root logger if that has handlers when it is imported, as Hydra's has here.
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logger = logging.getLogger(name)
+        logger.propagate = False
+        if not logger.handlers:
+            logger.addHandler(logging.StreamHandler())
     # Suppress Lightning's advertisement of its cloud service.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "Tip: For" not in r.getMessage())
     let_errors_through()

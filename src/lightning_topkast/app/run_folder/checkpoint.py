@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from inspect import signature
+from itertools import chain
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import IO, Any
-from zipfile import BadZipFile, ZipFile, is_zipfile
+from zipfile import ZIP_STORED, BadZipFile, ZipFile, is_zipfile
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -25,6 +25,10 @@ SAFELY: dict[str, Any] = {"weights_only": True} if "weights_only" in signature(T
 _OF_OTHERS = ("hpc", "registry")  # Lightning finds these by itself: after a SLURM requeue, and in its model registry
 
 SHARDED_FILES = (".metadata", "meta.pt")  # in a distributed checkpoint, written in this order after the shards
+
+# Values that parts of a checkpoint stand for in addition to those that it holds, since several others share them. Few
+# lists that each hold the next one twice stand for more values than anything that walks over them can visit.
+_MOST_SHARED = 1_000_000
 
 
 class Checkpoint:
@@ -49,6 +53,8 @@ class Checkpoint:
             siblings = [entry.name for entry in self.path.parent.glob("*.ckpt")] if self.path.parent.is_dir() else []
             hint = f"; that folder has {', '.join(sorted(siblings))}" if siblings else ""
             raise AppError(f"there is no checkpoint {self.path.absolute()}{hint}")
+        if not self.path.is_file():
+            raise AppError(f"the checkpoint {path} is no regular file; use another one")
         _check_archive(self.path)
         try:
             content = load(self.path, mmap=True)
@@ -65,6 +71,7 @@ class Checkpoint:
                     f"the checkpoint {path} is damaged: expected '{key}' to be a {kind.__name__}, got a "
                     f"{type(content[key]).__name__}"
                 )
+        _check_sharing(content, self.path)
         self.content: dict[str, Any] = content
 
     @property
@@ -82,7 +89,7 @@ class Checkpoint:
             )
 
     def check_model(self, model: LightningModule) -> None:
-        """Refuse a model whose weights have other names or shapes."""
+        """Refuse a model whose weights have other names, shapes, layouts or kinds of values."""
         saved: Mapping[str, torch.Tensor] = self.content["state_dict"]
         own = model.state_dict()
         for name in [*own, *(name for name in saved if name not in own)]:
@@ -93,6 +100,12 @@ class Checkpoint:
                 raise AppError(
                     f"the checkpoint {self.path} belongs to another model: its '{name}' is {found or 'missing'}, this "
                     f"run's is {expected or 'missing'}; resume with the model and data it was trained with"
+                )
+            kind = "tensor without values" if saved[name].is_meta else _kind(saved[name])
+            if kind != _kind(own[name]):
+                raise AppError(
+                    f"the checkpoint {self.path} does not fit: expected '{name}' to be a {_kind(own[name])}, got a "
+                    f"{kind}; use another one"
                 )
 
     def check_callbacks(self, callbacks: list[Callback]) -> None:
@@ -149,15 +162,23 @@ def check_sharded(folder: Path) -> int:
     """Return the step of a distributed checkpoint, which Lightning reads itself.
 
     Raises:
-        AppError, TopKastError: It is not complete, or reading it would run code.
+        UnfinishedCheckpoint: Its writer was killed before it had written all files.
+        AppError, TopKastError: It is damaged, or reading it would run code.
+        OSError: It cannot be read, which says nothing of its content.
     """
+    if odd := [path.name for path in folder.iterdir() if not path.is_file()]:
+        raise AppError(f"the checkpoint {folder} is damaged: its {min(odd)} is no regular file")
     for name in SHARDED_FILES:
-        if not (folder / name).is_file():
+        if not (folder / name).exists():
             raise UnfinishedCheckpoint(f"the checkpoint {folder} is not complete: it has no {name}")
     try:
-        step = int(load(folder / "meta.pt")["global_step"])
-    except (RuntimeError, UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
-        raise UnfinishedCheckpoint(f"the checkpoint {folder} is not complete: its meta.pt cannot be read") from error
+        meta = load(folder / SHARDED_FILES[1])
+        step = int(meta["global_step"])
+    except OSError:
+        raise
+    except Exception as error:
+        raise AppError(f"the checkpoint {folder} is damaged: its meta.pt cannot be read") from error
+    _check_sharing(meta, folder)
     check_distributed(folder)
     return step
 
@@ -215,12 +236,67 @@ def _damage(file: IO[bytes]) -> str | None:
     """Return what fails its checksum, if anything. torch does not check it, so a flipped bit would become a weight."""
     try:
         with ZipFile(file) as archive:
-            if not any(entry.CRC for entry in archive.infolist()):  # torch.serialization.set_crc32_options(False)
+            entries = archive.infolist()
+            packed = [entry.filename for entry in entries if entry.compress_type != ZIP_STORED]
+            if packed:  # a few bytes may stand for any number
+                return f"its part {packed[0]} is compressed, and torch stores all parts as they are"
+            if sum(entry.file_size for entry in entries) > file.seek(0, io.SEEK_END):
+                return "its parts take more bytes than it has"
+            if not any(entry.CRC for entry in entries):  # torch.serialization.set_crc32_options(False)
                 return None
             part = archive.testzip()
     except Exception as error:  # garbage in the directory can raise anything
         return _first_line(error)
     return f"its part {part} fails its checksum" if part else None
+
+
+def _check_sharing(content: Any, path: Path) -> None:
+    """Refuse a checkpoint that is endless, or far larger than it seems, to whatever walks over it.
+
+    Raises:
+        AppError: Values of it that several others share stand for too many, contain themselves or are too deep.
+    """
+    walk = _Walk()
+    try:
+        shared = walk.size(content) - walk.values
+    except RecursionError:
+        problem = "it holds a value that contains itself, or is nested too deeply"
+    else:
+        if shared <= _MOST_SHARED:
+            return
+        problem = f"parts that it repeats stand for {shared:,} values, more than {_MOST_SHARED:,}"
+    raise AppError(f"the checkpoint {path} is damaged, or made to fill the memory: {problem}; use another one")
+
+
+class _Walk:
+    """Counts values without walking over any of them twice."""
+
+    def __init__(self) -> None:
+        self.values = 0  # so far, each container once
+        self._sizes: dict[int, int] = {}
+
+    def size(self, value: Any) -> int:
+        """Return the number of values in a value, with itself, each as often as containers repeat it."""
+        if id(value) in self._sizes:
+            return self._sizes[id(value)]
+        self.values += 1
+        if isinstance(value, Mapping):
+            parts: Iterable[Any] = chain(value, value.values())
+        elif isinstance(value, list | tuple | set | frozenset):
+            parts = value
+        else:
+            return 1
+        self._sizes[id(value)] = size = 1 + sum(self.size(part) for part in parts)
+        return size
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    """Return what must be the same in a weight and in the one that is loaded into it."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if tensor.is_quantized or tensor.layout is not torch.strided:
+        return f"tensor of {dtype}, {str(tensor.layout).removeprefix('torch.')}"
+    kinds = {"floating-point": tensor.is_floating_point(), "complex": tensor.is_complex(), "bool": dtype == "bool"}
+    return f"tensor of {next((kind for kind, fits in kinds.items() if fits), 'integer')} numbers"
 
 
 def _has_groups(state: Any) -> bool:

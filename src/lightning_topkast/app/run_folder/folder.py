@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -20,6 +21,8 @@ from lightning_topkast.app.run_folder.result import RESULT_FILE, RUNNING, Result
 from lightning_topkast.app.yaml_files import checked_text, read_yaml
 from lightning_topkast.errors import TopKastError
 
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}  # of a file system without them
+
 
 class RunFolder:
     """The folder of a run. Whatever it holds is read as data; no code in it is run.
@@ -27,7 +30,7 @@ class RunFolder:
     ```
     result.json                              what came out
     .hydra/config.yaml, overrides.yaml       what was asked for
-    checkpoints/*.ckpt, hpc_ckpt_*.ckpt      files, or folders if they are sharded; the latter are SLURM's
+    checkpoints/**/*.ckpt, hpc_ckpt_*.ckpt   files, or folders if they are sharded; the latter are SLURM's
     csv*/metrics.csv, tensorboard*/events*   curves
     ```
 
@@ -101,31 +104,49 @@ class RunFolder:
         read = _read_yaml(self.hydra / "overrides.yaml")
         return [str(override) for override in read] if isinstance(read, list) else None
 
-    def checkpoints(self) -> list[Path]:
+    def checkpoints(self, beside: Iterable[Path] = ()) -> list[Path]:
         """Return all checkpoints, complete or not.
+
+        Args:
+            beside: Further folders that the run writes checkpoints to.
 
         Raises:
             OSError: A folder cannot be read, which says nothing of what is in it.
         """
-        found = [path for path in _entries(self.path / "checkpoints") if fnmatchcase(path.name, "*.ckpt")]
-        return sorted([*found, *(path for path in _entries(self.path) if fnmatchcase(path.name, "hpc_ckpt_*.ckpt"))])
+        folders = (self._checkpoints, *self._checkpoints_of_loggers(), *beside)
+        found = {path for folder in folders for path in _checkpoints_below(folder)}
+        return sorted(found | {path for path in _entries(self.path) if fnmatchcase(path.name, "hpc_ckpt_*.ckpt")})
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def _checkpoints_of_loggers(self) -> Iterator[Path]:
+        """Yield the folders that Lightning chooses for a `ModelCheckpoint` without one; not those of runs in here."""
+        for pattern in ("*/checkpoints", "*/*/checkpoints"):
+            for path in self.path.glob(pattern):
+                if not any((parent / ".hydra").is_dir() for parent in path.parents if self.path in parent.parents):
+                    yield path
 
     def best_checkpoint(self) -> Path | None:
         """Return the checkpoint to evaluate, export or draw, or None if there is none.
 
         It is the latest `best*.ckpt`, without one the latest `last*.ckpt`, and otherwise the latest of all in
-        `checkpoints`. It is not opened here, so it may be damaged, or a folder.
+        `checkpoints`; `best/*.ckpt` counts likewise. It is not opened here, so it may be damaged, or a folder.
 
         Raises:
             OSError: The folder cannot be read.
         """
-        files = _entries(self.path / "checkpoints")
-        for pattern in ("best*.ckpt", "last*.ckpt", "*.ckpt"):
-            if found := [file for file in files if fnmatchcase(file.name, pattern)]:
+        files = _checkpoints_below(self._checkpoints)
+        for name in ("best", "last", ""):
+            found = [file for file in files if _is_named(file.relative_to(self._checkpoints), name)]
+            if found:
                 return max(found, key=lambda file: file.stat().st_mtime_ns)
         return None
 
-    def newest_checkpoint(self, skip: Callable[[Exception], None]) -> tuple[Path, int] | None:
+    def newest_checkpoint(
+        self, skip: Callable[[Exception], None], beside: Iterable[Path] = ()
+    ) -> tuple[Path, int] | None:
         """Return the checkpoint to resume from and its step, or None if the run has not written one yet.
 
         It is the one with the most steps, and of several at the same step the latest. One that cannot be read may be
@@ -133,6 +154,7 @@ class RunFolder:
 
         Args:
             skip: Called with the reason for each checkpoint that is not complete.
+            beside: Further folders that the run writes checkpoints to.
 
         Raises:
             AppError: There are checkpoints, and training can resume from none; a new start would overwrite them.
@@ -140,7 +162,7 @@ class RunFolder:
         """
         complete: list[tuple[int, int, str]] = []
         lost: list[Exception] = []
-        for path in self.checkpoints():
+        for path in self.checkpoints(beside):
             try:
                 step = check_sharded(path) if path.is_dir() else _step(path)
                 complete.append((step, path.stat().st_mtime_ns, str(path)))
@@ -152,7 +174,7 @@ class RunFolder:
         if not complete:
             if lost:
                 raise AppError(
-                    f"there are {len(lost)} checkpoints in {self.path}, and training can resume from none "
+                    f"there are {len(lost)} checkpoints of {self.path}, and training can resume from none "
                     f"({str(lost[-1]).partition(';')[0]}): name another one with ckpt_path=FILE, or begin anew in "
                     "another folder, since a new start here would overwrite them"
                 )
@@ -175,18 +197,25 @@ def only_run_in(folder: Path, program: str, patience: float = 0.0) -> Iterator[N
         patience: Seconds to wait for another process, which may be about to end.
 
     Raises:
-        AppError: Another process holds the lock.
+        AppError: Another process holds the lock, or it cannot be opened.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / f".{program}.lock")
+    path = folder / f".{program}.lock"
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise AppError(f"the lock {path} is a link or no regular file: remove it, or choose another folder")
+    lock = FileLock(path, mode=folder.stat().st_mode & 0o666)  # who may write to the folder may lock it
     try:
         lock.acquire(timeout=patience)
     except Timeout:
         raise AppError(
             f"another {program} is running in {folder}: wait for it to end, or choose another folder"
         ) from None
-    except (OSError, NotImplementedError):  # a file system without locks
-        pass
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            raise AppError(
+                f"the lock {path}, which keeps other runs out of the folder, cannot be taken ({error.strerror}): make "
+                "it writable for you, or choose another folder"
+            ) from error
     try:
         yield
     finally:
@@ -233,6 +262,21 @@ def _entries(folder: Path) -> list[Path]:
         return list(folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):
         return []
+
+
+def _checkpoints_below(folder: Path) -> list[Path]:
+    """Return all checkpoints in a folder and its subfolders, into which a `/` in their file names puts them."""
+    found: list[Path] = []
+    for path in _entries(folder):
+        if path.suffix == ".ckpt":
+            found.append(path)
+        elif path.is_dir() and not path.is_symlink():
+            found += _checkpoints_below(path)
+    return found
+
+
+def _is_named(path: Path, name: str) -> bool:
+    return path.name.startswith(name) or path.parts[0].startswith(name)
 
 
 def _read_yaml(path: Path) -> Any:

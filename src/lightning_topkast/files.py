@@ -1,7 +1,13 @@
-"""Writing a file atomically: a reader finds the old file or the new one, complete, at any moment."""
+"""Files that others write or read meanwhile, or that come from somebody else.
 
+One is written atomically, so that a reader finds the old file or the new one, complete, at any moment. One is read only
+if it is a file with an end, and up to a size.
+"""
+
+import errno
 import os
 import re
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,6 +22,11 @@ if sys.platform != "win32":
 
 # Contains nothing of the file's own name: Lightning takes every file with "hpc_ckpt_" in its name for a checkpoint.
 _PREFIX, _SUFFIX = ".partial-", ".tmp"
+
+_KINDS = {
+    stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}  # fmt: skip
 
 
 @contextmanager
@@ -52,6 +63,49 @@ def atomic_file(path: Path, kind: str = "file") -> Iterator[Path]:
             raise
         kept = f"; the {kind} that was there before is untouched" if path.is_file() else ""
         raise OSError(cause.errno, f"not written: {cause.strerror}{kept}", str(path)) from error
+
+
+def regular_file(path: str | Path, flags: int) -> int:
+    """Open a file, or a link to one; anything else could wait for a writer, have no end, or act on being opened.
+
+    Args:
+        path: The file.
+        flags: As of `os.open`. This function is the `opener` of `open(path, opener=regular_file)`.
+
+    Raises:
+        TopKastError: It is a folder, a named pipe, a socket, a device, or a link that leads back to itself.
+    """
+    try:
+        _check_regular(path, os.stat(path).st_mode)  # before it is opened
+        descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise TopKastError(f"{path} is a link that leads back to itself, where a file is expected") from error
+    try:
+        _check_regular(path, os.fstat(descriptor).st_mode)  # it may be another one by now
+    except TopKastError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def read_file(path: Path, most: int) -> bytes:
+    """Return the content of a file.
+
+    Args:
+        path: A file, or a link to one.
+        most: Bytes that it may have.
+
+    Raises:
+        TopKastError: It is no file, or larger.
+        OSError: It cannot be read.
+    """
+    with open(path, "rb", opener=regular_file) as file:
+        content = file.read(most + 1) or b""  # None where a file of the system has nothing to read yet
+    if len(content) > most:
+        raise TopKastError(f"{path} is larger than {most / (1 << 20):,.0f} MiB, the most that such a file may have")
+    return content
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -93,6 +147,12 @@ def _lock(file: IO[bytes], wait: bool) -> bool:
     except OSError:
         return False
     return True
+
+
+def _check_regular(path: str | Path, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        kind = _KINDS.get(stat.S_IFMT(mode), "no file")
+        raise TopKastError(f"{path} is {kind}, where a file is expected")
 
 
 def _sync_folder(folder: Path) -> None:

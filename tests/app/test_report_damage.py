@@ -1,6 +1,7 @@
 """A report of a run whose files are damaged, or of another form than runs write: what is left is shown."""
 
 import json
+import math
 import sys
 
 import pytest
@@ -19,6 +20,9 @@ from lightning_topkast.app.run_folder.folder import runs_in
 from lightning_topkast.app.run_folder.logs import read_curves
 from lightning_topkast.app.run_folder.masks import SavedWeight, _saved_weight
 from lightning_topkast.app.run_folder.result import read_result
+from lightning_topkast.app.sweep.collect import collect
+from lightning_topkast.app.sweep.compare import write_tables
+from lightning_topkast.app.sweep.tables import to_json
 
 RESULT = {
     "format": 1, "status": "finished", "choices": {"data": "digits", "sparsity": "topkast"}, "overrides": [],
@@ -71,6 +75,49 @@ def test_part_of_another_form_is_named_and_the_rest_of_the_folder_shown(key, val
     assert "</html>" in page
 
 
+def nested(levels):
+    return {"a": nested(levels - 1)} if levels else 1
+
+
+BEYOND = {
+    "NaN": ("seconds", math.nan),
+    "infinite": ("metrics", {"test/acc": math.inf}),
+    "large": ("flops", {"forward_flops": 1e308, "training_flops": 1.0}),
+    "400 digits": ("parameters", {"total": 10**400, "nonzero": 1}),
+    "negative count": ("examples", -1),
+    "sparsity is text": ("config", {"sparsity": "none"}),
+    "sparsity is a list": ("config", {"sparsity": [1]}),
+    "deep": ("config", nested(900)),
+    "number in the configuration": ("config", {"sparsity": {"forward_sparsity": 10**400}}),
+    "keys that are long in all": ("config", {"a" * 200_000: {str(number): 1 for number in range(100)}}),
+    "no name": ("monitor", {"name": "", "mode": "max", "value": 0.5}),
+    "no text": ("choices", {"sparsity": "\ud800"}),
+    "long": ("choices", {"sparsity": "W" * 5_000_000}),
+    "deep version": ("versions", {"torch": nested(400)}),
+}
+
+
+@pytest.mark.parametrize(("key", "value"), BEYOND.values(), ids=BEYOND)
+def test_result_beyond_the_limits_is_damaged_and_hides_no_other_run(key, value, tmp_path):
+    leave(tmp_path / "bad", RESULT | {key: value})
+    for seed in range(2):
+        leave(tmp_path / f"good{seed}", RESULT | {"seed": seed, "config": {"seed": seed}})
+    collected = collect(tmp_path)
+    (broken,) = collected.broken
+    assert f"result.json is not a valid result: {key}" in broken
+    assert len(broken) < 1000
+    assert [row.seeds for row in collected.comparisons[0].rows] == [(0, 1)]
+
+
+def test_ratio_of_numbers_within_the_limits_that_is_beyond_them_is_unknown(tmp_path):
+    flops = {"forward_flops": 5e-324, "training_flops": 5e-324}
+    leave(tmp_path / "dense", RESULT | {"choices": {"data": "digits", "sparsity": "dense"}, "flops": flops})
+    leave(tmp_path / "sparse", RESULT | {"flops": {"forward_flops": 1e100, "training_flops": 1e100}})
+    collected = collect(tmp_path)
+    assert "training_flops_ratio" not in collected.comparisons[0].rows[1].figures
+    json.loads(to_json(collected), parse_constant=pytest.fail)
+
+
 @pytest.mark.usefixtures("without_figures")
 @pytest.mark.parametrize("key", ["metrics", "monitor", "parameters", "flops", "weights"])
 def test_run_that_failed_may_have_anything_in_its_result(key, tmp_path):
@@ -104,6 +151,65 @@ def test_log_with_a_field_without_an_end_keeps_what_came_before(tmp_path):
     leave(tmp_path, log='step,loss\n1,5\n2,4\n3,"' + "9,9\n" * 50_000)
     steps, values = read_curves(tmp_path)["loss"]
     assert (steps.tolist(), values.tolist()) == ([1, 2], [5, 4])
+
+
+def test_what_is_no_log_of_a_run_is_left_out_with_a_note(tmp_path):
+    name = "W" * 100_000
+    leave(tmp_path, log=f"step,loss,{name}\n0,-1.7e308,1\n1,5,1\n1.7e308,5,\n2,nan,\n3,1e400,\n4,4,1\n")
+    notes = []
+    curves = read_curves(tmp_path, notes.append)
+    assert {name: values.tolist() for name, (_, values) in curves.items()} == {"loss": [5, 4]}
+    assert [note.partition("metrics.csv: ")[2] for note in notes] == [
+        "1 point with a value beyond ±1e+100 left out.",
+        "3 points with a name of more than 1,000 characters left out.",
+        "1 point with a step beyond ±9,007,199,254,740,992 left out.",
+    ]
+
+
+def test_damaged_event_is_noted_and_what_came_before_is_kept(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.summary.writer.record_writer import RecordWriter
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(tmp_path / "tensorboard")) as writer:
+        writer.add_scalar("loss", 5, 1)
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    with open(events, "ab") as file:
+        RecordWriter(file).write(b"\xff\xff\xff")
+    notes = []
+    assert read_curves(tmp_path, notes.append)["loss"][1].tolist() == [5]
+    assert "the rest is left out, since it is damaged: DecodeError" in notes[0]
+
+
+def test_curves_at_the_limits_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    names = ["val/loss", "topkast/mask_change/a", "topkast/forward_sparsity", "lr-" + "M" * 900, "val/" + "W" * 990]
+    rows = [[step, *[value] * len(names)] for step, value in ((-(2**53), -1e100), (0, 5e-324), (2**53, 1e100))]
+    leave(tmp_path / "run", RESULT, "\n".join(",".join(map(str, row)) for row in (["step", *names], *rows)))
+    for folder, pictures in ((tmp_path / "run", 6), (tmp_path, 2)):
+        page = write_reports(folder)[0].read_text()
+        assert "left out" not in page
+        assert "picture is missing" not in page
+        assert len(list((folder / "report").iterdir())) == pictures
+
+
+def test_picture_that_cannot_be_drawn_is_a_note(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    from lightning_topkast.app.report import figures
+
+    def fail(*arguments, **options):
+        raise UnboundLocalError("no ticks")
+
+    leave(tmp_path / "run", RESULT | {"flops": RESULT["flops"] | {"training_flops_ratio": 0.2}}, "step,loss\n1,5\n")
+    monkeypatch.setattr("lightning_topkast.app.sweep.plot._panel", fail)
+    monkeypatch.setattr(figures.Axes, "plot", fail)
+    for folder, pictures in ((tmp_path / "run", 1), (tmp_path, 1)):
+        page = write_reports(folder)[0].read_text()
+        assert page.count("A picture is missing") == pictures
+        assert "cannot be drawn: UnboundLocalError: no ticks" in page
+    write_tables(collect(tmp_path), tmp_path)
+    assert "the plot is missing, since it cannot be drawn" in capsys.readouterr().err
+    assert (tmp_path / "comparison.md").exists()
 
 
 def test_windows_of_a_log_that_was_cut_off_in_a_line_are_drawn(tmp_path):
@@ -203,6 +309,7 @@ def test_run_that_has_left_only_this_is_found_in_a_folder_of_runs(left, tmp_path
     path.parent.mkdir(parents=True)
     path.touch()
     assert runs_in(tmp_path) == [tmp_path / "day" / "run"]
+    assert runs_in(path.parent) == []
 
 
 @pytest.mark.usefixtures("without_figures")

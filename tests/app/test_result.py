@@ -9,6 +9,7 @@ import torch
 
 from lightning_topkast import TopKastError
 from lightning_topkast.app.errors import AppError
+from lightning_topkast.app.run.describe import Outcome, describe_end
 from lightning_topkast.app.run.meter import Progress, RunMeter
 from lightning_topkast.app.run.train import train
 from lightning_topkast.app.run_folder import result as result_module
@@ -116,6 +117,17 @@ def test_run_whose_loss_is_not_finite_has_diverged(composed, tmp_path, sparsity)
         train(config)
     text = (tmp_path / "run" / "result.json").read_text()
     assert json.loads(text, parse_constant=pytest.fail)["status"] == "diverged", "and NaN is no JSON"
+
+
+def test_numbers_that_a_result_cannot_hold_do_not_cost_a_run_its_result(composed, tmp_path):
+    config = composed("+trainer.callback_limit=inf")
+    tested = {"test/loss": float("nan"), "test/big": 1e300, "test/acc": 0.5}
+    result = describe_end(config, Outcome(False, Progress(1.0, 1, 64), float("inf"), tested))
+    result_module.write_result(tmp_path, result)
+    read = read_result(tmp_path)
+    assert read["metrics"] == {"test/loss": None, "test/big": None, "test/acc": 0.5}
+    assert read["monitor"]["value"] is None
+    assert read["config"]["trainer"]["callback_limit"] == "Infinity"
 
 
 @pytest.mark.parametrize("text", ["", '{"format": 1', "[]", '{"format": 2}', '{"format": 1, "status": "finished"}'])

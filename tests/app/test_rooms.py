@@ -8,7 +8,7 @@ import pytest
 from lightning_topkast import app
 
 FOLDER = Path(app.__file__).parent
-FLOORS = [{"errors", "vision", "formatting", "terminal", "overrides", "interpolations", "resolvers", "yaml_files"}, {"data", "models", "run_folder"}, {"run"}, {"sweep", "export"}, {"report"}, {"commands"}]  # fmt: skip  # noqa: E501
+FLOORS = [{"errors", "vision", "formatting", "terminal", "overrides", "interpolations", "resolvers", "limits", "yaml_files"}, {"data", "models", "run_folder"}, {"run"}, {"sweep", "export"}, {"report"}, {"commands"}]  # fmt: skip  # noqa: E501
 ROOMS = sorted(path.name for path in FOLDER.iterdir() if (path / "__init__.py").exists())
 
 

@@ -27,7 +27,7 @@ def stale(monkeypatch):
 
     def lose(path: Path) -> None:
         fails = OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
-        watched, read_text = _File._watched, Path.read_text
+        watched, opened = _File._watched, os.open
 
         @contextmanager
         def read(file):
@@ -36,13 +36,13 @@ def stale(monkeypatch):
                     raise fails
                 yield
 
-        def text(self, *args, **options):
-            if self == path:
+        def open_file(name, *args, **options):
+            if str(name) == str(path):
                 raise fails
-            return read_text(self, *args, **options)
+            return opened(name, *args, **options)
 
         monkeypatch.setattr(_File, "_watched", read)
-        monkeypatch.setattr(Path, "read_text", text)
+        monkeypatch.setattr(os, "open", open_file)
 
     return lose
 

@@ -20,7 +20,17 @@ LIST = "- &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 )
 
 
-@pytest.mark.parametrize("text", [BOMB, MERGED, LIST, "&a [*a]", "[" * 5000, "{", "\x00"], ids=range(7))
+LARGE = "a: [" + "1," * 200_000 + "1]"
+BASE_60 = "a: " + "1:" * 100_000 + "1"
+LONG = "a: 0x" + "f" * 100_000
+DEEP = "a: " + "[" * 120 + "]" * 120
+
+
+@pytest.mark.parametrize(
+    "text",
+    [BOMB, MERGED, LIST, LARGE, 8 * LARGE, BASE_60, f"{BASE_60}.5", LONG, DEEP, "&a [*a]", "[" * 5000, "{", "\x00"],
+    ids=range(13),
+)
 def test_files_that_expand_or_are_damaged_are_refused_in_one_line(tmp_path, text):
     path = tmp_path / "a.yaml"
     path.write_text(text)

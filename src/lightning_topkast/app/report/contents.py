@@ -69,7 +69,7 @@ def read_contents(folder: Path) -> RunContents:
             )
     except (AppError, OSError) as error:
         notes.append(f"Masks and magnitudes are missing: {explain(error)}.")
-    curves = run.curves()
+    curves = run.curves(notes.append)
     if not curves:
         notes.append(
             "Curves are missing: the run has no log on disk. Train with logger=csv or the default, or with "

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+from markupsafe import Markup, escape
 from matplotlib import color_sequences, rc_context
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
+from lightning_topkast.app.report.page import Inline
 from lightning_topkast.telemetry.pictures import SET_COLOURS, SET_NAMES
 
 # CSS variables of the page, with the values of its light scheme, which PNG files have, too.
@@ -33,6 +37,48 @@ _STYLE: dict[Any, Any] = {
     "text.parse_math": False,  # names of weights may contain a $
     "svg.fonttype": "none", "svg.hashsalt": "topkast",
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure.
+
+    Attributes:
+        name: Name of its file, and prefix of its ids.
+        label: Description of the figure.
+        draw: Draws it.
+    """
+
+    name: str
+    label: str
+    draw: Callable[[], Figure]
+
+    @cached_property
+    def figure(self) -> Figure:
+        """The figure."""
+        return self.draw()
+
+
+def inlined(figures: Iterable[Drawn], pictures: dict[str, bytes], notes: list[str]) -> list[Inline]:
+    """Return figures for a page.
+
+    Args:
+        figures: The figures.
+        pictures: Each is added as a PNG file.
+        notes: A figure that cannot be drawn is named here.
+    """
+    found = []
+    for each in figures:
+        try:
+            pictures[each.name] = to_png(each.figure)
+            found.append(Inline(each.name, each.label, Markup(to_svg(each.figure, each.name, each.label))))
+        except Exception as error:  # matplotlib has no class of error for what it cannot draw
+            pictures.pop(each.name, None)
+            reason = str(error).partition("\n")[0]
+            notes.append(
+                f"A picture is missing ({each.label:.200}), since it cannot be drawn: {type(error).__name__}: {reason}"
+            )
+    return found
 
 
 @contextmanager
@@ -57,8 +103,6 @@ def to_svg(figure: Figure, name: str, label: str) -> str:
         name: Prefix of its ids, which must be unique in the page.
         label: Description for screen readers.
     """
-    from markupsafe import escape
-
     file = io.StringIO()
     with style():
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})

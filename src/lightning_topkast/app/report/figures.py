@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from lightning_topkast.app.report.curves import MASK_CHANGE, of_layers, on_grid, thinned
-from lightning_topkast.app.report.drawing import COLOURS, style
+from lightning_topkast.app.report.drawing import COLOURS, Drawn, style
 from lightning_topkast.app.run_folder.logs import Curve
 from lightning_topkast.app.run_folder.masks import ACTIVE, EXPLORING, RESERVOIR, SavedWeight
 
@@ -27,64 +27,48 @@ _PARTS = {
 # Logged by callbacks=mask_dynamics, over windows of many refreshes.
 _WINDOWS = {"change": "share of A that changed in a window", "activated": "reservoir ever active, by layer"}
 _MOST_METRICS = 9
+_LONGEST_TITLE = 50  # characters, which a figure is wide
+_LONGEST_SLUG = 100
 _FEW = 12  # points up to which each is marked
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A figure.
-
-    Attributes:
-        name: Name of its file, and prefix of its ids.
-        label: Description of the figure.
-        figure: The figure.
-    """
-
-    name: str
-    label: str
-    figure: Figure
 
 
 def curve_figures(curves: Mapping[str, Curve], monitor: str | None) -> list[Drawn]:
     """Draw losses and metrics, sparsities, mask changes, the penalty and the learning rate."""
     drawn = []
-    with style():
-        for quantity, parts in _metrics(curves, monitor).items():
-            lines = {part: (curves[parts[part]], *look) for part, look in _PARTS.items() if part in parts}
-            drawn.append(_lines(f"metric-{slug(quantity)}", quantity, lines))
-        sparsities = {
-            name: (curves[f"topkast/{name}_sparsity"], colour, 1.4)
-            for name, colour in (("forward", "active"), ("backward", "exploring"), ("model", "third"))
-            if f"topkast/{name}_sparsity" in curves
-        }
-        if sparsities:
-            drawn.append(_lines("sparsity", "sparsity: share of zeros", sparsities))
-        layers = of_layers(curves)
-        if layers:
-            steps, values = on_grid(layers)
-            bounds = values.min(axis=0), values.max(axis=0)
-            mean = curves.get(MASK_CHANGE, (steps, values.mean(axis=0)))
-            drawn.append(
-                _band("mask-change", "mask change: share of A that is new", steps, bounds, mean, "all weights")
-            )
-        for name, title in _WINDOWS.items():
-            if all(f"masks/{name}_{of_layers}" in curves for of_layers in ("min", "mean", "max")):
-                least, mean, most = (curves[f"masks/{name}_{of_layers}"] for of_layers in ("min", "mean", "max"))
-                steps, values = on_grid({"min": least, "max": most})  # a truncated line may lack one of them
-                bounds = values[0], values[1]
-                drawn.append(_band(f"window-{name}", title, steps, bounds, mean, "mean of the layers"))
-        for name, title in (
-            ("reservoir_activated", "share of the first reservoir ever active"),
-            ("penalty", "exploration penalty"),
-        ):
-            if f"topkast/{name}" in curves:
-                drawn.append(_lines(name.replace("_", "-"), title, {"": (curves[f"topkast/{name}"], "active", 1.4)}))
-        rates = {name.removeprefix("lr-"): curve for name, curve in curves.items() if name.startswith("lr-")}
-        if rates:
-            colours = ("active", "exploring", "third", "muted")
-            few = dict(list(rates.items())[: len(colours)])
-            lines = {name: (curve, colour, 1.4) for (name, curve), colour in zip(few.items(), colours, strict=False)}
-            drawn.append(_lines("learning-rate", "learning rate", lines))
+    for quantity, parts in _metrics(curves, monitor).items():
+        lines = {part: (curves[parts[part]], *look) for part, look in _PARTS.items() if part in parts}
+        drawn.append(_lines(f"metric-{slug(quantity)}", quantity, lines))
+    sparsities = {
+        name: (curves[f"topkast/{name}_sparsity"], colour, 1.4)
+        for name, colour in (("forward", "active"), ("backward", "exploring"), ("model", "third"))
+        if f"topkast/{name}_sparsity" in curves
+    }
+    if sparsities:
+        drawn.append(_lines("sparsity", "sparsity: share of zeros", sparsities))
+    layers = of_layers(curves)
+    if layers:
+        steps, values = on_grid(layers)
+        bounds = values.min(axis=0), values.max(axis=0)
+        mean = curves.get(MASK_CHANGE, (steps, values.mean(axis=0)))
+        drawn.append(_band("mask-change", "mask change: share of A that is new", steps, bounds, mean, "all weights"))
+    for name, title in _WINDOWS.items():
+        if all(f"masks/{name}_{of_layers}" in curves for of_layers in ("min", "mean", "max")):
+            least, mean, most = (curves[f"masks/{name}_{of_layers}"] for of_layers in ("min", "mean", "max"))
+            steps, values = on_grid({"min": least, "max": most})  # a truncated line may lack one of them
+            bounds = values[0], values[1]
+            drawn.append(_band(f"window-{name}", title, steps, bounds, mean, "mean of the layers"))
+    for name, title in (
+        ("reservoir_activated", "share of the first reservoir ever active"),
+        ("penalty", "exploration penalty"),
+    ):
+        if f"topkast/{name}" in curves:
+            drawn.append(_lines(name.replace("_", "-"), title, {"": (curves[f"topkast/{name}"], "active", 1.4)}))
+    rates = {name.removeprefix("lr-"): curve for name, curve in curves.items() if name.startswith("lr-")}
+    if rates:
+        colours = ("active", "exploring", "third", "muted")
+        few = dict(list(rates.items())[: len(colours)])
+        lines = {name: (curve, colour, 1.4) for (name, curve), colour in zip(few.items(), colours, strict=False)}
+        drawn.append(_lines("learning-rate", "learning rate", lines))
     return drawn
 
 
@@ -93,42 +77,45 @@ def heatmap(curves: Mapping[str, Curve]) -> Drawn | None:
     layers = of_layers(curves)
     if not layers:
         return None
+    label = "share of A that is new at each refresh, one row per sparse weight"
+    return Drawn("mask-change-heatmap", label, partial(_draw_heatmap, layers))
+
+
+@style()
+def _draw_heatmap(layers: Mapping[str, Curve]) -> Figure:
     steps, values = on_grid(layers)
-    with style():
-        figure = Figure(figsize=(7.0, 1.0 + 0.17 * min(len(layers), 90)), layout="constrained")
-        axes = figure.add_subplot()
-        extent = (steps[0], max(steps[-1], steps[0] + 1), len(layers) - 0.5, -0.5)
-        image = axes.imshow(
-            values, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0, vmax=values.max() or 1,
-            extent=extent, rasterized=True,
-        )  # fmt: skip
-        size = min(8.0, 8.0 * 60 / len(layers))
-        every = -(-len(layers) // 90)
-        axes.set_yticks(range(0, len(layers), every), [_short(name) for name in list(layers)[::every]], fontsize=size)
-        axes.tick_params(axis="y", length=0)
-        axes.grid(False)
-        axes.set_xlabel("optimizer step")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        figure.colorbar(image, ax=axes, pad=0.01, fraction=0.03).outline.set_visible(False)
-    return Drawn("mask-change-heatmap", "share of A that is new at each refresh, one row per sparse weight", figure)
+    figure = Figure(figsize=(7.0, 1.0 + 0.17 * min(len(layers), 90)), layout="constrained")
+    axes = figure.add_subplot()
+    extent = (steps[0], max(steps[-1], steps[0] + 1), len(layers) - 0.5, -0.5)
+    image = axes.imshow(
+        values, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0, vmax=values.max() or 1,
+        extent=extent, rasterized=True,
+    )  # fmt: skip
+    size = min(8.0, 8.0 * 60 / len(layers))
+    every = -(-len(layers) // 90)
+    axes.set_yticks(range(0, len(layers), every), [_short(name) for name in list(layers)[::every]], fontsize=size)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(False)
+    axes.set_xlabel("optimizer step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.colorbar(image, ax=axes, pad=0.01, fraction=0.03).outline.set_visible(False)
+    return figure
 
 
 def histograms(weights: Iterable[SavedWeight]) -> list[Drawn]:
     """Draw the magnitudes of each weight by set, with the thresholds of selection by magnitude."""
     drawn = []
-    with style():
-        for number, weight in enumerate(weights, start=1):
-            groups = weight.groups()
-            finite = {tier: group[np.isfinite(group)] for tier, group in groups.items()}  # a run may have diverged
-            if any(map(len, finite.values())):
-                counted = (
-                    "entries" if all(len(finite[tier]) == len(groups[tier]) for tier in groups) else "finite entries"
-                )
-                figure = _histogram(weight, {tier: group for tier, group in finite.items() if len(group)}, counted)
-                drawn.append(Drawn(f"magnitudes-{number}", f"magnitudes of {weight.name} on A, B\\A and C", figure))
+    for number, weight in enumerate(weights, start=1):
+        groups = weight.groups()
+        finite = {tier: group[np.isfinite(group)] for tier, group in groups.items()}  # a run may have diverged
+        if any(map(len, finite.values())):
+            counted = "entries" if all(len(finite[tier]) == len(groups[tier]) for tier in groups) else "finite entries"
+            draw = partial(_histogram, weight, {tier: group for tier, group in finite.items() if len(group)}, counted)
+            drawn.append(Drawn(f"magnitudes-{number}", f"magnitudes of {weight.name} on A, B\\A and C", draw))
     return drawn
 
 
+@style()
 def _histogram(weight: SavedWeight, groups: Mapping[int, np.ndarray], counted: str) -> Figure:
     figure, axes = new_axes(_short(weight.name, 44))
     top = max(float(group.max()) for group in groups.values()) or 1.0
@@ -169,21 +156,33 @@ def _metrics(curves: Mapping[str, Curve], monitor: str | None) -> dict[str, dict
 
 
 def _lines(name: str, title: str, lines: Mapping[str, tuple[Curve, str, float]]) -> Drawn:
+    return Drawn(name, f"{title}, over the optimizer steps", partial(_draw_lines, title, lines))
+
+
+@style()
+def _draw_lines(title: str, lines: Mapping[str, tuple[Curve, str, float]]) -> Figure:
     figure, axes = new_axes(title)
     for label, (curve, colour, width) in lines.items():
         steps, values = thinned(curve)
         marker = "o" if len(steps) <= _FEW else ""
-        axes.plot(steps, values, color=COLOURS[colour], linewidth=width, marker=marker, markersize=3, label=label)
+        axes.plot(
+            steps, values, color=COLOURS[colour], linewidth=width, marker=marker, markersize=3, label=_short(label, 30)
+        )
     finish(axes, [curve for curve, _, _ in lines.values()])
     if any(lines):
         axes.legend()
-    return Drawn(name, f"{title}, over the optimizer steps", figure)
+    return figure
 
 
 def _band(
     name: str, title: str, steps: np.ndarray, bounds: tuple[np.ndarray, np.ndarray], mean: Curve, of: str
 ) -> Drawn:
     """Draw a curve, and a band from the lowest to the highest layer."""
+    return Drawn(name, f"{title}, over the optimizer steps", partial(_draw_band, title, steps, bounds, mean, of))
+
+
+@style()
+def _draw_band(title: str, steps: np.ndarray, bounds: tuple[np.ndarray, np.ndarray], mean: Curve, of: str) -> Figure:
     figure, axes = new_axes(title)
     axes.fill_between(
         steps,
@@ -199,14 +198,14 @@ def _band(
     finish(axes, [(steps, bound) for bound in bounds])
     axes.set_ylim(bottom=0)
     axes.legend()
-    return Drawn(name, f"{title}, over the optimizer steps", figure)
+    return figure
 
 
 def new_axes(title: str) -> tuple[Figure, Axes]:
     """Return a small figure with a title."""
     figure = Figure(figsize=SMALL, layout="constrained")
     axes = figure.add_subplot()
-    axes.set_title(title)
+    axes.set_title(title if len(title) <= _LONGEST_TITLE else f"{title[: _LONGEST_TITLE - 1]}…")
     return figure, axes
 
 
@@ -225,7 +224,7 @@ def finish(axes: Axes, curves: Sequence[Curve]) -> None:
 
 def slug(name: str) -> str:
     """Return a name that is valid as a file name and as an id."""
-    return re.sub(r"[^A-Za-z0-9_.]+", "-", name).strip("-.") or "other"
+    return re.sub(r"[^A-Za-z0-9_.]+", "-", name)[:_LONGEST_SLUG].strip("-.") or "other"
 
 
 def _short(name: str, most: int = 34) -> str:

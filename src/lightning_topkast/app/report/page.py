@@ -15,9 +15,11 @@ from jinja2 import Environment, FunctionLoader
 from markupsafe import Markup
 
 from lightning_topkast.app.errors import AppError
-from lightning_topkast.files import atomic_file
+from lightning_topkast.errors import TopKastError
+from lightning_topkast.files import atomic_file, read_file
 
 PAGE, PICTURES = "report.html", "report"
+_MOST_BYTES = 1 << 28  # of an earlier page
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ def write_page(folder: Path, html: str, pictures: Mapping[str, bytes]) -> Path:
 def _pictures_of(page: Path) -> set[str]:
     """Return the names of the pictures in a page; other files in their folder are not ours to remove."""
     try:
-        return set(re.findall(r'<figure id="([\w.-]+)">', page.read_text(encoding="utf-8", errors="replace")))
-    except OSError:
+        text = read_file(page, _MOST_BYTES).decode("utf-8", errors="replace")
+    except (OSError, TopKastError):
         return set()
+    return set(re.findall(r'<figure id="([\w.-]+)">', text))

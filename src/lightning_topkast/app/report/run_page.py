@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from markupsafe import Markup
-
 from lightning_topkast.app import formatting
 from lightning_topkast.app.report.contents import RunContents, read_contents
 from lightning_topkast.app.report.key_figures import key_figures
@@ -48,22 +46,15 @@ def write_run_report(folder: Path) -> Path:
     pictures: dict[str, bytes] = {}
     weights = choose_weights(run.saved.weights) if run.saved else []
     try:
-        from lightning_topkast.app.report.drawing import to_png, to_svg
-        from lightning_topkast.app.report.figures import Drawn, curve_figures, heatmap, histograms
+        from lightning_topkast.app.report.drawing import inlined
+        from lightning_topkast.app.report.figures import curve_figures, heatmap, histograms
     except ImportError:
         notes.append(_NO_MATPLOTLIB)
     else:
         monitor = run.result.monitor.name if run.result and run.result.monitor else None
-        changes = heatmap(run.curves)
-        found: list[tuple[list[Inline], list[Drawn]]] = [
-            (curves, curve_figures(run.curves, monitor)),
-            (layers, [changes] if changes else []),
-            (magnitudes, histograms(weights)),
-        ]
-        for inlines, drawn in found:
-            for each in drawn:
-                pictures[each.name] = to_png(each.figure)
-                inlines.append(Inline(each.name, each.label, Markup(to_svg(each.figure, each.name, each.label))))
+        curves = inlined(curve_figures(run.curves, monitor), pictures, notes)
+        layers = inlined(filter(None, [heatmap(run.curves)]), pictures, notes)
+        magnitudes = inlined(histograms(weights), pictures, notes)
     masks = []
     for number, weight in enumerate(weights, start=1):
         name = f"mask-{number}"
@@ -96,8 +87,11 @@ def _rows(run: RunContents) -> tuple[list[WeightRow], Rest]:
     """Return all counted weights in the order of the model, and then those that only the checkpoint has."""
     saved = {weight.name: weight for weight in run.saved.weights} if run.saved else {}
     counted = (run.result.weights if run.result else None) or []
-    rest = [each for each in counted if len(each.shape) < 2 and each.name not in saved]
-    rows = [_counted_row(each, saved.pop(each.name, None)) for each in counted if each not in rest]
+    rest: list[Weight] = []
+    shown: list[Weight] = []
+    for each in counted:
+        (rest if len(each.shape) < 2 and each.name not in saved else shown).append(each)
+    rows = [_counted_row(each, saved.pop(each.name, None)) for each in shown]
     rows += [_with_sets(WeightRow(w.name, _shape(w.shape), w.entries, None), w) for w in saved.values()]
     return rows, Rest(len(rest), sum(each.entries for each in rest), sum(each.nonzero for each in rest))
 

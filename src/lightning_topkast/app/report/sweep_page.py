@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from urllib.parse import quote
-
-from markupsafe import Markup
 
 from lightning_topkast.app.errors import AppError
 from lightning_topkast.app.report.page import PAGE, Inline, render, write_page
@@ -53,25 +52,18 @@ def write_sweep_report(folder: Path, runs: Sequence[Path]) -> Path:
     overview: list[Inline] = []
     curves: dict[tuple[str, str], list[Inline]] = {}
     try:
-        from lightning_topkast.app.report.drawing import to_png, to_svg
-        from lightning_topkast.app.report.figures import Drawn
+        from lightning_topkast.app.report.drawing import Drawn, inlined
         from lightning_topkast.app.report.sweep_figures import overlays
-        from lightning_topkast.app.sweep.plot import draw
+        from lightning_topkast.app.sweep.plot import draw, with_points
     except ImportError:
         remarks.append("Pictures are missing: they need matplotlib, pip install 'lightning-topkast[report]'.")
     else:
-
-        def inline(drawn: Drawn) -> Inline:
-            pictures[drawn.name] = to_png(drawn.figure)
-            return Inline(drawn.name, drawn.label, Markup(to_svg(drawn.figure, drawn.name, drawn.label)))
-
-        figure = draw(collected.comparisons)
-        if figure is not None:
-            overview.append(
-                inline(Drawn("comparison", "score against training FLOPs, one point per configuration", figure))
-            )
+        if shown := with_points(collected.comparisons):
+            label = "score against training FLOPs, one point per configuration"
+            overview = inlined([Drawn("comparison", label, partial(draw, shown))], pictures, remarks)
         for number, (key, members) in enumerate(_by_table(zip(runs, entries, strict=True)).items(), start=1):
-            curves[key] = [inline(drawn) for drawn in overlays(members, f"curves-{number}", len(runs))]
+            drawn = overlays(members, f"curves-{number}", len(runs), remarks.append)
+            curves[key] = inlined(drawn, pictures, remarks)
     html = render(
         "sweep.html", name=folder.resolve().name, entries=entries, remarks=remarks, notes=notes(collected),
         overview=overview, tables=[(c, header(c), [cells(row, c) for row in c.rows]) for c in collected.comparisons],

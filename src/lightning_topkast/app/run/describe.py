@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import os
 import platform
 from collections import Counter
@@ -19,6 +18,7 @@ from lightning import Callback
 from omegaconf import DictConfig, open_dict
 
 from lightning_topkast.app.errors import AppError
+from lightning_topkast.app.limits import LARGEST
 from lightning_topkast.app.run.meter import Progress
 from lightning_topkast.app.run.plan import plan
 from lightning_topkast.app.run.settings import overrides_given, settings_of, without_places
@@ -168,4 +168,5 @@ def _sparsity(counts: Sequence[WeightCount]) -> float | None:
 
 
 def _finite(value: float | None) -> float | None:
-    return None if value is None or not math.isfinite(value) else float(value)
+    """Return a value, or None if it is NaN, infinite, or larger than a result may have it."""
+    return float(value) if value is not None and abs(value) <= LARGEST else None

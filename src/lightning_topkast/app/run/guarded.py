@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 from lightning.pytorch.loggers import Logger, WandbLogger
 
+from lightning_topkast.app.limits import LONGEST_TEXT
 from lightning_topkast.telemetry.guard import Guard, guard_of, set_guard
 
 _P = ParamSpec("_P")
@@ -109,7 +110,9 @@ def failures_of(loggers: Iterable[Logger]) -> list[str]:
     """Return a line for each logger that has failed."""
     guards = [guard for guard in map(guard_of, loggers) if guard.failures]
     return [
-        f"{guard.name} lacks {', '.join(guard.failures)} ({'; '.join(dict.fromkeys(guard.failures.values()))})"
+        f"{guard.name} lacks {', '.join(guard.failures)} ({'; '.join(dict.fromkeys(guard.failures.values()))})"[
+            :LONGEST_TEXT
+        ]
         for guard in guards
     ]
 

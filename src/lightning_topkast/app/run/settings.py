@@ -25,7 +25,8 @@ def settings_of(cfg: DictConfig) -> dict[str, Any]:
             cfg.pop(key, None)
         cfg.run_name, cfg.paths = "", dict.fromkeys(cfg.paths, "")  # other keys refer to them
     own = {key: value for key, value in recorded(cfg).items() if key not in _PLACES}
-    return json.loads(json.dumps(own, default=str))  # the same types as after reading the result
+    # The same types as after reading the result, which holds finite numbers only.
+    return json.loads(json.dumps(own, default=str), parse_constant=str)
 
 
 def recorded(cfg: DictConfig) -> dict[str, Any]:

@@ -182,9 +182,9 @@ class RunFolder:
         step, _, name = max(complete)
         return Path(name), step
 
-    def curves(self) -> dict[str, Curve]:
-        """Return the logged curves by name."""
-        return read_curves(self.path)
+    def curves(self, skip: Callable[[str], None]) -> dict[str, Curve]:
+        """Return the logged curves by name; see `read_curves`."""
+        return read_curves(self.path, skip)
 
 
 @contextmanager
@@ -246,7 +246,8 @@ def runs_in(folder: Path) -> list[Path]:
     """Return the folders of all runs below `folder`, sorted by name."""
     found = {path.parent for path in files_below(folder, RESULT_FILE)}
     for left in ("metrics.csv", "events.out.tfevents.*", "*.ckpt"):
-        found |= {path.parents[1] for path in folder.rglob(left) if RunFolder(path.parents[1]).is_run}
+        below = (path.parents[1] for path in folder.rglob(left) if len(path.relative_to(folder).parts) > 2)
+        found |= {run for run in below if RunFolder(run).is_run}
     return sorted(run for run in found if run != folder)
 
 

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Final, Literal
+from reprlib import Repr
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from lightning_topkast.app.errors import AppError
-from lightning_topkast.files import atomic_file
+from lightning_topkast.app.limits import LARGEST, LONGEST_NAME, LONGEST_TEXT, check_plain
+from lightning_topkast.errors import TopKastError
+from lightning_topkast.files import atomic_file, read_file
 
 RESULT_FILE = "result.json"
 FORMAT = 1
+
+_MOST_BYTES = 1 << 24  # a hundred thousand weights
 
 Status = Literal["running", "finished", "diverged", "failed"]
 RUNNING: Final = "running"
@@ -22,6 +27,26 @@ FAILED: Final = "failed"
 COMPLETED = (FINISHED, DIVERGED)  # not repeated
 
 
+def _plain(content: dict[str, Any]) -> dict[str, Any]:
+    check_plain(content)
+    return content
+
+
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(config.get("sparsity"), dict | None):
+        raise ValueError("expected its sparsity to be a mapping")
+    return _plain(config)
+
+
+Number = Annotated[float, Field(ge=-LARGEST, le=LARGEST, allow_inf_nan=False)]
+Integer = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+Name = Annotated[str, Field(max_length=LONGEST_NAME)]
+Text = Annotated[str, Field(max_length=LONGEST_TEXT)]
+Plain = Annotated[dict[str, Any], AfterValidator(_plain)]
+Settings = Annotated[dict[str, Any], AfterValidator(_settings)]
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
 
@@ -29,51 +54,51 @@ class _Part(BaseModel):
 class Monitor(_Part):
     """The metric that the run's checkpoints follow, with its best value."""
 
-    name: str
-    mode: str | None = None
-    value: float | None = None
+    name: Annotated[Name, Field(min_length=1)]
+    mode: Name | None = None
+    value: Number | None = None
 
 
 class CompletedMonitor(Monitor):
     """The metric that the checkpoints of a completed run followed."""
 
-    mode: str
-    value: float | None
+    mode: Name
+    value: Number | None
 
 
 class Sparsity(_Part):
     """Fraction of zeros: among the sparse weights, and among all parameters. None where it is not known."""
 
-    weights: float | None
-    model: float | None
+    weights: Number | None
+    model: Number | None
 
 
 class Parameters(_Part):
     """Number of parameters, and of those that are not zero."""
 
-    total: int
-    nonzero: int
+    total: Count
+    nonzero: Count
 
 
 class Weight(_Part):
     """One parameter. `kept_dense` is the reason why it is dense, "" for a sparse one and None if it is not known."""
 
-    name: str
-    shape: list[int]
-    entries: int
-    nonzero: int
-    kept_dense: str | None = None
+    name: Name
+    shape: list[Count]
+    entries: Count
+    nonzero: Count
+    kept_dense: Text | None = None
 
 
 class Flops(_Part):
     """FLOPs of one example, those of the dense network, and their ratio where the latter are known and not zero."""
 
-    forward_flops: float
-    training_flops: float
-    dense_forward_flops: float | None = None
-    dense_training_flops: float | None = None
-    forward_flops_ratio: float | None = None
-    training_flops_ratio: float | None = None
+    forward_flops: Number
+    training_flops: Number
+    dense_forward_flops: Number | None = None
+    dense_training_flops: Number | None = None
+    forward_flops_ratio: Number | None = None
+    training_flops_ratio: Number | None = None
 
 
 class Result(_Part):
@@ -93,38 +118,38 @@ class Result(_Part):
 
     format: Literal[1]
     status: Status
-    choices: dict[str, str]
-    overrides: list[str]
-    config: dict[str, Any]
-    seed: int | None = None
-    date: str | None = None
-    versions: dict[str, Any] | None = None
-    hardware: dict[str, Any] | None = None
-    error: str | None = None
-    incomplete_logs: list[str] | None = None
+    choices: dict[Name, Name]
+    overrides: list[Text]
+    config: Settings
+    seed: Integer | None = None
+    date: Name | None = None
+    versions: Plain | None = None
+    hardware: Plain | None = None
+    error: Text | None = None
+    incomplete_logs: list[Text] | None = None
     monitor: Monitor | None = None
-    metrics: dict[str, float | None] | None = None
+    metrics: dict[Name, Number | None] | None = None
     sparsity: Sparsity | None = None
     parameters: Parameters | None = None
     weights: list[Weight] | None = None
     flops: Flops | None = None
-    seconds: float | None = None
-    examples: int | None = None
-    steps: int | None = None
+    seconds: Number | None = None
+    examples: Count | None = None
+    steps: Count | None = None
 
 
 class CompletedResult(Result):
     """The result of a run that has finished or diverged."""
 
     status: Literal["finished", "diverged"]
-    seed: int
-    versions: dict[str, Any]
+    seed: Integer
+    versions: Plain
     monitor: CompletedMonitor
-    metrics: dict[str, float | None]
+    metrics: dict[Name, Number | None]
     sparsity: Sparsity
     parameters: Parameters
-    seconds: float
-    examples: int
+    seconds: Number
+    examples: Count
 
 
 def write_result(folder: Path, result: Result) -> None:
@@ -138,14 +163,16 @@ def read_result(folder: Path) -> Result | None:
     """Return the result in `folder`, or None if there is none.
 
     Raises:
-        AppError: The file is damaged, or not a result of this version.
+        AppError: The file is damaged, not a result of this version, or no file.
         OSError: The file cannot be read, which says nothing of its content.
     """
     path = folder / RESULT_FILE
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_file(path, _MOST_BYTES).decode("utf-8"))
     except FileNotFoundError:
         return None
+    except TopKastError as error:
+        raise AppError(f"{error}; remove it to repeat the run") from error
     except (ValueError, RecursionError) as error:
         raise AppError(f"{path} is damaged ({error}); remove it to repeat the run") from error
     completed = isinstance(content, dict) and content.get("status") in COMPLETED
@@ -154,7 +181,15 @@ def read_result(folder: Path) -> Result | None:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(map(str, first["loc"]))
-        wrong = first["msg"][:1].lower() + first["msg"][1:]
-        found = "" if first["type"] == "missing" else f", got {first['input']!r:.60}"
+        wrong = first["msg"].removeprefix("Value error, ")
+        wrong = wrong[:1].lower() + wrong[1:]
+        found = "" if first["type"] == "missing" else f", got {_shown(first['input'])}"
         where = f"{field}: " if field else ""
         raise AppError(f"{path} is not a valid result: {where}{wrong}{found}; remove it to repeat the run") from error
+
+
+def _shown(value: Any) -> str:
+    """Return the beginning of what `value` looks like, without writing out all of it."""
+    short = Repr()
+    short.maxstring = short.maxother = 60
+    return f"{short.repr(value):.60}"

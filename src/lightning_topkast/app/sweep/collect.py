@@ -10,6 +10,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from lightning_topkast.app.errors import AppError
+from lightning_topkast.app.limits import LARGEST, LONGEST_NAME
 from lightning_topkast.app.run_folder.folder import files_below
 from lightning_topkast.app.run_folder.result import (
     FAILED,
@@ -226,13 +227,12 @@ def _settings(groups: Sequence[Sequence[CompletedResult]]) -> list[tuple[str, ..
                     seen.add(partition)
                     for index in members:
                         if key in flat[index]:
-                            texts[index].append(f"{key}={_text(flat[index][key])}")
+                            texts[index].append(_short(f"{key}={_text(flat[index][key])}"))
     return [tuple(each) for each in texts]
 
 
 def _levels(result: CompletedResult) -> tuple[float, float | None]:
-    sparsity = result.config.get("sparsity") or {}
-    forward, backward = (sparsity.get(f"{part}_sparsity") for part in ("forward", "backward"))
+    forward, backward = (_sparsity(result).get(f"{part}_sparsity") for part in ("forward", "backward"))
     if not isinstance(forward, int | float):
         forward = round(result.sparsity.weights or 0.0, 3)
     return float(forward), float(backward) if isinstance(backward, int | float) else None
@@ -263,12 +263,17 @@ def _flops_ratio(result: CompletedResult, dense: Sequence[CompletedResult], part
 
 
 def _figure(values: Sequence[float | None]) -> Figure | None:
-    known = tuple(float(value) for value in values if value is not None)
+    # A ratio of numbers within the limits may exceed them.
+    known = tuple(float(value) for value in values if value is not None and abs(value) <= LARGEST)
     return Figure(fmean(known), stdev(known) if len(known) > 1 else None, known) if known else None
 
 
 def _method(result: CompletedResult) -> str:
-    return str(result.choices.get("sparsity") or result.config.get("sparsity", {}).get("_target_", "?"))
+    return _short(str(result.choices.get("sparsity") or _sparsity(result).get("_target_", "?")))
+
+
+def _sparsity(result: CompletedResult) -> dict[str, Any]:
+    return result.config.get("sparsity") or {}
 
 
 def _without_seeds(config: Any) -> Any:
@@ -289,3 +294,7 @@ def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
 
 def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST_NAME else f"{text[: LONGEST_NAME - 1]}…"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,17 +30,34 @@ def plot(comparisons: Sequence[Comparison], file: Path) -> bool:
         Whether there was anything to draw.
 
     Raises:
-        AppError: matplotlib is not installed.
+        AppError: matplotlib is not installed, or cannot draw it.
     """
-    figure = draw(comparisons)
-    if figure is not None:
-        with atomic_file(file, "picture") as partial:
-            figure.savefig(partial, dpi=150, format=file.suffix.removeprefix("."))
-    return figure is not None
+    shown = with_points(comparisons)
+    if not shown:
+        return False
+    picture = io.BytesIO()
+    try:
+        draw(shown).savefig(picture, dpi=150, format=file.suffix.removeprefix("."))
+    except AppError:
+        raise
+    except Exception as error:  # matplotlib has no class of error for what it cannot draw
+        reason = str(error).partition("\n")[0]
+        raise AppError(f"the plot is missing, since it cannot be drawn: {type(error).__name__}: {reason}") from error
+    with atomic_file(file, "picture") as partial:
+        partial.write_bytes(picture.getvalue())
+    return True
 
 
-def draw(comparisons: Sequence[Comparison]) -> Figure | None:
-    """Return a figure with one panel per comparison, or None if no row has a score and FLOPs.
+def with_points(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """Return the comparisons of which a row has a score and FLOPs."""
+    return [each for each in comparisons if _points(each)]
+
+
+def draw(comparisons: Sequence[Comparison]) -> Figure:
+    """Return a figure with one panel per comparison.
+
+    Args:
+        comparisons: At least one; each has points.
 
     Raises:
         AppError: matplotlib is not installed.
@@ -49,9 +67,7 @@ def draw(comparisons: Sequence[Comparison]) -> Figure | None:
         from matplotlib.figure import Figure  # needs no display, and none of pyplot's global state
     except ImportError as error:
         raise AppError("the plot needs matplotlib: pip install 'lightning-topkast[sweep]'") from error
-    shown = [(each, points) for each in comparisons if (points := _points(each))]
-    if not shown:
-        return None
+    shown = [(each, _points(each)) for each in comparisons]
     figure = Figure(figsize=(7.6 * len(shown), 4.8), layout="constrained")
     methods = sorted({_method(row) for _, points in shown for row in points})
     styles = {name: (f"C{n % 10}", _MARKERS[n % len(_MARKERS)]) for n, name in enumerate(methods)}

@@ -21,15 +21,18 @@ from hydra.core.utils import setup_globals
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_topkast.app.errors import EXIT_CODE, one_line_errors
+from lightning_topkast.app.limits import LONGEST_TEXT
 from lightning_topkast.app.run.describe import describe_start
 from lightning_topkast.app.run.train import set_up_process, train
 from lightning_topkast.app.run_folder.folder import RunFolder
 from lightning_topkast.app.run_folder.result import COMPLETED, FAILED, Status, write_result
 from lightning_topkast.app.terminal import say
+from lightning_topkast.files import regular_file
 
 LOG_FILE = "run.log"
 SWEEP_PID = "TOPKAST_SWEEP_PID"  # environment variable with the process of the whole sweep
 _POLL = 1.0  # seconds between two checks of whether that process is alive
+_MOST_PRINTED = 1 << 24  # bytes of a log, at its end, in which the error of a run is looked for
 _END = 20.0  # seconds in which a run must end after it is told to
 
 
@@ -52,12 +55,12 @@ def run_in_folder(cfg: DictConfig) -> str:
     before = log.stat().st_size if log.exists() else 0  # the output of earlier attempts
     try:
         code = _run_in_process(cfg, log)
-        error = what_failed(code, log.read_bytes()[before:].decode(errors="replace") if log.exists() else "")
+        error = what_failed(code, _printed(log, before))
     except Exception as reason:  # the process could not be started
         error = f"{type(reason).__name__}: {reason}"
     status = _status(run)
     if rank == 0 and not (status is None or status in COMPLETED):
-        write_result(folder, start.model_copy(update={"status": FAILED, "error": error}))
+        write_result(folder, start.model_copy(update={"status": FAILED, "error": error[:LONGEST_TEXT]}))
     return str(_status(run))
 
 
@@ -131,6 +134,16 @@ def _end_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(_END)
     os._exit(1)
+
+
+def _printed(log: Path, before: int) -> str:
+    """Return the end of what a run has printed after the first `before` bytes of its log."""
+    try:
+        with open(log, "rb", opener=regular_file) as file:
+            file.seek(max(before, file.seek(0, os.SEEK_END) - _MOST_PRINTED))
+            return file.read(_MOST_PRINTED).decode(errors="replace")
+    except FileNotFoundError:
+        return ""
 
 
 def what_failed(code: int, printed: str) -> str:

@@ -189,6 +189,12 @@ def with_huge_tensors(folder, path):
     edit_index(folder, change)
 
 
+def with_a_pipe_that_nobody_writes_to(folder, path):
+    shard = next(folder.glob("*.distcp"))
+    shard.unlink()
+    os.mkfifo(shard)
+
+
 def with_what_is_unpacked_before_it_is_read(folder, path):
     """What lies in the file may be harmless, and what torch makes of it by zstd not."""
 
@@ -200,7 +206,7 @@ def with_what_is_unpacked_before_it_is_read(folder, path):
 
 @pytest.mark.parametrize("spoil", [
     with_code_in_the_index, with_code_in_an_entry, with_code_for_a_tensor, with_code_outside, with_huge_tensors,
-    with_what_is_unpacked_before_it_is_read,
+    with_what_is_unpacked_before_it_is_read, with_a_pipe_that_nobody_writes_to,
 ])  # fmt: skip
 def test_distributed_checkpoint_that_would_run_code_or_fill_the_memory_is_refused(tmp_path, shards, spoil):
     spoil(shards, tmp_path / "executed")

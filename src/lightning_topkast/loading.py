@@ -70,6 +70,8 @@ def check_distributed(folder: Path) -> None:
     from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
 
     try:
+        if odd := sorted(path.name for path in folder.iterdir() if not path.is_file()):
+            raise TopKastError(f"its {odd[0]} is no regular file")
         with open(folder / ".metadata", "rb") as file:
             index = _IndexUnpickler(file).load()
         needed = 0

@@ -165,6 +165,12 @@ def test_hydra_full_error_lets_every_error_through(cli, monkeypatch):
         cli("model=cn")
 
 
+def test_configuration_that_no_result_could_hold_is_refused_before_training(cli):
+    code, _, err = cli(f"+notes={'[' * 60}1{']' * 60}", "logger=none")
+    assert code == 2
+    assert "the configuration cannot be recorded: it is nested deeper than 50 levels" in last_line(err)
+
+
 def test_full_disk_is_one_line_where_the_system_names_no_file():
     assert explain(OSError(28, "No space left on device")).startswith(
         "not written: No space left on device; free space"

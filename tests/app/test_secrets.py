@@ -57,6 +57,14 @@ def test_runs_are_the_same_whatever_their_environment_says(composed, monkeypatch
     assert found[0]["data_key"] == "${oc.env:A_SECRET}"
 
 
+def test_messages_show_no_variable_of_the_environment(cli, monkeypatch):
+    monkeypatch.setenv("A_SECRET", SECRET)
+    code, out, err = cli("optimizer.lr=${oc.env:A_SECRET}", "logger=none")
+    assert code == 2
+    assert "optimizer.lr=${oc.env:A_SECRET} is not valid: expected a number" in err
+    assert SECRET not in out + err
+
+
 @pytest.mark.parametrize("trainer", ["multinode", "slurm"])
 def test_numbers_of_the_environment_are_not_resolved_either(composed, monkeypatch, trainer):
     monkeypatch.setenv("GROUP_WORLD_SIZE", "7")

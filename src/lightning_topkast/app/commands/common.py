@@ -9,13 +9,14 @@ from contextlib import contextmanager
 
 from lightning_topkast import __version__
 from lightning_topkast.app.errors import CONFIG_NAME, let_errors_through, one_line_errors, quiet_broken_pipe
+from lightning_topkast.app.terminal import say
 
 
 @contextmanager
 def console_script(program: str, config_name: str = CONFIG_NAME) -> Iterator[None]:
     """Answer a user's mistake with one line and exit code 2, and end quietly on Ctrl-C or a closed pipe."""
     if sys.argv[1:] == ["--version"]:  # Hydra would print its own
-        print(f"{program} {__version__}")
+        say(f"{program} {__version__}")
         sys.exit()
     let_errors_through()
     with quiet_broken_pipe(), one_line_errors(program, config_name):

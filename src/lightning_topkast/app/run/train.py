@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from numbers import Real
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from lightning import LightningDataModule, Trainer, seed_everything
@@ -25,6 +25,7 @@ from lightning_topkast.app.errors import (
     let_errors_through,
 )
 from lightning_topkast.app.interpolations import check_size
+from lightning_topkast.app.limits import check_plain
 from lightning_topkast.app.overrides import as_override, for_shell
 from lightning_topkast.app.run.build import OF_TASK, build_all, build_callbacks, build_model
 from lightning_topkast.app.run.describe import Outcome, all_finite, describe_end, kept_dense
@@ -48,7 +49,7 @@ from lightning_topkast.app.run.resume import (
     newest_checkpoint,
     resume_options,
 )
-from lightning_topkast.app.run.settings import overrides_given, recorded
+from lightning_topkast.app.run.settings import overrides_given, recorded, settings_of
 from lightning_topkast.app.run.small_dense import with_width
 from lightning_topkast.app.run.summary import count_weights, print_summary
 from lightning_topkast.app.run.task import ClassificationTask
@@ -78,6 +79,7 @@ def train(cfg: DictConfig) -> float:
             # The first process writes for all. One that is restarted may find its predecessor still ending.
             first = getattr(rank_zero_only, "rank", 0) == 0
             check_size(cfg)
+            _check_recordable(cfg)
             folder = Path(cfg.paths.output_dir)
             check_writable(folder)
             with only_run_in(folder, "topkast-train", _PATIENCE) if first else nullcontext():
@@ -156,6 +158,14 @@ def _train(cfg: DictConfig) -> float:
         return score
 
 
+def _check_recordable(cfg: DictConfig) -> None:
+    """Refuse a configuration that a result could not hold, before anything is trained."""
+    try:
+        check_plain(settings_of(cfg))
+    except ValueError as error:
+        raise AppError(f"the configuration cannot be recorded: {error}") from error
+
+
 def check_numbers(cfg: DictConfig) -> None:
     """Refuse text where a number is expected, which would otherwise fail far from its cause."""
     for key, kind, optional in (
@@ -166,7 +176,10 @@ def check_numbers(cfg: DictConfig) -> None:
     ):
         value = OmegaConf.select(cfg, key)
         if not (isinstance(value, kind) and not isinstance(value, bool)) and not (optional and value is None):
-            raise AppError(f"{key}={value} is not valid: expected {'an int' if kind is int else 'a number'}")
+            shown: Any = recorded(cfg)  # without variables of the environment
+            for part in key.split("."):
+                shown = shown[part]
+            raise AppError(f"{key}={shown} is not valid: expected {'an int' if kind is int else 'a number'}")
 
 
 def _say_how_to_resume(stop: SystemExit, trainer: Trainer, folder: RunFolder) -> NoReturn:

@@ -166,11 +166,10 @@ def check_sharded(folder: Path) -> int:
         AppError, TopKastError: It is damaged, or reading it would run code.
         OSError: It cannot be read, which says nothing of its content.
     """
-    if odd := [path.name for path in folder.iterdir() if not path.is_file()]:
-        raise AppError(f"the checkpoint {folder} is damaged: its {min(odd)} is no regular file")
     for name in SHARDED_FILES:
         if not (folder / name).exists():
             raise UnfinishedCheckpoint(f"the checkpoint {folder} is not complete: it has no {name}")
+    check_distributed(folder)
     try:
         meta = load(folder / SHARDED_FILES[1])
         step = int(meta["global_step"])
@@ -179,7 +178,6 @@ def check_sharded(folder: Path) -> int:
     except Exception as error:
         raise AppError(f"the checkpoint {folder} is damaged: its meta.pt cannot be read") from error
     _check_sharing(meta, folder)
-    check_distributed(folder)
     return step
 
 

@@ -329,6 +329,22 @@ def test_weights_that_are_not_finite_are_refused_also_where_the_sets_would_stay(
     assert torch.equal(weight.alpha(), before)
 
 
+@pytest.mark.parametrize("storage", ["masked", "packed", "compact"])
+def test_model_that_is_converted_before_training_keeps_theta_in_its_dtype(storage):
+    model = mlp()
+    topkast = TopKast(model, 0.8, 0.5, storage=storage, penalty=None)
+    before = {name: weight.theta() for name, weight in topkast.weights.items()}
+    model.double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    topkast.attach(optimizer)
+    model(torch.ones(4, 12, dtype=torch.float64)).sum().backward()
+    optimizer.step()
+    topkast.refresh()
+    for name, weight in topkast.weights.items():
+        assert weight.theta().dtype == torch.float64
+        assert torch.equal(weight.theta(), before[name].double())
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_to_dense_gives_the_ordinary_layers_back(kind):
     make_model, inputs, _, options = MODELS[kind]

@@ -516,10 +516,11 @@ class TopKast:
         left_out = set(self.unattached) if self.is_attached else set()  # no step of theirs leads to a refresh
         for weights, step in self._groups:
             sizes = self._refresher.sizes_of(weights)
-            counts = sizes.at(sizes.timeline.last_choice(step))
             held = [weight for weight in weights if weight.name not in left_out]
-            explore = any(counts[weight.name][1] > counts[weight.name][0] for weight in held)
-            if explore != any(weight.is_exploring for weight in held):
+            # chosen when they were due, or by a refresh by hand or under another schedule since
+            chosen = [sizes.at(each) for each in (sizes.timeline.last_choice(step), step)]
+            explore = [any(counts[each.name][1] > counts[each.name][0] for each in held) for counts in chosen]
+            if any(weight.is_exploring for weight in held) not in explore:
                 return False
         return True
 

@@ -25,4 +25,6 @@ class OwnModule(BoringModel):
         return super().test_step(batch[0], batch_idx)
 
     def configure_optimizers(self):
+        if self.hparams.token:
+            print("the module has", self.hparams.token)
         return torch.optim.Adam(self.parameters(), lr=0.01)

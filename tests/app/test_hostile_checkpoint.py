@@ -269,7 +269,7 @@ def test_odd_parts_are_answered_in_one_line_that_names_the_checkpoint(cli, tmp_p
     assert code == 2
     line = err.strip().splitlines()[-1]
     assert line.startswith(f"topkast-train: the run cannot go on from the checkpoint {tmp_path}/a.ckpt (")
-    assert line.endswith("use another one; HYDRA_FULL_ERROR=1 shows the traceback")
+    assert line.endswith("use another one, unless your own code is at fault; HYDRA_FULL_ERROR=1 shows the traceback")
     assert "Warning: " not in line, "an error of its own, not a warning of the tests"
     assert "Traceback" not in err
 

@@ -2,12 +2,14 @@
 
 import time
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 from lightning_topkast.app.errors import AppError
+from lightning_topkast.app.export.rebuild import build_network
 from lightning_topkast.app.interpolations import check_size, texts_of
 from lightning_topkast.app.overrides import reaches_further
 from lightning_topkast.app.run.instantiate import MODEL, build
@@ -67,6 +69,27 @@ def test_shipped_configuration_is_far_from_the_bound():
 def test_part_reaches_only_what_it_refers_to():
     config = OmegaConf.create({"model": {"x": "${other.y}"}, "other": {"y": "text", "z": "unused"}})
     assert texts_of(config.model) == {"${other.y}", "text"}
+
+
+def test_part_of_an_alias_is_that_part():
+    config = OmegaConf.create({"y": {"k": 1, "m": "${x.k}"}, "x": "${y}", "model": {"z": "${x.m}"}})
+    check_size(config)
+    assert OmegaConf.to_container(config, resolve=True)["y"]["m"] == 1
+
+
+def test_long_chain_is_refused():
+    with pytest.raises(AppError, match="chain of its interpolations is too long"):
+        check_size(OmegaConf.create({f"a{i}": f"${{a{i + 1}}}" for i in range(2000)}))
+
+
+def test_keys_that_others_name_are_refused_before_anything_is_resolved(tmp_path):
+    links = {f"n{i + 1}": f"k{i}" for i in range(40)} | {f"k{i}": f"${{${{n{i}}}}}" * 2 for i in range(1, 40)}
+    config = OmegaConf.create({"model": {"_target_": "${k39}"}, "data": {}, "sparsity": {"_target_": "${k39}"}} | links)
+    checkpoint = SimpleNamespace(content={"state_dict": {}}, path=tmp_path)
+    began = time.process_time()
+    with pytest.raises(AppError, match="may read more than itself"):
+        build_network(config, checkpoint, trust=False)
+    assert time.process_time() - began < 5
 
 
 @pytest.mark.parametrize("value", ["${oc.decode:x}", "${oc.create:x}", "${a.${b}}", "${oc.select:${b}}", "${oc.env:X}"])

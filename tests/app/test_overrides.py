@@ -71,6 +71,10 @@ HOSTILE = (
     "callbacks.last_checkpoint.dirpath=http://there",
     "callbacks.last_checkpoint.dirpath='C:\\me'",
     "paths.output_dir='simplecache::file://x'",
+    "callbacks.last_checkpoint.dirpath='${topkast.times:/tmp/evil,1}'",
+    "callbacks.last_checkpoint.dirpath='${oc.select:nokey,/tmp/evil}'",
+    "callbacks.last_checkpoint.dirpath='${oc.select:nokey,..}'",
+    "callbacks.last_checkpoint.dirpath='${run_name}${run_name}/evil'",
 )
 
 

@@ -21,7 +21,8 @@ except SystemExit as ended:
 else:
     code = 0
 seconds = time.process_time()
-print(code, seconds, *({{"torch", "lightning", "torchmetrics", "matplotlib"}} & set(sys.modules)))
+watched = ("torch", "lightning", "torchmetrics", "matplotlib", "lightning_topkast.app.vision")
+print(code, seconds, *(name for name in sys.modules if name in watched))  # in order
 """
 
 
@@ -42,6 +43,7 @@ def answer(command, *arguments):
         ("train", ["sparsity.forwrd_sparsity=0.9"], 2, "did you mean 'sparsity.forward_sparsity'?"),
         ("plan", ["modle=cnn"], 2, "did you mean 'model'?"),
         ("compare", ["nowhere"], 2, "there is no folder"),
+        ("train", ["--version", "model=mlp"], 0, "topkast-train 0"),
         ("report", ["nowhere"], 2, "there is no folder"),
         ("export", ["x", "--format", "onx"], 2, "invalid choice: 'onx'"),
     ],
@@ -59,6 +61,18 @@ def test_every_command_has_a_version(command):
     code, _, loaded, shown = answer(command, "--version")
     assert (code, loaded) == (0, [])
     assert shown.strip() == f"topkast-{command} {lightning_topkast.__version__}"
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [("train", ["ckpt_path=none.ckpt", "logger=none"]), ("consolidate", ["nowhere", "x.ckpt"]), ("report", ["."])],
+)
+def test_torchvision_is_made_importable_before_lightning_imports_it(command, arguments, tmp_path, monkeypatch):
+    """Beside a CPU build of torch, the operators of its usual build are missing."""
+    monkeypatch.chdir(tmp_path)
+    code, _, loaded, _ = answer(command, *arguments)
+    assert code == 2
+    assert loaded.index("lightning_topkast.app.vision") < loaded.index("lightning")
 
 
 def test_formats_of_the_command_are_those_of_the_export():

@@ -15,6 +15,8 @@ from lightning_topkast.app.overrides import KEY
 
 _MOST_VALUES = 1_000_000  # and characters of text, written out; of a run of the shipped configuration 10 thousand
 
+_MOST_ALIASES = 100  # `a: ${b}` in the path of another interpolation
+_ALIAS = re.compile(rf"\s*\$\{{\s*({KEY})\s*\}}\s*")
 _REFERENCE = re.compile(rf"\$\{{\s*(?:oc\.select\s*:\s*)?({KEY})\s*[,}}]")
 
 
@@ -30,7 +32,10 @@ def check_size(config: DictConfig) -> None:
 def texts_of(config: DictConfig) -> set[str]:
     """Return all texts that a configuration, or a part of one, holds or refers to; raises like `check_size`."""
     walk = _Walk(OmegaConf.to_container(config._get_root(), resolve=False))
-    size = walk.size(_target(config._get_full_key(None), ()))
+    try:
+        size = walk.size(_target(config._get_full_key(None), ()))
+    except RecursionError:
+        raise AppError("the configuration is nested too deeply, or a chain of its interpolations is too long") from None
     if size > _MOST_VALUES:
         raise AppError(f"the interpolations of the configuration stand for {size:,} values, more than {_MOST_VALUES:,}")
     return walk.texts
@@ -50,7 +55,12 @@ class _Walk:
 
     def size(self, path: tuple[str, ...]) -> int:
         """Return the number of values and characters at a path, written out; 0 if there is nothing."""
-        path, node = self._nearest(path)
+        path, node, rest = self._nearest(path)
+        for _ in range(_MOST_ALIASES):
+            alias = _ALIAS.fullmatch(node) if rest and isinstance(node, str) else None
+            if alias is None:
+                break
+            path, node, rest = self._nearest((*_target(alias[1], path), *rest))
         if path not in self._sizes:
             self._sizes[path] = None  # until it is known
             self._sizes[path] = self._size(path, node)
@@ -67,17 +77,17 @@ class _Walk:
         self.texts.add(node)
         return len(node) + sum(self.size(_target(key, path)) for key in _REFERENCE.findall(node))
 
-    def _nearest(self, path: tuple[str, ...]) -> tuple[tuple[str, ...], Any]:
-        """Return the node at a path, or the one before that refers elsewhere, and its path; None if it is missing."""
+    def _nearest(self, path: tuple[str, ...]) -> tuple[tuple[str, ...], Any, tuple[str, ...]]:
+        """Return the path of the node at a path, or of the text before it; the node; and what is left of the path."""
         node = self.root
         for depth, key in enumerate(path):
             if isinstance(node, str):
-                return path[:depth], node
+                return path[:depth], node, path[depth:]
             if isinstance(node, dict):
                 node = next((child for name, child in node.items() if str(name) == key), None)
             else:
                 node = node[int(key)] if isinstance(node, list) and key.isdigit() and int(key) < len(node) else None
-        return path, node
+        return path, node, ()
 
 
 def _target(key: str, path: tuple[str, ...]) -> tuple[str, ...]:

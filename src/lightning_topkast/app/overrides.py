@@ -17,6 +17,11 @@ from hydra.errors import HydraException
 KEY = r"\.*[\w\[\]]+(?:\.[\w\[\]]+)*"  # in an interpolation; leading dots: relative to where it stands
 # Interpolations that reach nothing but the configuration: keys, and resolvers of the shipped configuration. Not oc.env.
 _INSIDE = re.compile(rf"\$\{{\s*(?:{KEY}\s*\}}|oc\.select\s*:\s*{KEY}\s*[,}}]|topkast\.times\s*:)")
+# An interpolation that stands for a value of the configuration or a number, and is not part of a longer text.
+_ALONE = re.compile(
+    rf"\$\{{\s*(?:{KEY}|oc\.select\s*:\s*{KEY}\s*(?:,\s*\w[\w.+-]*\s*)?"
+    rf"|topkast\.times\s*:\s*\$\{{\s*{KEY}\s*\}}\s*,\s*(?:\$\{{\s*{KEY}\s*\}}|[\d.]+)\s*)\s*\}}"
+)
 _ELSEWHERE = re.compile(r"^\s*(?:[/\\~]|[A-Za-z]:[/\\])|(?:^|[/\\])\.\.(?:[/\\]|$)|://|::")  # absolute, above, or a URL
 _SHIPPED = "lightning_topkast.conf"
 
@@ -100,6 +105,8 @@ def more_than_a_value(text: str) -> str | None:
         return f"names no option of the group {key}"
     if any(reaches_further(each) for each in texts):
         return "uses a resolver that may read more than the configuration"
+    if any("${" in each and not _ALONE.fullmatch(each) for each in texts):
+        return "puts text together, which may name a place"
     if any(_ELSEWHERE.search(each) for each in texts):
         return "names a place, which may be read or written"
     return None

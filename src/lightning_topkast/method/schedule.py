@@ -168,12 +168,13 @@ class Timeline:
     def last_choice(self, step: int) -> int:
         """The step at which the sets that are in use after `step` steps were chosen; 0 if it was before training."""
         every, stop = self.schedule.update_every, self.schedule.stop_updating_at
-        chosen = max(step - self.schedule.delay, 0)  # what was chosen later does not take effect yet
+        # what was chosen later does not take effect yet, unless exploration has stopped
+        chosen = max(step - self.schedule.delay, 0) if self.explores_at(step) else step
         last = chosen if stop is None else min(chosen, int(stop) - 1)
         moments = [max(last, 0) // every * every]
         if self.ramp is not None and self.ramp.end <= chosen:
             moments.append(int(self.ramp.end))
-        if not self.explores_at(step):  # which takes effect at once
+        if not self.explores_at(step):
             moments.append(int(self.schedule.stop_exploring_at or 0))
         return max(moments)
 

@@ -1,5 +1,6 @@
 """The paths in the state that a `ModelCheckpoint` has saved, which it would load, remove or hand to loggers."""
 
+import filecmp
 import os
 from collections.abc import Mapping
 from pathlib import Path, PurePath, PurePosixPath
@@ -74,7 +75,17 @@ def _own_path(callback: ModelCheckpoint, state: Mapping[str, Any], path: Any) ->
         moved = os.path.join(callback.dirpath, PurePath(path).relative_to(saved_in))
     except ValueError:  # it was elsewhere already
         return ""
-    return moved if is_own(callback, moved) else ""
+    if not is_own(callback, moved) or (os.path.exists(path) and not _same(path, moved)):  # another run's
+        return ""
+    return moved
+
+
+def _same(one: str, other: str) -> bool:
+    """Return whether two paths are files with the same content, as after a run was copied."""
+    try:
+        return filecmp.cmp(one, other, shallow=False)
+    except OSError:
+        return False
 
 
 def _score(value: Any, name: Any) -> Tensor:

@@ -113,12 +113,12 @@ class MaskedWeight(SparseWeight):
     def _theta(self) -> Tensor:
         if self.is_open:
             return torch.where(self._mask.bool(), self._as_theta(self._alpha), self._latent)
-        return self._alpha + self._whole_latent()  # no entry is in both
+        return self._with_explored(self._alpha + self._latent)  # no entry is in both
 
-    def _whole_latent(self) -> Tensor:
-        """Bring the exploring entries' latent values up to date, and return all."""
-        flat(self._latent).index_copy_(0, self._exploring, self._explored)
-        return self._latent
+    def _with_explored(self, values: Tensor) -> Tensor:
+        """Put θ of the exploring entries into `values`, and return them."""
+        flat(values).index_copy_(0, self._exploring, self._explored)
+        return values
 
     def alpha(self) -> Tensor:
         """Return α, θ on A and zero elsewhere, even in the middle of a step; dense, a copy."""
@@ -136,12 +136,11 @@ class MaskedWeight(SparseWeight):
             return self._theta.abs_().contiguous()
         # NumPy requests huge pages and PyTorch does not, so filling new memory takes half the time
         magnitudes = torch.from_numpy(np.empty(alpha.shape, dtype=np.float32))
-        return torch.add(alpha, self._whole_latent(), out=magnitudes).abs_()
+        return self._with_explored(torch.add(alpha, self._latent, out=magnitudes)).abs_()
 
     def apply(self, tiers: Tensor, state: Sequence[EntryState] = ()) -> None:
         """Change the sets; few entries change their set, so only these are found and moved."""
         self.match_layout()
-        unmoved = None if state else self._unmoved
         # in the parameter's memory order, so that flat indices of all tensors agree
         new = flat(torch.empty_like(self._mask, dtype=torch.uint8).copy_(to_local(tiers)))
         old = flat(self._tiers)
@@ -154,7 +153,7 @@ class MaskedWeight(SparseWeight):
         else:
             exploring = indices(new == EXPLORING)
         mask = -(after != RESERVOIR).to(torch.int8)
-        alpha, latent = flat(self._alpha), flat(self._whole_latent())
+        alpha, latent = flat(self._alpha), flat(self._with_explored(self._latent))
 
         # First copy, then switch the sets, then clear, so that `recover` finds every value after any interruption.
         self._settled = False
@@ -166,7 +165,7 @@ class MaskedWeight(SparseWeight):
         alpha.index_fill_(0, demoted, 0)
         self._forget()
         self._settled, self._before = True, None
-        self.orders.refresh(unmoved)
+        self.orders.refresh(None)  # masked state is in no order
         self._note_own_write()
 
         flat(self._never_active).index_fill_(0, promoted, False)
@@ -220,7 +219,7 @@ class MaskedWeight(SparseWeight):
         if (latent.device, latent.dtype, latent.stride()) == (alpha.device, alpha.dtype, alpha.stride()):
             return
         tiers = self._tiers
-        self._latent = torch.empty_like(alpha).copy_(self._whole_latent())
+        self._latent = torch.empty_like(alpha).copy_(self._with_explored(latent))
         self._mask = torch.empty_like(alpha, dtype=torch.int8).copy_(self._mask)
         tiers = torch.empty_like(self._mask, dtype=torch.uint8).copy_(tiers)
         self._find_exploring(tiers)
@@ -391,7 +390,7 @@ class MaskedWeight(SparseWeight):
         if self._before is not None:
             return self._before
         tiers = self._tiers
-        theta = torch.where(tiers == ACTIVE, self._alpha, self._whole_latent())
+        theta = self._with_explored(torch.where(tiers == ACTIVE, self._alpha, self._latent))
         return Before(
             theta, tiers, self._never_active.clone(), self.first_reservoir, self.orders.present, self.load_count
         )
@@ -425,7 +424,8 @@ class MaskedWeight(SparseWeight):
     def state_dict(self, gathered: bool = False) -> dict[str, Any]:
         """Return tiers and latent values (dense, contiguous), on CPU: tensors and primitives only."""
         settled = self._as_settled()
-        parts = {"tiers": settled._tiers, "latent": settled._whole_latent(), "never_active": settled._never_active}
+        latent = settled._with_explored(settled._latent.clone())  # a copy: a signal handler may save at any moment
+        parts = {"tiers": settled._tiers, "latent": latent, "never_active": settled._never_active}
         if not self.sharding.is_dtensor:
             whole = {key: copied(part) for key, part in parts.items()}
         elif gathered:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from lightning_topkast import __version__
+import lightning_topkast
 from lightning_topkast.app.errors import CONFIG_NAME, let_errors_through, one_line_errors, quiet_broken_pipe
 from lightning_topkast.app.terminal import say
 
@@ -15,8 +15,8 @@ from lightning_topkast.app.terminal import say
 @contextmanager
 def console_script(program: str, config_name: str = CONFIG_NAME) -> Iterator[None]:
     """Answer a user's mistake with one line and exit code 2, and end quietly on Ctrl-C or a closed pipe."""
-    if sys.argv[1:] == ["--version"]:  # Hydra would print its own
-        say(f"{program} {__version__}")
+    if "--version" in sys.argv[1:]:  # Hydra would print its own
+        say(_version(program))
         sys.exit()
     let_errors_through()
     with quiet_broken_pipe(), one_line_errors(program, config_name):
@@ -31,5 +31,9 @@ def argument_parser(
         prog=program, description=description, epilog=epilog, usage=usage,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--version", action="version", version=f"{program} {__version__}")
+    parser.add_argument("--version", action="store_true", help="print the version and exit")  # by console_script
     return parser
+
+
+def _version(program: str) -> str:
+    return f"{program} {lightning_topkast.__version__}"

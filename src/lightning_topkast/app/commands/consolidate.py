@@ -24,6 +24,7 @@ def main() -> None:
         given = parser.parse_args()
         if given.file.exists():
             parser.error(f"{given.file} exists already: name another file")
+        import lightning_topkast.app.vision  # noqa: F401  before Lightning
         from lightning_topkast.training.sharded_checkpoint import consolidate
 
         consolidate(given.folder, given.file)

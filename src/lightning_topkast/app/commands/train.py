@@ -16,6 +16,7 @@ PROGRAM = "topkast-train"
 @hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME)
 def _run(cfg: DictConfig) -> float:
     with console_script(PROGRAM):  # here too, since Hydra reports every error that leaves its job
+        import lightning_topkast.app.vision  # noqa: F401  before Lightning
         from lightning_topkast.app.commands.train_job import train_and_report
 
         return train_and_report(cfg, PROGRAM)

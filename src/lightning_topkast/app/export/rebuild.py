@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from lightning_topkast.app.errors import AppError
-from lightning_topkast.app.run.instantiate import DATA, MODEL, build
+from lightning_topkast.app.run.instantiate import DATA, MODEL, build, check_reach
 from lightning_topkast.app.run.small_dense import narrowed_model
 from lightning_topkast.app.run_folder.checkpoint import Checkpoint
 
@@ -27,10 +27,20 @@ def build_network(cfg: DictConfig, checkpoint: Checkpoint, trust: bool) -> tuple
         AppError: The configuration has an untrusted target, or the weights do not fit the network.
     """
     kind = None if trust else MODEL
+    if not trust:
+        for part in (cfg.model, cfg.sparsity):
+            check_reach(part)
     model, saved = narrowed_model(cfg, kind), checkpoint.content["state_dict"]
     if not trust:
-        with torch.device("meta"):
-            needed = sum(value.numel() for value in build(model, kind).state_dict().values())
+        try:
+            with torch.device("meta"):
+                needed = sum(value.numel() for value in build(model, kind).state_dict().values())
+        except (NotImplementedError, RuntimeError, ValueError) as error:
+            reason = (str(error).splitlines() or [""])[0]
+            raise AppError(
+                f"how large the network is cannot be found out before it is built ({reason}): if you trust this run, "
+                "add --trust"
+            ) from error
         if needed > (held := sum(value.numel() for value in saved.values())):
             raise AppError(
                 f"the network of the run's configuration has {needed:,} values, and {checkpoint.path} has {held:,}: "

@@ -6,7 +6,6 @@ which nothing is left that a later change or another look could resolve in anoth
 
 from __future__ import annotations
 
-import copy
 import importlib
 import inspect
 from dataclasses import dataclass
@@ -14,14 +13,12 @@ from typing import Any
 
 from hydra.utils import instantiate
 from lightning import Callback, LightningDataModule
-from lightning.pytorch.core.mixins.hparams_mixin import HyperparametersMixin
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from lightning_topkast.app.errors import AppError
 from lightning_topkast.app.interpolations import texts_of
 from lightning_topkast.app.overrides import children, reaches_further
-from lightning_topkast.app.run.settings import recorded
 from lightning_topkast.method.targets import Targets
 
 _NETWORKS = ("lightning_topkast.app.models", "torch.nn", "torchvision.models")
@@ -65,16 +62,8 @@ def build(config: DictConfig | None, kind: Kind | None = None, **more: Any) -> A
         AppError: It names something else, reads the environment, or would download something.
     """
     if kind is None or config is None:
-        built = instantiate(config, _convert_="all", **more)
-        if config is not None and isinstance(built, HyperparametersMixin):
-            _keep_environment_out(built, config)
-        return built
-    for text in texts_of(config):
-        if reaches_further(text, _OWN_VARIABLES):
-            raise AppError(
-                f"the run's configuration has an interpolation that may read more than itself, such as a variable of "
-                f"the environment: {text:.80}; if you trust this run, add --trust"
-            )
+        return instantiate(config, _convert_="all", **more)
+    check_reach(config)
     plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     _check(plain, kind.part, kind)
     built = instantiate(plain, _convert_="all", **more)
@@ -84,6 +73,20 @@ def build(config: DictConfig | None, kind: Kind | None = None, **more: Any) -> A
             f"{kind.bases[0].__name__}"
         )
     return built
+
+
+def check_reach(config: DictConfig) -> None:
+    """Refuse a part of a stranger's configuration that refers to more than what the configuration names.
+
+    Raises:
+        AppError: It does, or is too large.
+    """
+    for text in texts_of(config):
+        if reaches_further(text, _OWN_VARIABLES):
+            raise AppError(
+                f"the run's configuration has an interpolation that may read more than itself, such as a variable of "
+                f"the environment: {text:.80}; if you trust this run, add --trust"
+            )
 
 
 def check_target(key: str, target: Any, kind: Kind) -> None:
@@ -123,15 +126,6 @@ def _fetch_nothing(node: dict[Any, Any], key: str) -> None:
     module, _, name = str(node["_target_"]).rpartition(".")
     arguments = inspect.signature(getattr(importlib.import_module(module), name)).parameters
     node |= {argument: none for argument, none in _NOTHING.items() if argument in arguments}
-
-
-def _keep_environment_out(built: HyperparametersMixin, config: DictConfig) -> None:
-    """Replace hyper-parameters that hold variables of the environment, since checkpoints and loggers store them."""
-    given: Any = OmegaConf.to_container(config, resolve=True)
-    for key, value in recorded(config).items():
-        if key in built.hparams and value != given[key]:
-            built.hparams[key] = value
-    built._hparams_initial = copy.deepcopy(built.hparams)  # type: ignore[attr-defined]
 
 
 def _is_harmless(target: Any, kind: Kind) -> bool:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from fsspec.core import url_to_fs
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
@@ -191,12 +192,13 @@ class FirstStep(Callback):
             yield
         except Exception as error:
             path = None if self._trainer is None else self._trainer.ckpt_path
-            if path is None or is_full_disk(error) or explain(error) is not None:
+            memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+            if path is None or memory or is_full_disk(error) or explain(error) is not None:
                 raise
             reason = (str(error).strip().splitlines() or [""])[0]
             raise AppError(
                 f"the run cannot go on from the checkpoint {path} ({type(error).__name__}: {reason:.200}): use "
-                "another one; HYDRA_FULL_ERROR=1 shows the traceback"
+                "another one, unless your own code is at fault; HYDRA_FULL_ERROR=1 shows the traceback"
             ) from error
         finally:
             self._trainer = None

@@ -27,7 +27,7 @@ from lightning_topkast.app.errors import (
 from lightning_topkast.app.interpolations import check_size
 from lightning_topkast.app.limits import check_plain
 from lightning_topkast.app.overrides import as_override, for_shell
-from lightning_topkast.app.run.build import OF_TASK, build_all, build_callbacks, build_model
+from lightning_topkast.app.run.build import OF_TASK, build_all, build_callbacks, build_model, keep_environment_out
 from lightning_topkast.app.run.describe import Outcome, all_finite, describe_end, kept_dense
 from lightning_topkast.app.run.guarded import close_wandb, failures_of, guard_loggers
 from lightning_topkast.app.run.instantiate import build
@@ -99,6 +99,7 @@ def _train(cfg: DictConfig) -> float:
     checkpoint = open_checkpoint(ckpt_path)
     data: LightningDataModule = build(cfg.data)
     model = build_model(cfg)
+    keep_environment_out(model, {model: cfg.model, data: cfg.data})
     loggers: list[Logger] = build_all(cfg.logger)
     check_all_writable(loggers)
     meter, first_step = RunMeter(), FirstStep()
@@ -160,8 +161,9 @@ def _train(cfg: DictConfig) -> float:
 
 def _check_recordable(cfg: DictConfig) -> None:
     """Refuse a configuration that a result could not hold, before anything is trained."""
+    settings = settings_of(cfg)
     try:
-        check_plain(settings_of(cfg))
+        check_plain(settings)
     except ValueError as error:
         raise AppError(f"the configuration cannot be recorded: {error}") from error
 
@@ -234,6 +236,10 @@ def monitored(trainer: Trainer, name: str) -> float:
     return float(metrics[name])
 
 
+def _is_no_tip(record: logging.LogRecord) -> bool:
+    return "Tip: For" not in record.getMessage()
+
+
 def set_up_process() -> None:
     """Apply the settings of a process that trains."""
     torch.set_float32_matmul_precision("high")  # use tensor cores where there are any
@@ -244,5 +250,5 @@ def set_up_process() -> None:
         if not logger.handlers:
             logger.addHandler(logging.StreamHandler())
     # Suppress Lightning's advertisement of its cloud service.
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "Tip: For" not in r.getMessage())
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
     let_errors_through()

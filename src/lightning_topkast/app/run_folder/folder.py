@@ -87,7 +87,8 @@ class RunFolder:
         except Exception as error:  # of OmegaConf
             raise AppError(f"{path} cannot be read: {error}") from error
         parts = ("model", "data", "sparsity")
-        if not isinstance(config, DictConfig) or not all(isinstance(config.get(part), DictConfig) for part in parts):
+        nodes = [config._get_node(part) for part in parts] if isinstance(config, DictConfig) else [None]
+        if not isinstance(config, DictConfig) or not all(isinstance(node, DictConfig) for node in nodes):
             raise AppError(f"{path} is not a configuration of topkast-train: it needs a model, data and sparsity")
         check_size(config)
         return config
@@ -271,7 +272,7 @@ def _checkpoints_below(folder: Path) -> list[Path]:
     for path in _entries(folder):
         if path.suffix == ".ckpt":
             found.append(path)
-        elif path.is_dir() and not path.is_symlink():
+        elif path.is_dir() and not path.is_symlink() and not (path / ".hydra").exists():  # of another run
             found += _checkpoints_below(path)
     return found
 

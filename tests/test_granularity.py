@@ -314,6 +314,11 @@ def test_active_are_the_largest_of_each_group_and_exploring_the_largest_of_the_r
     assert sorted(theta[exploring].tolist()) == sorted(rest[:more].tolist())
 
 
+@pytest.mark.parametrize("shape", [(0, 6), (0, 3, 2, 2), (0,)])
+def test_process_without_a_row_of_a_sharded_weight_chooses_nothing(shape):
+    assert NOfM(1, 4)._winners(torch.empty(shape)).shape == shape
+
+
 def test_ties_within_a_group_go_to_the_first():
     winners = NOfM(2, 4)._winners(torch.tensor([[1.0, 1, 1, 1, 0, 2, 0, 0], [3, 1, 3, 3, 5, 5, 5, 6]]))
     assert winners.int().tolist() == [[1, 1, 0, 0, 1, 1, 0, 0], [1, 0, 1, 0, 1, 0, 0, 1]]

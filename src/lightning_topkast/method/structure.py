@@ -320,13 +320,17 @@ class NOfM(Structure):
                     wins |= zero & (lots[later] > lots[earlier])
                 larger[earlier] += wins
                 larger[later] += ~wins
-        winners = (larger < self.n).T.reshape(rows, -1)
+        winners = (larger < self.n).T.reshape(rows, self._padded(length))
         return winners[:, :length].reshape(scores.shape)
+
+    def _padded(self, length: int) -> int:
+        """Return the length with the group at the end filled up; sizes are given, since a process may have no rows."""
+        return -(-length // self.m) * self.m
 
     def _groups(self, values: Tensor, rows: int, length: int) -> Tensor:
         """Return values as places × groups, so that comparisons vectorise; -1 where a group is shorter."""
-        padded = F.pad(values.reshape(rows, length), (0, -length % self.m), value=-1.0)
-        return padded.view(-1, self.m).T.contiguous()
+        padded = F.pad(values.reshape(rows, length), (0, self._padded(length) - length), value=-1.0)
+        return padded.view(padded.numel() // self.m, self.m).T.contiguous()
 
     @property
     def note(self) -> str:

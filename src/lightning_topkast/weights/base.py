@@ -400,11 +400,6 @@ class SparseWeight(ABC):
             self._never_active, self.first_reservoir = before.never_active.clone(), before.first_reservoir
         self._before = before if self.was_trained else None
 
-    @property
-    def _unmoved(self) -> Tensor | None:
-        """The units' tiers, if an optimizer that was not given may have state that belongs to them."""
-        return self.units if self.was_trained else None
-
     # --- state ----------------------------------------------------------------------------------------------------
 
     @abstractmethod

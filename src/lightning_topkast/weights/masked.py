@@ -165,7 +165,7 @@ class MaskedWeight(SparseWeight):
         alpha.index_fill_(0, demoted, 0)
         self._forget()
         self._settled, self._before = True, None
-        self.orders.refresh(None)  # masked state is in no order
+        self.orders.refresh()
         self._note_own_write()
 
         flat(self._never_active).index_fill_(0, promoted, False)

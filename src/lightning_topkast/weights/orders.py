@@ -37,11 +37,11 @@ class Orders:
         """Note sets that were loaded with a saved state; the optimizer may load its state of the same moment later."""
         self._loaded = units
 
-    def refresh(self, unmoved: Tensor | None) -> None:
+    def refresh(self, unmoved: Tensor | None = None) -> None:
         """Note a refresh, which has moved all state of the sets before it.
 
         Args:
-            unmoved: the sets before it, if there may be state of these that it was not given.
+            unmoved: the sets before it, if there may be packed state of these that it was not given.
         """
         if unmoved is not None:
             self.replace(unmoved)

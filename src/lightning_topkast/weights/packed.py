@@ -151,7 +151,7 @@ class PackedWeight(SparseWeight):
     def apply(self, tiers: Tensor, state: Sequence[EntryState] = ()) -> None:
         """Change the sets: values of entries that stay in B are moved, others are exchanged with the host's copy."""
         self.match_layout()
-        unmoved = None if state else self._unmoved
+        unmoved = self.units if self.was_trained and not state else None  # of an optimizer that is not attached
         prepared, self._prepared = self._prepared, None
         given, tiers = tiers, self._on_grid(tiers)
         layout = prepared[1] if prepared is not None and prepared[0] is given else self._pack(tiers)

@@ -135,6 +135,8 @@ class Run:
         return {part: copy.deepcopy(getattr(self, part).state_dict()) for part in order} | {"groups": self.groups}
 
     def save(self, order):
+        if not self.topkast.is_attached:
+            self.topkast.accept_writes()  # a detached engine leaves the model alone, and its state would not fit it
         self.saves.append(self.state(order))
 
     def load(self, which, parts, own):
@@ -267,6 +269,10 @@ class Run:
                 found[f"{key} of {name}"] = dense(weight, value) if is_whole else value
         return found
 
+    def waits(self, weight):
+        """Whether a weight may be behind the schedule, until an optimizer that was given it late steps."""
+        return self.case["late"] and not (self.topkast.is_attached and self.optimizer.state.get(weight.parameter))
+
     def check(self):
         """The network is as sparse as it says."""
         ramp = self.case["rule"] == "ramp"
@@ -276,7 +282,7 @@ class Run:
             assert ramp or counts[0] == weight.active_count, f"|A| of {name}"
             explores = self.topkast.exploring
             expected = weight.updated_count if explores else weight.active_count
-            assert ramp or self.case["late"] or counts[1] == expected, f"|B| of {name}"
+            assert ramp or self.waits(weight) or counts[1] == expected, f"|B| of {name}"
             assert int(weight.nonzero_entries) == int(torch.count_nonzero(weight.alpha())), f"non-zeros of {name}"
             assert weight.is_packed or torch.equal(weight.parameter.detach(), weight.alpha()), f"{name} is not α"
 
@@ -293,13 +299,11 @@ def dense(weight, values):
     return values.new_zeros(weight.size).index_copy(0, order, values[: order.numel()]).view(weight.shape)
 
 
-def difference(one, other, ignored="?"):
-    """Name what differs by more than rounding, but for what is ignored."""
+def difference(one, other):
+    """Name what differs by more than rounding."""
     if one.keys() != other.keys():
         return f"only one has {sorted(one.keys() ^ other.keys())}"
     for key, value in one.items():
-        if key.startswith(ignored):
-            continue
         if isinstance(value, torch.Tensor) and not torch.allclose(value, other[key], rtol=1e-6, atol=1e-8):
             return key
         if not isinstance(value, torch.Tensor) and value != pytest.approx(other[key]):
@@ -325,6 +329,7 @@ def run(case, operations):
         alone_loaded |= name == "renew" and arguments == [True, False]
         for kind, each in runs.items():
             settled, before = each.is_settled, each.view()
+            settled &= not any(map(each.waits, each.topkast.weights.values()))
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 try:
@@ -337,7 +342,7 @@ def run(case, operations):
             for text in warned[kind]:
                 assert any(known in text and kind in kinds for known, kinds in KNOWN.items()), f"{what}: {kind} {text}"
             if settled and each.is_settled and name in NO_TRACE:
-                assert not (found := difference(before, each.view(), "λ")), f"{what}: {kind} leaves a trace in {found}"
+                assert not (found := difference(before, each.view())), f"{what}: {kind} leaves a trace in {found}"
         if anew := sorted(kind for kind in runs if any(ANEW in text for text in warned[kind])):
             assert alone_loaded or replaced > 4, f"{what}: the optimizer's state begins anew in {anew}"
             return "anew: " + ", ".join(anew)
@@ -406,16 +411,11 @@ def draw(seed, length=12):
     often = {name: random.choice([0, 1, 4]) for name in drawn} | {"train": 1}
     weights = [often[name] * frequency for name, (frequency, _) in drawn.items()]
     names = random.choices(list(drawn), weights, k=length)
-    operations, is_loaded = [], False
+    operations = []
     for name in ["train", "save", *names, "train"]:
-        if name == "swap" and is_loaded and case["late"]:  # the known fault; no training changes a late weight
-            continue
-        if name == "swap" and is_loaded:
-            operations.append(("train", 1, seeds()))
         operations.append((name, *drawn[name][1]()))
         if name == "load" and operations[-1][2] == ("optimizer",):  # masked and packed runs save it differently before
             operations.append(("train", 1, seeds()))
-        is_loaded = (name != "train" or case["late"]) and (is_loaded or name in REPLACE)
     return case, operations
 
 
@@ -469,6 +469,10 @@ ONCE = {
         {},
         [("train", 2, 1), ("swap", 5, 1, False), ("refresh",), ("other", 9, 1), ("train", 3, 2)],
     ),
+    "weights are swapped after others were loaded": (
+        {},
+        [("train", 2, 1), ("other", 5, 1), ("swap", 6, 1, False), ("swap", 7, 0.6, True), ("train", 3, 2)],
+    ),
 }
 
 
@@ -476,12 +480,6 @@ ONCE = {
 def test_sequence_that_failed_once(sequence):
     changes, operations = ONCE[sequence]
     run(PLAIN | changes, operations)
-
-
-@pytest.mark.xfail(raises=AssertionError)
-def test_weights_that_are_swapped_after_others_were_loaded_keep_those():
-    """Known: θ outside A is that of before the first load, until a step is taken; `draw` avoids it."""
-    run(PLAIN, [("other", 5, 1), ("swap", 6, 1, False)])
 
 
 def test_few_random_sequences_train_alike_in_all_storages():

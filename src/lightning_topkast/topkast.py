@@ -88,9 +88,8 @@ class TopKast:
         self._watches: list[RemovableHandle] = []
         self._writes = ForeignWrites()
         self._warned_of_thawed = self._warned_of_reservoir = False
-        self._keeps_strength = False  # whether λ was loaded, for the optimizers that are attached next
         self._zeros: dict[str, tuple[int, int]] = {}  # for the summary
-        self._with_strength: set[SparseWeight] = set()  # weights whose learning rate was known when λ was worked out
+        self._with_strength: set[SparseWeight] = set()  # weights whose λ was loaded, or worked out for an optimizer
 
         if settings.storage.name != "masked":
             materialize(model)
@@ -286,9 +285,7 @@ class TopKast:
             self.plan(total_steps)
         before = self._attached.add(optimizers, self._by_parameter)
         try:
-            if not self._keeps_strength:
-                self._set_strength()
-            self._with_strength.update(weight for hooks in self._attached for weight in hooks.weights)
+            self._set_strength()
         except TopKastError:
             self._attached.take_back(before)
             raise
@@ -297,7 +294,6 @@ class TopKast:
             weight.is_trained = weight.was_trained = True
             weight.match_layout()
         self._attached.begin(before)
-        self._keeps_strength = False
         self._look_for_zeros()
         self._follow_schedule()
         return self
@@ -397,8 +393,8 @@ class TopKast:
     def restart(self) -> None:
         """Start a new run with the same weights: count steps from 0, and explore again if exploration had stopped."""
         self._attached.restart()
-        if self.is_attached:  # with the learning rates of this run, although λ of another was loaded
-            self._set_strength()
+        self._with_strength.clear()  # the learning rates of this run determine λ
+        self._set_strength()
         self._refresher.selections.clear()
         self._refresher.own_sizes.clear()
         if self.settings.ramp is not None and self.refresh_count:
@@ -520,7 +516,10 @@ class TopKast:
             # chosen when they were due, or by a refresh by hand or under another schedule since
             chosen = [sizes.at(each) for each in (sizes.timeline.last_choice(step), step)]
             explore = [any(counts[each.name][1] > counts[each.name][0] for each in held) for counts in chosen]
-            if any(weight.is_exploring for weight in held) not in explore:
+            found = {weight.is_exploring for weight in held if weight.can_explore}
+            if self.is_attached:
+                found = {any(found)}
+            if found and found.isdisjoint(explore):  # if not attached, some may have been left out
                 return False
         return True
 
@@ -536,10 +535,10 @@ class TopKast:
 
     def _before_step(self, weights: Sequence[SparseWeight]) -> None:
         self.accept_writes(weights)
-        self._attached.fit_state()
         if not self._with_strength.issuperset(weights):  # an optimizer was given another group
-            self._set_strength(set(weights) - self._with_strength)
-            self._with_strength.update(weights)
+            self._set_strength()
+            self._follow_schedule()
+        self._attached.fit_state()
 
     def _after_step(self, hooks: StepHooks) -> None:
         weights = hooks.weights
@@ -581,15 +580,16 @@ class TopKast:
     def _state_of(self, weight: SparseWeight) -> list[EntryState]:
         return self._attached.state_of(weight)
 
-    def _set_strength(self, weights: Collection[SparseWeight] | None = None) -> None:
-        """Work out λ of some weights, or of all, now that their learning rates are known."""
+    def _set_strength(self) -> None:
+        """Work out λ of the weights for which that was not done yet, for good if their learning rates are known."""
         names = {id(weight.parameter): name for name, weight in self._weights.items()}
         peaks = peak_learning_rates(names, self._attached.optimizers)
         penalty = self.settings.penalty
         for name, weight in self._weights.items():
-            if weights is None or weight in weights:
+            if weight not in self._with_strength:
                 density, peak = weight.forward_density_target, peaks.get(name)
                 weight.shrinkage.strength = 0.0 if penalty is None else penalty.strength_for(name, density, peak)
+        self._with_strength.update(weight for hooks in self._attached for weight in hooks.weights)
 
     # --- state ----------------------------------------------------------------------------------------------------
 
@@ -642,7 +642,8 @@ class TopKast:
             weight.load_state_dict(saved.weights[name])
             if not keeps_strength:
                 weight.shrinkage.strength = asked
-        self._keeps_strength = keeps_strength and not self.is_attached
+        if keeps_strength:  # 0: the learning rate was not known yet
+            self._with_strength.update(weight for weight in self._weights.values() if weight.strength)
         self._warned_of_reservoir = True  # which was loaded, whatever it holds
         self._attached.load(saved.steps)
         self._refresher.count, self._refresher.selections = saved.refresh_count, selections

@@ -55,6 +55,9 @@ class EntryState(NamedTuple):
     start: float = 0.0
 
 
+_KEPT = 3  # replaced values between two steps that can be put back
+
+
 class Before(NamedTuple):
     """A weight before other values were written or loaded into it, so that they can be put back.
 
@@ -128,7 +131,8 @@ class SparseWeight(ABC):
         # changes whenever the sets or their order in memory change; key of results computed from them
         self.version = 0
         self.orders = Orders()
-        self._before: Before | None = None  # while no step was taken since
+        # what was replaced by other values since the last step or refresh, and was not put back: the earliest first
+        self.replaced: list[Before] = []
         self._writes = WriteWatch()
         self._note_own_write()
 
@@ -373,32 +377,34 @@ class SparseWeight(ABC):
 
     @abstractmethod
     def before(self) -> Before:
-        """Return what is needed to put back the present values; those before the first write, if no step was taken."""
+        """Return what is needed to put back the present values, a copy."""
 
     @abstractmethod
     def _put(self, theta: Tensor, tiers: Tensor) -> None:
         """Replace θ and the sets."""
 
-    def replace(self, theta: Tensor, tiers: Tensor, before: Before) -> None:
+    def replace(self, theta: Tensor, tiers: Tensor, before: Before, like: Before | None) -> None:
         """Replace θ and the sets by those of other values; the optimizer's state is moved before it is used.
-
-        Where the sets are those of before, as after weights that were swapped in and out again, so is all else.
 
         Args:
             theta: for a sharded weight this process' part.
             tiers: the entries' tiers, likewise.
-            before: what `before` has returned when the other values were written.
+            before: what `before` has returned before the other values were written.
+            like: `before` or one of `replaced`, if the sets and θ outside A are those of it; all else is put back too.
         """
-        differ = int(self.sharding.sum(torch.count_nonzero(tiers != before.tiers)))
         self.orders.replace(self.units)
         self._put(theta, tiers)
-        if differ:
-            self.load_count = before.load_count + 1
+        if like is None:
+            self.load_count = (self.replaced or [before])[0].load_count + 1
             self.record_first_reservoir()
-        else:
-            self.orders.present, self.load_count = before.order, before.load_count
-            self._never_active, self.first_reservoir = before.never_active.clone(), before.first_reservoir
-        self._before = before if self.was_trained else None
+            if self.was_trained:
+                self.replaced.append(before)
+                del self.replaced[1 : 1 - _KEPT]  # what the last step has left is put back most often
+            return
+        self.orders.present, self.load_count = like.order, like.load_count
+        self._never_active, self.first_reservoir = like.never_active.clone(), like.first_reservoir
+        if like is not before:  # nor is what has replaced it known any longer
+            del self.replaced[next(at for at, each in enumerate(self.replaced) if each is like) :]
 
     # --- state ----------------------------------------------------------------------------------------------------
 

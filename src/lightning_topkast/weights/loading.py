@@ -1,5 +1,7 @@
 """The sets of values that other code has written or loaded in place of those that the sets were chosen for."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -10,26 +12,34 @@ from lightning_topkast.weights.base import Before, SparseWeight
 def replace(weight: SparseWeight, values: Tensor, before: Before) -> None:
     """Let a weight go on from other values: A has their largest entries, B the largest of θ besides.
 
-    If they are zero outside the A of before, the sets stay. Where values that are sparse already are zero, θ is kept.
-    Ties of zeros are drawn as for the first sets of a run.
+    If they are zero outside the present A, or an A that was replaced since the last step, these sets and θ outside it
+    stay or are put back. Where other values that are sparse already are zero, θ of the last step is kept. Ties of zeros
+    are drawn as for the first sets of a run.
 
     Args:
         weight: whose values are replaced.
         values: the other ones; for a sharded weight this process' part.
-        before: what was there before they were written.
+        before: what `SparseWeight.before` has returned before they were written.
 
     Raises:
         NonFiniteScoresError: the values hold NaN or infinity.
     """
-    active = before.tiers == ACTIVE
-    outside = torch.count_nonzero(values.masked_fill(active, 0))
-    if not int(weight.sharding.sum(outside)):
-        theta, tiers = torch.where(active, values, before.theta), before.tiers
+    known = [*weight.replaced, before]
+    like = best_fit(weight, values, [before, *weight.replaced])
+    if like is not None:
+        theta, tiers = torch.where(like.tiers == ACTIVE, values, like.theta), like.tiers
     else:
-        theta, tiers = _sets_of(weight, values, before)
+        theta, tiers = _sets_of(weight, values, (weight.replaced or [before])[0])
         if weight.clears_dropped:
             theta = theta.masked_fill(tiers == RESERVOIR, 0)
-    weight.replace(theta, tiers, before)
+    weight.replace(theta, tiers, before, like)
+
+
+def best_fit(weight: SparseWeight, values: Tensor, known: Sequence[Before]) -> Before | None:
+    """Return the last of `known` outside whose A `values` are zero; a collective if the weight is sharded."""
+    outside = torch.stack([torch.count_nonzero(values.masked_fill(each.tiers == ACTIVE, 0)) for each in known])
+    fitting = [each for each, count in zip(known, weight.sharding.sum(outside).tolist(), strict=True) if not count]
+    return fitting[-1] if fitting else None
 
 
 def _sets_of(weight: SparseWeight, values: Tensor, before: Before) -> tuple[Tensor, Tensor]:

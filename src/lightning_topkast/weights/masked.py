@@ -22,7 +22,7 @@ from lightning_topkast.method.penalty import Total
 from lightning_topkast.method.selection import ACTIVE, EXPLORING, RESERVOIR
 from lightning_topkast.ops.flat import copied, count_outside, flat, indices, mask_outside_, merged, where
 from lightning_topkast.weights.base import Before, EntryState, SparseWeight, Traits
-from lightning_topkast.weights.loading import replace
+from lightning_topkast.weights.loading import best_fit, replace
 
 
 class MaskedWeight(SparseWeight):
@@ -164,7 +164,8 @@ class MaskedWeight(SparseWeight):
         latent.index_fill_(0, promoted, 0)
         alpha.index_fill_(0, demoted, 0)
         self._forget()
-        self._settled, self._before = True, None
+        self._settled = True
+        self.replaced.clear()
         self.orders.refresh()
         self._note_own_write()
 
@@ -321,7 +322,7 @@ class MaskedWeight(SparseWeight):
         self.shrinkage.apply_(alpha, False, lr, self._total)
         self._settled = True
         self.orders.step()
-        self._before = None
+        self.replaced.clear()
         self._note_own_write()
 
     def penalty(self) -> Tensor:
@@ -378,17 +379,13 @@ class MaskedWeight(SparseWeight):
     @property
     def _are_put_back(self) -> bool:
         """Whether what other code wrote within A are values of before, which had another A."""
-        if self._before is None or self.sharding.is_sharded:
+        if not self.replaced or self.sharding.is_sharded:
             return False
-        was_active = self._before.tiers == ACTIVE
-        return not torch.equal(was_active, self._tiers == ACTIVE) and not bool(
-            self._alpha.masked_fill(was_active, 0).any()
-        )
+        like = best_fit(self, self._alpha, self.replaced)
+        return like is not None and not torch.equal(like.tiers == ACTIVE, self._tiers == ACTIVE)
 
     def before(self) -> Before:
-        """Return what is needed to put back the present values; those before the first write, if no step was taken."""
-        if self._before is not None:
-            return self._before
+        """Return what is needed to put back the present values, a copy."""
         tiers = self._tiers
         theta = self._with_explored(torch.where(tiers == ACTIVE, self._alpha, self._latent))
         return Before(
@@ -469,7 +466,8 @@ class MaskedWeight(SparseWeight):
         self._count()
         self._load_counts(state)
         self.orders.load(self.units)
-        self._before = self._before_loading = None
+        self._before_loading = None
+        self.replaced.clear()
 
     def _put_sets(self, tiers: Tensor, latent: Tensor) -> None:
         """Replace the sets and θ outside A; the parameter is α already."""

@@ -170,7 +170,7 @@ class PackedWeight(SparseWeight):
         # Everything is prepared. Writing it twice does no harm, so an interrupted write is simply repeated.
         self._pending = (writes, tiers, layout)
         self._settle()
-        self._before = None
+        self.replaced.clear()
         self.orders.refresh(unmoved)
 
     def _pack(self, tiers: Tensor) -> Layout:
@@ -263,7 +263,7 @@ class PackedWeight(SparseWeight):
         values[layout.updated_count :].zero_()
         self.is_open = False
         self.orders.step()
-        self._before = None
+        self.replaced.clear()
         self._note_own_write()
 
     def recover(self) -> None:
@@ -342,7 +342,7 @@ class PackedWeight(SparseWeight):
         self._load_counts(state)
         self.is_open = False
         self.orders.load(self.units)
-        self._before = None
+        self.replaced.clear()
 
     def load_alpha(self, alpha: Tensor) -> None:
         """Go on from dense weights of a state dict; the network computes with those of them that are in A.
@@ -356,9 +356,7 @@ class PackedWeight(SparseWeight):
         replace(self, alpha, self.before())
 
     def before(self) -> Before:
-        """Return what is needed to put back the present values; those before the first write, if no step was taken."""
-        if self._before is not None:
-            return self._before
+        """Return what is needed to put back the present values, a copy."""
         never = self._never_active.clone()
         return Before(self.theta(), self.tiers, never, self.first_reservoir, self.orders.present, self.load_count)
 

@@ -363,6 +363,28 @@ def test_strength_is_kept_whether_the_state_is_loaded_before_or_after_the_optimi
         assert resumed.weight.strength == strength > 0
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_strength_is_kept_by_an_optimizer_that_is_attached_anew_and_not_by_a_new_run(kind):
+    run = Run(kind, penalty="auto")
+    strength = run.weight.strength
+    for group in run.optimizer.param_groups:
+        group["lr"] /= 10
+    run.topkast.detach()
+    run.topkast.attach(run.optimizer)
+    assert run.weight.strength == strength > 0
+    run.topkast.restart()
+    assert run.weight.strength == pytest.approx(10 * strength)
+
+
+def test_strength_is_worked_out_after_a_state_was_loaded_that_knew_no_learning_rate():
+    models = [make_net().layers, make_net().layers]
+    new, old = (TopKast(model, 0.75, 0.5, penalty="auto") for model in models)
+    models[0].load_state_dict(models[1].state_dict())
+    new.load_state_dict(old.state_dict())
+    new.attach(torch.optim.SGD(models[0].parameters(), lr=0.1))
+    assert all(weight.strength > 0 for weight in new.weights.values())
+
+
 def test_a_new_fit_after_a_checkpoint_was_tested_has_the_strength_of_its_own_learning_rate(tmp_path):
     callback, model = make_callback(penalty="auto", strength=None), make_net(lr=0.1)
     trainer = fit(make_trainer(tmp_path, callback, max_epochs=1), model)

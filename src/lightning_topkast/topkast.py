@@ -15,18 +15,19 @@ from torch.utils.hooks import RemovableHandle
 from lightning_topkast.engine.attached import Attached
 from lightning_topkast.engine.install import check_targets, install, make_weights, release
 from lightning_topkast.engine.materialize import materialize
+from lightning_topkast.engine.notices import Notices
 from lightning_topkast.engine.refresh import Refresher, Selection
 from lightning_topkast.engine.state import STATE_VERSION, SavedState
 from lightning_topkast.engine.step_hooks import StepHooks
-from lightning_topkast.engine.summary import Summary, summarize, warn_if_little, without_reservoir
+from lightning_topkast.engine.strength import Strengths
+from lightning_topkast.engine.summary import Summary, summarize, warn_if_little
 from lightning_topkast.engine.watch import watch_module
 from lightning_topkast.engine.writes import ForeignWrites
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.layers import packed_weights
 from lightning_topkast.method.density import SetSizes
-from lightning_topkast.method.penalty import L2, peak_learning_rates
 from lightning_topkast.method.schedule import Timeline, in_words, moments
-from lightning_topkast.method.targets import FROZEN, Target, find_targets, find_thawed
+from lightning_topkast.method.targets import FROZEN, Target, find_targets
 from lightning_topkast.settings import Settings, takes_settings
 from lightning_topkast.storage import Masked
 from lightning_topkast.weights import EntryState, MaskedWeight, SparseWeight, Traits
@@ -87,9 +88,8 @@ class TopKast:
         self.settings = settings
         self._watches: list[RemovableHandle] = []
         self._writes = ForeignWrites()
-        self._warned_of_thawed = self._warned_of_reservoir = False
+        self._notices = Notices(settings)
         self._zeros: dict[str, tuple[int, int]] = {}  # for the summary
-        self._with_strength: set[SparseWeight] = set()  # weights whose λ was loaded, or worked out for an optimizer
 
         if settings.storage.name != "masked":
             materialize(model)
@@ -113,6 +113,7 @@ class TopKast:
         )  # fmt: skip
         self._weights = make_weights(sparse, sizes.final, settings.storage, traits)
         self._by_parameter: dict[Tensor, SparseWeight] = {weight.parameter: weight for weight in self._weights.values()}
+        self._strengths = Strengths(settings.penalty, self._weights)
         self._set_strength()
         if not settings.needs_length:
             self._refresher.sizes = sizes.planned(None)
@@ -393,7 +394,7 @@ class TopKast:
     def restart(self) -> None:
         """Start a new run with the same weights: count steps from 0, and explore again if exploration had stopped."""
         self._attached.restart()
-        self._with_strength.clear()  # the learning rates of this run determine λ
+        self._strengths.forget()  # the learning rates of this run determine λ
         self._set_strength()
         self._refresher.selections.clear()
         self._refresher.own_sizes.clear()
@@ -486,11 +487,6 @@ class TopKast:
         return attached
 
     @property
-    def _shrinkage(self) -> float | None:
-        """The shrinkage that determines λ once the learning rates are known, if the penalty has one."""
-        return self.settings.penalty.shrinkage if isinstance(self.settings.penalty, L2) else None
-
-    @property
     def _groups(self) -> list[tuple[list[SparseWeight], int]]:
         """The weights, and the number of steps by which their sets are planned: by optimizer if each has a plan."""
         if not self._refresher.own_sizes:
@@ -510,18 +506,10 @@ class TopKast:
     def _sets_fit_schedule(self) -> bool:
         """Whether the sets explore if and only if the schedule says so."""
         left_out = set(self.unattached) if self.is_attached else set()  # no step of theirs leads to a refresh
-        for weights, step in self._groups:
-            sizes = self._refresher.sizes_of(weights)
-            held = [weight for weight in weights if weight.name not in left_out]
-            # chosen when they were due, or by a refresh by hand or under another schedule since
-            chosen = [sizes.at(each) for each in (sizes.timeline.last_choice(step), step)]
-            explore = [any(counts[each.name][1] > counts[each.name][0] for each in held) for counts in chosen]
-            found = {weight.is_exploring for weight in held if weight.can_explore}
-            if self.is_attached:
-                found = {any(found)}
-            if found and found.isdisjoint(explore):  # if not attached, some may have been left out
-                return False
-        return True
+        return all(
+            self._refresher.fits([weight for weight in weights if weight.name not in left_out], step, self.is_attached)
+            for weights, step in self._groups
+        )
 
     def _choose_first(self) -> None:
         self._refresher.begin(list(self._weights.values()))
@@ -535,61 +523,25 @@ class TopKast:
 
     def _before_step(self, weights: Sequence[SparseWeight]) -> None:
         self.accept_writes(weights)
-        if not self._with_strength.issuperset(weights):  # an optimizer was given another group
+        if not self._strengths.are_known(weights):  # an optimizer was given another group
             self._set_strength()
             self._follow_schedule()
         self._attached.fit_state()
 
     def _after_step(self, hooks: StepHooks) -> None:
         weights = hooks.weights
-        if not self._warned_of_reservoir:
-            self._warn_of_lost_reservoir()
+        self._notices.warn_of_lost_reservoir(self._weights, self._zeros)
         if self._refresher.sizes_of(weights).timeline.refreshes_after(hooks.steps):
-            self._warn_of_left_out()
+            self._notices.warn_of_left_out(self.unattached if self.refresh_count == 0 else [], self._targets)
         self._refresher.after_step(weights, hooks.steps)
-
-    def _warn_of_lost_reservoir(self) -> None:
-        """Warn if training begins with weights that an earlier run has left, but without its θ outside B."""
-        self._warned_of_reservoir = True
-        if lost := without_reservoir(self._weights, self._zeros, self.settings):
-            warnings.warn(
-                f"{', '.join(lost[:5])} {'was' if len(lost) == 1 else 'were'} sparse already, and zero outside B, when "
-                "training began: exploration draws at random until entries have values. To go on with an earlier run, "
-                "keep its TopKast and attach that, or load its state: topkast.load_state_dict(state)",
-                stacklevel=2,
-            )
-
-    def _warn_of_left_out(self) -> None:
-        """Warn of weights that were to be sparse and are trained otherwise."""
-        if self.refresh_count == 0 and self.unattached:
-            warnings.warn(
-                f"no attached optimizer holds {', '.join(self.unattached[:5])}, so training does not keep them sparse; "
-                "attach their optimizer too, or exclude them",
-                stacklevel=2,
-            )
-        thawed = [] if self._warned_of_thawed else find_thawed(self._targets, self.settings.targets)
-        if thawed:
-            self._warned_of_thawed = True
-            warnings.warn(
-                f"{', '.join(thawed[:5])} {'was' if len(thawed) == 1 else 'were'} frozen when training began and "
-                "trained now, so dense for good; unfreeze what should be sparse before training begins (its learning "
-                "rate may be 0), or exclude what should be dense",
-                stacklevel=2,
-            )
 
     def _state_of(self, weight: SparseWeight) -> list[EntryState]:
         return self._attached.state_of(weight)
 
     def _set_strength(self) -> None:
         """Work out λ of the weights for which that was not done yet, for good if their learning rates are known."""
-        names = {id(weight.parameter): name for name, weight in self._weights.items()}
-        peaks = peak_learning_rates(names, self._attached.optimizers)
-        penalty = self.settings.penalty
-        for name, weight in self._weights.items():
-            if weight not in self._with_strength:
-                density, peak = weight.forward_density_target, peaks.get(name)
-                weight.shrinkage.strength = 0.0 if penalty is None else penalty.strength_for(name, density, peak)
-        self._with_strength.update(weight for hooks in self._attached for weight in hooks.weights)
+        held = [weight for hooks in self._attached for weight in hooks.weights]
+        self._strengths.set(self._attached.optimizers, held)
 
     # --- state ----------------------------------------------------------------------------------------------------
 
@@ -611,7 +563,7 @@ class TopKast:
             "version": STATE_VERSION,
             "steps": self.optimizer_steps,
             "refresh_count": self.refresh_count,
-            "shrinkage": self._shrinkage,
+            "shrinkage": self._strengths.shrinkage,
             "structure": str(self.settings.structure),
             "selections": [selection.state_dict() for selection in self._refresher.selections],
             "weights": {name: weight.state_dict(gathered) for name, weight in self._weights.items()},
@@ -635,16 +587,11 @@ class TopKast:
         for name, weight in self._weights.items():
             weight.check_state(saved.weights[name])
         selections = [Selection.from_state(each, self._weights) for each in saved.selections]
-        # A strength computed from the peak learning rate is kept, since the peak may no longer be known.
-        keeps_strength = saved.shrinkage is not None and saved.shrinkage == self._shrinkage
+        strengths = {name: weight.strength for name, weight in self._weights.items()}
         for name, weight in self._weights.items():
-            asked = weight.strength
             weight.load_state_dict(saved.weights[name])
-            if not keeps_strength:
-                weight.shrinkage.strength = asked
-        if keeps_strength:  # 0: the learning rate was not known yet
-            self._with_strength.update(weight for weight in self._weights.values() if weight.strength)
-        self._warned_of_reservoir = True  # which was loaded, whatever it holds
+        self._strengths.keep(strengths, saved.shrinkage)
+        self._notices.looks_for_reservoir = False
         self._attached.load(saved.steps)
         self._refresher.count, self._refresher.selections = saved.refresh_count, selections
         if saved.plans and saved.planned_from == moments(self.settings.schedule, self.settings.ramp):

@@ -168,6 +168,23 @@ class Refresher:
         """Return the sizes of the sets of one optimizer's weights."""
         return self.own_sizes.get(weights[0].name, self.sizes) if weights else self.sizes
 
+    def fits(self, weights: Sequence[SparseWeight], step: int, all_trained: bool) -> bool:
+        """Return whether these weights explore if and only if the schedule says so.
+
+        Args:
+            weights: whose sets have sizes of one plan.
+            step: the number of steps taken with their optimizer.
+            all_trained: whether it is known that none of them was left out by it.
+        """
+        sizes = self.sizes_of(weights)
+        # chosen when they were due, or by a refresh by hand or under another schedule since
+        chosen = [sizes.at(each) for each in (sizes.timeline.last_choice(step), step)]
+        expected = [any(counts[each.name][1] > counts[each.name][0] for each in weights) for counts in chosen]
+        found = {weight.is_exploring for weight in weights if weight.can_explore}
+        if all_trained:
+            found = {any(found)}
+        return not found or not found.isdisjoint(expected)
+
     def after_step(self, weights: Sequence[SparseWeight], step: int) -> None:
         """Refresh these weights, or start or apply a selection, if one is due after `step` optimizer steps."""
         sizes = self.sizes_of(weights)

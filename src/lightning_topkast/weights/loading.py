@@ -24,7 +24,6 @@ def replace(weight: SparseWeight, values: Tensor, before: Before) -> None:
     Raises:
         NonFiniteScoresError: the values hold NaN or infinity.
     """
-    known = [*weight.replaced, before]
     like = best_fit(weight, values, [before, *weight.replaced])
     if like is not None:
         theta, tiers = torch.where(like.tiers == ACTIVE, values, like.theta), like.tiers

@@ -16,6 +16,7 @@ from rich.console import Console
 from torch import nn
 
 from lightning_topkast.app.commands import export as export_module
+from lightning_topkast.app.data.cache import user_cache
 from lightning_topkast.app.export import export_run
 from lightning_topkast.app.export.check import check_weights
 from lightning_topkast.app.export.export_run import FORMATS
@@ -383,6 +384,14 @@ def test_models_that_download_by_default_do_not(name, monkeypatch):
 def test_strangers_data_starts_no_processes():
     config = OmegaConf.create({"data": {"_target_": "lightning_topkast.app.data.Digits", "num_workers": 100000}})
     assert instantiate.build(config.data, instantiate.DATA).num_workers == 0
+
+
+def test_strangers_data_is_cached_in_the_users_own_cache(tmp_path):
+    config = OmegaConf.create({"data": {"_target_": "lightning_topkast.app.data.WikiText", "folder": str(tmp_path)}})
+    for cache in (None, str(tmp_path / "cache")):
+        config.data.cache = cache
+        assert instantiate.build(config.data, instantiate.DATA).places == [user_cache()]
+        assert instantiate.build(config.data).places != [user_cache()]
 
 
 def test_network_larger_than_its_checkpoint_is_not_built(cli, run_folder):

@@ -274,6 +274,24 @@ def test_odd_parts_are_answered_in_one_line_that_names_the_checkpoint(cli, tmp_p
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("states", [0, 2])
+def test_checkpoint_without_the_state_of_every_optimizer_is_refused_before_training(cli, tmp_path, last, states):
+    content = torch.load(_original(tmp_path / "x", last), weights_only=True)
+    content["optimizer_states"] *= states
+    torch.save(content, tmp_path / "a.ckpt")
+    run = (*SHORT, f"hydra.run.dir={tmp_path}/run", "trainer.max_epochs=2", f"ckpt_path={tmp_path}/a.ckpt")
+    code, _, err = cli(*run)
+    assert code == 2
+    assert f"a.ckpt has the state of {states} optimizers, and this run has 1" in err.strip().splitlines()[-1]
+    assert not list((tmp_path / "run").rglob("*.ckpt"))
+
+
+def test_negative_step_is_refused(tmp_path, saved):
+    content = torch.load(_original(tmp_path / "x", saved), weights_only=True)
+    torch.save(content | {"global_step": -3}, tmp_path / "a.ckpt")
+    assert "expected 'global_step' >= 0, got -3" in check_opens_or_says_why(tmp_path / "a.ckpt")
+
+
 @pytest.mark.parametrize("step", [0, 2, 3])
 def test_errors_of_other_code_keep_their_traceback(cli, tmp_path, last, monkeypatch, step):
     """At the start of a run and after the first step of one that resumes; in that step it may be the checkpoint."""

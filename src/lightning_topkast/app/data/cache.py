@@ -55,6 +55,11 @@ def cached_folder(name: str, places: Sequence[Path], make: Callable[[Path], None
     )
 
 
+def user_cache() -> Path:
+    """Return the folder of this package in the user's cache, which need not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lightning-topkast"
+
+
 def _may_write(place: Path) -> bool:
     """Return whether `place`, or the nearest existing folder above it, is writable."""
     while not place.exists() and place != place.parent:

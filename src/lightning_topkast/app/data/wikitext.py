@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 
 import numpy as np
 
-from lightning_topkast.app.data.cache import cached_folder
+from lightning_topkast.app.data.cache import cached_folder, user_cache
 from lightning_topkast.app.data.vocabulary import count_words, encode
 from lightning_topkast.app.data.windows import Tokens, WindowData, Windows
 from lightning_topkast.app.errors import AppError
@@ -49,7 +48,7 @@ class WikiText(WindowData):
     ) -> None:
         super().__init__(sequence_length, batch_size, num_workers, seed, num_classes)
         self.folder = Path(folder).expanduser()
-        self.places = [Path(cache).expanduser()] if cache else [self.folder / ".topkast", _user_cache()]
+        self.places = [Path(cache).expanduser()] if cache else [self.folder / ".topkast", user_cache()]
         self.fetch = fetch
 
     def prepare_data(self) -> None:
@@ -105,7 +104,3 @@ def _digest(texts: list[Path]) -> str:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()[:16]
-
-
-def _user_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lightning-topkast"

@@ -16,15 +16,22 @@ from lightning import Callback, LightningDataModule
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from lightning_topkast.app.data.cache import user_cache
 from lightning_topkast.app.errors import AppError
 from lightning_topkast.app.interpolations import texts_of
 from lightning_topkast.app.overrides import children, reaches_further
 from lightning_topkast.method.targets import Targets
 
 _NETWORKS = ("lightning_topkast.app.models", "torch.nn", "torchvision.models")
-# Arguments that fetch something, and what they are without.
-_NOTHING = {"weights": None, "weights_backbone": None, "download": False, "num_workers": 0}
-_DOWNLOADS = ("weights", "weights_backbone", "pretrained", "pretrained_backbone", "download")
+# Arguments that fetch something, and those that start processes or write somewhere; and what is given instead.
+_DOWNLOADS = {
+    "weights": None,
+    "weights_backbone": None,
+    "download": False,
+    "pretrained": False,
+    "pretrained_backbone": False,
+}
+_INSTEAD = _DOWNLOADS | {"num_workers": 0, "cache": str(user_cache())}
 _OWN_VARIABLES = "TOPKAST_"  # documented by this package; any other may be a secret of the user's
 
 
@@ -109,14 +116,14 @@ def _check(node: Any, key: str, kind: Kind) -> None:
         raise AppError(f"the run's configuration has text that is not allowed, {key}={node!s:.80}")
     if isinstance(node, dict) and "_target_" in node:
         check_target(f"{key}._target_", node["_target_"], kind)
-        _fetch_nothing(node, key)
+        _keep_to_itself(node, key)
     for name, child in children(node):
         _check(name, f"{key}.{name}", kind)
         _check(child, f"{key}.{name}", kind)
 
 
-def _fetch_nothing(node: dict[Any, Any], key: str) -> None:
-    """Refuse what downloads something or starts other processes, and say so to targets that do it by default."""
+def _keep_to_itself(node: dict[Any, Any], key: str) -> None:
+    """Refuse what downloads something, and let no target do so by default, start processes or write where it likes."""
     asked = [name for name in _DOWNLOADS if node.get(name)]
     if asked or (node.get("_args_") and str(node["_target_"]).startswith("torchvision.")):
         raise AppError(
@@ -125,7 +132,7 @@ def _fetch_nothing(node: dict[Any, Any], key: str) -> None:
         )
     module, _, name = str(node["_target_"]).rpartition(".")
     arguments = inspect.signature(getattr(importlib.import_module(module), name)).parameters
-    node |= {argument: none for argument, none in _NOTHING.items() if argument in arguments}
+    node |= {argument: given for argument, given in _INSTEAD.items() if argument in arguments}
 
 
 def _is_harmless(target: Any, kind: Kind) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +101,10 @@ def kept_if_refused(arguments: Sequence[str]) -> Iterator[None]:
         yield
     except (Exception, SystemExit) as error:
         refused = not isinstance(error, SystemExit) or error.code == EXIT_CODE
-        if refused and _written(folder) == trained:
-            for path, content in before.items():
-                path.write_bytes(content)
+        with suppress(OSError):  # the error that refused it is the one to show
+            if refused and _written(folder) == trained:
+                for path, content in before.items():
+                    path.write_bytes(content)
         raise
 
 
@@ -152,10 +153,12 @@ class FirstStep(Callback):
     """Tell what a checkpoint breaks after it was opened: from its loading to the end of the first step after it.
 
     Its parts are restored by Lightning and torch, which take their types and names for granted, and fail with errors
-    that do not name the checkpoint, some of them in the first step only.
+    that do not name the checkpoint, some of them in the first step only. Optimizers for which it has no state would
+    begin anew without a word.
     """
 
     _trainer: Trainer | None = None  # from the loading to the end of the step
+    _states: list[Any] | None = None  # of the optimizers; None: sharded checkpoints keep them elsewhere
     _step = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -166,9 +169,19 @@ class FirstStep(Callback):
 
         after_setup(pl_module, begin)
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Note which state it has; the optimizers are made later."""
+        self._states = checkpoint.get("optimizer_states")
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the step that training resumes from."""
         self._step = trainer.global_step
+        found, expected = self._states, len(trainer.optimizers)
+        if self._trainer is not None and found is not None and len(found) != expected:
+            raise AppError(
+                f"the checkpoint {trainer.ckpt_path} has the state of {len(found)} optimizers, and this run has "
+                f"{expected}: resume with those that it was trained with, or use another checkpoint"
+            )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -71,6 +71,10 @@ class Checkpoint:
                     f"the checkpoint {path} is damaged: expected '{key}' to be a {kind.__name__}, got a "
                     f"{type(content[key]).__name__}"
                 )
+        if content["global_step"] < 0:
+            raise AppError(
+                f"the checkpoint {path} is damaged: expected 'global_step' >= 0, got {content['global_step']}"
+            )
         _check_sharing(content, self.path)
         self.content: dict[str, Any] = content
 

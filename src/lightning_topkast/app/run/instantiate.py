@@ -20,6 +20,7 @@ from lightning_topkast.app.data.cache import user_cache
 from lightning_topkast.app.errors import AppError
 from lightning_topkast.app.interpolations import texts_of
 from lightning_topkast.app.overrides import children, reaches_further
+from lightning_topkast.app.run.argument_types import check_arguments
 from lightning_topkast.method.targets import Targets
 
 _NETWORKS = ("lightning_topkast.app.models", "torch.nn", "torchvision.models")
@@ -68,11 +69,15 @@ def build(config: DictConfig | None, kind: Kind | None = None, **more: Any) -> A
     Raises:
         AppError: It names something else, reads the environment, or would download something.
     """
-    if kind is None or config is None:
+    if config is None:
+        return None
+    if kind is None:
+        check_arguments(config, OmegaConf.to_container(config, resolve=True))
         return instantiate(config, _convert_="all", **more)
     check_reach(config)
     plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     _check(plain, kind.part, kind)
+    check_arguments(config, plain)
     built = instantiate(plain, _convert_="all", **more)
     if not isinstance(built, kind.bases):
         raise AppError(

@@ -7,9 +7,8 @@ import shlex
 import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
-from numbers import Real
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from lightning import LightningDataModule, Trainer, seed_everything
@@ -17,7 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from lightning_topkast.app.errors import (
     AppError,
@@ -27,6 +26,7 @@ from lightning_topkast.app.errors import (
 from lightning_topkast.app.interpolations import check_size
 from lightning_topkast.app.limits import check_plain
 from lightning_topkast.app.overrides import as_override, for_shell
+from lightning_topkast.app.run.argument_types import check_values
 from lightning_topkast.app.run.build import OF_TASK, build_all, build_callbacks, build_model, keep_environment_out
 from lightning_topkast.app.run.describe import Outcome, all_finite, describe_end, kept_dense
 from lightning_topkast.app.run.guarded import close_wandb, failures_of, guard_loggers
@@ -79,6 +79,7 @@ def train(cfg: DictConfig) -> float:
             # The first process writes for all. One that is restarted may find its predecessor still ending.
             first = getattr(rank_zero_only, "rank", 0) == 0
             check_size(cfg)
+            check_values(cfg)
             _check_recordable(cfg)
             folder = Path(cfg.paths.output_dir)
             check_writable(folder)
@@ -91,7 +92,6 @@ def train(cfg: DictConfig) -> float:
 
 
 def _train(cfg: DictConfig) -> float:
-    check_numbers(cfg)
     folder = RunFolder(cfg.paths.output_dir)
     seed_everything(cfg.seed, workers=True, verbose=False)
     auto = cfg.ckpt_path == AUTO
@@ -166,22 +166,6 @@ def _check_recordable(cfg: DictConfig) -> None:
         check_plain(settings)
     except ValueError as error:
         raise AppError(f"the configuration cannot be recorded: {error}") from error
-
-
-def check_numbers(cfg: DictConfig) -> None:
-    """Refuse text where a number is expected, which would otherwise fail far from its cause."""
-    for key, kind, optional in (
-        ("seed", int, False),
-        ("trainer.max_epochs", int, True),
-        ("trainer.max_steps", int, True),
-        ("optimizer.lr", Real, True),
-    ):
-        value = OmegaConf.select(cfg, key)
-        if not (isinstance(value, kind) and not isinstance(value, bool)) and not (optional and value is None):
-            shown: Any = recorded(cfg)  # without variables of the environment
-            for part in key.split("."):
-                shown = shown[part]
-            raise AppError(f"{key}={shown} is not valid: expected {'an int' if kind is int else 'a number'}")
 
 
 def _say_how_to_resume(stop: SystemExit, trainer: Trainer, folder: RunFolder) -> NoReturn:

@@ -86,3 +86,11 @@ def test_own_hydra_application_takes_the_sparsity_group(tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="the console script lies beside the interpreter")
 def test_console_script_is_installed():
     assert (Path(sys.executable).parent / "topkast-train").is_file()
+
+
+@pytest.mark.slow
+def test_jobs_of_joblib_load_data_in_processes_of_their_own(tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    sweep = ["-m", "hydra/launcher=joblib", "seed=0,1", "data.num_workers=1", "logger=none", "report=false", *QUICK]
+    run("-m", "lightning_topkast.app.commands.train", *sweep, f"hydra.sweep.dir={tmp_path}/sweep", folder=tmp_path)
+    assert len(list(tmp_path.glob("sweep/*/result.json"))) == 2

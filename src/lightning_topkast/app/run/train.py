@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import shlex
 import warnings
 from collections.abc import Mapping
@@ -227,6 +228,10 @@ def _is_no_tip(record: logging.LogRecord) -> bool:
 def set_up_process() -> None:
     """Apply the settings of a process that trains."""
     torch.set_float32_matmul_precision("high")  # use tensor cores where there are any
+    # Jobs of Hydra's joblib launcher start processes in joblib's own way, in which data loaders cannot.
+    methods = multiprocessing.get_all_start_methods()  # the system's default first
+    if multiprocessing.get_start_method() not in methods:
+        multiprocessing.set_start_method(methods[0], force=True)
     # Lightning leaves its messages to the root logger if that has handlers when it is imported, as Hydra's has here.
     for name in ("lightning.pytorch", "lightning.fabric"):
         logger = logging.getLogger(name)

@@ -1,6 +1,7 @@
 """The packed linear operators against dense float64 references, and the building of the compiled kernels."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -536,9 +537,11 @@ def compiler(monkeypatch, tmp_path):
     ("command", "reason"),
     [("/bin/false", "failed with exit status 1"), ("/no/such/compiler -O1", "no C\\+\\+ compiler '/no/such/compiler'")],
 )
-def test_broken_compilers_never_stop_auto(unloaded, monkeypatch, command, reason):
+def test_broken_compilers_never_stop_auto_which_says_so(unloaded, monkeypatch, caplog, command, reason):
     monkeypatch.setenv("CXX", command)
     assert choose_kernels("auto", CPU) == "torch"
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert re.search(f"slower than dense ones.*{reason}", said[-1], re.DOTALL)
     with pytest.raises(TopKastError, match=f"(?s){reason}.*Use kernels='auto' or 'torch'"):
         choose_kernels("compiled", CPU)
     assert unloaded == []
@@ -649,6 +652,7 @@ def test_libraries_that_others_may_have_planted_are_not_loaded(unloaded, compile
     (library,) = folder.glob("*.so")
     place = {"the folder": folder, "the library": library, "its digest": library.with_suffix(".sha256")}[what]
     unloaded.clear()
+    caplog.clear()
     monkeypatch.setattr(compiled, "_obstacle", None)
     if isinstance(mode, int):
         place.chmod(mode)

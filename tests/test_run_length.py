@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 from torch import nn
 
-from lightning_topkast import Ramp, RigL, Schedule, TopKastError
+from lightning_topkast import Ramp, RigL, Schedule, TopKast, TopKastError
 from lightning_topkast.method.schedule import Timeline
 from tests.helpers import Net, Resumable, batches, check_sparse, fit, make_callback, make_net, make_trainer, same
 
@@ -260,3 +260,44 @@ def test_moments_that_are_steps_stay():
 def test_moments_make_the_timeline_again():
     schedule, ramp, plan = timeline(stop_exploring_at=0.5)
     assert Timeline.of_moments(schedule, ramp, plan.moments) == plan
+
+
+def test_run_that_ends_before_its_first_refresh_says_so_at_the_start(tmp_path):
+    callback = make_callback(update_every=10)
+    with pytest.warns(UserWarning, match="never chosen again in 8 steps, since they are for the first time after 10"):
+        fit(make_trainer(tmp_path, callback, max_steps=8), make_net())
+    assert callback.topkast.refresh_count == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({"update_every": 8}, 8),
+        ({"schedule": Schedule(update_every=10, stop_exploring_at=4)}, 8),  # which chooses the sets
+        ({"schedule": Schedule(update_every=10, stop_updating_at=0)}, 8),  # as the user asks
+        ({"rule": "static", "backward_sparsity": 0.75, "penalty": None, "update_every": 10}, 8),
+    ],
+    ids=["just in time", "stops exploring", "static by schedule", "static by rule"],
+)
+def test_run_whose_sets_change_or_are_to_stay_says_nothing(tmp_path, options, steps):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "the sets are never chosen again")
+        fit(make_trainer(tmp_path, make_callback(**options), max_steps=steps), make_net())
+
+
+def test_run_of_unknown_length_says_at_its_end_that_its_sets_have_never_changed(tmp_path):
+    class Stops(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.should_stop = trainer.global_step == 4
+
+    callback = make_callback(update_every=10)
+    with pytest.warns(UserWarning, match="never chosen again in 4 steps") as caught:
+        fit(make_trainer(tmp_path, callback, Stops(), max_epochs=-1), make_net())
+    assert len([each for each in caught if "never chosen" in str(each.message)]) == 1
+
+
+def test_plain_loop_that_is_too_short_is_warned_where_its_length_is_given():
+    model = make_net().layers
+    topkast = TopKast(model, 0.75, 0.5, update_every=10)
+    with pytest.warns(UserWarning, match="never chosen again in 9 steps"):
+        topkast.attach(torch.optim.SGD(model.parameters(), lr=0.1), total_steps=9)

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.loggers import WandbLogger
 from PIL import Image
 
@@ -12,11 +13,20 @@ from lightning_topkast import TopKast
 from lightning_topkast.telemetry.media import Lines, Media, Picture, _Columns, pictured, split_histogram
 from lightning_topkast.telemetry.pictures import SET_COLOURS, heatmap, histogram_picture, mask_picture, on_white
 from lightning_topkast.telemetry.wandb import WandbMedia
-from tests.helpers import MIDDLE, fit, make_callback, make_net, make_trainer
+from tests.helpers import MIDDLE, Net, fit, make_callback, make_net, make_trainer
 from tests.test_telemetry import STRENGTH, ByHand
 from tests.wandb_files import history, records_of
 
 wandb = pytest.importorskip("wandb")
+
+
+class Logging(Net):
+    """Logs metrics of its own."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.log("loss", loss)
+        return loss
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +60,48 @@ def test_run_holds_the_values_counted_by_hand(offline_run, records):
     logged = {int(row["trainer/global_step"]): row for row in rows}
     for step, expected in enumerate(offline_run[2].rows):
         assert {key: logged[step][key] for key in expected} == pytest.approx(expected, rel=1e-5)
+
+
+def test_settings_are_in_the_runs_configuration(records):
+    updates = [record["config"]["update"] for record in records if record["type"] == "config"]
+    ((settings,),) = (update["topkast"] for update in updates if "topkast" in update)
+    assert settings["forward_sparsity"] == 0.75
+    assert settings["schedule"]["update_every"] == 3
+    assert settings["rule"] == {"name": "Magnitude", "exploration": "magnitude"}
+
+
+def test_rows_of_ones_own_are_kept_beside_those_of_the_callback(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+
+    class Own(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.logger.experiment.log({"own": trainer.global_step}, step=trainer.global_step)
+
+    callbacks = [make_callback(update_every=10), Own()]
+    logger = WandbLogger(mode="offline", save_dir=tmp_path, project="test")
+    try:
+        fit(make_trainer(tmp_path, *callbacks, logger=logger, max_epochs=10, log_every_n_steps=5), Logging())
+    finally:
+        wandb.finish()
+    rows = history(records_of(next((tmp_path / "wandb").glob("offline-run-*"))))
+    assert sum("own" in row for row in rows) >= 38
+    steps = [int(row["trainer/global_step"]) for row in rows if "topkast/penalty" in row]
+    assert steps == [0, *range(4, 40, 5), 40], "each at its own step"
+
+
+def test_without_curves_of_single_weights_only_those_of_all_are_logged(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    callback = make_callback(weight_curves=False)
+    logger = WandbLogger(mode="offline", save_dir=tmp_path, project="test")
+    try:
+        trainer = fit(make_trainer(tmp_path, callback, logger=logger, max_steps=6), make_net())
+    finally:
+        wandb.finish()
+    rows = history(records_of(next((tmp_path / "wandb").glob("offline-run-*"))))
+    keys = {key for row in rows for key in row if key.startswith("topkast/")}
+    assert {key.split("/")[1] for key in keys if MIDDLE in key} == {"masks", "thresholds"}
+    assert "topkast/mask_change" in keys
+    assert f"topkast/mask_change/{MIDDLE}" in trainer.callback_metrics, "which other callbacks may monitor"
 
 
 def test_values_are_drawn_over_the_optimizer_step(records):

@@ -21,6 +21,7 @@ class Static(Rule):
     """
 
     explores: ClassVar[bool] = False
+    changes_sets: ClassVar[bool] = False
     clears_dropped: ClassVar[bool] = True
 
     def first(self, candidates: Candidates) -> Tensor:
@@ -54,6 +55,7 @@ class SET(Static):
         TopKastError: a value out of range.
     """
 
+    changes_sets: ClassVar[bool] = True
     grows_from_zero: ClassVar[bool] = True
 
     drop_fraction: float = 0.3

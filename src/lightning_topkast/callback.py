@@ -22,7 +22,7 @@ from lightning_topkast.training.all_reduce import Hook, register, sparse_all_red
 from lightning_topkast.training.averages import SparseAverages, callbacks_of, copy_again
 from lightning_topkast.training.kept import Handover, keep, kept_engine
 from lightning_topkast.training.module import after_setup, undo_after_setup, warn_of_packed_in_loss
-from lightning_topkast.training.run_length import RunLength, estimated_steps, warn_if_unfinished
+from lightning_topkast.training.run_length import RunLength, estimated_steps, warn_if_too_short, warn_if_unfinished
 from lightning_topkast.training.sharded_checkpoint import move_shards_out, saves_shards, with_shards
 
 
@@ -59,6 +59,7 @@ class TopKastCallback(Callback):
         self._is_own_model = False  # whether a checkpoint is loaded into the model of `topkast`
         self._steps_seen = 0, 0  # the Trainer's and ours, at the last batch
         self._looked_at_graph = False
+        self._was_short = False  # whether it is known that the run ends before its first refresh
         self._handover = Handover()
 
     @property
@@ -117,6 +118,9 @@ class TopKastCallback(Callback):
             self._averages = SparseAverages(trainer, topkast)
             topkast.on_refresh(self._averages.update)  # before this step updates the average
         rank_zero_info(f"Top-KAST: sparse and dense weights\n{topkast.summary()}")
+        self._was_short = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+        if pl_module.automatic_optimization and not self._was_short:
+            self._was_short = warn_if_too_short(topkast, estimated_steps(trainer, pl_module))
 
         started = self._started_engines(trainer, pl_module)
         engines = [engine for engine in started if engine is not None]
@@ -294,6 +298,8 @@ class TopKastCallback(Callback):
             self._telemetry.finish()
         if self.topkast is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             warn_if_unfinished(self.topkast)
+            if not self._was_short:
+                warn_if_too_short(self.topkast, self.topkast.step_count)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the checkpoint to the loggers; the last one is written by now."""

@@ -1,6 +1,7 @@
 """The settings of a run: the method's nouns together, and what cannot be combined."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
 from functools import wraps
 from inspect import Signature, signature
 from typing import Any, Concatenate, Generic, Literal, ParamSpec, TypeVar, overload
@@ -52,6 +53,7 @@ class Settings:
             multiplies by them. "compact" keeps them too, but multiplies by a dense weight that is made for every pass.
             "auto" packs where that is expected to be faster than dense, and is compact elsewhere.
         seed: seed of everything that is drawn at random.
+        weight_curves: whether loggers get the curves and histograms of every single weight, besides those of all.
 
     Raises:
         TopKastError: a value out of range, or settings that cannot be combined.
@@ -76,6 +78,7 @@ class Settings:
         powerpropagation: float = 1.0,
         storage: Masked | Packed | Literal["masked", "packed", "compact", "auto"] = "masked",
         seed: int = 0,
+        weight_curves: bool = True,
     ) -> None:
         self.targets: Targets = _either(Targets, "targets", targets, include=include, exclude=exclude)
         self.schedule: Schedule = _either(Schedule, "schedule", schedule, update_every=update_every)
@@ -94,6 +97,8 @@ class Settings:
         self.powerpropagation = float(powerpropagation)
         check(is_number(seed) and isinstance(seed, int), "seed", seed, "an int")
         self.seed = seed
+        check(isinstance(weight_curves, bool), "weight_curves", weight_curves, "True or False")
+        self.weight_curves = weight_curves
         self._check_ramp()
         self._check_rule()
         self._check_structure()
@@ -104,6 +109,12 @@ class Settings:
 
     def __repr__(self) -> str:
         return f"Settings({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the settings as plain data; a noun is a dict with its class as `name`."""
+        allocation = {each.name: getattr(self.allocation, each.name) for each in fields(self.allocation)}
+        found = {name: value for name, value in vars(self).items() if name != "allocation"}
+        return {name: _as_plain(value) for name, value in (allocation | found).items()}
 
     @property
     def needs_length(self) -> bool:
@@ -177,6 +188,15 @@ class Settings:
             known = ("auto", "torch", "triton" if isinstance(self.structure, Block) else "compiled")
             what = f"one of {', '.join(map(repr, known))} with structure='{self.structure}'"
             check(self.storage.kernels in known, "kernels", self.storage.kernels, what)
+
+
+def _as_plain(value: Any) -> Any:
+    if isinstance(value, str | int | float | None):
+        return value
+    if isinstance(value, Mapping | list | tuple):
+        return plain(value)
+    own = {each.name: _as_plain(getattr(value, each.name)) for each in fields(value)} if is_dataclass(value) else {}
+    return {"name": type(value).__name__} | own
 
 
 def _either(noun: Any, name: str, given: Any, **shorthands: Any) -> Any:

@@ -174,6 +174,20 @@ class TopKast:
                 found.append(f"exploration was to stop at {when}, and has not after {step} steps")
         return found
 
+    def too_short(self, steps: int | float) -> str | None:
+        """Return in words that a run ends before its first refresh; None if it does not, or is to have none.
+
+        Args:
+            steps: its length in optimizer steps; -1 or infinity if it has no end.
+        """
+        first = self.timeline.first_refresh
+        if self.refresh_count or not self.settings.rule.changes_sets or first is None or not 0 < steps < first:
+            return None
+        return (
+            f"the sets are never chosen again in {steps} steps, since they are for the first time after {first}: this "
+            "trains a static mask. Choose a smaller update_every, or train longer"
+        )
+
     @property
     def exploring(self) -> bool:
         """Whether B is larger than A at the next step."""
@@ -297,6 +311,8 @@ class TopKast:
         self._attached.begin(before)
         self._look_for_zeros()
         self._follow_schedule()
+        if total_steps is not None and (problem := self.too_short(total_steps)):
+            warnings.warn(problem, stacklevel=2)
         return self
 
     def plan(self, total_steps: int | float | None) -> None:

@@ -49,6 +49,8 @@ class Rule(ABC):
 
     # whether B may be larger than A, and the exploration penalty applies
     explores: ClassVar[bool] = True
+    # whether a refresh may choose other sets
+    changes_sets: ClassVar[bool] = True
     # whether entries that leave B lose their values, so that those which come back start from zero
     clears_dropped: ClassVar[bool] = False
     # whether entries enter A at zero and have to learn from there

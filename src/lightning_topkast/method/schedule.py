@@ -165,6 +165,14 @@ class Timeline:
         stop = self.schedule.stop_updating_at
         return step % self.schedule.update_every == 0 and (stop is None or step < stop)
 
+    @property
+    def first_refresh(self) -> int | None:
+        """The number of steps after which the sets are chosen again for the first time; None if they never are."""
+        stop, every = self.schedule.stop_updating_at, self.schedule.update_every
+        moments = [self.schedule.stop_exploring_at, None if self.ramp is None else self.ramp.end]
+        moments.append(every if stop is None or every < stop else None)
+        return min((int(moment) for moment in moments if moment), default=None)
+
     def last_choice(self, step: int) -> int:
         """The step at which the sets that are in use after `step` steps were chosen; 0 if it was before training."""
         every, stop = self.schedule.update_every, self.schedule.stop_updating_at

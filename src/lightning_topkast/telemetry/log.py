@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from lightning_topkast.telemetry.guard import Guard, guard_of
@@ -34,13 +35,17 @@ class Telemetry:
         self._trainer = trainer
         self._engines = engines
         kinds: tuple[Any, ...] = (WandbMedia, TensorBoardMedia)
-        self._shows: list[tuple[Guard, Any]] = []
-        for logger in trainer.loggers:
+        self._shows: dict[Logger, tuple[Guard, Any]] = {}
+        settings = {PREFIX: [engine.settings.as_dict() for engine in engines]}
+        for logger in trainer.loggers if trainer.is_global_zero else ():
             for kind in kinds:
                 show = guard_of(logger).call("pictures", kind, logger) if kind.serves(logger) else None
                 if show is not None:
-                    self._shows.append((guard_of(logger), show))
-        self._media = Media()
+                    self._shows[logger] = guard_of(logger), show
+                    guard_of(logger).call("settings", show.log_settings, settings)
+        # weights whose curves are not logged
+        self._hidden = {name for each in engines if not each.settings.weight_curves for name in each.weights}
+        self._media = Media(self._hidden)
         self._of_sets: dict[str, Tensor] = {}
         self._refreshes = -1
 
@@ -62,16 +67,22 @@ class Telemetry:
         if not self._trainer.loggers:
             return
         values = dict(zip(metrics, torch.stack([value.float() for value in metrics.values()]).tolist(), strict=True))
+        shown = {name: value for name, value in values.items() if name.split("/", 2)[-1] not in self._hidden}
         for logger in self._trainer.loggers:
-            guard_of(logger).call("metrics", logger.log_metrics, values, step=self._step)
-        if refreshed and self._shows and self._trainer.is_global_zero:
+            own = self._shows.get(logger)
+            log = logger.log_metrics if own is None else own[1].log_metrics
+            guard_of(logger).call("metrics", log, shown, step=self._step)
+        if refreshed and self._shows:
             self._show(self._media.at_refresh(self._engines, values, self._step))
+        if force or not self._is_followed:
+            self._end_rows()
 
     def finish(self) -> None:
         """Log the last values and the media of the whole run."""
         self.log(force=True)
-        if self._shows and self._trainer.is_global_zero:
+        if self._shows:
             self._show(self._media.at_end(self._engines))
+        self._end_rows()
 
     def hand_over(self) -> None:
         """Give the best checkpoint, or else the last, to loggers that store models, with the present densities."""
@@ -87,13 +98,22 @@ class Telemetry:
         metrics = measured_metrics(self._engines) | self._of_sets
         totals = {name: float(value) for name, value in metrics.items() if name.count("/") == 1}
         metadata = {**totals, "densities": densities, "step": self._trainer.global_step}
-        for guard, show in self._shows:
+        for guard, show in self._shows.values():
             guard.call("checkpoints", show.hand_over, path, metadata)
 
     def _show(self, media: dict[str, Any]) -> None:
         if media:
-            for guard, show in self._shows:
+            for guard, show in self._shows.values():
                 guard.call("pictures", show.show, media, self._step)
+
+    def _end_rows(self) -> None:
+        for guard, show in self._shows.values():
+            guard.call("metrics", show.end_row)
+
+    @property
+    def _is_followed(self) -> bool:
+        """Whether Lightning logs metrics of its own after this batch, which end a row that was begun."""
+        return self._due and bool(self._trainer._logger_connector.metrics["log"])
 
     @property
     def _due(self) -> bool:

@@ -1,6 +1,6 @@
 """Media of a run, independent of the logger: histograms, pictures and a table."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -48,9 +48,13 @@ class Media:
     """Collect the data of a run's pictures and draw them.
 
     Masks and magnitudes are shown at refresh 1, 2, 4, 8, ..., so that a long run stays small.
+
+    Args:
+        hidden: names of weights of which no histograms are shown.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, hidden: Collection[str] = ()) -> None:
+        self._hidden = hidden
         self._band = Lines([], {name: [] for name in _BAND})
         self._columns = {"mask_change": _Columns(), "reservoir_activated": _Columns()}
         self._refreshes = 0
@@ -81,14 +85,16 @@ class Media:
                 media[f"topkast/{quantity}_heatmap"] = Picture(heatmap(drawn), caption)
         return media | {"topkast/mask_change_of_weights": self._band, "topkast/weights": weight_table(engines)}
 
-    @staticmethod
-    def _of_sets(engines: Sequence[TopKast]) -> dict[str, Any]:
+    def _of_sets(self, engines: Sequence[TopKast]) -> dict[str, Any]:
         weights = [weight for engine in engines for weight in engine.weights.values()]
         drawn = pictured(weights)
         media: dict[str, Any] = {}
         for weight in weights:
+            if weight.name in self._hidden and weight.name not in drawn:
+                continue
             groups = split_histogram(weight)
-            media |= {f"topkast/magnitude/{weight.name}/{group}": counted for group, counted in groups.items()}
+            if weight.name not in self._hidden:
+                media |= {f"topkast/magnitude/{weight.name}/{group}": counted for group, counted in groups.items()}
             if weight.name not in drawn:
                 continue
             image = histogram_picture(groups, {name: _least(groups[name]) for name in groups if name != "reservoir"})

@@ -1,5 +1,6 @@
 """The histograms and pictures of a run for TensorBoard, and its table as text."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -12,19 +13,31 @@ from lightning_topkast.text import markdown
 
 
 class TensorBoardMedia:
-    """Show media in the run of a `TensorBoardLogger`.
+    """Show metrics and media in the run of a `TensorBoardLogger`.
 
     Args:
         logger: a logger that `serves` accepts.
     """
 
     def __init__(self, logger: Logger) -> None:
-        self._writer: Any = cast(TensorBoardLogger, logger).experiment
+        self._logger = cast(TensorBoardLogger, logger)
+        self._writer: Any = self._logger.experiment
 
     @staticmethod
     def serves(logger: Logger) -> bool:
         """Return whether `logger` supports media."""
         return isinstance(logger, TensorBoardLogger)
+
+    def log_settings(self, settings: Mapping[str, Any]) -> None:
+        """Log the settings of the run's engines as text."""
+        self._writer.add_text("topkast/settings", f"```\n{json.dumps(settings, indent=2)}\n```")
+
+    def log_metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Log metrics."""
+        self._logger.log_metrics(dict(values), step)
+
+    def end_row(self) -> None:
+        """Do nothing, since TensorBoard knows no rows."""
 
     def show(self, media: Mapping[str, Any], step: int) -> None:
         """Log histograms, pictures and tables under their names."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+from lightning.fabric.utilities.logger import _add_prefix
 from lightning.pytorch.loggers import Logger, WandbLogger
 
 from lightning_topkast.telemetry.media import Lines, Picture, Table
@@ -17,7 +18,10 @@ _SUMMARISED = ("forward_sparsity", "backward_sparsity", "model_sparsity", "reser
 
 
 class WandbMedia:
-    """Show media in the run of a `WandbLogger`.
+    """Show metrics and media in the run of a `WandbLogger`.
+
+    All that is logged at a step is one row, to which Lightning's own metrics of that step are added where there are
+    some: W&B counts rows, and drops those that other code logs with `step=` once it has counted further.
 
     Args:
         logger: a logger that `serves` accepts.
@@ -26,6 +30,7 @@ class WandbMedia:
     def __init__(self, logger: Logger) -> None:
         self._logger = cast(WandbLogger, logger)
         self._run: Any = self._logger.experiment
+        self._is_open = False
         self._run.define_metric(_STEP)
         self._run.define_metric("topkast/*", step_metric=_STEP)
         for name in _SUMMARISED:
@@ -36,10 +41,27 @@ class WandbMedia:
         """Return whether `logger` supports media."""
         return isinstance(logger, WandbLogger)
 
+    def log_settings(self, settings: Mapping[str, Any]) -> None:
+        """Store the settings of the run's engines beside the hyper-parameters."""
+        self._run.config.update(dict(settings), allow_val_change=True)
+
+    def log_metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Log metrics, in a row that is not ended."""
+        self._log(_add_prefix(values, self._logger._prefix, self._logger.LOGGER_JOIN_CHAR), step)
+
     def show(self, media: Mapping[str, Any], step: int) -> None:
-        """Log histograms, pictures, lines and tables under their names."""
-        shown = {_short(name): _wandb_form(name, value) for name, value in media.items()}
-        self._run.log(shown | {_STEP: step})
+        """Log histograms, pictures, lines and tables under their names, in a row that is not ended."""
+        self._log({_short(name): _wandb_form(name, value) for name, value in media.items()}, step)
+
+    def end_row(self) -> None:
+        """End the row that was begun, if there is one."""
+        if self._is_open:
+            self._run.log({}, commit=True)
+            self._is_open = False
+
+    def _log(self, values: Mapping[str, Any], step: int) -> None:
+        self._run.log({**values, _STEP: step}, commit=False)
+        self._is_open = True
 
     def hand_over(self, checkpoint: Path, metadata: Mapping[str, Any]) -> None:
         """Log the checkpoint as an artifact, if the logger logs models."""

@@ -82,6 +82,19 @@ class RunLength:
         return {"seen": list(self._seen), "first": list(self._first)}
 
 
+def warn_if_too_short(topkast: TopKast, steps: int | float) -> bool:
+    """Warn if a run ends before its first refresh; return whether it does.
+
+    Args:
+        topkast: the engine.
+        steps: length of the run; -1 or infinity if it has no end.
+    """
+    problem = topkast.too_short(steps)
+    if problem:
+        rank_zero_warn(problem)
+    return problem is not None
+
+
 def warn_if_unfinished(topkast: TopKast) -> None:
     """Warn at the end of a run if a ramp has not ended, or if exploration was to stop and has not."""
     if topkast.unfinished:

@@ -39,7 +39,7 @@ class WeightRow:
 def write_run_report(folder: Path) -> Path:
     """Write `report.html` and the PNG files in `report/` to the folder of a run, and return the page."""
     run = read_contents(folder)
-    notes = list(run.notes)
+    notes = [*run.notes, *((run.result.unfinished if run.result else None) or [])]
     curves: list[Inline] = []
     layers: list[Inline] = []
     magnitudes: list[Inline] = []

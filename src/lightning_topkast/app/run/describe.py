@@ -17,6 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from lightning import Callback
 from omegaconf import DictConfig, open_dict
 
+from lightning_topkast import TopKast
 from lightning_topkast.app.errors import AppError
 from lightning_topkast.app.limits import LARGEST
 from lightning_topkast.app.run.meter import Progress
@@ -54,6 +55,7 @@ class Outcome:
         score: Value of the metric `recipe.monitor`.
         tested: All metrics of the test.
         counts: Counts of every parameter, for the weights that were tested; empty if none were.
+        unfinished: What the schedule of the sets asks for and the run has not reached, in words.
         kept_dense: Why each parameter is dense, by name, and "" for a sparse one; empty if nothing was made sparse.
     """
 
@@ -62,6 +64,7 @@ class Outcome:
     score: float | None = None
     tested: Mapping[str, float] = field(default_factory=dict)
     counts: Sequence[WeightCount] = ()
+    unfinished: Sequence[str] = ()
     kept_dense: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -90,6 +93,7 @@ def describe_end(cfg: DictConfig, outcome: Outcome) -> CompletedResult:
             for count in counts
         ],
         flops=_flops(cfg, outcome.progress.steps),
+        unfinished=list(outcome.unfinished) or None,
         seconds=round(outcome.progress.seconds, 3),
         examples=outcome.progress.examples,
         steps=outcome.progress.steps,
@@ -99,8 +103,19 @@ def describe_end(cfg: DictConfig, outcome: Outcome) -> CompletedResult:
 
 def kept_dense(callbacks: Iterable[Callback]) -> dict[str, str]:
     """Return the name of every parameter and why the callbacks keep it dense, "" for a sparse one."""
-    found = [getattr(callback, "topkast", None) for callback in callbacks]
-    return {row[0]: row[-1] for row in weight_table([engine for engine in found if engine is not None]).rows}
+    return {row[0]: row[-1] for row in weight_table(_engines(callbacks)).rows}
+
+
+def unfinished(callbacks: Iterable[Callback]) -> list[str]:
+    """Return what the schedules of the callbacks ask for and the run has not reached, in words."""
+    engines = _engines(callbacks)
+    short = (engine.too_short(engine.step_count) for engine in engines)
+    return [*(text for engine in engines for text in engine.unfinished), *filter(None, short)]
+
+
+def _engines(callbacks: Iterable[Callback]) -> list[TopKast]:
+    found = (getattr(callback, "topkast", None) for callback in callbacks)
+    return [engine for engine in found if engine is not None]
 
 
 def all_finite(values: Mapping[str, Any]) -> bool:

@@ -29,7 +29,7 @@ from lightning_topkast.app.limits import check_plain
 from lightning_topkast.app.overrides import as_override, for_shell
 from lightning_topkast.app.run.argument_types import check_values
 from lightning_topkast.app.run.build import OF_TASK, build_all, build_callbacks, build_model, keep_environment_out
-from lightning_topkast.app.run.describe import Outcome, all_finite, describe_end, kept_dense
+from lightning_topkast.app.run.describe import Outcome, all_finite, describe_end, kept_dense, unfinished
 from lightning_topkast.app.run.guarded import close_wandb, failures_of, guard_loggers
 from lightning_topkast.app.run.instantiate import build
 from lightning_topkast.app.run.loggers import (
@@ -131,7 +131,7 @@ def _train(cfg: DictConfig) -> float:
             raise
         if not (auto and ckpt_path):  # a run that is restarted after its end only repeats its test
             _refuse_no_training(trainer, checkpoint)
-        progress = meter.progress()  # before the test, which loads the counts of a checkpoint
+        progress, left = meter.progress(), unfinished(callbacks)  # before the test, which loads a checkpoint's counts
         own = {name: value for name, value in trainer.callback_metrics.items() if not name.startswith("topkast/")}
         # max_steps may be reached before the first validation
         if cfg.recipe.monitor.startswith("val/") and cfg.recipe.monitor not in own:
@@ -149,7 +149,8 @@ def _train(cfg: DictConfig) -> float:
         counts = count_weights(model)
         if trainer.is_global_zero:
             diverged = not all_finite({**own, **figures})
-            result = describe_end(cfg, Outcome(diverged, progress, score, tested, counts, kept_dense(callbacks)))
+            dense = kept_dense(callbacks)
+            result = describe_end(cfg, Outcome(diverged, progress, score, tested, counts, left, dense))
             write_result(folder.path, result)
             log_outcome(trainer.loggers, result, trainer.global_step)
             wandb_dir = wandb_folder(trainer.loggers)

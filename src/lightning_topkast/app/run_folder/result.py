@@ -110,6 +110,7 @@ class Result(_Part):
         config: Resolved configuration, without places and names.
         error: Why the run failed.
         incomplete_logs: What loggers that failed in mid-run lack, and why; None if none did.
+        unfinished: What the schedule of the sets asked for and the run has not reached; None if nothing.
         metrics: All metrics of the test.
         seconds: Time spent in training.
         examples: Training examples seen.
@@ -127,6 +128,7 @@ class Result(_Part):
     hardware: Plain | None = None
     error: Text | None = None
     incomplete_logs: list[Text] | None = None
+    unfinished: list[Text] | None = None
     monitor: Monitor | None = None
     metrics: dict[Name, Number | None] | None = None
     sparsity: Sparsity | None = None

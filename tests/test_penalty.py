@@ -193,12 +193,12 @@ def test_shrinkage_is_the_share_lost_per_step_at_the_peak_learning_rate():
     assert optimizer.param_groups[0]["lr"] == 0  # the peak is known all the same
     weight = topkast.weights["1.weight"]
     assert 0.1 * weight.strength / weight.forward_density == pytest.approx(1e-3, rel=1e-2)
-    assert "shrinks by 0.001 per step, 9.5" in str(topkast.summary())
+    assert "shrinks by 0.001 per step, 9.5" in " ".join(topkast.summary().notes)
 
 
 def test_the_summary_says_when_the_penalty_amounts_to_nothing():
     topkast, _ = attach(lr=1e-3, strength=1e-4)
-    assert "too little to matter" in str(topkast.summary())
+    assert "too little to matter" in " ".join(topkast.summary().notes)
 
 
 def test_shrinkage_without_a_learning_rate_is_refused():
@@ -345,7 +345,7 @@ def test_a_resumed_summary_says_what_was_asked():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.param_groups[0]["lr"] = 1e-5
-    assert "shrinks by 0.001 per step, 9.5" in str(topkast.summary())
+    assert "shrinks by 0.001 per step, 9.5" in " ".join(topkast.summary().notes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -1,8 +1,10 @@
 """The table of all weights: sparse or dense, and why."""
 
+import shutil
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from textwrap import wrap
 from types import MappingProxyType
 from typing import Any
 
@@ -18,7 +20,8 @@ from lightning_topkast.weights import SparseWeight
 
 # Reasons for which a weight of two or more dimensions is dense by request or by the method's own set-up.
 _EXPECTED = ("embedding", "first candidate", "last candidate", "excluded", "frozen", "norm", "bias")
-_STORED = {"masked": "sparse", "packed": "sparse, packed", "compact": "sparse, compact"}
+_FEW = 3  # dense parameters with one reason that are shown one by one
+_SHORTEST_NAME = 16
 
 
 @dataclass(frozen=True)
@@ -67,36 +70,85 @@ class Summary:
         return {"rows": [asdict(row) for row in self.rows], "notes": list(self.notes)}
 
     def __str__(self) -> str:
-        header = ("weight", "shape", "entries", "|A| forward", "|B| backward", "density A", "density B", "")
-        lines = [header]
-        for row in self.rows:
-            sets = (f"{row.active:,}", f"{row.updated:,}", f"{row.forward_density:.4f}", f"{row.backward_density:.4f}")
-            storage = f"dense: {row.reason}" if row.reason else _STORED[row.storage]
-            lines.append((
-                row.name, "×".join(map(str, row.shape)) or "scalar", f"{row.size:,}",
-                *(("", "", "", "") if row.reason else sets), storage,
-            ))  # fmt: skip
+        return self.table(shutil.get_terminal_size().columns)
+
+    def table(self, width: int = 80) -> str:
+        """Return a table of the sparse weights, and of the dense parameters by the reason for it.
+
+        Args:
+            width: of a line in characters, to which names are shortened and notes wrapped.
+        """
         sparse = [row for row in self.rows if not row.reason]
-        entries = sum(row.size for row in sparse)
-        active, updated = sum(row.active for row in sparse), sum(row.updated for row in sparse)
-        lines.append((
-            f"{len(sparse)} sparse weights", "", f"{entries:,}", f"{active:,}", f"{updated:,}",
-            f"{active / max(entries, 1):.4f}", f"{updated / max(entries, 1):.4f}", "",
-        ))  # fmt: skip
-        total = sum(row.size for row in self.rows)
-        used = sum(row.active for row in self.rows)
-        lines.append(("whole model", "", f"{total:,}", f"{used:,}", "", f"{used / max(total, 1):.4f}", "", ""))
-        widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-        text = [
-            "  ".join(
-                cell.ljust(width) if column in (0, 1, 7) else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
+        storages = {row.storage for row in sparse}
+        header = ["weight", "shape", "entries", "|A|", "|B|", "|A|/n", "|B|/n"]
+        lines = [[row.name, *_sizes(row), *([row.storage] if len(storages) > 1 else [])] for row in sparse]
+        entries, active, updated = (sum(getattr(row, name) for row in sparse) for name in ("size", "active", "updated"))
+        total, used = (sum(getattr(row, name) for row in self.rows) for name in ("size", "active"))
+        packed = f", {'/'.join(storages)}" if len(storages) == 1 and storages != {"masked"} else ""
+        sums = [
+            [f"{len(sparse)} sparse{packed}", *_sizes(WeightSummary("", (), entries, active, updated))],
+            ["whole model", "", f"{total:,}", f"{used:,}", "", f"{used / max(total, 1):.4f}"],
         ]
-        rule = "─" * max(map(len, text))
+        dense = [[name, shape, f"{size:,}", f"dense: {reason}"] for name, shape, size, reason in self._dense()]
+        # a reason begins in the column of |A|, and may be longer than all that follow
+        cells = [header, *lines, *sums, *(line[:3] for line in dense)]
+        widths = [max((len(line[at]) for line in cells if len(line) > at), default=0) for at in range(8)]
+        rest = sum(width + 2 for width in widths[1:] if width)
+        names = _shortened([line[0] for line in (*lines, *dense)], max(width - rest, _SHORTEST_NAME))
+        for line, name in zip((*lines, *dense), names, strict=True):
+            line[0] = name
+        widths[0] = max(map(len, (*names, *(line[0] for line in (header, *sums)))))
+        rule = "─" * (widths[0] + rest)
         share = f"sparse weights hold {self.sparse_share:.1%} of the model's parameters"
-        return "\n".join([text[0], rule, *text[1:-2], rule, *text[-2:], share, *self.notes])
+        notes = [line for note in (share, *self.notes) for line in wrap(note, width, subsequent_indent="  ")]
+        table = [header, *lines, *dense], sums
+        above, below = ([_line(line, widths) for line in part] for part in table)
+        return "\n".join([above[0], rule, *above[1:], rule, *below, *notes])
+
+    def _dense(self) -> list[tuple[str, str, int, str]]:
+        """Name, shape and size of the dense parameters with the reason; many with the same reason are one line."""
+        found: list[tuple[str, str, int, str]] = []
+        for reason in dict.fromkeys(row.reason for row in self.rows if row.reason):
+            rows = [row for row in self.rows if row.reason == reason]
+            if len(rows) > _FEW:
+                found.append((f"{len(rows)} parameters", "", sum(row.size for row in rows), reason))
+            else:
+                found += [(row.name, _shape(row), row.size, reason) for row in rows]
+        return found
+
+
+def _sizes(row: WeightSummary) -> list[str]:
+    density = [f"{row.forward_density:.4f}", f"{row.backward_density:.4f}"]
+    return [_shape(row) if row.shape else "", f"{row.size:,}", f"{row.active:,}", f"{row.updated:,}", *density]
+
+
+def _shape(row: WeightSummary) -> str:
+    return "×".join(map(str, row.shape)) or "scalar"
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    """Return the name, the shape, up to five numbers or a reason, and the storage as a line."""
+    aligned = [
+        cell.ljust(width) if at < 2 or (len(cells) == 4 and at == 3) else cell.rjust(width)
+        for at, (cell, width) in enumerate(zip(cells, widths, strict=False))
+    ]
+    return "  ".join(aligned).rstrip()
+
+
+def _shortened(names: Sequence[str], width: int) -> Sequence[str]:
+    """Return names with shortened parts if they are longer than `width`; as they are if that makes two alike."""
+    short = [_shortened_name(name, width) for name in names]
+    return short if len(set(short)) == len(set(names)) else names
+
+
+def _shortened_name(name: str, width: int) -> str:
+    """Return a name that has lost the middle of its parts, from the left; numbers of layers stay."""
+    parts = name.split(".")
+    for at, part in enumerate(parts):
+        if (excess := sum(map(len, parts)) + len(parts) - 1 - width) > 0 and len(part) > 3:
+            kept = max(len(part) - excess - 1, 2)
+            parts[at] = f"{part[: kept // 2]}…{part[kept // 2 - kept :]}"
+    return ".".join(parts)
 
 
 def warn_if_little(targets: Sequence[Target], chosen: Targets) -> None:

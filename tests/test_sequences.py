@@ -32,8 +32,16 @@ OPTIMIZERS = {
     "adam": torch.optim.Adam,
     "adagrad": lambda groups: torch.optim.Adagrad(groups, initial_accumulator_value=0.5),
 }
-NO_TRACE = ("save", "swap", "copy", "reload", "interrupt", "recover", "detach")
-REPLACE = {"load": 2, "reload": 2, "resume": 2, "other": 1, "swap": 2}  # how often the sets are replaced
+NO_TRACE = ("save", "swap", "look", "averages", "copy", "reload", "interrupt", "recover", "detach")
+REPLACE = {
+    "load": 2,
+    "reload": 2,
+    "resume": 2,
+    "other": 1,
+    "swap": 2,
+    "look": 2,
+    "averages": 3,
+}  # how often the sets are replaced
 ANEW = "was saved with other sets than the present ones"
 KNOWN = {  # what may be warned of, and by which storages
     ANEW: STORAGES,
@@ -195,6 +203,24 @@ class Run:
             self.model(torch.ones(1, 8).double())
         if saves:
             self.state()
+        self.model.load_state_dict(backup)
+
+    def look(self, which):
+        """Validate the weights of a save of one's own."""
+        if self.saves:
+            backup = copy.deepcopy(self.model.state_dict())
+            self.model.load_state_dict(copy.deepcopy(self.saves[which % len(self.saves)]["model"]))
+            self.model.load_state_dict(backup)
+
+    def averages(self, seed, count):
+        """Validate averages one after the other, which have the same largest entries and some others."""
+        backup = copy.deepcopy(self.model.state_dict())
+        for number in range(count):
+            changed = {
+                name: (1 - 0.1 * number) * self.topkast.weights[name].alpha() + 1e-6 * values
+                for name, values in self.weights(seed + number, 0.99).items()
+            }
+            self.model.load_state_dict(backup | changed)
         self.model.load_state_dict(backup)
 
     @torch.no_grad()
@@ -398,6 +424,8 @@ def draw(seed, length=12):
         "resume": (2, lambda: (random.randrange(4), shuffled("topkast", "optimizer", "attach"), own())),
         "other": (3, lambda: (seeds(), density())),
         "swap": (4, lambda: (seeds(), density(), either())),
+        "look": (2, lambda: (random.randrange(4),)),
+        "averages": (2, lambda: (seeds(), random.randint(1, 2))),
         "write": (2, lambda: (seeds(), either())),
         "renew": (3, lambda: (either(), either())),
         "take_over": (1, lambda: (either(),)),
@@ -468,6 +496,22 @@ ONCE = {
     "sets are chosen again between two loads": (
         {},
         [("train", 2, 1), ("swap", 5, 1, False), ("refresh",), ("other", 9, 1), ("train", 3, 2)],
+    ),
+    "a weight joins, which explores, when the others do not": (
+        {"stop": 3, "late": True, "penalty": None},
+        [("train", 4, 242), ("train", 3, 57), ("add_group",), ("train", 3, 822)],
+    ),
+    "exploration begins again, and a weight that joined still explores": (
+        {"stop": 3, "late": True},
+        [("train", 3, 1), ("add_group",), ("restart",), ("train", 2, 1)],
+    ),
+    "two averages with the same active set are swapped in": (
+        {},
+        [("train", 2, 1), ("averages", 3, 2), ("train", 3, 2)],
+    ),
+    "weights are looked at that were there before others were loaded": (
+        {},
+        [("train", 2, 1), ("save", ALL), ("other", 5, 1), ("look", 0), ("swap", 6, 1, True), ("train", 2, 1)],
     ),
     "weights are swapped after others were loaded": (
         {},

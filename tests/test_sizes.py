@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_topkast import Ramp, TopKast, TopKastError
+from lightning_topkast import Ramp, Schedule, Targets, TopKast, TopKastError
 from lightning_topkast.settings import Settings
 from tests.helpers import OPTIMIZERS, fit, make_callback, make_net, make_trainer, nouns, same
 
@@ -179,3 +179,26 @@ def test_a_ramp_out_of_range_is_refused(values, message):
 def test_a_ramp_of_a_fraction_and_a_step_that_end_before_they_begin_is_refused():
     with pytest.raises(TopKastError, match="got begin=30 and end=20"):
         Run(ramp=Ramp(0.5, 0.0, begin=30, end=0.5), total_steps=40)
+
+
+def test_weight_that_an_optimizer_is_given_after_a_ramp_is_as_sparse_as_the_others():
+    model = nn.Sequential(nn.Linear(20, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 2))
+    topkast = TopKast(
+        model, 0.9, 0.9, penalty=None, targets=Targets(keep_first_dense=False), ramp=Ramp(begin=0, end=8),
+        schedule=Schedule(update_every=4, stop_updating_at=8),
+    )  # fmt: skip
+    first, *rest = model
+    optimizer = torch.optim.SGD([parameter for layer in rest for parameter in layer.parameters()], lr=0.05)
+    topkast.attach(optimizer)
+
+    def step():
+        optimizer.zero_grad()
+        model(torch.randn(4, 20)).square().mean().backward()
+        optimizer.step()
+
+    with pytest.warns(UserWarning, match="no attached optimizer holds 0.weight"):
+        for _ in range(10):
+            step()
+    optimizer.add_param_group({"params": list(first.parameters())})
+    step()
+    assert [weight.forward_density for weight in topkast.weights.values()] == [0.1, 0.1]

@@ -89,6 +89,7 @@ class TopKast:
         self._watches: list[RemovableHandle] = []
         self._writes = ForeignWrites()
         self._notices = Notices(settings)
+        self._late: set[SparseWeight] = set()  # given to an optimizer whose steps have not trained them yet
         self._zeros: dict[str, tuple[int, int]] = {}  # for the summary
 
         if settings.storage.name != "masked":
@@ -539,13 +540,18 @@ class TopKast:
 
     def _before_step(self, weights: Sequence[SparseWeight]) -> None:
         self.accept_writes(weights)
-        if not self._strengths.are_known(weights):  # an optimizer was given another group
+        if late := self._strengths.unknown(weights):  # an optimizer was given another group
+            self._late.update(late)
             self._set_strength()
-            self._follow_schedule()
         self._attached.fit_state()
 
     def _after_step(self, hooks: StepHooks) -> None:
         weights = hooks.weights
+        # not before the step, for which there are gradients in the order of the present sets
+        late = [weight for weight in weights if weight in self._late]
+        self._late.difference_update(late)
+        if late and not self._refresher.fits(late, hooks.steps, all_trained=True):
+            self._refresher.refresh((late, hooks.steps))
         self._notices.warn_of_lost_reservoir(self._weights, self._zeros)
         if self._refresher.sizes_of(weights).timeline.refreshes_after(hooks.steps):
             self._notices.warn_of_left_out(self.unattached if self.refresh_count == 0 else [], self._targets)

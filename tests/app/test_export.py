@@ -370,6 +370,14 @@ def test_data_that_a_strangers_configuration_names_is_not_downloaded(cli, run_fo
     assert "downloads something, data.download" in refused(cli, run_folder, "--check")
 
 
+def test_functions_that_call_another_one_with_hidden_arguments_are_no_models(cli, run_folder):
+    pytest.importorskip("torchvision")
+    configure(run_folder, model={"_target_": "torchvision.models.get_model", "name": "fasterrcnn_resnet50_fpn"})
+    assert "untrusted target model._target_=torchvision.models.get_model" in refused(
+        cli, run_folder, "--format", "onnx"
+    )
+
+
 @pytest.mark.parametrize("name", ["detection.fasterrcnn_resnet50_fpn", "segmentation.fcn_resnet50"])
 def test_models_that_download_by_default_do_not(name, monkeypatch):
     pytest.importorskip("torchvision")

@@ -1,9 +1,11 @@
 """Overrides in the folder of a run: only values, unless the user trusts it. Any text can be typed as a value."""
 
 import os
+import re
 import shlex
 import sys
 from contextlib import suppress
+from importlib import resources
 
 import pytest
 import yaml
@@ -65,6 +67,14 @@ HOSTILE = (
     "-m",
     "--experimental-rerun=evil.pickle",
     "a=b=c",
+    "paths.output_dir=outputs/mine",
+    "paths={output_dir: .}",
+    "callbacks.checkpoint.dirpath=.git",
+    "callbacks.checkpoint={dirpath: .git}",
+    "trainer.default_root_dir=src",
+    "data.download_folder=src",
+    "data.download=true",
+    "logger.csv.save_dir=logs",
     "callbacks.last_checkpoint.dirpath=/home/me",
     "callbacks.last_checkpoint.dirpath=~/models",
     "callbacks.last_checkpoint.dirpath=models/../../me",
@@ -90,7 +100,21 @@ def test_overrides_of_a_folder_that_do_more_than_set_values_are_refused(cli, fol
     assert not (tmp_path / "executed").exists()
 
 
+def test_every_place_of_the_configuration_that_a_run_writes_to_is_known():
+    """The keys whose values are made from the folder of outputs; that of data sets is only read, but for downloads."""
+    files = resources.files("lightning_topkast.conf")
+    places = set()
+    for folder in files.iterdir():
+        for file in folder.iterdir() if folder.is_dir() else [folder]:
+            lines = file.read_text(encoding="utf-8").splitlines() if file.name.endswith(".yaml") else []
+            places |= {line.split(":")[0].strip() for line in lines if re.search(r":.*\$\{paths\.output_dir\}", line)}
+    assert {"dirpath", "save_dir"} <= places
+    for place in places:
+        assert more_than_a_value(f"a.{place}=b") is not None, place
+
+
 HARMLESS = (
+    "data.download=false",
     "optimizer.lr=0.01",
     "data=digits",
     "logger=[csv,wandb]",

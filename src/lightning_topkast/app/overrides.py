@@ -23,6 +23,8 @@ _ALONE = re.compile(
     rf"|topkast\.times\s*:\s*\$\{{\s*{KEY}\s*\}}\s*,\s*(?:\$\{{\s*{KEY}\s*\}}|[\d.]+)\s*)\s*\}}"
 )
 _ELSEWHERE = re.compile(r"^\s*(?:[/\\~]|[A-Za-z]:[/\\])|(?:^|[/\\])\.\.(?:[/\\]|$)|://|::")  # absolute, above, or a URL
+# Keys of folders that a run writes to, wherever they stand; relative ones lie in the user's working directory.
+_WRITTEN = {"paths", "dirpath", "save_dir", "default_root_dir", "cache", "download_folder"}
 _SHIPPED = "lightning_topkast.conf"
 
 
@@ -80,8 +82,8 @@ def more_than_a_value(text: str) -> str | None:
     """Return what an override does besides setting a value of the shipped configuration, or None.
 
     Overrides in the folder of a run may come from a stranger. A `_target_` is called, a path as the option of a group
-    is read as configuration, an added key reaches any argument, a resolver may read the environment, and checkpoints
-    are written, and removed, where `dirpath` says.
+    is read as configuration, an added key reaches any argument, a resolver may read the environment, and files are
+    written, replaced and removed where `paths` and `dirpath` say.
     """
     if text.startswith("-"):
         return "is an option of the command line"
@@ -100,6 +102,10 @@ def more_than_a_value(text: str) -> str | None:
     parts = [*key.split("."), *_keys(value)]
     if special := next((part for part in parts if part.startswith("_") and part.endswith("_")), None):
         return f"sets {special}, which may name code"
+    if not _WRITTEN.isdisjoint(parts):
+        return "names a place, which may be read or written"
+    if "download" in parts and value is not False:
+        return "may download something"
     texts = list(_texts(value))
     if key in _groups() and not all(re.fullmatch(r"[\w-]+", each) for each in texts):
         return f"names no option of the group {key}"

@@ -12,11 +12,13 @@ from torch import Tensor
 from lightning_topkast.distributed import check_ranks_agree
 from lightning_topkast.engine.choose import Choice, choose
 from lightning_topkast.errors import TopKastError
-from lightning_topkast.method.density import SetSizes
+from lightning_topkast.method.density import Counts, SetSizes
 from lightning_topkast.method.rule import Rule
 from lightning_topkast.method.selection import ACTIVE, EXPLORING
 from lightning_topkast.weights import EntryState, SparseWeight
 from lightning_topkast.weights.state import holds_values
+
+_SLACK = 0.05  # of a weight's entries
 
 # One thread for all weights: selection is limited by memory bandwidth, and training continues meanwhile.
 _background: ThreadPoolExecutor
@@ -169,7 +171,7 @@ class Refresher:
         return self.own_sizes.get(weights[0].name, self.sizes) if weights else self.sizes
 
     def fits(self, weights: Sequence[SparseWeight], step: int, all_trained: bool) -> bool:
-        """Return whether these weights explore if and only if the schedule says so.
+        """Return whether these weights explore if and only if the schedule says so, and are as dense as in a ramp.
 
         Args:
             weights: whose sets have sizes of one plan.
@@ -179,11 +181,29 @@ class Refresher:
         sizes = self.sizes_of(weights)
         # chosen when they were due, or by a refresh by hand or under another schedule since
         chosen = [sizes.at(each) for each in (sizes.timeline.last_choice(step), step)]
-        expected = [any(counts[each.name][1] > counts[each.name][0] for each in weights) for counts in chosen]
-        found = {weight.is_exploring for weight in weights if weight.can_explore}
-        if all_trained:
-            found = {any(found)}
-        return not found or not found.isdisjoint(expected)
+        can_explore = [weight for weight in weights if weight.can_explore]
+        varying = [weight for weight in can_explore if weight.sizes_change]
+        for counts in chosen:
+            asked = {weight: counts[weight.name][1] > counts[weight.name][0] for weight in can_explore}
+            fitting = [weight.is_exploring == asked[weight] for weight in can_explore if not weight.sizes_change]
+            if varying:
+                fitting.append(any(weight.is_exploring for weight in varying) == any(asked[each] for each in varying))
+            if all(fitting) or (not all_trained and any(fitting)):
+                break
+        else:
+            return False
+        return not all_trained or self._are_as_dense(weights, chosen)
+
+    def _are_as_dense(self, weights: Sequence[SparseWeight], chosen: Sequence[Counts]) -> bool:
+        """Return whether a ramp has not left any of the weights behind; one that no optimizer held has no refreshes."""
+        if self.sizes.timeline.ramp is None or self.sizes.allocation.distribution == "global":
+            return True
+        for weight in weights:
+            least, *_, most = sorted(counts[weight.name][0] for counts in chosen)
+            slack = _SLACK * weight.size  # of blocks that differ in size
+            if not least - slack <= int(weight.active_entries) <= most + slack:
+                return False
+        return True
 
     def after_step(self, weights: Sequence[SparseWeight], step: int) -> None:
         """Refresh these weights, or start or apply a selection, if one is due after `step` optimizer steps."""

@@ -1,6 +1,6 @@
 """λ of every weight, which may follow from the learning rate of its optimizer."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 from torch.optim import Optimizer
 
@@ -26,9 +26,9 @@ class Strengths:
         """The shrinkage from which λ is worked out, if the penalty has one."""
         return self._penalty.shrinkage if isinstance(self._penalty, L2) else None
 
-    def are_known(self, weights: Collection[SparseWeight]) -> bool:
-        """Return whether λ of all of these was set for good."""
-        return self._known.issuperset(weights)
+    def unknown(self, weights: Iterable[SparseWeight]) -> set[SparseWeight]:
+        """Return those of the weights whose λ was not set for good yet."""
+        return set(weights) - self._known
 
     def set(self, optimizers: Iterable[Optimizer], held: Iterable[SparseWeight]) -> None:
         """Set λ of all weights but those for which this is done already.

@@ -131,7 +131,7 @@ class SparseWeight(ABC):
         # changes whenever the sets or their order in memory change; key of results computed from them
         self.version = 0
         self.orders = Orders()
-        # what was replaced by other values since the last step or refresh, and was not put back: the earliest first
+        # what was replaced by other values since the last step or refresh, the earliest first
         self.replaced: list[Before] = []
         self._writes = WriteWatch()
         self._note_own_write()
@@ -383,28 +383,38 @@ class SparseWeight(ABC):
     def _put(self, theta: Tensor, tiers: Tensor) -> None:
         """Replace θ and the sets."""
 
-    def replace(self, theta: Tensor, tiers: Tensor, before: Before, like: Before | None) -> None:
+    def replace(
+        self, theta: Tensor, tiers: Tensor, before: Before, like: Before | None, was_written: bool = False
+    ) -> None:
         """Replace θ and the sets by those of other values; the optimizer's state is moved before it is used.
 
         Args:
             theta: for a sharded weight this process' part.
             tiers: the entries' tiers, likewise.
-            before: what `before` has returned before the other values were written.
-            like: `before` or one of `replaced`, if the sets and θ outside A are those of it; all else is put back too.
+            before: what `before` has returned before the other values were loaded, or after they were written.
+            like: `before` or one of `replaced`, if the sets and θ outside A are those of it, so that all else is too.
+            was_written: whether `before` has their α.
         """
         self.orders.replace(self.units)
+        if like is not None:
+            self._never_active = like.never_active.clone()
         self._put(theta, tiers)
         if like is None:
             self.load_count = (self.replaced or [before])[0].load_count + 1
             self.record_first_reservoir()
-            if self.was_trained:
-                self.replaced.append(before)
-                del self.replaced[1 : 1 - _KEPT]  # what the last step has left is put back most often
+        else:
+            self.orders.present, self.load_count, self.first_reservoir = (
+                like.order,
+                like.load_count,
+                like.first_reservoir,
+            )
+        if like is before or not self.was_trained:
             return
-        self.orders.present, self.load_count = like.order, like.load_count
-        self._never_active, self.first_reservoir = like.never_active.clone(), like.first_reservoir
-        if like is not before:  # nor is what has replaced it known any longer
-            del self.replaced[next(at for at, each in enumerate(self.replaced) if each is like) :]
+        at = next((at for at, each in enumerate(self.replaced) if each.order == before.order), len(self.replaced))
+        known = self.replaced[at : at + 1]
+        del self.replaced[at : at + 1]
+        self.replaced.insert(0 if at == 0 else len(self.replaced), known[0] if known and was_written else before)
+        del self.replaced[1 : 1 - _KEPT]  # what the last step has left is put back most often
 
     # --- state ----------------------------------------------------------------------------------------------------
 

@@ -9,36 +9,50 @@ from lightning_topkast.method.selection import ACTIVE, RESERVOIR, drawn
 from lightning_topkast.weights.base import Before, SparseWeight
 
 
-def replace(weight: SparseWeight, values: Tensor, before: Before) -> None:
+def replace(weight: SparseWeight, values: Tensor, before: Before, was_written: bool = False) -> None:
     """Let a weight go on from other values: A has their largest entries, B the largest of θ besides.
 
-    If they are zero outside the present A, or an A that was replaced since the last step, these sets and θ outside it
-    stay or are put back. Where other values that are sparse already are zero, θ of the last step is kept. Ties of zeros
-    are drawn as for the first sets of a run.
+    If they are α of a state that was replaced since the last step, it is put back. If they are zero outside the present
+    A, or one that was replaced, these sets and θ outside it stay or are put back. Where other values that are sparse
+    already are zero, θ of the last step is kept. Ties of zeros are drawn as for the first sets of a run.
 
     Args:
         weight: whose values are replaced.
         values: the other ones; for a sharded weight this process' part.
-        before: what `SparseWeight.before` has returned before they were written.
+        before: what `SparseWeight.before` has returned before they were loaded, or after they were written.
+        was_written: the latter.
 
     Raises:
         NonFiniteScoresError: the values hold NaN or infinity.
     """
-    like = best_fit(weight, values, [before, *weight.replaced])
+    # what was written is in `before` already, so that it tells nothing
+    like = best_fit(weight, values, [*weight.replaced, *([] if was_written else [before])])
     if like is not None:
         theta, tiers = torch.where(like.tiers == ACTIVE, values, like.theta), like.tiers
     else:
         theta, tiers = _sets_of(weight, values, (weight.replaced or [before])[0])
         if weight.clears_dropped:
             theta = theta.masked_fill(tiers == RESERVOIR, 0)
-    weight.replace(theta, tiers, before, like)
+    weight.replace(theta, tiers, before, like, was_written)
 
 
 def best_fit(weight: SparseWeight, values: Tensor, known: Sequence[Before]) -> Before | None:
-    """Return the last of `known` outside whose A `values` are zero; a collective if the weight is sharded."""
-    outside = torch.stack([torch.count_nonzero(values.masked_fill(each.tiers == ACTIVE, 0)) for each in known])
-    fitting = [each for each, count in zip(known, weight.sharding.sum(outside).tolist(), strict=True) if not count]
-    return fitting[-1] if fitting else None
+    """Return the first of `known` whose α `values` are, or else the last outside whose A they are zero, or None.
+
+    This is a collective if the weight is sharded.
+    """
+    if not known:
+        return None
+    counts = []
+    for each in known:
+        active = each.tiers == ACTIVE
+        outside = torch.count_nonzero(values.masked_fill(active, 0))
+        counts += [outside, outside + torch.count_nonzero((values != each.theta) & active)]
+    outsides, differing = weight.sharding.sum(torch.stack(counts)).view(-1, 2).T.tolist()
+    equal, fitting = (
+        [each for each, count in zip(known, counted, strict=True) if not count] for counted in (differing, outsides)
+    )
+    return equal[0] if equal else fitting[-1] if fitting else None
 
 
 def _sets_of(weight: SparseWeight, values: Tensor, before: Before) -> tuple[Tensor, Tensor]:

@@ -369,7 +369,7 @@ class MaskedWeight(SparseWeight):
         # of this process' part, since one process may write alone
         strays = self.own_strays
         if (strays or self._are_put_back) and self.is_as_sparse:
-            replace(self, self._alpha.clone(), self.before())
+            replace(self, self._alpha.clone(), self.before(), was_written=True)
             return 0
         if strays:
             self.restore_sparsity()
@@ -379,7 +379,7 @@ class MaskedWeight(SparseWeight):
     @property
     def _are_put_back(self) -> bool:
         """Whether what other code wrote within A are values of before, which had another A."""
-        if not self.replaced or self.sharding.is_sharded:
+        if not self.replaced or self.sharding.is_sharded or not bool(self._alpha.any()):
             return False
         like = best_fit(self, self._alpha, self.replaced)
         return like is not None and not torch.equal(like.tiers == ACTIVE, self._tiers == ACTIVE)

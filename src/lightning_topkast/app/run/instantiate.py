@@ -150,6 +150,8 @@ def _is_harmless(target: Any, kind: Kind) -> bool:
         return False
     found = getattr(module, name, None)
     home = f"{getattr(found, '__module__', '')}."
+    if "._" in home and not isinstance(found, type):  # such as torchvision's get_model, which calls another function
+        return False
     if isinstance(found, type):
         return issubclass(found, kind.bases) and _lies_in(home, kind.modules)
     return callable(found) and _lies_in(home, kind.functions)

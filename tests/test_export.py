@@ -432,6 +432,33 @@ def test_onnxruntime_computes_what_the_model_does(storage, stored_sparse, tmp_pa
     assert b'File "' not in (tmp_path / "a.onnx").read_bytes(), "it tells of folders on this machine"
 
 
+class Masked(nn.Module):
+    """Takes tokens and a mask of the same shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.inside, self.output = nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, tokens, mask):
+        return self.output(self.inside(self.tokens(tokens)) * mask.unsqueeze(-1)).sum(1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("named", [True, False])
+def test_onnx_file_takes_several_inputs_of_any_length(named, tmp_path):
+    model = Masked().eval()
+    if not named:
+        forward = model.forward
+        model.forward = lambda *inputs: forward(*inputs)
+    example = torch.randint(20, (1, 6)), torch.ones(1, 6)
+    save_onnx(model, example, tmp_path / "a.onnx", any_size=(0, 1))
+    exported = OnnxModel(tmp_path / "a.onnx", threads=1)
+    for batch, length in ((1, 6), (3, 6), (2, 11)):
+        inputs = torch.randint(20, (batch, length)), torch.rand(batch, length).round()
+        with torch.no_grad():
+            torch.testing.assert_close(exported(*inputs), model(*inputs), rtol=1e-5, atol=1e-6)
+
+
 def test_what_torch_cannot_export_to_onnx_is_one_error(tmp_path):
     class Branches(nn.Module):
         def forward(self, input):

@@ -2,8 +2,9 @@
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +21,27 @@ _LARGEST = 2**31 - 2**20  # largest size of the weights in a protobuf, in bytes
 
 
 def save_onnx(
-    model: nn.Module, example: Tensor, path: str | Path, sparse: bool = False, overwrite: bool = False
+    model: nn.Module,
+    example: Tensor | Sequence[Tensor],
+    path: str | Path,
+    sparse: bool = False,
+    overwrite: bool = False,
+    any_size: Sequence[int] = (0,),
 ) -> None:
     """Write a model in evaluation mode as an ONNX file for batches of any size.
 
     Args:
-        model: takes one tensor and returns one; it is not changed.
-        example: an input (batch, ...) with a batch size of at least 1.
+        model: takes tensors and returns one; it is not changed.
+        example: an input (batch, ...) with a batch size of at least 1, or a list of all inputs in their order.
         path: of the file.
         sparse: store sparse weights as the values and places of their non-zero entries, from which standard operators
             make the weights. The file is small; onnxruntime makes the weights dense once, when it loads the file.
         overwrite: whether the file may exist already.
+        any_size: dimensions that may have other sizes than in the example, of all inputs that have them: (0, 1) for
+            texts of any length. Sizes that are equal in the example stay equal; all but the batch must be at least 2.
 
     Raises:
-        TopKastError: PyTorch cannot export the model for every batch size; the model does not fit one file of 2 GiB;
+        TopKastError: PyTorch cannot export the model for every size; the model does not fit one file of 2 GiB;
             the file exists; the extra `export` is not installed.
     """
     check_target(Path(path), overwrite)
@@ -42,19 +50,21 @@ def save_onnx(
     if (size := nbytes(tensors_of(model))) > _LARGEST:
         raise TopKastError(f"expected at most 2 GiB of weights, the limit of an ONNX file, got {size:,} bytes")
     plain = dense_copy(model).cpu().eval()
-    inputs = (
-        example.cpu() if len(example) > 1 else torch.cat([example.cpu()] * 2)
-    )  # torch.export treats a batch size of 1 as a constant
+    inputs = [each.cpu() for each in ([example] if isinstance(example, Tensor) else example)]
+    if all(len(each) == 1 for each in inputs):  # which torch.export treats as a constant
+        inputs = [torch.cat([each] * 2) for each in inputs]
+    names = ["input"] if len(inputs) == 1 else [f"input{number}" for number in range(1, len(inputs) + 1)]
+    sizes = [{at: _dimension(at, each.shape[at]) for at in any_size if at < each.dim()} for each in inputs]
     try:
         with _quiet():
             program = torch.onnx.export(
                 plain,
-                (inputs,),
+                tuple(inputs),
                 dynamo=True,
                 verbose=False,
-                input_names=["input"],
+                input_names=names,
                 output_names=["output"],
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                dynamic_shapes=tuple(sizes) if _takes_each(plain) else (tuple(sizes),),
             )
     except Exception as error:  # many classes, with messages of several pages
         raise TopKastError(f"PyTorch cannot export this {type(model).__name__} to ONNX: {_reason(error)}") from error
@@ -86,12 +96,24 @@ class OnnxModel:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's errors have no common class
             raise TopKastError(f"onnxruntime cannot load {path}: {_reason(error)}") from error
-        (self._input,) = (each.name for each in self._session.get_inputs())
+        self._inputs = [each.name for each in self._session.get_inputs()]
 
-    def __call__(self, input: Tensor) -> Tensor:
-        """`input` (batch, ...) → output of the model."""
-        (output,) = self._session.run(None, {self._input: input.detach().cpu().contiguous().numpy()})
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """`inputs` (batch, ...) → output of the model."""
+        given = [each.detach().cpu().contiguous().numpy() for each in inputs]
+        (output,) = self._session.run(None, dict(zip(self._inputs, given, strict=True)))
         return torch.from_numpy(output)
+
+
+def _dimension(at: int, size: int) -> Any:
+    """Return what stands for a dimension of any size: the same for equal sizes at the same place."""
+    return torch.export.Dim("batch" if at == 0 else f"size{at}_{size}")
+
+
+def _takes_each(model: nn.Module) -> bool:
+    """Return whether `forward` names its inputs one by one, and not as `*inputs`."""
+    kinds = [each.kind for each in signature(model.forward).parameters.values()]
+    return Parameter.VAR_POSITIONAL not in kinds
 
 
 def _forget_sources(proto: Any) -> None:

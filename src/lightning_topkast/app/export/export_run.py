@@ -92,7 +92,9 @@ def export(
         )
     else:
         sparse = name == ONNX_SPARSE
-        save_onnx(network, example_input(cfg, network), target, sparse, force)
+        example = example_input(cfg, network)
+        texts = not example.is_floating_point() and example.dim() == 2  # of any length
+        save_onnx(network, example, target, sparse, force, any_size=(0, 1) if texts else (0,))
         stored = {key: "sparse" if sparse and is_sparse(tensor) else "dense" for key, tensor in state.items()}
     _print_sizes(console, state, stored, target)
     if not check:

@@ -328,3 +328,18 @@ def test_full_disk_stops_the_sweep_in_one_line_that_names_it_and_keeps_what_is_f
     assert f"{tmp_path}/runs" in line
     assert len(started) == len(set(started))
     assert len(results(tmp_path)) >= 1
+
+
+def test_options_of_a_folder_of_ones_own_are_compared(compare, tmp_path):
+    (tmp_path / "conf" / "model").mkdir(parents=True)
+    (tmp_path / "conf" / "model" / "small.yaml").write_text("defaults: [mlp]\nhidden: [4]\n")
+    grid = ["model=small", "seed=0", *(text for text in TINY if not text.startswith("model."))]
+    code, out, err = compare(*grid, "--config-dir", str(tmp_path / "conf"))
+    assert code == 0, err
+    assert rows(out) == {"topkast": "1"}
+
+
+def test_folder_of_ones_own_that_is_missing_is_named(compare):
+    code, _, err = compare("seed=0", *TINY, "--config-dir", "nowhere")
+    assert code == 2
+    assert "--config-dir: there is no folder nowhere" in err

@@ -1,5 +1,7 @@
 """A user's LightningModule in the application: it brings its own optimizer, and the application does not pretend."""
 
+import sys
+
 import pytest
 import torch
 from hydra.utils import instantiate
@@ -80,3 +82,54 @@ def test_run_that_diverged_says_so_and_fails_but_lets_a_sweep_go_on(cli, tmp_pat
     assert code == (0 if sweep else 2), err
     said = [line for line in err.splitlines() if "the run diverged" in line]
     assert len(said) == (2 if sweep else 1)
+
+
+DATA = """
+import torch
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader, TensorDataset
+
+
+class Data(LightningDataModule):
+    def __init__(self, size: int = 16) -> None:
+        super().__init__()
+        self.set = TensorDataset(torch.randn(size, 1, 8, 8), torch.randint(2, (size,)))
+
+    def train_dataloader(self):
+        return DataLoader(self.set, 8)
+
+    val_dataloader = test_dataloader = train_dataloader
+"""
+
+
+@pytest.fixture
+def own_data(tmp_path, monkeypatch):
+    """A module `some_data` in the present folder, and an option of the group `data` in `conf`."""
+    (tmp_path / "some_data.py").write_text(DATA)
+    (tmp_path / "conf" / "data").mkdir(parents=True)
+    (tmp_path / "conf" / "data" / "mine.yaml").write_text("_target_: some_data.Data\nsize: 24\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "some_data", raising=False)
+    return tmp_path
+
+
+@pytest.mark.parametrize("custom", [True, False])
+def test_data_of_ones_own_is_trained_on(cli, own_data, monkeypatch, custom):
+    monkeypatch.syspath_prepend(own_data)
+    how = ["data=custom", "data._target_=some_data.Data"] if custom else ["data=mine", "--config-dir", "conf"]
+    code, _, err = cli(*OWN, *how, "trainer.max_epochs=1", "trainer.log_every_n_steps=1", "hydra.run.dir=run")
+    assert code == 0, err
+    assert (own_data / "run" / "result.json").exists()
+
+
+def test_module_in_the_present_folder_that_python_does_not_find_is_named_with_the_way_out(cli, own_data):
+    code, _, err = cli(*OWN, "data=custom", "data._target_=some_data.Data")
+    assert code == 2
+    assert "begin the command with PYTHONPATH=. so that Python finds 'some_data'" in err.strip().splitlines()[-1]
+
+
+def test_network_for_data_of_unknown_classes_is_told_to_name_them(cli, own_data, monkeypatch):
+    monkeypatch.syspath_prepend(own_data)
+    code, _, err = cli("model=custom", "model._target_=torch.nn.Flatten", "data=custom", "data._target_=some_data.Data")
+    assert code == 2
+    assert "+data.num_classes=10" in err.strip().splitlines()[-1]

@@ -195,12 +195,22 @@ def _explain_instantiation(error: InstantiationException) -> str | None:
     prefix = f"{where.group(1)}: " if where else ""
     cause = error.__cause__
     if cause is None or isinstance(cause, InstantiationException):
-        return prefix + str(error).replace(where.group(0), "") if where else str(error)
+        text = prefix + str(error).replace(where.group(0), "") if where else str(error)
+        return text + _where_to_find(text)
     # Errors of a constructor about its arguments; torch raises RuntimeError for sizes.
     known = (ValueError, TypeError, RuntimeError, OSError, ImportError, AppError)
     if isinstance(cause, (*known, *_misconfiguration())):
-        return prefix + (explain(cause) or str(cause))
+        text = prefix + (explain(cause) or str(cause))
+        return text + _where_to_find(text)
     return None
+
+
+def _where_to_find(text: str) -> str:
+    """Say how to import a module that is in the present folder, where the message says that there is none."""
+    missing = re.search(r"No module named '(\w+)", text)
+    if missing is None or not (Path(missing[1]).is_dir() or Path(f"{missing[1]}.py").is_file()):
+        return ""
+    return f" It is in this folder: begin the command with PYTHONPATH=. so that Python finds '{missing[1]}'"
 
 
 def _explain_config(error: HydraException | OmegaConfBaseException, config_name: str) -> str:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import lightning_topkast
 from lightning_topkast.app.errors import CONFIG_NAME, let_errors_through, one_line_errors, quiet_broken_pipe
+from lightning_topkast.app.overrides import split_options
 from lightning_topkast.app.terminal import say
 
 
@@ -21,6 +22,12 @@ def console_script(program: str, config_name: str = CONFIG_NAME) -> Iterator[Non
     let_errors_through()
     with quiet_broken_pipe(), one_line_errors(program, config_name):
         yield
+
+
+def options_first() -> None:
+    """Let options stand anywhere in a command line of Hydra's, which reads none behind its overrides."""
+    options, overrides = split_options(sys.argv[1:])
+    sys.argv[1:] = [*options, *overrides]
 
 
 def argument_parser(

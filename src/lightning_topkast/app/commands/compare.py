@@ -32,6 +32,8 @@ def main() -> None:
     with console_script(PROGRAM):
         given = _arguments()
         folder, runs = given.folder.absolute(), given.overrides or given.sweep
+        if given.config_dir and not given.config_dir.is_dir():
+            raise AppError(f"--config-dir: there is no folder {given.config_dir}")
         if given.jobs and not runs:
             raise AppError(f"--jobs {given.jobs} needs something to run: give overrides, or --sweep NAME")
         if not runs and not folder.is_dir():
@@ -41,20 +43,22 @@ def main() -> None:
 
         project = given.wandb
         if runs:
-            project = project or run_sweep(folder, given.overrides, given.sweep, given.jobs)
+            project = project or run_sweep(folder, given.overrides, given.sweep, given.jobs, given.config_dir)
         collected = collect(folder)
         write_tables(collected, folder, project)
         sys.exit(1 if collected.failed else 0)
 
 
 def _arguments() -> argparse.Namespace:
-    usage = f"{PROGRAM} FOLDER [KEY=VALUE ...] [--sweep NAME] [--jobs N] [--wandb PROJECT]"
+    usage = f"{PROGRAM} FOLDER [KEY=VALUE ...] [--sweep NAME] [--jobs N] [--config-dir DIR] [--wandb PROJECT]"
     parser = argument_parser(PROGRAM, _DESCRIPTION, _EXAMPLES, usage)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder of the runs and the tables")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="a grid of overrides to run")
     parser.add_argument("--sweep", metavar="NAME", help="a YAML file with grids to run, by its path or the name of one "
                         "in the package; overrides apply to all grids")  # fmt: skip
     parser.add_argument("--jobs", type=_count, metavar="N", help="parallel runs on this machine (joblib)")
+    parser.add_argument("--config-dir", type=Path, metavar="DIR", help="a folder of your own configurations, as for "
+                        "topkast-train")  # fmt: skip
     parser.add_argument("--wandb", metavar="PROJECT", help="also log the tables to W&B (offline unless logged in); "
                         "the default if the runs log to it")  # fmt: skip
     return parser.parse_intermixed_args()

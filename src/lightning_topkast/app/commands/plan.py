@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import hydra
 from omegaconf import DictConfig
 
-from lightning_topkast.app.commands.common import console_script
+from lightning_topkast.app.commands.common import console_script, options_first
 from lightning_topkast.app.errors import CONFIG_MODULE, AppError, did_you_mean
 from lightning_topkast.app.formatting import csv_cell
 from lightning_topkast.app.terminal import say
@@ -62,6 +62,7 @@ def main() -> None:
     with console_script(PROGRAM, CONFIG_NAME):
         if {"-m", "--multirun"} & set(sys.argv):  # Hydra would create a folder for the sweep
             raise AppError("topkast-plan plans a single run: leave out -m, and plan the runs of a sweep one by one")
+        options_first()
         _run()
 
 

@@ -7,7 +7,7 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from lightning_topkast.app.commands.common import console_script
+from lightning_topkast.app.commands.common import console_script, options_first
 from lightning_topkast.app.errors import CONFIG_MODULE, CONFIG_NAME
 
 PROGRAM = "topkast-train"
@@ -27,6 +27,7 @@ def main() -> None:
     with console_script(PROGRAM):
         arguments = sys.argv[1:]
         if not any(text.startswith(("--resume", "--trust")) for text in arguments):
+            options_first()
             _run()
             return
         from lightning_topkast.app.run.resume import kept_if_refused, resumed

@@ -46,13 +46,15 @@ class ClassificationTask(LightningModule):
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
         scheduler: Callable[..., Any] | None = None,
         *,
-        num_classes: int,
+        num_classes: int | None,
         label_smoothing: float = 0.0,
         bits_per_byte: bool = False,
         perplexity: bool = False,
         channels_last: bool = False,
     ) -> None:
         super().__init__()
+        if num_classes is None:
+            raise AppError("the number of classes is not known: add it to the data, +data.num_classes=10")
         self.net = net
         self.channels_last = channels_last and any(isinstance(module, nn.Conv2d) for module in net.modules())
         if self.channels_last:

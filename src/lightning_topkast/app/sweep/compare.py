@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_topkast.app.errors import AppError
+from lightning_topkast.app.overrides import quoted
 from lightning_topkast.app.run_folder.folder import only_run_in
 from lightning_topkast.app.sweep.collect import Collected
 from lightning_topkast.app.sweep.expand import Sweep, expand, read_sweep
@@ -24,14 +25,25 @@ from lightning_topkast.files import atomic_file
 NAME = "comparison"
 
 
-def run_sweep(folder: Path, overrides: Sequence[str], sweep: str | None, jobs: int | None) -> str | None:
+def run_sweep(
+    folder: Path, overrides: Sequence[str], sweep: str | None, jobs: int | None, config_dir: Path | None = None
+) -> str | None:
     """Run what is missing of a sweep in `folder`, and return the W&B project that the runs log to, if there is one.
+
+    Args:
+        folder: Folder of the sweep.
+        overrides: Overrides of the command line, of runs and of Hydra's own settings.
+        sweep: Name of a sweep, or path of its file.
+        jobs: Number of parallel runs, with joblib; None leaves it to `overrides`.
+        config_dir: A folder of the user's own configurations.
 
     Raises:
         AppError: The sweep or an override is not valid, or the runs cannot be launched.
     """
     own = [override for override in overrides if override.lstrip("+~").startswith(("hydra.", "hydra/"))]
     rest = [override for override in overrides if override not in own]
+    if config_dir is not None:
+        own = [f"hydra.searchpath=[{quoted(f'file://{config_dir.absolute()}')}]", *own]
     grids = read_sweep(sweep) if sweep else Sweep([[]])
     with hydra_configs(), only_run_in(folder, "topkast-compare"):
         launcher = Launcher(folder, own, jobs)

@@ -7,6 +7,7 @@ from itertools import permutations
 
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from lightning_topkast import Schedule, TopKast, TopKastError
 from tests.helpers import MIDDLE, batches, check_sparse, fit, make_callback, make_net, make_trainer, same
@@ -218,6 +219,19 @@ def test_saving_changes_no_state_and_saves_what_fits(kind):
         each.train(4, seed=7)
     assert same(run.thetas(), other.thetas())
     assert torch.equal(run.momenta(), other.momenta())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_step_that_only_makes_the_state_for_a_checkpoint_counts_for_none(kind):
+    run = Run(kind)
+    before = run.thetas()
+    get_optimizer_state_dict(run.model, run.optimizer)
+    assert run.topkast.step_count == 0
+    assert torch.equal(run.weight.theta(), before["2.weight"])
+    run.model(torch.ones(4, 6)).square().mean().backward()
+    run.optimizer.step(closure=None)
+    assert run.topkast.step_count == 1
+    assert not torch.equal(run.weight.theta(), before["2.weight"])
 
 
 @pytest.mark.parametrize("kind", KINDS)

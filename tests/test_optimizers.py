@@ -189,6 +189,16 @@ class Second(torch.optim.SGD):
         return super().step(closure)
 
 
+class Paired(torch.optim.SGD):
+    """Keeps two numbers for each weight."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter].setdefault("pair", torch.ones(2))
+        return super().step(closure)
+
+
 class Copies(torch.optim.SGD):
     def step(self, closure=None):
         for group in self.param_groups:
@@ -222,6 +232,10 @@ class Relative(torch.optim.SGD):
         (lambda p: Slow(torch.optim.SGD(p, lr=0.1)), r"Slow keeps a tensor in the shape of '2.weight' in its 'slow'"),
         (lambda p: Lookahead(torch.optim.SGD(p, lr=0.1)), r"Lookahead cannot train sparse weights: it keeps a copy"),
         (lambda p: Second(p, lr=0.1), r"Second keeps a tensor of shape .* of '2.weight' as 'left'.*register_optimizer"),
+        (
+            lambda p: Paired(p, lr=0.1),
+            r"Paired keeps a tensor of shape \(2,\) of '2.weight' as 'pair'.*register_optimizer",
+        ),
         (lambda p: Copies(p, lr=0.1), r"Copies keeps a value for every entry of '2.weight' as 'z'.*register_optimizer"),
         (lambda p: Swaps(p, lr=0.1), r"Swaps swaps the weights by its train\(\) and eval\(\)"),
     ],
@@ -342,12 +356,13 @@ def test_state_of_a_known_class_of_another_library_begins_at_zero_again(name, ke
     assert torch.allclose(packed.theta(), weight.theta(), atol=1e-5)
 
 
-def test_matrix_of_lars_is_reset_in_masked_storage():
-    topkast, optimizer = trained(keeping("LARS", {"mu": 0.0}), steps=9)
+@pytest.mark.parametrize(("name", "key"), [("LARS", "mu"), ("AdamP", "exp_avg"), ("Aida", "exp_avg")])
+def test_class_of_another_library_that_looks_at_whole_weights_trains_masked_only(name, key):
+    topkast, optimizer = trained(keeping(name, {key: 0.0}), steps=9)
     weight = topkast.weights["2.weight"]
-    assert not optimizer.state[weight.parameter]["mu"][~weight.updated].any()
-    with pytest.raises(TopKastError, match="LARS looks at the shape of a weight"):
-        trained(keeping("LARS", {"mu": 0.0}), "packed")
+    assert not optimizer.state[weight.parameter][key][~weight.updated].any()
+    with pytest.raises(TopKastError, match=f"{name} looks at the shape of a weight"):
+        trained(keeping(name, {key: 0.0}), "packed")
 
 
 def thirds() -> dict:

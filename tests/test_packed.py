@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_topkast import Packed, Targets, TopKast, TopKastError, to_csr, to_dense
-from lightning_topkast.engine import refresh
+from lightning_topkast import Block, Packed, Targets, TopKast, TopKastError, to_csr, to_dense
+from lightning_topkast.engine import install, refresh
 from lightning_topkast.engine.materialize import materialize
 from lightning_topkast.layers.csr import CsrLinear
 from lightning_topkast.method.selection import nested_top_k
@@ -599,6 +599,24 @@ def test_auto_packs_where_it_is_faster(width, pair, kept):
     model = nn.Sequential(*(nn.Linear(width, width) for _ in range(3)))
     topkast = TopKast(model, *pair, storage=Packed(kernels="torch", products="auto"))
     assert {weight.storage for weight in topkast.weights.values()} == {kept}
+
+
+def test_auto_packs_denser_weights_where_compiled_kernels_are_to_be_had(monkeypatch):
+    """PyTorch's kernels are slower than a dense product at these densities."""
+    kept = {}
+    for kernels in ("torch", "compiled"):
+        monkeypatch.setattr(install, "choose_kernels", lambda *_, chosen=kernels: chosen)
+        model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(3)))
+        (weight,) = TopKast(model, 0.8, 0.6, storage="auto").weights.values()
+        kept[kernels] = weight.storage
+    assert kept == {"torch": "compact", "compiled": "packed"}
+
+
+def test_kernels_for_blocks_that_were_asked_for_are_those_of_the_layer():
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3)))
+    TopKast(model, 0.75, 0.5, structure=Block(16, 16), storage=Packed(kernels="triton"))
+    with pytest.raises(TopKastError, match="kernels='triton' is not available"):  # on a CPU
+        model(torch.ones(16, 64))
 
 
 def test_frozen_weights_stay_frozen():

@@ -66,6 +66,16 @@ def test_sets_hold_the_rounded_share_of_each_weight():
     }
 
 
+def test_one_active_entry_is_enough_and_none_is_refused():
+    def small():
+        return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+
+    (weight,) = TopKast(small(), 0.95, 0.9).weights.values()
+    assert int(weight.active.sum()) == 1
+    with pytest.raises(TopKastError, match=r"weight '1.weight' has 16 entries, too few for one active entry"):
+        TopKast(small(), 0.97, 0.9)
+
+
 def test_an_override_applies_to_what_it_matches_and_erk_shares_the_rest():
     topkast = TopKast(
         mlp(),

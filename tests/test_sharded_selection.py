@@ -1,16 +1,27 @@
-"""Selection over parts that see each other's counts only: the sets are those of the whole, entry for entry."""
+"""Selection over parts that see each other's counts only: the sets are those of the whole, entry for entry.
+
+And training of weights that are sharded over a single process, which needs no others.
+"""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard
 
+from lightning_topkast import TopKastError
+from lightning_topkast.baselines import RigL
 from lightning_topkast.method import sharded_selection
 from lightning_topkast.method.selection import SAMPLE, NonFiniteScoresError, nested_top_k
 from lightning_topkast.method.sharded_selection import nested_top_k_of_shards
+from tests.helpers import same
+from tests.shards import Bag, Experts, gathered, run, shard
 
 
 class Parts:
@@ -151,3 +162,35 @@ def test_every_part_refuses_what_is_not_finite_in_one(value, size):
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(work, range(2)))
     assert sorted(refused) == [0, 1]
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    """Of this process alone; tests/test_shards.py has several."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("make", [Bag, lambda: nn.Sequential(Experts())], ids=["matrices", "experts"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"penalty": "norm"},
+        {"structure": "block", "block": [2, 3]},
+        {"structure": "2:4", "forward_sparsity": 0.5, "backward_sparsity": 0.25},
+        {"rule": RigL(0.6), "backward_sparsity": 0.75, "strength": None, "stop_updating_at": 100},
+    ],
+    ids=str,
+)
+def test_weights_that_are_sharded_over_one_process_train_as_whole_ones(options, make, mesh):
+    whole, _ = run(make(), 8, **options)
+    sharded, _ = run(shard(make(), mesh, lambda dims: [Shard(0)]), 8, **options)
+    assert all(weight.sharding.is_sharded for weight in sharded.weights.values())
+    assert same(gathered(whole), gathered(sharded))
+
+
+def test_experts_whose_matrices_are_sharded_are_refused(mesh):
+    with pytest.raises(TopKastError, match="'0.weight' of shape .* is a stack of matrices .* shard only its first"):
+        run(shard(nn.Sequential(Experts()), mesh, lambda dims: [Shard(1)]), 0)

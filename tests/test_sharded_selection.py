@@ -192,5 +192,5 @@ def test_weights_that_are_sharded_over_one_process_train_as_whole_ones(options, 
 
 
 def test_experts_whose_matrices_are_sharded_are_refused(mesh):
-    with pytest.raises(TopKastError, match="'0.weight' of shape .* is a stack of matrices .* shard only its first"):
+    with pytest.raises(TopKastError, match=r"'0.weight' of shape .* is a stack of matrices .* shard only its first"):
         run(shard(nn.Sequential(Experts()), mesh, lambda dims: [Shard(1)]), 0)

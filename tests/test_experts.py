@@ -384,6 +384,19 @@ def test_loaded_weights_are_chosen_again_in_every_expert():
     assert (sizes(weight.active), sizes(weight.updated)) == ([24] * EXPERTS, [48] * EXPERTS)
 
 
+@pytest.mark.parametrize("storage", ["masked", "compact"])
+def test_zeros_that_are_loaded_are_drawn_in_every_expert_as_for_a_run_that_begins_with_them(storage):
+    values = torch.zeros(4, 5, 7)
+    values[:, 2, :3] = 1.0
+    trained, begun = Own("theta", 4, 5, 7), Own("theta", 4, 5, 7)
+    begun.load_state_dict({"theta": values})
+    run, other = (Run(model=module, storage=storage, include=["theta"]) for module in (trained, begun))
+    trained.load_state_dict({"theta": values})
+    active = run.topkast.weights["theta"].active
+    assert torch.equal(active, other.topkast.weights["theta"].active)
+    assert not torch.equal(active[0], active[1])
+
+
 def test_packed_products_leave_experts_compact():
     run = Run(storage=Packed(kernels="torch", unsupported="error"))
     assert {name: weight.storage for name, weight in run.topkast.weights.items()} == {

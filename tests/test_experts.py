@@ -405,9 +405,24 @@ def test_packed_products_leave_experts_compact():
     assert run.model.experts._parameters["up"].numel() == 48 * EXPERTS
 
 
-def test_a_dense_weight_is_made_once_per_pass_though_every_expert_reads_it(monkeypatch):
-    model = Run(storage="compact").model
-    layer = model.experts
+class Beside(Experts):
+    """Holds a matrix before its stacks."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.scale = nn.Parameter(torch.randn(WIDTH, WIDTH) / 3)
+        stacks = Experts()
+        self.up, self.down = stacks.up, stacks.down
+
+    def forward(self, x, shares):
+        return super().forward(x @ self.scale, shares)
+
+
+@pytest.mark.parametrize(("make", "weights"), [(Experts, 2), (Beside, 3)])
+def test_a_dense_weight_is_made_once_per_pass_though_every_expert_reads_it(make, weights, monkeypatch):
+    model = Mixture()
+    model.experts = make()
+    layer = Run(model=model, storage="compact", include=["experts.*"]).model.experts
     assert isinstance(layer, SparseLayer)
     first, again = layer.up, layer.up
     assert first is not again  # outside a pass nothing is kept
@@ -418,7 +433,7 @@ def test_a_dense_weight_is_made_once_per_pass_though_every_expert_reads_it(monke
     monkeypatch.setattr(kind, "unpack", lambda layout, values: made.append(1) or unpack(layout, values))
     for passes in (1, 2):
         layer(x, shares)
-        assert len(made) == 2 * passes  # one of each weight
+        assert len(made) == weights * passes
     assert "unpacked" not in layer.__dict__
 
 

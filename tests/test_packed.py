@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_topkast import Block, Packed, Targets, TopKast, TopKastError, to_csr, to_dense
 from lightning_topkast.engine import install, refresh
 from lightning_topkast.engine.materialize import materialize
+from lightning_topkast.layers import packed_weights
 from lightning_topkast.layers.csr import CsrLinear
 from lightning_topkast.method.selection import nested_top_k
 from lightning_topkast.weights import EntryState, PackedWeight, Traits
@@ -317,6 +318,17 @@ def test_plain_state_dict_loads_into_a_packed_model(storage):
     assert torch.equal(weight.theta(), state["2.weight"])
 
 
+@pytest.mark.parametrize("missing", ["2.weight", "2.bias"])
+@executions
+def test_what_a_state_dict_lacks_is_named(missing, storage):
+    run = Run(storage)
+    state = run.model.state_dict()
+    del state[missing]
+    with pytest.raises(RuntimeError, match=rf'Missing key\(s\) in state_dict: "{missing}"'):
+        run.model.load_state_dict(state)
+    assert run.model.load_state_dict(state, strict=False).missing_keys == [missing]
+
+
 def test_weights_that_are_not_finite_are_refused_also_where_the_sets_would_stay():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 2))
@@ -382,6 +394,29 @@ def test_a_copy_is_a_model_of_its_own(kind, way):
     assert all(p.grad is not None for n, p in other.named_parameters() if n in run.topkast.weights)
 
 
+@pytest.mark.parametrize(
+    "way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+@pytest.mark.filterwarnings("ignore:.* was copied while it is trained")
+@executions
+def test_tied_weights_are_one_packed_weight_in_a_copy_too(way, storage):
+    model = Run(storage, make_model=Tied, inputs=(5, 6)).model
+    for each in (model, way(model)):
+        assert "two.weight" not in dict(each.named_parameters())
+        assert list(packed_weights(each)) == ["one.weight"]
+
+
+@pytest.mark.parametrize("kind", ["convolutions", "gpt2", "encoder"])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace")
+def test_a_trace_computes_what_the_layers_do(kind):
+    make_model, inputs, _, options = MODELS[kind]
+    run = Run("packed", make_model=make_model, inputs=inputs, **options)
+    run.step(4)
+    x, other = torch.randn(2, 4, *inputs, dtype=torch.float64)
+    traced = torch.jit.trace(run.model, x)
+    torch.testing.assert_close(traced(other), run.model(other))
+
+
 def test_release_gives_theta_back():
     run = Run("packed")
     run.step(12)
@@ -391,10 +426,12 @@ def test_release_gives_theta_back():
     assert torch.equal(run.model[2].weight.detach(), theta)
 
 
-def test_summary_says_how_each_weight_is_kept():
+def test_summary_and_printed_model_say_how_each_weight_is_kept():
     run = Run("packed", make_model=convolutional, inputs=(3, 9, 9), block=(2, 1))
     lines = str(run.topkast.summary()).splitlines()
     assert {line.split()[-1] for line in lines if ".weight " in line and "dense" not in line} == {"packed", "compact"}
+    assert "(2): CompactConv2d(" in str(run.model)
+    assert "(4): PackedConv2d(" in str(run.model)
 
 
 # --- weights that are loaded in the middle -------------------------------------------------------------------------

@@ -198,6 +198,14 @@ def test_triton_that_cannot_be_had_is_refused_with_the_way_out(monkeypatch, has_
         choose_block_kernels("triton", torch.device(device), block, dtype)
 
 
+def test_product_by_kernels_that_cannot_be_had_says_what_it_was_given(monkeypatch):
+    monkeypatch.setattr(choice, "_triton_version", lambda: "3.4.0")
+    pattern = pattern_of(torch.tensor([[2, 1]], dtype=torch.uint8), (16, 32))
+    input, values = torch.ones(3, 64, dtype=torch.float64), torch.ones(2, 16, 32, dtype=torch.float64)
+    with pytest.raises(TopKastError, match=r"kernels='triton' is not available: .*got torch\.float64"):
+        block_sparse_linear(input, values, None, pattern, "triton")
+
+
 def test_auto_falls_back_to_torch_on_a_gpu_without_triton(monkeypatch):
     monkeypatch.setattr(choice, "_triton_version", lambda: "")
     assert choose_block_kernels("auto", torch.device("cuda"), (32, 32), torch.float32) == "torch"

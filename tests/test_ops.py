@@ -616,7 +616,7 @@ def test_libraries_of_another_torch_machine_command_or_source_are_not_loaded(
     assert len([*compiled._cache().glob("*.so")]) == 2
 
 
-def test_libraries_that_do_not_load_are_built_again(unloaded, compiler, monkeypatch):
+def test_libraries_that_do_not_load_are_built_again_and_the_log_says_why(unloaded, compiler, monkeypatch, caplog):
     choose_kernels("compiled", CPU)
     monkeypatch.setattr(compiled, "_obstacle", None)
     outcomes = iter([OSError("another libc"), None])
@@ -626,8 +626,10 @@ def test_libraries_that_do_not_load_are_built_again(unloaded, compiler, monkeypa
             raise outcome
 
     monkeypatch.setattr(torch.ops, "load_library", load)
-    assert choose_kernels("compiled", CPU) == "compiled"
+    with caplog.at_level("INFO", logger=compiled.__name__):
+        assert choose_kernels("compiled", CPU) == "compiled"
     assert len(compiler.read_text().splitlines()) == 2
+    assert "again, since it cannot be loaded: another libc" in caplog.text
 
 
 def _owned_by(monkeypatch, *paths):

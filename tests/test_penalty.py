@@ -3,13 +3,16 @@
 import copy
 import math
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
 
 from lightning_topkast import L1, L2, Norm, Targets, TopKast, TopKastError
+from lightning_topkast.weights.shrinkage import Shrinkage
 from tests.helpers import nouns
+from tests.test_sharded_selection import Parts
 
 
 @pytest.mark.parametrize("penalty", [L2(strength=1.0), L1(1.0), Norm(1.0)])
@@ -278,8 +281,6 @@ def test_no_step_takes_more_than_the_shrinkage_whatever_the_scheduler_does(monke
 
 def pretend_a_gpu(monkeypatch):
     """Let the learning rate take the way of one on a GPU, where reading a tensor is an error."""
-    from lightning_topkast.weights.shrinkage import Shrinkage
-
     limit = Shrinkage.limit
 
     class OnGpu(torch.Tensor):
@@ -356,3 +357,26 @@ def test_value_of_16_bit_parameters_is_finite(penalty, dtype):
     assert float(penalty.value(values, lambda part: part)) == pytest.approx(float(penalty.value(values)))
     shrunk = penalty.shrink_(values.clone(), 1.0, lambda part: part) if isinstance(penalty, Norm) else None
     assert shrunk is None or torch.isfinite(shrunk).all()
+
+
+@pytest.mark.parametrize("penalty", [L2(strength=0.2), L1(strength=0.2), Norm(strength=0.2)], ids=str)
+def test_parts_of_a_sharded_weight_lose_what_the_whole_would(penalty):
+    """The first part loses all of its active values by L1, but the weight does not."""
+    active, exploring = torch.tensor([[0.01, -0.01], [3.0, 4.0]]), torch.tensor([[1.0, -2.0], [0.5, 0.25]])
+
+    def shrunk(active, exploring, total=None):
+        shrinkage = Shrinkage(penalty, 0.5)
+        shrinkage.strength = penalty.strength
+        value = shrinkage.value(active, exploring, total)
+        for values, explores in ((active, False), (exploring, True)):
+            shrinkage.apply_(values, explores, 0.1, total)
+        return value, active, exploring, shrinkage.was_emptied
+
+    value, *whole, _ = shrunk(active.flatten().clone(), exploring.flatten().clone())
+    parts = Parts(2)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda at: shrunk(active[at].clone(), exploring[at].clone(), parts.total(at)), range(2)))
+    for each in found:
+        torch.testing.assert_close(each[0], value)
+        assert not each[3]
+    torch.testing.assert_close([torch.cat(halves) for halves in list(zip(*found, strict=True))[1:3]], whole)

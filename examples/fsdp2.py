@@ -1,6 +1,6 @@
 """Shard the weights, the masks and the optimizer over two processes (FSDP2). Run: python examples/fsdp2.py
 
-On GPUs: accelerator="gpu", devices=8, and precision="bf16-true" if you like.
+On GPUs: accelerator="gpu", devices=8, and precision="bf16-mixed" if you like.
 """
 
 import lightning as L

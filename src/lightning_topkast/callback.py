@@ -30,7 +30,7 @@ class TopKastCallback(Callback):
     """Train a network that is always sparse (Top-KAST, Jayakumar et al. 2020, arXiv 2106.03517).
 
     Add it to the Trainer; the LightningModule needs no change. Between optimizer steps the module's own weights are the
-    sparse network, so validation, checkpoints and exports do not depend on this package.
+    sparse network, so that checkpoints and exports do not depend on this package; packed layers do, until `to_dense`.
 
     Args:
         settings: given as the arguments of `Settings`; `TopKast` takes the same.

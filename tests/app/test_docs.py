@@ -23,7 +23,7 @@ PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / 
 PROGRAMS = {"topkast-train": train.main, "topkast-plan": plan.main, "topkast-compare": compare.main}
 _FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _COMMAND = re.compile(r"(?:^|\s)(topkast-(?:train|plan|compare)(?:\s.*)?)$")
-_OPTIONS_WITH_VALUE = {"--sweep", "--jobs", "--wandb", "--resume", "--cfg", "--rdzv-id"}
+_OPTIONS_WITH_VALUE = {"--sweep", "--jobs", "--wandb", "--resume", "--cfg", "--rdzv-id", "--config-dir"}
 
 
 def commands(page):
@@ -48,7 +48,7 @@ def overrides_of(words):
     for word in rest:
         if word in _OPTIONS_WITH_VALUE:
             next(rest)
-        elif not word.startswith("-"):
+        elif not word.startswith("-") and not word.endswith("=mine"):  # an option of the reader's own --config-dir
             positional.append(word)
     return positional[1:] if program == "topkast-compare" else positional
 

@@ -76,6 +76,14 @@ def test_the_readme_fits_two_screens():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 130
 
 
+@pytest.mark.parametrize("page", PROSE, ids=lambda page: str(page.relative_to(ROOT)))
+def test_code_of_a_page_fits_its_column(page):
+    """Code that is to be copied; what a program prints may be wider."""
+    blocks = re.findall(r"(?ms)^```(\w*)[^\n]*\n(.*?)^```", page.read_text(encoding="utf-8"))
+    code = [block for language, block in blocks if language in ("", "bash", "python", "yaml", "toml")]
+    assert not [line for block in code for line in block.splitlines() if len(line) > 90]
+
+
 def test_tables_of_settings_are_those_of_the_code():
     page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
     assert re.findall(r"<!-- settings: (\w+) -->", page) == SETTINGS

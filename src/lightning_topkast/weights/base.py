@@ -403,18 +403,21 @@ class SparseWeight(ABC):
             self.load_count = (self.replaced or [before])[0].load_count + 1
             self.record_first_reservoir()
         else:
-            self.orders.present, self.load_count, self.first_reservoir = (
-                like.order,
-                like.load_count,
-                like.first_reservoir,
-            )
+            self.orders.present, self.load_count = like.order, like.load_count
+            self.first_reservoir = like.first_reservoir
         if like is before or not self.was_trained:
             return
-        at = next((at for at, each in enumerate(self.replaced) if each.order == before.order), len(self.replaced))
-        known = self.replaced[at : at + 1]
-        del self.replaced[at : at + 1]
-        self.replaced.insert(0 if at == 0 else len(self.replaced), known[0] if known and was_written else before)
-        del self.replaced[1 : 1 - _KEPT]  # what the last step has left is put back most often
+        self._remember(before, was_written)
+
+    def _remember(self, before: Before, was_written: bool) -> None:
+        """Keep what was replaced: what the last step has left first, which is put back most often, and the latest."""
+        known = [each for each in self.replaced if each.order == before.order]  # at most one
+        kept = known[0] if known and was_written else before
+        if known and known[0] is self.replaced[0]:
+            self.replaced[0] = kept
+        else:
+            self.replaced = [*(each for each in self.replaced if each.order != before.order), kept]
+        del self.replaced[1 : 1 - _KEPT]
 
     # --- state ----------------------------------------------------------------------------------------------------
 

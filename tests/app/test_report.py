@@ -28,6 +28,7 @@ from lightning_topkast.app.run_folder.folder import RunFolder
 from lightning_topkast.app.run_folder.logs import read_curves
 from lightning_topkast.app.run_folder.masks import read_masks
 from lightning_topkast.app.run_folder.result import read_result as read_model
+from lightning_topkast.telemetry.pictures import SET_COLOURS, SET_NAMES
 from tests.app.result_files import read_result, write_result
 
 VOID = {"meta", "br", "img", "link", "hr", "input"}
@@ -210,6 +211,31 @@ def test_page_follows_the_colour_scheme_and_no_figure_is_black_on_black(page):
     assert figures.count("var(--muted)") > 100
     for colour in ("#000000", "#1f2530", "#5d6777"):
         assert colour not in figures
+
+
+def test_sets_have_the_same_colours_in_key_masks_and_histograms_in_both_schemes(page):
+    style = page.source.partition("</style>")[0]
+    drawn = page.source.partition("</style>")[2]
+    for name, colour in zip(SET_NAMES, SET_COLOURS, strict=True):
+        assert colour[3] == 255
+        assert re.findall(rf"--{name}: (#\w+);", style) == ["#" + bytes(colour[:3].tolist()).hex()]
+        assert f"fill: var(--{name})" in drawn
+
+
+def test_legends_lie_beside_what_is_drawn_and_histograms_have_none(run):
+    pytest.importorskip("matplotlib")
+    from lightning_topkast.app.report.figures import curve_figures, histograms
+
+    drawn = {each.name: each.figure for each in curve_figures(read_curves(run), "val/acc")}
+    drawn |= {each.name: each.figure for each in histograms(read_masks(RunFolder(run)).weights)}
+    assert {name for name, figure in drawn.items() if figure.legends} == {
+        "metric-loss", "metric-acc", "sparsity", "mask-change", "learning-rate",
+    }  # fmt: skip
+    for figure in drawn.values():
+        figure.draw_without_rendering()
+        (axes,) = figure.axes
+        assert axes.get_legend() is None
+        assert not any(legend.get_window_extent().overlaps(axes.get_window_extent()) for legend in figure.legends)
 
 
 def test_curves_and_heatmap_show_what_was_logged(run):

@@ -17,6 +17,7 @@ _COLUMNS = 1000  # of a heatmap, at least; up to twice as many
 _PICTURED = 4  # weights whose masks and magnitudes are drawn
 _BAND = ("mask_change_min", "mask_change", "mask_change_max")  # over the weights, around the share of all entries
 _ATTENTION = ("attn", "attention", "in_proj", "q_proj", "k_proj", "v_proj", "query", "key", "value")
+_KEY = "blue: active, orange: exploring, grey: reservoir"
 _TABLE = ("weight", "shape", "entries", "active", "updated", "forward density", "backward density", "kept dense")
 
 
@@ -101,7 +102,7 @@ class Media:
             media[f"topkast/thresholds/{weight.name}"] = Picture(image, "magnitudes by set, and where the sets meet")
             if not weight.sharding.is_sharded:
                 picture = on_white(mask_picture(weight.tiers.cpu().numpy()))
-                media[f"topkast/masks/{weight.name}"] = Picture(picture, "blue: active, orange: exploring")
+                media[f"topkast/masks/{weight.name}"] = Picture(picture, _KEY)
         return media
 
 

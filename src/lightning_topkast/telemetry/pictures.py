@@ -8,8 +8,8 @@ from PIL import Image, ImageDraw
 # dark violet → teal → yellow, readable with colour blindness, like viridis
 _COLOURS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], dtype=float)
 SET_NAMES = ("reservoir", "exploring", "active")  # in the order of their tiers
-# red, green, blue and opacity: a transparent grey, orange and blue
-SET_COLOURS = np.array([(140, 150, 165, 41), (230, 126, 20, 255), (47, 111, 222, 255)], dtype=np.uint8)
+# red, green, blue and opacity: grey, orange and blue, each of another lightness, and legible on white and on black
+SET_COLOURS = np.array([(182, 191, 203, 255), (230, 126, 20, 255), (64, 128, 234, 255)], dtype=np.uint8)
 _BARS = {name: tuple(colour[:3].tolist()) for name, colour in zip(SET_NAMES, SET_COLOURS, strict=True)}
 _LINE = "#c80000"  # of the thresholds between the bars
 
@@ -51,7 +51,7 @@ def _colour(shares: np.ndarray) -> np.ndarray:
 
 
 def mask_picture(tiers: np.ndarray, longest: int = 512) -> Image.Image:
-    """Draw the sets of one weight with opacity: outputs downwards, inputs across, kernels as small blocks.
+    """Draw the sets of one weight: outputs downwards, inputs across, kernels as small blocks with transparent gaps.
 
     Args:
         tiers: 0 reservoir, 1 exploring, 2 active, in the weight's shape.
@@ -62,9 +62,7 @@ def mask_picture(tiers: np.ndarray, longest: int = 512) -> Image.Image:
     # Blocks of many entries would all look grey, so colours are scaled to the block with the most updated entries.
     shares[..., 1:] /= max(float(shares[..., 1:].sum(axis=-1).max()), 1e-6)
     shares[..., 0] = 1 - shares[..., 1:].sum(axis=-1)
-    weights = shares * SET_COLOURS[:, 3]
-    opacity = weights.sum(axis=-1, keepdims=True)
-    pixels = np.concatenate([weights @ SET_COLOURS[:, :3] / opacity, opacity], axis=-1).round().astype(np.uint8)
+    pixels = (shares @ SET_COLOURS.astype(np.float32)).round().astype(np.uint8)
     grow = max(1, longest // max(pixels.shape[:2]))
     pixels = pixels.repeat(grow, axis=0).repeat(grow, axis=1)
     if tiers.ndim > 2 and grow > 1:  # gaps between the kernels
@@ -75,7 +73,7 @@ def mask_picture(tiers: np.ndarray, longest: int = 512) -> Image.Image:
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """Return a picture without opacity, composed on white."""
+    """Return a picture with white gaps."""
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 

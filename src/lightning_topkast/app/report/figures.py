@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -18,7 +19,7 @@ from lightning_topkast.app.run_folder.masks import ACTIVE, EXPLORING, RESERVOIR,
 
 SMALL = (3.7, 2.35)  # inches: as wide as a phone, so that text stays legible there
 _CYCLE = [COLOURS[name] for name in ("active", "exploring", "third", "muted")]
-_TIERS = {RESERVOIR: ("reservoir", "C"), EXPLORING: ("exploring", "B\\A"), ACTIVE: ("active", "A")}
+_TIERS = {RESERVOIR: "reservoir", EXPLORING: "exploring", ACTIVE: "active"}  # their colours
 _PARTS = {
     "train": ("muted", 0.9),
     "val": ("active", 1.6),
@@ -123,8 +124,7 @@ def _histogram(weight: SavedWeight, groups: Mapping[int, np.ndarray], counted: s
     counts = [np.histogram(group, bins=edges)[0] for group in groups.values()]
     axes.stackplot(
         np.repeat(edges, 2)[1:-1], [np.repeat(count, 2) for count in counts],
-        colors=[COLOURS[_TIERS[tier][0]] for tier in groups], labels=[_TIERS[tier][1] for tier in groups],
-        linewidth=0,
+        colors=[COLOURS[_TIERS[tier]] for tier in groups], linewidth=0,
     )  # fmt: skip
     for cut, colour in zip(weight.thresholds(), ("active", "exploring"), strict=True):
         if cut is not None and np.isfinite(cut):
@@ -137,8 +137,7 @@ def _histogram(weight: SavedWeight, groups: Mapping[int, np.ndarray], counted: s
     axes.set_xlabel("|θ|")
     axes.set_ylabel(counted)
     axes.minorticks_off()
-    axes.legend(loc="upper right")
-    return figure
+    return figure  # the page has a key above
 
 
 def _metrics(curves: Mapping[str, Curve], monitor: str | None) -> dict[str, dict[str, str]]:
@@ -170,7 +169,7 @@ def _draw_lines(title: str, lines: Mapping[str, tuple[Curve, str, float]]) -> Fi
         )
     finish(axes, [curve for curve, _, _ in lines.values()])
     if any(lines):
-        axes.legend()
+        add_legend(figure, *axes.get_legend_handles_labels())
     return figure
 
 
@@ -197,7 +196,7 @@ def _draw_band(title: str, steps: np.ndarray, bounds: tuple[np.ndarray, np.ndarr
     axes.plot(*mean, color=COLOURS["active"], drawstyle="steps-post", label=of)
     finish(axes, [(steps, bound) for bound in bounds])
     axes.set_ylim(bottom=0)
-    axes.legend()
+    add_legend(figure, *axes.get_legend_handles_labels())
     return figure
 
 
@@ -207,6 +206,13 @@ def new_axes(title: str) -> tuple[Figure, Axes]:
     axes = figure.add_subplot()
     axes.set_title(title if len(title) <= _LONGEST_TITLE else f"{title[: _LONGEST_TITLE - 1]}…")
     return figure, axes
+
+
+def add_legend(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
+    """Add a legend below the axes, where it covers nothing, and make room for it."""
+    columns = 2 if max(map(len, labels)) > 10 else 4
+    figure.set_size_inches(SMALL[0], SMALL[1] + 0.17 * -(-len(labels) // columns))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
 
 def finish(axes: Axes, curves: Sequence[Curve]) -> None:

@@ -22,7 +22,7 @@ def choose_weights(weights: Sequence[SavedWeight], most: int = 6) -> list[SavedW
 
 
 def draw_mask(weight: SavedWeight) -> bytes:
-    """Return a PNG of a weight's sets on a transparent background."""
+    """Return a PNG of a weight's sets with transparent gaps between kernels."""
     file = io.BytesIO()
     image = mask_picture(weight.tiers.numpy(), _MOST_PIXELS)
     image.quantize(256, method=Image.Quantize.FASTOCTREE).save(file, format="PNG", optimize=True)

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 
 from lightning_topkast.app.report.curves import MASK_CHANGE, thinned
 from lightning_topkast.app.report.drawing import METHODS, Drawn, style
-from lightning_topkast.app.report.figures import SMALL, finish, new_axes, slug
+from lightning_topkast.app.report.figures import add_legend, finish, new_axes, slug
 from lightning_topkast.app.run_folder.logs import Curve, read_curves
 from lightning_topkast.app.run_folder.result import Result
 
@@ -60,14 +60,11 @@ def overlays(
 def _draw_overlay(title: str, lines: Sequence[tuple[str, Curve]], colours: Mapping[str, Any]) -> Figure:
     shown = list(dict.fromkeys(method for method, _ in lines))
     figure, axes = new_axes(title)
-    figure.set_size_inches(SMALL[0], SMALL[1] + 0.17 * -(-len(shown) // 2))
     alpha = max(0.35, min(0.9, 6 / len(lines)))
     for method, (steps, values) in lines:
         axes.plot(steps, values, color=colours[method], linewidth=1.1, alpha=alpha)
     finish(axes, [curve for _, curve in lines])
-    figure.legend(
-        [Line2D([], [], color=colours[method]) for method in shown], shown, loc="outside lower center", ncols=2
-    )
+    add_legend(figure, [Line2D([], [], color=colours[method]) for method in shown], shown)
     return figure
 
 

@@ -247,7 +247,7 @@ def test_curves_and_heatmap_show_what_was_logged(run):
     lines = {line.get_label(): line for line in drawn["metric-acc"].lines}
     assert lines["val"].get_ydata().tolist() == curves["val/acc"][1].tolist()
     assert lines["train"].get_xdata().tolist() == curves["train/acc"][0].tolist()
-    shown = np.asarray(heatmap(curves).figure.axes[0].images[0].get_array())
+    shown = np.asarray(heatmap(curves).figure.axes[0].collections[0].get_array())
     last = [curves[f"topkast/mask_change/net.hidden{n}.weight"][1][-1] for n in (1, 2)]
     assert shown[:, -1].tolist() == last
     assert shown.max() > 0.05

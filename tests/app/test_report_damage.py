@@ -237,7 +237,7 @@ def test_shares_that_stay_at_zero_have_no_axis_below_it(tmp_path):
     leave(tmp_path, log="step,topkast/reservoir_activated,topkast/mask_change/net.weight\n0,0,0\n10,0,0\n")
     curves = read_curves(tmp_path)
     assert all(each.figure.axes[0].get_ylim()[0] == 0 for each in curve_figures(curves, None))
-    assert heatmap(curves).figure.axes[0].images[0].get_clim() == (0, 1)
+    assert heatmap(curves).figure.axes[0].collections[0].get_clim() == (0, 1)
 
 
 def test_histogram_of_a_diverged_weight_has_its_finite_entries(tmp_path):

@@ -44,6 +44,12 @@ class RunContents:
         )
 
     @property
+    def order(self) -> list[str]:
+        """The names of weights in the order of the model, as far as it is known."""
+        counted = (self.result.weights if self.result else None) or []
+        return [each.name for each in (counted or (self.saved.weights if self.saved else ()))]
+
+    @property
     def command(self) -> str | None:
         """The command line that repeats the run."""
         return None if self.result is None else shlex.join(["topkast-train", *self.result.overrides])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -14,6 +13,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from lightning_topkast.app.report.curves import MASK_CHANGE, of_layers, on_grid, thinned
 from lightning_topkast.app.report.drawing import COLOURS, Drawn, style
+from lightning_topkast.app.report.names import natural, short, short_names, slug
 from lightning_topkast.app.run_folder.logs import Curve
 from lightning_topkast.app.run_folder.masks import ACTIVE, EXPLORING, RESERVOIR, SavedWeight
 
@@ -29,7 +29,6 @@ _PARTS = {
 _WINDOWS = {"change": "share of A that changed in a window", "activated": "reservoir ever active, by layer"}
 _MOST_METRICS = 9
 _LONGEST_TITLE = 50  # characters, which a figure is wide
-_LONGEST_SLUG = 100
 _FEW = 12  # points up to which each is marked
 
 
@@ -73,28 +72,38 @@ def curve_figures(curves: Mapping[str, Curve], monitor: str | None) -> list[Draw
     return drawn
 
 
-def heatmap(curves: Mapping[str, Curve]) -> Drawn | None:
-    """Draw the mask change by layer and step, or return None if it was not logged."""
+def heatmap(curves: Mapping[str, Curve], order: Sequence[str] = ()) -> Drawn | None:
+    """Draw the mask change by layer and step, or return None if it was not logged.
+
+    Args:
+        curves: All curves of the run.
+        order: Names of weights in the order of the model, as far as it is known; the others follow in natural order.
+    """
     layers = of_layers(curves)
     if not layers:
         return None
+    place = {name: number for number, name in enumerate(order)}
+    ordered = sorted(layers, key=lambda name: (place.get(name, len(place)), natural(name)))
+    end = max(steps[-1] for steps, _ in curves.values())
     label = "share of A that is new at each refresh, one row per sparse weight"
-    return Drawn("mask-change-heatmap", label, partial(_draw_heatmap, layers))
+    return Drawn("mask-change-heatmap", label, partial(_draw_heatmap, {name: layers[name] for name in ordered}, end))
 
 
 @style()
-def _draw_heatmap(layers: Mapping[str, Curve]) -> Figure:
+def _draw_heatmap(layers: Mapping[str, Curve], end: float) -> Figure:
     steps, values = on_grid(layers)
     figure = Figure(figsize=(7.0, 1.0 + 0.17 * min(len(layers), 90)), layout="constrained")
     axes = figure.add_subplot()
-    extent = (steps[0], max(steps[-1], steps[0] + 1), len(layers) - 0.5, -0.5)
-    image = axes.imshow(
-        values, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0, vmax=values.max() or 1,
-        extent=extent, rasterized=True,
+    # A change holds until the next one is logged, or to the end of the run; one at the very end is narrow, but visible.
+    edges = np.append(steps, max(end, steps[-1] + ((steps[-1] - steps[0]) / 50 or 1)))
+    image = axes.pcolormesh(
+        edges, np.arange(len(layers) + 1) - 0.5, values, cmap="viridis", vmin=0, vmax=values.max() or 1,
+        rasterized=True,
     )  # fmt: skip
+    axes.invert_yaxis()
     size = min(8.0, 8.0 * 60 / len(layers))
     every = -(-len(layers) // 90)
-    axes.set_yticks(range(0, len(layers), every), [_short(name) for name in list(layers)[::every]], fontsize=size)
+    axes.set_yticks(range(0, len(layers), every), short_names(list(layers), 40)[::every], fontsize=size)
     axes.tick_params(axis="y", length=0)
     axes.grid(False)
     axes.set_xlabel("optimizer step")
@@ -118,7 +127,7 @@ def histograms(weights: Iterable[SavedWeight]) -> list[Drawn]:
 
 @style()
 def _histogram(weight: SavedWeight, groups: Mapping[int, np.ndarray], counted: str) -> Figure:
-    figure, axes = new_axes(_short(weight.name, 44))
+    figure, axes = new_axes(short(weight.name, 44))
     top = max(float(group.max()) for group in groups.values()) or 1.0
     edges = np.linspace(0, top, 49)
     counts = [np.histogram(group, bins=edges)[0] for group in groups.values()]
@@ -165,7 +174,7 @@ def _draw_lines(title: str, lines: Mapping[str, tuple[Curve, str, float]]) -> Fi
         steps, values = thinned(curve)
         marker = "o" if len(steps) <= _FEW else ""
         axes.plot(
-            steps, values, color=COLOURS[colour], linewidth=width, marker=marker, markersize=3, label=_short(label, 30)
+            steps, values, color=COLOURS[colour], linewidth=width, marker=marker, markersize=3, label=short(label, 30)
         )
     finish(axes, [curve for curve, _, _ in lines.values()])
     if any(lines):
@@ -204,7 +213,7 @@ def new_axes(title: str) -> tuple[Figure, Axes]:
     """Return a small figure with a title."""
     figure = Figure(figsize=SMALL, layout="constrained")
     axes = figure.add_subplot()
-    axes.set_title(title if len(title) <= _LONGEST_TITLE else f"{title[: _LONGEST_TITLE - 1]}…")
+    axes.set_title(short(title, _LONGEST_TITLE))
     return figure, axes
 
 
@@ -226,12 +235,3 @@ def finish(axes: Axes, curves: Sequence[Curve]) -> None:
     if most - least < 1e-6 * max(abs(most), 1e-12):  # a constant, whose rounding errors would fill the axis
         axes.set_ylim(least - 0.05 * abs(least), most + 0.05 * (abs(most) or 1))
     axes.ticklabel_format(axis="y", useOffset=False)
-
-
-def slug(name: str) -> str:
-    """Return a name that is valid as a file name and as an id."""
-    return re.sub(r"[^A-Za-z0-9_.]+", "-", name)[:_LONGEST_SLUG].strip("-.") or "other"
-
-
-def _short(name: str, most: int = 34) -> str:
-    return name if len(name) <= most else f"…{name[1 - most :]}"

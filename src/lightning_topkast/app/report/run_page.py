@@ -53,7 +53,7 @@ def write_run_report(folder: Path) -> Path:
     else:
         monitor = run.result.monitor.name if run.result and run.result.monitor else None
         curves = inlined(curve_figures(run.curves, monitor), pictures, notes)
-        layers = inlined(filter(None, [heatmap(run.curves)]), pictures, notes)
+        layers = inlined(filter(None, [heatmap(run.curves, run.order)]), pictures, notes)
         magnitudes = inlined(histograms(weights), pictures, notes)
     masks = []
     for number, weight in enumerate(weights, start=1):

@@ -12,7 +12,8 @@ from matplotlib.lines import Line2D
 
 from lightning_topkast.app.report.curves import MASK_CHANGE, thinned
 from lightning_topkast.app.report.drawing import METHODS, Drawn, style
-from lightning_topkast.app.report.figures import add_legend, finish, new_axes, slug
+from lightning_topkast.app.report.figures import add_legend, finish, new_axes
+from lightning_topkast.app.report.names import slug
 from lightning_topkast.app.run_folder.logs import Curve, read_curves
 from lightning_topkast.app.run_folder.result import Result
 

@@ -1,5 +1,8 @@
 """What the figures of a report show, in small logs by hand."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -7,8 +10,9 @@ from lightning_topkast.app.report.names import natural, short, short_names
 
 pytest.importorskip("matplotlib")
 
-from lightning_topkast.app.report.figures import heatmap
+from lightning_topkast.app.report.figures import curve_figures, heatmap
 
+DOCS = Path(__file__).parents[2] / "docs"
 CHANGE = "topkast/mask_change"
 
 
@@ -66,3 +70,16 @@ def test_names_that_are_alike_where_they_are_shown_are_numbered():
     names = [f"{'a' * 50}{middle}{'z' * 50}" for middle in "bc"]
     assert short_names(names, 20) == ["1: aaaaaaa…zzzzzzzzz", "2: aaaaaaa…zzzzzzzzz"]
     assert short("x" * 3000, 34) == "x" * 17 + "…" + "x" * 16
+
+
+def test_line_below_a_curve_says_what_is_good_in_the_words_of_the_page_it_names():
+    names = ("forward_sparsity", "mask_change/w", "reservoir_activated", "penalty")
+    curves = {f"topkast/{name}": curve([0, 1], [0.5, 0.5]) for name in names} | {"val/acc": curve([0, 1], [0, 1])}
+    captions = {each.name: each.caption for each in curve_figures(curves, "val/acc")}
+    assert captions.pop("metric-acc") == ""
+    assert captions.keys() == {"sparsity", "mask-change", "reservoir-activated", "penalty"}
+    documented = (DOCS / "curves.md").read_text(encoding="utf-8")
+    for caption in captions.values():
+        words, page = re.fullmatch(r"Good: (.+) \((.+)\)\.", caption).groups()
+        assert page == "docs/curves.md"
+        assert f"| {words} |" in documented

@@ -47,11 +47,13 @@ class Drawn:
         name: Name of its file, and prefix of its ids.
         label: Description of the figure.
         draw: Draws it.
+        caption: Text below it.
     """
 
     name: str
     label: str
     draw: Callable[[], Figure]
+    caption: str = ""
 
     @cached_property
     def figure(self) -> Figure:
@@ -71,7 +73,8 @@ def inlined(figures: Iterable[Drawn], pictures: dict[str, bytes], notes: list[st
     for each in figures:
         try:
             pictures[each.name] = to_png(each.figure)
-            found.append(Inline(each.name, each.label, Markup(to_svg(each.figure, each.name, each.label))))
+            markup = Markup(to_svg(each.figure, each.name, each.label))
+            found.append(Inline(each.name, each.label, markup, each.caption))
         except Exception as error:  # matplotlib has no class of error for what it cannot draw
             pictures.pop(each.name, None)
             reason = str(error).partition("\n")[0]

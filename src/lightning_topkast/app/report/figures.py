@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,14 @@ _PARTS = {
 }  # colour and width of each part's curve
 # Logged by callbacks=mask_dynamics, over windows of many refreshes.
 _WINDOWS = {"change": "share of A that changed in a window", "activated": "reservoir ever active, by layer"}
+# What is good, in the words of the documentation.
+_PAGE = "docs/curves.md"
+_GOOD = {
+    "sparsity": "level at what you asked for, unless there is a ramp",
+    "mask-change": "high at first, then towards 0",
+    "reservoir-activated": "rises early, by a few per cent, then levels off",
+    "penalty": "rises while the active entries grow, then levels off",
+}
 _MOST_METRICS = 9
 _LONGEST_TITLE = 50  # characters, which a figure is wide
 _FEW = 12  # points up to which each is marked
@@ -69,7 +78,9 @@ def curve_figures(curves: Mapping[str, Curve], monitor: str | None) -> list[Draw
         few = dict(list(rates.items())[: len(colours)])
         lines = {name: (curve, colour, 1.4) for (name, curve), colour in zip(few.items(), colours, strict=False)}
         drawn.append(_lines("learning-rate", "learning rate", lines))
-    return drawn
+    return [
+        replace(each, caption=f"Good: {_GOOD[each.name]} ({_PAGE}).") if each.name in _GOOD else each for each in drawn
+    ]
 
 
 def heatmap(curves: Mapping[str, Curve], order: Sequence[str] = ()) -> Drawn | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lightning_topkast.app import formatting
@@ -20,16 +21,18 @@ class KeyFigure:
         value: Value as in the result.
         text: Formatted value.
         note: Unit or reference of the value.
+        is_metric: Whether it says how good the network is; its name then comes from the run.
     """
 
     name: str
     value: float
     text: str
     note: str = ""
+    is_metric: bool = False
 
 
 def key_figures(result: Result | None, saved: SavedMasks | None) -> list[KeyFigure]:
-    """Return the known figures, metrics first."""
+    """Return the known figures, metrics first, and of these the monitored one, from the test if it was tested."""
     if result is None:
         return _masks(saved, known=False)
     found = [*_metrics(result), *_sparsities(result, saved), *_costs(result)]
@@ -40,16 +43,29 @@ def key_figures(result: Result | None, saved: SavedMasks | None) -> list[KeyFigu
     return found
 
 
+def headline(figures: Sequence[KeyFigure]) -> list[KeyFigure]:
+    """Return up to three of all figures: how good, how sparse, and what it saves."""
+    own = {figure.name: figure for figure in figures if not figure.is_metric}
+    metric = next((figure for figure in figures if figure.is_metric), None)
+    cost = own.get("training FLOPs") or own.get("parameters in use")
+    return [figure for figure in (metric, own.get("forward sparsity"), cost) if figure]
+
+
 def _metrics(result: Result) -> list[KeyFigure]:
     monitor = result.monitor
     followed = monitor.name.partition("/")[2] if monitor else ""
     tested = {name: value for name, value in (result.metrics or {}).items() if value is not None}
     ordered = sorted(tested, key=lambda name: (name.partition("/")[2] != followed, name))
-    found = [KeyFigure(name, tested[name], f"{tested[name]:.4f}", "in the test") for name in ordered]
+    found = [_metric(name, tested[name], "in the test") for name in ordered]
     if monitor and monitor.value is not None:
         best = {"max": "highest of the run", "min": "lowest of the run"}.get(str(monitor.mode), "")
-        found.insert(min(1, len(found)), KeyFigure(monitor.name, monitor.value, f"{monitor.value:.4f}", best))
+        is_tested = bool(ordered) and ordered[0].partition("/")[2] == followed
+        found.insert(int(is_tested), _metric(monitor.name, monitor.value, best))
     return found
+
+
+def _metric(name: str, value: float, note: str) -> KeyFigure:
+    return KeyFigure(name, value, f"{value:.4f}", note, is_metric=True)
 
 
 def _sparsities(result: Result, saved: SavedMasks | None) -> list[KeyFigure]:

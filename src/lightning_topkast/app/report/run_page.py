@@ -9,9 +9,10 @@ from pathlib import Path
 
 from lightning_topkast.app import formatting
 from lightning_topkast.app.report.contents import RunContents, read_contents
-from lightning_topkast.app.report.key_figures import key_figures
+from lightning_topkast.app.report.key_figures import headline, key_figures
 from lightning_topkast.app.report.mask_pictures import choose_weights, draw_mask
 from lightning_topkast.app.report.page import Inline, inline_png, render, write_page
+from lightning_topkast.app.report.story import story
 from lightning_topkast.app.run_folder.masks import SavedWeight
 from lightning_topkast.app.run_folder.result import Weight
 
@@ -62,9 +63,12 @@ def write_run_report(folder: Path) -> Path:
         label = f"sets of {weight.name}, {_shape(weight.shape)}"
         masks.append(inline_png(name, label, pictures[name], f"{weight.name}  {_shape(weight.shape)}"))
     rows, rest = _rows(run)
+    figures = key_figures(run.result, run.saved)
+    large = headline(figures)
     html = render(
-        "run.html", run=run, figures=key_figures(run.result, run.saved), notes=notes, curves=curves, layers=layers,
-        masks=masks, magnitudes=magnitudes, rows=rows, rest=rest, percent=formatting.percent,
+        "run.html", run=run, story=story(run, figures), large=large,
+        more=[each for each in figures if each not in large], notes=notes, curves=curves, layers=layers, masks=masks,
+        magnitudes=magnitudes, rows=rows, rest=rest, percent=formatting.percent,
     )  # fmt: skip
     return write_page(folder, html, pictures)
 

@@ -1,0 +1,50 @@
+"""The story of a run in one sentence, of nothing but what is known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from lightning_topkast.app import formatting
+from lightning_topkast.app.report.contents import RunContents
+from lightning_topkast.app.report.key_figures import KeyFigure, headline
+from lightning_topkast.app.run_folder.result import DIVERGED, FAILED, RUNNING
+
+_LEVEL = 1e-3  # in which a curve of sparsity may vary and yet be level
+_ENDS = {RUNNING: "has not ended", DIVERGED: "has diverged", FAILED: "has failed"}
+
+
+def story(run: RunContents, figures: Sequence[KeyFigure]) -> str | None:
+    """Return what was trained, how sparse, how good and what it saves, as far as it is known; None if nothing is."""
+    result, shown = run.result, headline(figures)
+    model, data = (result.choices.get(group) if result else None for group in ("model", "data"))
+    if result and result.status in _ENDS:
+        return f"The training of {model or 'this network'}{f' on {data}' if data else ''} {_ENDS[result.status]}."
+    is_dense = bool(result and result.sparsity and result.sparsity.weights is None)
+    known = {figure.name: figure for figure in shown if not figure.is_metric}
+    sparsity = known.get("forward sparsity")
+    metric = next((figure for figure in shown if figure.is_metric), None)
+    if not (sparsity or metric):
+        return None
+    subject = f"The network {model} was trained" if model else "This network ran"
+    on = f" on {data}" if data else ""
+    sparse = f" with {_zeros(sparsity.value, run)}" if sparsity else " without sparsity" if is_dense else ""
+    said = f"{subject}{on}{sparse}"
+    if metric:
+        said += f"{', and' if sparse else ' and'} reached {metric.name} {metric.text}"
+    if sparsity and (flops := known.get("training FLOPs")):
+        said += f" for {100 * flops.value:.3g} % of a dense network's training FLOPs, as far as zeros are skipped"
+    elif sparsity and (used := known.get("parameters in use")):
+        said += f" with {used.text} {used.note} parameters in use"
+    return f"{said}{'; what it reaches without sparsity is not known' if sparsity and metric else ''}."
+
+
+def _zeros(sparsity: float, run: RunContents) -> str:
+    steps, values = run.curves.get("topkast/forward_sparsity", (np.empty(0), np.empty(0)))
+    when = ""
+    if len(steps):
+        is_level = np.ptp(values) < _LEVEL
+        when = " in every forward pass" if is_level else " in the end"
+        sparsity = float(values.min()) if is_level else sparsity
+    return f"{formatting.level(sparsity)} % of its sparse weights at zero{when}"

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lightning_topkast.app.report.curves import part_and_quantity
 from lightning_topkast.app.report.names import natural, short, short_names
 
 pytest.importorskip("matplotlib")
@@ -83,3 +84,35 @@ def test_line_below_a_curve_says_what_is_good_in_the_words_of_the_page_it_names(
         words, page = re.fullmatch(r"Good: (.+) \((.+)\)\.", caption).groups()
         assert page == "docs/curves.md"
         assert f"| {words} |" in documented
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("val/acc", ("val", "acc")),
+        ("val_acc", ("val", "acc")),
+        ("valid_acc_epoch", ("val", "acc")),
+        ("train_loss_step", ("train", "loss_step")),
+        ("test_f1", ("test", "f1")),
+        ("validity", ("", "validity")),
+        ("val", ("", "val")),
+        ("value/acc", ("", "value/acc")),
+        ("loss", ("", "loss")),
+        ("val/\n", ("val", "\n")),
+        ("", ("", "")),
+    ],
+)
+def test_part_and_quantity_are_read_from_the_names_that_people_give(name, read):
+    assert part_and_quantity(name) == read
+
+
+def test_validated_metrics_come_first_however_they_are_named():
+    names = ["a1", "a2", "epoch", "test_acc", "train_loss_epoch", "train_loss_step", "val_f1", "val_loss"]
+    drawn = curve_figures({name: curve([0, 1], [0, 1]) for name in names}, None)
+    assert [each.name for each in drawn] == ["metric-loss", "metric-f1", "metric-a1", "metric-a2", "metric-loss_step"]
+    assert [line.get_label() for line in drawn[0].figure.axes[0].lines] == ["train", "val"]
+
+
+def test_curves_with_two_names_for_the_same_are_both_drawn():
+    drawn = curve_figures({name: curve([0, 1], [0, 1]) for name in ("val/acc", "val_acc", "val_acc_epoch")}, None)
+    assert sorted(each.name for each in drawn) == ["metric-acc", "metric-val_acc", "metric-val_acc_epoch"]

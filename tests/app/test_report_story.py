@@ -23,6 +23,12 @@ RESULT = {
 LEVEL, RAMP = [0.9, 0.9, 0.9], [0.0, 0.5, 0.9]
 
 
+@pytest.fixture
+def without_figures(monkeypatch):
+    """matplotlib takes most of a report's time."""
+    monkeypatch.setitem(sys.modules, "lightning_topkast.app.report.drawing", None)
+
+
 def told(forward=(), **parts):
     """The sentence, and the names of the large figures."""
     result = Result.model_validate({key: value for key, value in (RESULT | parts).items() if value is not None})
@@ -78,8 +84,8 @@ def test_run_without_an_end_is_not_told_as_a_success(status, end):
     assert told(LEVEL, status=status)[0] == f"The training of mlp on digits {end}."
 
 
-def test_first_screen_has_three_figures_and_the_others_are_folded_and_escaped(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "lightning_topkast.app.report.drawing", None)
+@pytest.mark.usefixtures("without_figures")
+def test_first_screen_has_three_figures_and_the_others_are_folded_and_escaped(tmp_path):
     hostile = "<script>alert(1)</script>"
     changes = {"choices": {"model": hostile}, "metrics": {f"test/{hostile}": 0.5}, "status": "finished"}
     complete = {"seed": 0, "versions": {}, "seconds": 1.0, "examples": 1}
@@ -94,3 +100,41 @@ def test_first_screen_has_three_figures_and_the_others_are_folded_and_escaped(tm
     assert first.count("<data ") == 3
     assert rest.partition("</details>")[0].count("<data ") >= 3
     assert hostile not in source
+
+
+def log_of_lightning(folder, text):
+    """The folder of a Trainer with a CSVLogger."""
+    folder.mkdir(parents=True)
+    (folder / "metrics.csv").write_text(text)
+    return folder
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_run_of_a_trainer_has_a_title_its_metric_and_no_warning(tmp_path):
+    folder = log_of_lightning(tmp_path / "version_0", "step,train_loss,val_acc,val_loss\n1,5,,\n2,,0.25,3\n4,,0.75,2\n")
+    source = write_run_report(folder).read_text()
+    assert "<h1>version_0</h1>" in source
+    assert "This network reached val_acc 0.7500." in source
+    assert 'data-name="val_acc">0.7500' in source.partition("<details>")[0]
+    assert 'data-name="val_loss">2.0000' in source.partition("<details>")[2]
+    assert source.count("<li>") == 1  # of matplotlib, which the test hides
+    assert "How it was made" not in source
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_sparse_run_of_a_trainer_says_how_sparse_and_that_its_masks_are_missing(tmp_path):
+    folder = log_of_lightning(tmp_path / "run", "step,test_f1,topkast/forward_sparsity\n1,,0.9\n2,0.5,0.9\n")
+    source = write_run_report(folder).read_text()
+    assert (
+        "This network ran with 90 % of its sparse weights at zero in every forward pass, and reached test_f1" in source
+    )
+    assert "Masks and magnitudes are missing" in source
+    assert "no result.json" not in source
+
+
+@pytest.mark.usefixtures("without_figures")
+@pytest.mark.parametrize("left", [".hydra/config.yaml", "csv/metrics.csv"])
+def test_run_of_topkast_train_without_a_result_says_so(left, tmp_path):
+    (tmp_path / left).parent.mkdir(parents=True)
+    (tmp_path / left).write_text("step,loss\n1,5\n")
+    assert "There is no result.json" in write_run_report(tmp_path).read_text()

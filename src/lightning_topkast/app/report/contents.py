@@ -61,21 +61,21 @@ def read_contents(folder: Path) -> RunContents:
     result = saved = None
     try:
         result = run.result()
-        if result is None:
+        if result is None and not run.is_of_logger:
             notes.append(f"There is no {RESULT_FILE}: the run has not ended, or is not a run of topkast-train.")
-        elif result.incomplete_logs:
+        elif result and result.incomplete_logs:
             notes += [f"A log is incomplete: {lacking}." for lacking in result.incomplete_logs]
     except (AppError, OSError) as error:
         notes.append(f"The result is ignored: {explain(error)}.")
+    curves = run.curves(notes.append)
     try:
         saved = read_masks(run)
-        if saved is None:
+        if saved is None and (not run.is_of_logger or any(name.startswith("topkast/") for name in curves)):
             notes.append(
                 "Masks and magnitudes are missing: the run has no checkpoint in a single file, checkpoints/*.ckpt."
             )
     except (AppError, OSError) as error:
         notes.append(f"Masks and magnitudes are missing: {explain(error)}.")
-    curves = run.curves(notes.append)
     if not curves:
         notes.append(
             "Curves are missing: the run has no log on disk. Train with logger=csv or the default, or with "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -9,6 +10,15 @@ import numpy as np
 from lightning_topkast.app.run_folder.logs import Curve
 
 MASK_CHANGE = "topkast/mask_change"
+_PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+
+
+def part_and_quantity(name: str) -> tuple[str, str]:
+    """Return ("val", "acc") for `val/acc`, `val_acc` and `valid_acc_epoch`, and an empty part for other names."""
+    prefix, slash, quantity = re.match(r"([a-z]*)([/_]?)(.*)", name, re.DOTALL).groups()  # type: ignore[union-attr]
+    if not (slash and quantity and prefix in _PARTS):
+        return "", name
+    return _PARTS[prefix], quantity.removesuffix("_epoch")
 
 
 def of_layers(curves: Mapping[str, Curve], quantity: str = MASK_CHANGE) -> dict[str, Curve]:

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from lightning_topkast.app.report.curves import MASK_CHANGE, of_layers, on_grid, thinned
+from lightning_topkast.app.report.curves import MASK_CHANGE, of_layers, on_grid, part_and_quantity, thinned
 from lightning_topkast.app.report.drawing import COLOURS, Drawn, style
 from lightning_topkast.app.report.names import natural, short, short_names, slug
 from lightning_topkast.app.run_folder.logs import Curve
@@ -161,16 +161,17 @@ def _histogram(weight: SavedWeight, groups: Mapping[int, np.ndarray], counted: s
 
 
 def _metrics(curves: Mapping[str, Curve], monitor: str | None) -> dict[str, dict[str, str]]:
-    """Return the curve of each part of each quantity, the loss first and then the monitored metric."""
+    """Return the curve of each part of each quantity: the loss, the monitored one, and first what was validated."""
     found: dict[str, dict[str, str]] = {}
     for name in curves:
-        part, _, quantity = name.partition("/")
-        if part in _PARTS and quantity:
-            found.setdefault(quantity, {})[part] = name
-        elif name not in ("epoch", "hp_metric") and not name.startswith(("topkast/", "masks/", "lr-", "test/", "run/")):
-            found[name] = {"": name}
-    followed = (monitor or "").partition("/")[2]
-    order = sorted(found, key=lambda name: (name != "loss", name not in (monitor, followed), name))
+        part, quantity = part_and_quantity(name)
+        if part == "test" or name in ("epoch", "hp_metric") or name.startswith(("topkast/", "masks/", "lr-", "run/")):
+            continue
+        if part in found.get(quantity, ()):  # of two names for the same
+            part, quantity = "", name
+        found.setdefault(quantity, {})[part] = name
+    followed = (monitor, part_and_quantity(monitor or "")[1])
+    order = sorted(found, key=lambda name: (name != "loss", name not in followed, "val" not in found[name], name))
     return {quantity: found[quantity] for quantity in order[:_MOST_METRICS]}
 
 

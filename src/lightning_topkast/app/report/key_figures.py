@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lightning_topkast.app import formatting
+from lightning_topkast.app.report.curves import part_and_quantity
+from lightning_topkast.app.run_folder.logs import Curve
 from lightning_topkast.app.run_folder.masks import SavedMasks
 from lightning_topkast.app.run_folder.result import Result
 
+_MOST_LOGGED = 12  # metrics
 _BYTES = 4  # of a stored value; a mask takes one bit per entry
 
 
@@ -31,15 +34,34 @@ class KeyFigure:
     is_metric: bool = False
 
 
-def key_figures(result: Result | None, saved: SavedMasks | None) -> list[KeyFigure]:
+def key_figures(
+    result: Result | None, saved: SavedMasks | None, curves: Mapping[str, Curve] | None = None
+) -> list[KeyFigure]:
     """Return the known figures, metrics first, and of these the monitored one, from the test if it was tested."""
     if result is None:
-        return _masks(saved, known=False)
+        return _logged(curves or {}, saved)
     found = [*_metrics(result), *_sparsities(result, saved), *_costs(result)]
     if (seconds := result.seconds) is not None:
         steps, examples = result.steps, result.examples
         note = f"{steps:,} steps, {examples:,} examples" if steps is not None and examples is not None else ""
         found.append(KeyFigure("training time", seconds, formatting.duration(seconds), note))
+    return found
+
+
+def _logged(curves: Mapping[str, Curve], saved: SavedMasks | None) -> list[KeyFigure]:
+    """Return what is known of a run without a result: the last values in its log, and its checkpoint."""
+    last = {name: float(values[-1]) for name, (_, values) in curves.items()}
+    order = {"test": 0, "val": 1}
+    tested = [
+        (order[part], quantity, name) for name in last for part, quantity in [part_and_quantity(name)] if part in order
+    ]
+    tested.sort(key=lambda each: (each[0], "loss" in each[1], each[2]))
+    found = [_metric(name, last[name], "last in the log") for _, _, name in tested[:_MOST_LOGGED]]
+    if masks := _masks(saved, known=False):
+        return found + masks
+    for part in ("forward", "backward"):
+        if (value := last.get(f"topkast/{part}_sparsity")) is not None:
+            found.append(_share(f"{part} sparsity", value, "of the sparse weights, last in the log"))
     return found
 
 

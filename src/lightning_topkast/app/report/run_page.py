@@ -63,7 +63,7 @@ def write_run_report(folder: Path) -> Path:
         label = f"sets of {weight.name}, {_shape(weight.shape)}"
         masks.append(inline_png(name, label, pictures[name], f"{weight.name}  {_shape(weight.shape)}"))
     rows, rest = _rows(run)
-    figures = key_figures(run.result, run.saved)
+    figures = key_figures(run.result, run.saved, run.curves)
     large = headline(figures)
     html = render(
         "run.html", run=run, story=story(run, figures), large=large,

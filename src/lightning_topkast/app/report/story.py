@@ -27,12 +27,11 @@ def story(run: RunContents, figures: Sequence[KeyFigure]) -> str | None:
     metric = next((figure for figure in shown if figure.is_metric), None)
     if not (sparsity or metric):
         return None
-    subject = f"The network {model} was trained" if model else "This network ran"
-    on = f" on {data}" if data else ""
     sparse = f" with {_zeros(sparsity.value, run)}" if sparsity else " without sparsity" if is_dense else ""
-    said = f"{subject}{on}{sparse}"
+    began = f"The network {model} was trained" if model else "This network ran" if sparse else "This network"
+    said = f"{began}{f' on {data}' if data else ''}{sparse}"
     if metric:
-        said += f"{', and' if sparse else ' and'} reached {metric.name} {metric.text}"
+        said += f"{', and' if model or sparse else ''} reached {metric.name} {metric.text}"
     if sparsity and (flops := known.get("training FLOPs")):
         said += f" for {100 * flops.value:.3g} % of a dense network's training FLOPs, as far as zeros are skipped"
     elif sparsity and (used := known.get("parameters in use")):

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from lightning_topkast.app.errors import AppError
 from lightning_topkast.app.interpolations import check_size
 from lightning_topkast.app.run_folder.checkpoint import Checkpoint, UnfinishedCheckpoint, check_sharded
-from lightning_topkast.app.run_folder.logs import Curve, has_log, read_curves
+from lightning_topkast.app.run_folder.logs import Curve, has_log, has_own_log, read_curves
 from lightning_topkast.app.run_folder.result import RESULT_FILE, RUNNING, Result, Status, read_result
 from lightning_topkast.app.yaml_files import checked_text, read_yaml
 from lightning_topkast.errors import TopKastError
@@ -53,6 +53,12 @@ class RunFolder:
     def is_run(self) -> bool:
         """Whether a run has left anything here, as opposed to a folder with runs in it."""
         return (self.path / RESULT_FILE).is_file() or (self.path / "checkpoints").is_dir() or has_log(self.path)
+
+    @property
+    def is_of_logger(self) -> bool:
+        """Whether one of Lightning's own loggers has filled the folder, and no topkast-train."""
+        left = (self.path / RESULT_FILE, self.hydra)
+        return not any(path.exists() for path in left) and has_own_log(self.path)
 
     def result(self) -> Result | None:
         """Return the result, or None if there is none; raises as `read_result`."""

@@ -31,7 +31,7 @@ from lightning_topkast.app.run_folder.result import read_result as read_model
 from lightning_topkast.telemetry.pictures import SET_COLOURS, SET_NAMES
 from tests.app.result_files import read_result, write_result
 
-VOID = {"meta", "br", "img", "link", "hr", "input"}
+VOID = {"meta", "wbr", "br", "img", "link", "hr", "input"}
 SHORT = ["trainer.max_epochs=1", "trainer.limit_train_batches=3", "callbacks.progress=null", "logger=csv"]
 HOSTILE = "<script>alert(1)</script>"
 
@@ -204,6 +204,29 @@ def test_table_of_weights_has_the_sets_and_where_they_are_cut(page):
     ]  # fmt: skip
     assert rows["net.output.weight"][1:] == ["10×256", "2,560", "2,560", "dense: last candidate"]
     assert rows["3 biases, norms and similar"][1:] == ["", "522", "522", "dense"]
+
+
+def test_what_scrolls_has_a_shadow_at_its_edge_and_keeps_names_in_sight(page):
+    style = page.source.partition("</style>")[0]
+    (scrolls,) = re.findall(r"\n\.scroll \{([^}]*)\}", style)
+    assert "overflow-x: auto" in scrolls
+    assert scrolls.count("no-repeat local") == scrolls.count("no-repeat scroll") == 2  # covers, shadows
+    (name,) = re.findall(r"\nth:first-child \{([^}]*)\}", style)
+    assert "position: sticky; left: 0" in name
+    assert "background: var(--card)" in name
+    scrolling = [attributes for attributes in page.all("div") if attributes.get("class") == "scroll"]
+    assert len(scrolling) == 2  # heatmap and table
+    assert all(each["tabindex"] == "0" and each["role"] == "region" and each["aria-label"] for each in scrolling)
+    assert "Scroll sideways" in page.said
+
+
+def test_text_in_pages_has_one_small_size(page):
+    style = page.source.partition("</style>")[0]
+    sizes = set(re.findall(r"font-size: ([^;]+);", style))
+    assert {size for size in sizes if size.startswith(("0", "."))} == set()
+    assert "var(--small)" in sizes
+    drawn = page.source.partition("</style>")[2]
+    assert set(re.findall(r"font-size: ([^;]+);", drawn)) == {"9px"}
 
 
 def test_page_follows_the_colour_scheme_and_no_figure_is_black_on_black(page):

@@ -29,8 +29,8 @@ _ALIASES = {
 } | {colour: f"method-{number}" for number, colour in enumerate(METHODS)}  # fmt: skip
 
 _STYLE: dict[Any, Any] = {
-    "font.size": 8, "axes.titlesize": 8.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
-    "legend.fontsize": 7.5, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
+    "font.size": 9, "axes.titlesize": "medium", "axes.titleweight": "bold", "axes.titlelocation": "left",
+    "legend.fontsize": "medium", "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
     "axes.edgecolor": COLOURS["muted"], "axes.labelcolor": COLOURS["muted"], "text.color": COLOURS["ink"],
     "xtick.color": COLOURS["muted"], "ytick.color": COLOURS["muted"], "grid.color": COLOURS["line"],
     "axes.grid": True, "axes.axisbelow": True, "grid.linewidth": 0.6, "axes.linewidth": 0.6, "lines.linewidth": 1.4,

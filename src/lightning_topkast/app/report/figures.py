@@ -37,7 +37,7 @@ _GOOD = {
     "penalty": "rises while the active entries grow, then levels off",
 }
 _MOST_METRICS = 9
-_LONGEST_TITLE = 50  # characters, which a figure is wide
+_LONGEST_TITLE = 42  # characters, which a figure is wide
 _FEW = 12  # points up to which each is marked
 
 
@@ -103,7 +103,7 @@ def heatmap(curves: Mapping[str, Curve], order: Sequence[str] = ()) -> Drawn | N
 @style()
 def _draw_heatmap(layers: Mapping[str, Curve], end: float) -> Figure:
     steps, values = on_grid(layers)
-    figure = Figure(figsize=(7.0, 1.0 + 0.17 * min(len(layers), 90)), layout="constrained")
+    figure = Figure(figsize=(7.0, 1.0 + 0.18 * min(len(layers), 90)), layout="constrained")
     axes = figure.add_subplot()
     # A change holds until the next one is logged, or to the end of the run; one at the very end is narrow, but visible.
     edges = np.append(steps, max(end, steps[-1] + ((steps[-1] - steps[0]) / 50 or 1)))
@@ -112,7 +112,7 @@ def _draw_heatmap(layers: Mapping[str, Curve], end: float) -> Figure:
         rasterized=True,
     )  # fmt: skip
     axes.invert_yaxis()
-    size = min(8.0, 8.0 * 60 / len(layers))
+    size = min(9.0, 9.0 * 60 / len(layers))
     every = -(-len(layers) // 90)
     axes.set_yticks(range(0, len(layers), every), short_names(list(layers), 40)[::every], fontsize=size)
     axes.tick_params(axis="y", length=0)
@@ -138,7 +138,7 @@ def histograms(weights: Iterable[SavedWeight]) -> list[Drawn]:
 
 @style()
 def _histogram(weight: SavedWeight, groups: Mapping[int, np.ndarray], counted: str) -> Figure:
-    figure, axes = new_axes(short(weight.name, 44))
+    figure, axes = new_axes(short(weight.name, 36))
     top = max(float(group.max()) for group in groups.values()) or 1.0
     edges = np.linspace(0, top, 49)
     counts = [np.histogram(group, bins=edges)[0] for group in groups.values()]

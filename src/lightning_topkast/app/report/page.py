@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 from jinja2 import Environment, FunctionLoader
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from lightning_topkast.app.errors import AppError
 from lightning_topkast.errors import TopKastError
@@ -51,6 +51,7 @@ def render(template: str, **values: Any) -> str:
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["yaml"] = lambda value: yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100)
     environment.filters["day"] = lambda date: str(date)[:16].replace("T", " ") + " UTC"
+    environment.filters["breakable"] = lambda name: escape(name).replace(".", Markup(".<wbr>"))
     return environment.get_template(template).render(**values)
 
 

@@ -4,8 +4,11 @@ import csv
 import re
 import shutil
 import sys
+from base64 import b64encode
+from hashlib import sha256
 from html import escape
 from html.parser import HTMLParser
+from importlib.resources import files
 
 import numpy as np
 import pytest
@@ -33,6 +36,7 @@ from tests.app.result_files import read_result, write_result
 
 VOID = {"meta", "wbr", "br", "img", "link", "hr", "input"}
 SHORT = ["trainer.max_epochs=1", "trainer.limit_train_batches=3", "callbacks.progress=null", "logger=csv"]
+SORT = files("lightning_topkast.app.report").joinpath("templates", "sort.js").read_text(encoding="utf-8").strip()
 HOSTILE = "<script>alert(1)</script>"
 
 
@@ -79,10 +83,18 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.text).split())
 
 
-def check_safe_and_whole(page):
-    """One file, which loads nothing and runs nothing."""
+def check_safe_and_whole(page, script=""):
+    """One file, which loads nothing and runs nothing but this script."""
     names = [name for name, _ in page.elements]
-    assert not {"script", "iframe", "object", "link", "base"} & set(names)
+    assert not {"iframe", "object", "link", "base"} & set(names)
+    assert re.findall("<script>(.*?)</script>", page.source, flags=re.DOTALL) == ([script] if script else [])
+    assert names.count("script") == bool(script)
+    (policy,) = (attributes["content"] for attributes in page.all("meta") if "http-equiv" in attributes)
+    allowed = f"sha256-{b64encode(sha256(script.encode()).digest()).decode()}" if script else "none"
+    assert policy == (
+        f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src '{allowed}'; base-uri 'none'; "
+        "form-action 'none'"
+    )
     for _, attributes in page.elements:
         assert not [name for name in attributes if name.startswith("on")]
         for name in ("src", "xlink:href", "action", "data", "poster"):
@@ -458,7 +470,7 @@ def sweep(trained, tmp_path):
 def test_sweep_has_the_table_of_the_comparison_and_every_run(sweep):
     pytest.importorskip("matplotlib")
     page = Page(write_reports(sweep)[0])
-    check_safe_and_whole(page)
+    check_safe_and_whole(page, SORT)
     assert "#000000" not in page.source.partition("</style>")[2]
     rows = {row[0]: row for row in page.rows}
     accuracy = read_result(sweep / "c")["metrics"]["test/acc"]
@@ -466,23 +478,71 @@ def test_sweep_has_the_table_of_the_comparison_and_every_run(sweep):
     assert rows["topkast"][-1] == "2"
     assert rows["a b"][1:5] == ["topkast", "5", "finished", f"{accuracy:.4f}"]
     assert rows["e"][3] == "failed"
+    assert rows["run"][4] == "test/acc"
+    assert "test/acc and training FLOPs" in page.said
+    assert len(set(re.findall(r"font-size: ([^;]+);", page.source.partition("</style>")[2]))) == 1
     assert HOSTILE in page.said
     assert [attributes["href"] for attributes in page.all("a")] == ["a%20b/report.html"]
     assert {path.name for path in (sweep / "report").iterdir()} == {
-        "comparison.png", "curves-1-val-acc.png", "curves-1-val-loss.png", "curves-1-train-loss.png",
+        "comparison-1.png", "curves-1-val-acc.png", "curves-1-val-loss.png", "curves-1-train-loss.png",
         "curves-1-topkast-forward_sparsity.png", "curves-1-topkast-mask_change.png",
     }  # fmt: skip
 
 
-def test_sweep_draws_a_line_a_run_in_its_methods_colour(sweep):
+def test_sweep_draws_a_line_a_configuration_in_its_methods_colour_with_a_band_over_the_seeds(sweep):
     pytest.importorskip("matplotlib")
     from lightning_topkast.app.report.sweep_figures import overlays
 
+    log = sweep / "a b" / "csv" / "metrics.csv"
+    log.write_text("step,val/acc,topkast/mask_change\n0,0.1,0.5\n10,0.5,0.3\n")
+    (sweep / "c" / "csv" / "metrics.csv").write_text("step,val/acc,topkast/mask_change\n0,0.3,0.1\n10,0.6,0.3\n")
     runs = [(sweep / name, read_model(sweep / name)) for name in ("a b", "c", "d")]
-    axes = overlays(runs, "x")[0].figure.axes[0]
-    colours = [line.get_color() for line in axes.lines]
-    assert colours[0] == colours[1] != colours[2]
-    assert axes.lines[0].get_ydata().tolist() == read_curves(sweep / "c")["val/acc"][1].tolist()
+    drawn = {each.name: each.figure.axes[0] for each in overlays(runs, "x")}
+    axes = drawn["x-val-acc"]
+    mean, alone = axes.lines
+    assert mean.get_color() != alone.get_color()
+    assert mean.get_ydata() == pytest.approx([0.2, 0.55])
+    assert alone.get_ydata().tolist() == read_curves(sweep / "d")["val/acc"][1].tolist()
+    (band,) = axes.collections
+    assert {tuple(point) for point in band.get_paths()[0].vertices} == {(0, 0.1), (0, 0.3), (10, 0.5), (10, 0.6)}
+    assert {line.get_drawstyle() for line in axes.lines} == {"default"}
+    axes = drawn["x-topkast-mask_change"]
+    assert {line.get_drawstyle() for line in axes.lines} == {"steps-post"}
+    assert (10, 0.5) in {tuple(point) for point in axes.collections[0].get_paths()[0].vertices}
+
+
+def test_settings_other_than_the_seed_have_a_line_of_their_own(sweep):
+    pytest.importorskip("matplotlib")
+    from lightning_topkast.app.report.sweep_figures import overlays
+
+    result = read_result(sweep / "c")
+    result["config"]["optimizer"]["lr"] = 5.0
+    write_result(sweep / "c", result)
+    runs = [(sweep / name, read_model(sweep / name)) for name in ("a b", "c")]
+    assert len(overlays(runs, "x")[0].figure.axes[0].lines) == 2
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_tables_of_a_sweep_are_whole_without_the_script_that_sorts_them(sweep):
+    page = Page(write_reports(sweep)[0])
+    check_safe_and_whole(page, SORT)
+    assert not page.all("button")
+    cells = [attributes for attributes in page.all("td") if "data-value" in attributes]
+    figures = {f"{float(each['data-value']):.4f}" for each in cells if each["data-value"]}
+    result = read_result(sweep / "c")
+    for value in (result["metrics"]["test/acc"], result["flops"]["training_flops_ratio"], result["sparsity"]["model"]):
+        assert f"{value:.4f}" in figures
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_list_of_runs_names_the_metric_of_each_if_they_differ(sweep):
+    result = read_result(sweep / "c")
+    result["monitor"], result["metrics"] = {"name": "val/loss", "mode": "min", "value": 0.25}, {}
+    write_result(sweep / "c", result)
+    rows = {row[0]: row for row in Page(write_reports(sweep)[0]).rows}
+    assert rows["run"][4] == "score"
+    assert rows["c"][4] == "val/loss 0.2500"
+    assert rows["d"][4].startswith("test/acc 0.")
 
 
 def test_the_more_runs_a_page_shows_the_fewer_points_a_line_has(tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lightning_topkast.app.report.curves import part_and_quantity
+from lightning_topkast.app.report.curves import over_seeds, part_and_quantity
 from lightning_topkast.app.report.names import natural, short, short_names
 
 pytest.importorskip("matplotlib")
@@ -116,3 +116,15 @@ def test_validated_metrics_come_first_however_they_are_named():
 def test_curves_with_two_names_for_the_same_are_both_drawn():
     drawn = curve_figures({name: curve([0, 1], [0, 1]) for name in ("val/acc", "val_acc", "val_acc_epoch")}, None)
     assert sorted(each.name for each in drawn) == ["metric-acc", "metric-val_acc", "metric-val_acc_epoch"]
+
+
+def test_seeds_are_summed_up_where_they_were_logged():
+    steps, least, mean, most = over_seeds([curve([0, 2, 4], [1, 3, 5]), curve([0, 2], [3, 1])], 10)
+    assert steps.tolist() == [0, 2, 4]
+    assert [each.tolist() for each in (least, mean, most)] == [[1, 1, 5], [2, 2, 5], [3, 3, 5]]
+
+
+def test_seeds_that_were_logged_far_apart_leave_a_gap():
+    steps, _, mean, _ = over_seeds([curve([0, 1], [1, 1]), curve([9998, 9999], [2, 2])], 3)
+    assert steps.tolist() == [0, 9999]
+    assert mean.tolist() == [1, 2]

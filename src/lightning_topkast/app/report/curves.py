@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -35,6 +35,19 @@ def on_grid(curves: Mapping[str, Curve], most: int = 400) -> Curve:
         steps = np.linspace(steps[0], steps[-1], most)
     rows = [values[np.searchsorted(at, steps, side="right").clip(min=1) - 1] for at, values in curves.values()]
     return steps, np.array(rows)
+
+
+def over_seeds(curves: Sequence[Curve], most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return at most `most` steps, and the least, the mean and the greatest value of the curves at each.
+
+    A curve counts from its first to its last step.
+    """
+    named = {str(number): thinned(curve, most) for number, curve in enumerate(curves)}
+    steps, values = on_grid(named, most)
+    inside = np.array([(steps >= at[0]) & (steps <= at[-1]) for at, _ in named.values()])
+    known = inside.any(axis=0)
+    values = np.where(inside, values, np.nan)[:, known]
+    return steps[known], np.nanmin(values, axis=0), np.nanmean(values, axis=0), np.nanmax(values, axis=0)
 
 
 def thinned(curve: Curve, most: int = 600) -> Curve:

@@ -11,7 +11,7 @@ from lightning_topkast.app.report.contents import RunContents
 from lightning_topkast.app.report.key_figures import KeyFigure, headline
 from lightning_topkast.app.run_folder.result import DIVERGED, FAILED, RUNNING
 
-_LEVEL = 1e-3  # in which a curve of sparsity may vary and yet be level
+_LEVEL, _NEAR = 1e-3, 1e-2  # by which a curve of sparsity may vary and yet be level, and be below its end
 _ENDS = {RUNNING: "has not ended", DIVERGED: "has diverged", FAILED: "has failed"}
 
 
@@ -41,9 +41,10 @@ def story(run: RunContents, figures: Sequence[KeyFigure]) -> str | None:
 
 def _zeros(sparsity: float, run: RunContents) -> str:
     steps, values = run.curves.get("topkast/forward_sparsity", (np.empty(0), np.empty(0)))
-    when = ""
-    if len(steps):
-        is_level = np.ptp(values) < _LEVEL
-        when = " in every forward pass" if is_level else " in the end"
-        sparsity = float(values.min()) if is_level else sparsity
-    return f"{formatting.level(sparsity)} % of its sparse weights at zero{when}"
+    if not len(steps):
+        return f"{formatting.level(sparsity)} % of its sparse weights at zero"
+    least = float(values.min())
+    if least < sparsity - _NEAR:
+        return f"{formatting.level(sparsity)} % of its sparse weights at zero in the end"
+    bound = "at least " if np.ptp(values) > _LEVEL else ""
+    return f"{bound}{formatting.level(least)} % of its sparse weights at zero in every forward pass"

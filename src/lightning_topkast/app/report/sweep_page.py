@@ -12,7 +12,7 @@ from lightning_topkast.app.errors import AppError
 from lightning_topkast.app.report.page import PAGE, Inline, render, write_page
 from lightning_topkast.app.run_folder.result import RUNNING, Result, read_result
 from lightning_topkast.app.sweep.collect import collect
-from lightning_topkast.app.sweep.tables import cells, header, notes
+from lightning_topkast.app.sweep.tables import cells, header, notes, numbers
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,21 @@ class Entry:
         return self.result.status if self.result else RUNNING
 
     @property
-    def score(self) -> float | None:
-        """The monitored metric, from the test if the run was tested."""
+    def metric(self) -> str | None:
+        """Name of the monitored metric, from the test if the run was tested."""
         monitor = self.result.monitor if self.result else None
         if self.result is None or monitor is None:
             return None
-        return (self.result.metrics or {}).get(f"test/{monitor.name.partition('/')[2]}", monitor.value)
+        tested = f"test/{monitor.name.partition('/')[2]}"
+        return tested if tested in (self.result.metrics or {}) else monitor.name
+
+    @property
+    def score(self) -> float | None:
+        """Value of the metric."""
+        monitor = self.result.monitor if self.result else None
+        if self.result is None or monitor is None:
+            return None
+        return (self.result.metrics or {}).get(self.metric or "", monitor.value)
 
 
 def write_sweep_report(folder: Path, runs: Sequence[Path]) -> Path:
@@ -58,16 +67,20 @@ def write_sweep_report(folder: Path, runs: Sequence[Path]) -> Path:
     except ImportError:
         remarks.append("Pictures are missing: they need matplotlib, pip install 'lightning-topkast[report]'.")
     else:
-        if shown := with_points(collected.comparisons):
-            label = "score against training FLOPs, one point per configuration"
-            overview = inlined([Drawn("comparison", label, partial(draw, shown))], pictures, remarks)
+        for number, shown in enumerate(with_points(collected.comparisons), start=1):
+            label = f"{getattr(shown, shown.score)} against training FLOPs, one point per configuration"
+            overview += inlined([Drawn(f"comparison-{number}", label, partial(draw, [shown]))], pictures, remarks)
         for number, (key, members) in enumerate(_by_table(zip(runs, entries, strict=True)).items(), start=1):
             drawn = overlays(members, f"curves-{number}", len(runs), remarks.append)
             curves[key] = inlined(drawn, pictures, remarks)
     html = render(
         "sweep.html", name=folder.resolve().name, entries=entries, remarks=remarks, notes=notes(collected),
-        overview=overview, tables=[(c, header(c), [cells(row, c) for row in c.rows]) for c in collected.comparisons],
-        curves=curves,
+        overview=overview, scores=list(dict.fromkeys(getattr(c, c.score) for c in collected.comparisons)),
+        tables=[
+            (c, header(c), [list(zip(cells(row, c), [None, *numbers(row, c)], strict=True)) for row in c.rows])
+            for c in collected.comparisons
+        ],
+        metrics={each.metric for each in entries if each.metric}, curves=curves,
     )  # fmt: skip
     return write_page(folder, html, pictures)
 

@@ -199,14 +199,14 @@ def _groups(results: Sequence[CompletedResult]) -> list[list[CompletedResult]]:
     """Group runs that differ only in their seeds."""
     groups: dict[str, list[CompletedResult]] = {}
     for result in results:
-        key = json.dumps([_method(result), _without_seeds(result.config)], sort_keys=True)
+        key = json.dumps([_method(result), without_seeds(result.config)], sort_keys=True)
         groups.setdefault(key, []).append(result)
     return list(groups.values())
 
 
 def _settings(groups: Sequence[Sequence[CompletedResult]]) -> list[tuple[str, ...]]:
     """Return the fewest settings that distinguish each group besides method and sparsities, overrides first."""
-    flat = [_flat(_without_seeds(group[0].config)) for group in groups]
+    flat = [_flat(without_seeds(group[0].config)) for group in groups]
     overridden = {o.lstrip("+~").partition("=")[0] for group in groups for o in group[0].overrides}
     levels = {"sparsity.forward_sparsity", "sparsity.backward_sparsity"}
     alike: dict[Any, list[int]] = {}
@@ -276,9 +276,10 @@ def _sparsity(result: CompletedResult) -> dict[str, Any]:
     return result.config.get("sparsity") or {}
 
 
-def _without_seeds(config: Any) -> Any:
+def without_seeds(config: Any) -> Any:
+    """Return a configuration without its seeds."""
     if isinstance(config, dict):
-        return {key: _without_seeds(value) for key, value in config.items() if key != "seed"}
+        return {key: without_seeds(value) for key, value in config.items() if key != "seed"}
     return config
 
 

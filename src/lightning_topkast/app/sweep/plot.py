@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_STYLE: dict[Any, Any] = {  # one size of text; settings may contain a $
+    "font.size": 9, "axes.titlesize": "medium", "legend.fontsize": "medium", "text.parse_math": False,
+}  # fmt: skip
 _MARKERS = "osD^v*PX<>hp"
 _MOST_LABELS = 14  # of points; if there are more, only those on the front are labelled
 
@@ -68,10 +71,10 @@ def draw(comparisons: Sequence[Comparison]) -> Figure:
     except ImportError as error:
         raise AppError("the plot needs matplotlib: pip install 'lightning-topkast[sweep]'") from error
     shown = [(each, _points(each)) for each in comparisons]
-    figure = Figure(figsize=(7.6 * len(shown), 4.8), layout="constrained")
+    figure = Figure(figsize=(7.0 * len(shown), 4.4), layout="constrained")
     methods = sorted({_method(row) for _, points in shown for row in points})
     styles = {name: (f"C{n % 10}", _MARKERS[n % len(_MARKERS)]) for n, name in enumerate(methods)}
-    with rc_context({"text.parse_math": False}):  # settings may contain a $
+    with rc_context(_STYLE):
         for number, (comparison, points) in enumerate(shown, start=1):
             _panel(figure.add_subplot(1, len(shown), number), comparison, points, styles)
     return figure
@@ -115,7 +118,7 @@ def _panel(axes: Axes, comparison: Comparison, points: Sequence[Row], styles: di
             marker=marker, markersize=9 if marker == "*" else 6.5, markeredgecolor="white", markeredgewidth=0.5,
         )  # fmt: skip
     if left_out := len(points) - len(inside):
-        axes.text(0.01, 0.01, f"not shown: {left_out} much worse", transform=axes.transAxes, fontsize=7, color="0.4")
+        axes.text(0.01, 0.01, f"not shown: {left_out} much worse", transform=axes.transAxes, color="0.4")
     if comparison.lower_is_better:
         axes.invert_yaxis()  # better is up in every panel
     _ticks(axes)
@@ -126,7 +129,7 @@ def _panel(axes: Axes, comparison: Comparison, points: Sequence[Row], styles: di
     axes.grid(alpha=0.25, which="both", linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
     _label(axes, comparison, inside if len(inside) <= _MOST_LABELS else front)
-    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def _range(scores: Sequence[float]) -> tuple[float, float]:
@@ -160,10 +163,10 @@ def _label(axes: Axes, comparison: Comparison, points: Sequence[Row]) -> None:
         at = (_flops(row), _score(row, comparison))
         x, y = transform.transform(at)
         places = [(7, 6), (7, -12), (7, 16), (7, -22), (7, 26)]
-        free = [p for p in places if all(abs(x + p[0] - a) > 70 or abs(y + p[1] - b) > 11 for a, b in taken)]
+        free = [p for p in places if all(abs(x + p[0] - a) > 80 or abs(y + p[1] - b) > 13 for a, b in taken)]
         dx, dy = (free or places)[0]
         taken.append((x + dx, y + dy))
-        axes.annotate(printable(text), at, xytext=(dx, dy), textcoords="offset points", fontsize=7, color="0.25")
+        axes.annotate(printable(text), at, xytext=(dx, dy), textcoords="offset points", color="0.25")
 
 
 def _levels(row: Row) -> str:

@@ -90,6 +90,14 @@ def cells(row: Row, comparison: Comparison) -> list[str]:
     ]
 
 
+def numbers(row: Row, comparison: Comparison) -> list[float | None]:
+    """Return what the cells of a row after the first are sorted by, None for what is not known."""
+    metrics = ["test", "validation"] if comparison.test else ["validation"]
+    names = [*metrics, *_COLUMNS[_COLUMNS.index("model_sparsity") :]]
+    means = [row.figures[name].mean if name in row.figures else None for name in names]
+    return [row.forward_sparsity, *means, len(row.seeds)]
+
+
 def _spread(figure: Figure | None, form: str, spread: bool = True) -> str:
     if figure is None:
         return "-"

@@ -61,7 +61,7 @@ def read_contents(folder: Path) -> RunContents:
     result = saved = None
     try:
         result = run.result()
-        if result is None and not run.is_of_logger:
+        if result is None and not run.is_of_trainer:
             notes.append(f"There is no {RESULT_FILE}: the run has not ended, or is not a run of topkast-train.")
         elif result and result.incomplete_logs:
             notes += [f"A log is incomplete: {lacking}." for lacking in result.incomplete_logs]
@@ -70,7 +70,7 @@ def read_contents(folder: Path) -> RunContents:
     curves = run.curves(notes.append)
     try:
         saved = read_masks(run)
-        if saved is None and (not run.is_of_logger or any(name.startswith("topkast/") for name in curves)):
+        if saved is None and (not run.is_of_trainer or any(name.startswith("topkast/") for name in curves)):
             notes.append(
                 "Masks and magnitudes are missing: the run has no checkpoint in a single file, checkpoints/*.ckpt."
             )

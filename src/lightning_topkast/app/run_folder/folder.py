@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from lightning_topkast.app.errors import AppError
 from lightning_topkast.app.interpolations import check_size
 from lightning_topkast.app.run_folder.checkpoint import Checkpoint, UnfinishedCheckpoint, check_sharded
-from lightning_topkast.app.run_folder.logs import Curve, has_log, has_own_log, read_curves
+from lightning_topkast.app.run_folder.logs import Curve, has_log, read_curves
 from lightning_topkast.app.run_folder.result import RESULT_FILE, RUNNING, Result, Status, read_result
 from lightning_topkast.app.yaml_files import checked_text, read_yaml
 from lightning_topkast.errors import TopKastError
@@ -55,10 +55,9 @@ class RunFolder:
         return (self.path / RESULT_FILE).is_file() or (self.path / "checkpoints").is_dir() or has_log(self.path)
 
     @property
-    def is_of_logger(self) -> bool:
-        """Whether one of Lightning's own loggers has filled the folder, and no topkast-train."""
-        left = (self.path / RESULT_FILE, self.hydra)
-        return not any(path.exists() for path in left) and has_own_log(self.path)
+    def is_of_trainer(self) -> bool:
+        """Whether the loggers of somebody's own Trainer have filled the folder, and not topkast-train."""
+        return has_log(self.path) and not ((self.path / RESULT_FILE).exists() or self.hydra.exists())
 
     def result(self) -> Result | None:
         """Return the result, or None if there is none; raises as `read_result`."""

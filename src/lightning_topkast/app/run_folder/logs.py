@@ -68,11 +68,6 @@ def has_log(folder: Path) -> bool:
     return any(any(folder.glob(pattern)) for pattern in (*_CSV, *_EVENTS))
 
 
-def has_own_log(folder: Path) -> bool:
-    """Return whether a log lies in `folder` itself, where Lightning's loggers put it, and not below."""
-    return any(any(folder.glob(pattern)) for pattern in (_CSV[1], _EVENTS[1]))
-
-
 def _in_order(folder: Path, patterns: Sequence[str]) -> list[Path]:
     """Return the files in the order in which they were begun, which their names tell and a copy's dates do not.
 

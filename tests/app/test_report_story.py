@@ -20,6 +20,7 @@ RESULT = {
     "parameters": {"total": 1000, "nonzero": 200},
     "flops": {"forward_flops": 2.0, "training_flops": 6.0, "training_flops_ratio": 0.1637},
 }  # fmt: skip
+DENSE_YET = {"weights": 0.0, "model": 0.0}
 LEVEL, RAMP = [0.9, 0.9, 0.9], [0.0, 0.5, 0.9]
 
 
@@ -50,6 +51,7 @@ def test_sentence_says_what_was_trained_how_sparse_how_good_and_what_it_saves():
 
 def test_every_forward_pass_is_said_only_of_a_level_curve():
     assert "90 % of its sparse weights at zero when it was tested, and" in told(RAMP)[0]
+    assert "with 0 % of its sparse weights at zero when it was tested" in told(RAMP, sparsity=DENSE_YET)[0]
     assert "90 % of its sparse weights at zero in the end, and" in told(RAMP, metrics=None)[0]
     assert "90 % of its sparse weights at zero, and" in told()[0]
     said = told([0.9, 0.93, 0.906], sparsity={"weights": 0.906, "model": 0.8})[0]
@@ -97,7 +99,7 @@ def test_first_screen_has_three_figures_and_the_others_are_folded_and_escaped(tm
     first, folded, rest = source.partition("<details>")
     assert folded
     sentence = first.partition('<p class="story">')[2].partition("</p>")[0]
-    assert sentence.startswith("The network &lt;script&gt;alert(1)&lt;/script&gt; was trained with 90 %")
+    assert sentence.startswith("The network &lt;script&gt;alert(1)&lt;/script&gt; was trained with 90\u00a0% of")
     assert "reached test/&lt;script&gt;alert(1)&lt;/script&gt; 0.5000" in sentence
     assert first.count("<data ") == 3
     assert rest.partition("</details>")[0].count("<data ") >= 3
@@ -130,7 +132,8 @@ def test_sparse_run_of_a_trainer_says_how_sparse_and_that_its_masks_are_missing(
     folder = log_of_lightning(tmp_path / "run", "step,test_f1,topkast/forward_sparsity\n1,,0.9\n2,0.5,0.9\n")
     source = write_run_report(folder).read_text()
     assert (
-        "This network ran with 90 % of its sparse weights at zero in every forward pass, and reached test_f1" in source
+        "This network ran with 90\u00a0% of its sparse weights at zero in every forward pass, and reached test_f1"
+        in source
     )
     assert "Masks and magnitudes are missing" in source
     assert "no result.json" not in source

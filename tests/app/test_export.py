@@ -106,10 +106,10 @@ def test_exported_network_has_the_accuracy_of_the_run(cli, run_folder, name, mon
 
 
 def test_check_computes_with_what_is_in_the_file(cli, run_folder, monkeypatch):
-    def another(model, example, path, sparse, overwrite):
+    def another(model, example, path, sparse, overwrite, **more):
         other = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
         nn.init.zeros_(other[1].weight)
-        return save_onnx(other, example, path, sparse, overwrite)
+        return save_onnx(other, example, path, sparse, overwrite, **more)
 
     save_onnx = export_run.save_onnx
     monkeypatch.setattr(export_run, "save_onnx", another)
@@ -133,10 +133,10 @@ def test_check_sees_a_single_changed_bit(cli, run_folder, monkeypatch):
 
 
 def test_check_does_not_pass_over_outputs_that_are_no_numbers(cli, run_folder, monkeypatch):
-    def spoilt(model, example, path, sparse, overwrite):
+    def spoilt(model, example, path, sparse, overwrite, **more):
         other = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
         nn.init.constant_(other[1].bias, float("nan"))
-        return save_onnx(other, example, path, sparse, overwrite)
+        return save_onnx(other, example, path, sparse, overwrite, **more)
 
     save_onnx = export_run.save_onnx
     monkeypatch.setattr(export_run, "save_onnx", spoilt)

@@ -34,6 +34,11 @@ FOLDER = "tests/tests_pytorch"
 EXPECTED = {
     "*/trainer/logging_/*": "forbids keys and calls of the logger besides its own",
     "*test_log_every_n_steps*": "forbids keys and calls of the logger besides its own",
+    "*test_loggers_fit_test_all*": "forbids keys and calls of the logger besides its own",
+    "*test_tensorboard_with_accumulated_gradients": "forbids keys and calls of the logger besides its own",
+    "*test_throughput_monitor_fit*": "forbids keys and calls of the logger besides its own",
+    "*test_throughput_monitor_variable_batch_size": "forbids keys and calls of the logger besides its own",
+    "*test_wandb_log_model*": "counts the artifacts, to which we add the checkpoint with its densities",
     "*test_checkpoint_callbacks_are_last": "names all callbacks",
     "*test_attach_model_callbacks": "names all callbacks",
     "*test_configure_external_callbacks": "names all callbacks",
@@ -46,8 +51,12 @@ EXPECTED = {
     "*test_running_test_after_fitting": "it asks for an accuracy that half of the weights do not reach in two epochs",
     "*_flow*": "its learning rate is 0, to which the shrinkage of the penalty cannot refer",
     "*test_lr_monitor_multiple_param_groups_no_lr_scheduler": "its optimizer leaves out a weight, which we refuse",
+    "*test_swa_multiple_lrs": "its optimizer leaves out a weight, which we refuse",
+    "*test_lottery_ticket_hypothesis_correctly_reset": "it asks for every weight as it was, and half of them are zero",
+    "*test_trainer_spike_detection_integration*": "its weight has one entry, which we refuse in its processes",
     "*test_timer_stops_training": "its limit of milliseconds ends before the second step, if the first is slower",
 }
+NOTHING_SPARSE = "no weight of the model is sparse", "has 1 entries, too few for one active entry"
 
 
 class Added:
@@ -77,7 +86,7 @@ class Callback(TopKastCallback):
         try:
             super().on_train_start(trainer, pl_module)
         except TopKastError as error:
-            if "no weight of the model is sparse" in str(error):
+            if any(words in str(error) for words in NOTHING_SPARSE):
                 pytest.skip("nothing to make sparse")
             raise
 

@@ -174,6 +174,10 @@ class Run:
             for part in ("model", *(part for part in order if part != "attach")):
                 getattr(self, part).load_state_dict(state[part])
 
+    def begin_again(self):
+        """Begin again from the first save, without attaching."""
+        self.begin_from(self.saves[0], ("topkast", "optimizer"))
+
     def begin_from(self, save, order):
         self.groups = save["groups"]
         self.begin()
@@ -504,6 +508,14 @@ ONCE = {
     "exploration begins again, and a weight that joined still explores": (
         {"stop": 3, "late": True},
         [("train", 3, 1), ("add_group",), ("restart",), ("train", 2, 1)],
+    ),
+    "weights are swapped before a resumed run is attached": (
+        {},
+        [("train", 5, 1), ("save", ALL), ("begin_again",), ("swap", 6, 1, False), ("attach",), ("train", 3, 2)],
+    ),
+    "an optimizer made anew has not stepped when the run begins again": (
+        {"penalty": "auto"},
+        [("train", 2, 1), ("renew", False, False), ("restart",), ("train", 3, 2)],
     ),
     "two averages with the same active set are swapped in": (
         {},

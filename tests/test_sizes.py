@@ -1,10 +1,12 @@
 """Sets whose sizes vary: ramps of the sparsities, and weights that compete for their places."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
-from lightning_topkast import Ramp, Schedule, Targets, TopKast, TopKastError
+from lightning_topkast import Block, Ramp, Schedule, Targets, TopKast, TopKastError
 from lightning_topkast.settings import Settings
 from tests.helpers import OPTIMIZERS, fit, make_callback, make_net, make_trainer, nouns, same
 
@@ -205,3 +207,121 @@ def test_weight_that_an_optimizer_is_given_after_a_ramp_is_as_sparse_as_the_othe
     optimizer.add_param_group({"params": list(first.parameters())})
     step()
     assert [weight.forward_density for weight in topkast.weights.values()] == [0.1, 0.1]
+
+
+def two_rates(**options):
+    """A network of which a second optimizer trains the last layers; it steps every fifth time."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(20, 20) for _ in range(4)))
+    topkast = TopKast(
+        model, 0.8, 0.6, penalty=None, targets=Targets(keep_first_dense=False, keep_last_dense=False), **options
+    )
+    optimizers = [torch.optim.SGD(part.parameters(), lr=0.05, momentum=0.9) for part in (model[:2], model[2:])]
+    topkast.attach(*optimizers)
+    return model, topkast, optimizers
+
+
+def train(model, optimizers, steps, begin=0):
+    generator = torch.Generator().manual_seed(1)
+    batches = torch.randn(begin + steps, 4, 20, generator=generator)[begin:]
+    for step, batch in enumerate(batches, start=begin + 1):
+        model.zero_grad()
+        model(batch).square().mean().backward()
+        optimizers[0].step()
+        if step % 5 == 0:
+            optimizers[1].step()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"schedule": Schedule(update_every=2), "ramp": Ramp(0.2, 0.1, begin=0, end=12)},
+        {"schedule": Schedule(update_every=2, stop_exploring_at=6)},
+    ],
+    ids=["ramp", "stop"],
+)
+def test_optimizers_that_step_at_different_rates_resume_exactly(options):
+    whole, topkast, optimizers = two_rates(**options)
+    for step in range(16):
+        state = [copy.deepcopy(each.state_dict()) for each in (whole, topkast, *optimizers)]
+        train(whole, optimizers, 1, begin=step)
+        model, resumed, others = two_rates(**options)
+        for each, saved in zip((model, resumed, *others), state, strict=True):
+            each.load_state_dict(saved)
+        train(model, others, 1, begin=step)
+        assert same(resumed.state_dict(), topkast.state_dict()), step
+
+
+@pytest.mark.parametrize("shape", [14, 10, 40])
+def test_ramp_in_blocks_that_do_not_divide_is_not_refreshed_when_it_is_attached(shape):
+    model = nn.Sequential(*(nn.Linear(shape, shape) for _ in range(3)))
+    ramp = Ramp(0.25, 0.1, begin=0, end=200)
+    topkast = TopKast(model, 0.9, 0.8, structure=Block(4, 4) if shape < 40 else Block(16, 16), ramp=ramp)
+    topkast.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+    assert topkast.refresh_count == 0
+
+
+@pytest.mark.parametrize("penalty", ["auto", None])
+def test_groups_given_to_two_optimizers_follow_the_schedule(penalty):
+    model = nn.Sequential(*(nn.Linear(20, 20) for _ in range(6)))
+    topkast = TopKast(
+        model, 0.8, 0.6, penalty=penalty, schedule=Schedule(update_every=2), ramp=Ramp(0.2, 0.1, begin=0, end=4),
+        targets=Targets(keep_first_dense=False, keep_last_dense=False),
+    )  # fmt: skip
+    optimizers = [torch.optim.SGD(model[at].parameters(), lr=0.05) for at in (0, 1)]
+    topkast.attach(*optimizers)
+
+    def step():
+        model(torch.randn(4, 20)).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+    step()
+    with pytest.warns(UserWarning, match="no attached optimizer holds"):
+        step()
+    for _ in range(4):
+        step()
+    for optimizer, at in zip(optimizers, (2, 3), strict=True):
+        optimizer.add_param_group({"params": list(model[at].parameters())})
+    step()
+    densities = {name: weight.forward_density for name, weight in topkast.weights.items()}
+    assert [densities[f"{at}.weight"] for at in range(4)] == [0.2] * 4
+
+
+@pytest.mark.parametrize("power", [1, 3])
+def test_rigl_reaches_the_sparsity_of_a_ramp(power):
+    model = nn.Sequential(*(nn.Linear(20, 20) for _ in range(3)))
+    topkast = TopKast(
+        model, 0.9, 0.9, rule="rigl", penalty=None, ramp=Ramp(end=0.75, power=power),
+        schedule=Schedule(10, stop_updating_at=0.75),
+    )  # fmt: skip
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    topkast.attach(optimizer, total_steps=80)
+    for _ in range(80):
+        optimizer.zero_grad()
+        model(torch.randn(4, 20)).square().mean().backward()
+        optimizer.step()
+    assert [weight.forward_density for weight in topkast.weights.values()] == [0.1]
+
+
+def test_tied_weights_that_were_loaded_to_train_on_are_kept_beside_two_averages():
+    first = nn.Linear(20, 20)
+    model = nn.Sequential(first, nn.Tanh(), nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 20))
+    model[2].weight = first.weight
+    topkast = TopKast(model, 0.8, 0.6, penalty=None, targets=Targets(keep_first_dense=False, keep_last_dense=False))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    topkast.attach(optimizer)
+    model(torch.randn(4, 20)).square().mean().backward()
+    optimizer.step()
+
+    def load_others():
+        others = {name: torch.randn_like(value) for name, value in model.state_dict().items()}
+        model.load_state_dict(others | {"2.weight": others["0.weight"]})
+
+    load_others()
+    alpha = copy.deepcopy(model.state_dict())
+    theta = {name: weight.theta() for name, weight in topkast.weights.items()}
+    load_others()
+    load_others()
+    model.load_state_dict(alpha)
+    assert all(torch.equal(weight.theta(), theta[name]) for name, weight in topkast.weights.items())

@@ -68,8 +68,8 @@ class SET(Static):
         """Drop the smallest, grow those with the largest growth scores."""
         growth = self.growth(candidates)
         dropped = 0 if growth is None else int(self.fraction(candidates.progress) * candidates.active_count)
-        if growth is None or dropped == 0:
-            return super().choose(candidates)
+        if growth is None or dropped == 0:  # in a ramp there may be fewer entries than before
+            return candidates.select(candidates.scores, (candidates.active_count,), among=candidates.active()) * ACTIVE
         kept = candidates.active_count - dropped
         return drop_and_grow(candidates.scores, candidates.active(), growth, kept, dropped, candidates.select) * ACTIVE
 

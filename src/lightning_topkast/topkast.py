@@ -89,7 +89,6 @@ class TopKast:
         self._watches: list[RemovableHandle] = []
         self._writes = ForeignWrites()
         self._notices = Notices(settings)
-        self._late: set[SparseWeight] = set()  # given to an optimizer whose steps have not trained them yet
         self._zeros: dict[str, tuple[int, int]] = {}  # for the summary
 
         if settings.storage.name != "masked":
@@ -505,8 +504,8 @@ class TopKast:
 
     @property
     def _groups(self) -> list[tuple[list[SparseWeight], int]]:
-        """The weights, and the number of steps by which their sets are planned: by optimizer if each has a plan."""
-        if not self._refresher.own_sizes:
+        """The weights by optimizer, and the number of steps that each has taken."""
+        if len(self._attached) < 2 and not self._refresher.own_sizes:
             return [(list(self._weights.values()), self.step_count)]
         groups = [(hooks.weights, hooks.steps) for hooks in self._attached]
         rest = [self._weights[name] for name in self.unattached]
@@ -540,18 +539,16 @@ class TopKast:
 
     def _before_step(self, weights: Sequence[SparseWeight]) -> None:
         self.accept_writes(weights)
-        if late := self._strengths.unknown(weights):  # an optimizer was given another group
-            self._late.update(late)
+        if self._strengths.unknown(weights):  # an optimizer was given another group
             self._set_strength()
         self._attached.fit_state()
 
     def _after_step(self, hooks: StepHooks) -> None:
         weights = hooks.weights
         # not before the step, for which there are gradients in the order of the present sets
-        late = [weight for weight in weights if weight in self._late]
-        self._late.difference_update(late)
-        if late and not self._refresher.fits(late, hooks.steps, all_trained=True):
-            self._refresher.refresh((late, hooks.steps))
+        if late := [weight for weight in weights if weight not in hooks.trained]:
+            self._refresher.join(late, hooks.steps)
+        hooks.trained = set(weights)
         self._notices.warn_of_lost_reservoir(self._weights, self._zeros)
         if self._refresher.sizes_of(weights).timeline.refreshes_after(hooks.steps):
             self._notices.warn_of_left_out(self.unattached if self.refresh_count == 0 else [], self._targets)

@@ -12,13 +12,11 @@ from torch import Tensor
 from lightning_topkast.distributed import check_ranks_agree
 from lightning_topkast.engine.choose import Choice, choose
 from lightning_topkast.errors import TopKastError
-from lightning_topkast.method.density import Counts, SetSizes
+from lightning_topkast.method.density import SetSizes
 from lightning_topkast.method.rule import Rule
 from lightning_topkast.method.selection import ACTIVE, EXPLORING
 from lightning_topkast.weights import EntryState, SparseWeight
 from lightning_topkast.weights.state import holds_values
-
-_SLACK = 0.05  # of a weight's entries
 
 # One thread for all weights: selection is limited by memory bandwidth, and training continues meanwhile.
 _background: ThreadPoolExecutor
@@ -171,7 +169,7 @@ class Refresher:
         return self.own_sizes.get(weights[0].name, self.sizes) if weights else self.sizes
 
     def fits(self, weights: Sequence[SparseWeight], step: int, all_trained: bool) -> bool:
-        """Return whether these weights explore if and only if the schedule says so, and are as dense as in a ramp.
+        """Return whether these weights explore if and only if the schedule says so.
 
         Args:
             weights: whose sets have sizes of one plan.
@@ -189,21 +187,13 @@ class Refresher:
             if varying:
                 fitting.append(any(weight.is_exploring for weight in varying) == any(asked[each] for each in varying))
             if all(fitting) or (not all_trained and any(fitting)):
-                break
-        else:
-            return False
-        return not all_trained or self._are_as_dense(weights, chosen)
+                return True
+        return False
 
-    def _are_as_dense(self, weights: Sequence[SparseWeight], chosen: Sequence[Counts]) -> bool:
-        """Return whether a ramp has not left any of the weights behind; one that no optimizer held has no refreshes."""
-        if self.sizes.timeline.ramp is None or self.sizes.allocation.distribution == "global":
-            return True
-        for weight in weights:
-            least, *_, most = sorted(counts[weight.name][0] for counts in chosen)
-            slack = _SLACK * weight.size  # of blocks that differ in size
-            if not least - slack <= int(weight.active_entries) <= most + slack:
-                return False
-        return True
+    def join(self, weights: Sequence[SparseWeight], step: int) -> None:
+        """Refresh weights that an optimizer was given late, after `step` steps of it, if they may be behind."""
+        if self.sizes_of(weights).timeline.ramp is not None or not self.fits(weights, step, all_trained=True):
+            self.refresh((weights, step))
 
     def after_step(self, weights: Sequence[SparseWeight], step: int) -> None:
         """Refresh these weights, or start or apply a selection, if one is due after `step` optimizer steps."""

@@ -90,6 +90,7 @@ class StepHooks:
             )
         self._optimizers = [ref(optimizer)]
         self._last_held = self._held_by(optimizer)
+        self.trained = set(self._last_held)  # those of the last step; others are late
         self._warn_of_lost_decay()
 
     def _check(self, optimizer: Optimizer) -> None:

@@ -47,7 +47,7 @@ class Strengths:
                 density, peak = weight.forward_density_target, peaks.get(name)
                 found = 0.0 if self._penalty is None else self._penalty.strength_for(name, density, peak)
                 weight.shrinkage.strength = found
-        self._known.update(held)
+        self._known.update(weight for weight in held if weight.name in peaks)
 
     def forget(self) -> None:
         """Let the learning rates of another run determine λ."""
@@ -61,7 +61,11 @@ class Strengths:
             shrinkage: in the settings of the run that was saved.
         """
         if shrinkage is not None and shrinkage == self.shrinkage:
-            self._known.update(weight for weight in self._weights.values() if weight.strength)  # 0: not known yet
+            for name, weight in self._weights.items():
+                if weight.strength:
+                    self._known.add(weight)
+                else:  # it was not known yet
+                    weight.shrinkage.strength = before[name]
             return
         for name, weight in self._weights.items():
             weight.shrinkage.strength = before[name]

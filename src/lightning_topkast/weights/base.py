@@ -112,7 +112,7 @@ class SparseWeight(ABC):
         self.updated_count = updated_count
         self.is_open = False
         self.is_trained = False  # whether an engine is attached to an optimizer
-        self.was_trained = False  # whether it has ever been
+        self.was_trained = False  # whether it has ever been, or a saved state was loaded
         self.structure = traits.structure
         self.seed = traits.seed
         self.clears_dropped = traits.clears_dropped
@@ -512,6 +512,7 @@ class SparseWeight(ABC):
         }
 
     def _load_counts(self, state: dict[str, Any]) -> None:
+        self.was_trained = True
         self.first_reservoir = state["first_reservoir"]
         self.promoted = state["promoted"]
         self.shrinkage.strength = state["strength"]

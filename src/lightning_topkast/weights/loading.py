@@ -33,6 +33,9 @@ def replace(weight: SparseWeight, values: Tensor, before: Before, was_written: b
         theta, tiers = _sets_of(weight, values, (weight.replaced or [before])[0])
         if weight.clears_dropped:
             theta = theta.masked_fill(tiers == RESERVOIR, 0)
+        # as after a load of the same values by each of two modules that share the weight
+        differ = torch.count_nonzero(theta != before.theta) + torch.count_nonzero(tiers != before.tiers)
+        like = None if int(weight.sharding.sum(differ)) else before
     weight.replace(theta, tiers, before, like, was_written)
 
 

@@ -134,7 +134,7 @@ class Attached:
 
     def restart(self) -> None:
         """Count the steps from 0."""
-        self.steps_before = []
+        self.steps_before = [0 for _ in self.steps_before]
         for hooks in self.hooks:
             hooks.steps = 0
 

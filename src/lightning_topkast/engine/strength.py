@@ -43,7 +43,8 @@ class Strengths:
         names = {id(weight.parameter): name for name, weight in self._weights.items()}
         peaks = peak_learning_rates(names, optimizers)
         for name, weight in self._weights.items():
-            if weight not in self._known:
+            # until a learning rate is known again, λ stays
+            if weight not in self._known and (name in peaks or not weight.strength):
                 density, peak = weight.forward_density_target, peaks.get(name)
                 found = 0.0 if self._penalty is None else self._penalty.strength_for(name, density, peak)
                 weight.shrinkage.strength = found

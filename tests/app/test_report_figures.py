@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from lightning_topkast.app.report.curves import over_seeds, part_and_quantity
-from lightning_topkast.app.report.names import natural, short, short_names
+from lightning_topkast.app.report.names import natural
+from lightning_topkast.text import short, short_names
 
 pytest.importorskip("matplotlib")
 

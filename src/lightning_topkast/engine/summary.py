@@ -16,6 +16,7 @@ from lightning_topkast.method.rule import Magnitude
 from lightning_topkast.method.schedule import Timeline
 from lightning_topkast.method.targets import Target, Targets
 from lightning_topkast.settings import Settings
+from lightning_topkast.text import short_names
 from lightning_topkast.weights import SparseWeight
 
 # Reasons for which a weight of two or more dimensions is dense by request or by the method's own set-up.
@@ -94,10 +95,11 @@ class Summary:
         cells = [header, *lines, *sums, *(line[:3] for line in dense)]
         widths = [max((len(line[at]) for line in cells if len(line) > at), default=0) for at in range(8)]
         rest = sum(width + 2 for width in widths[1:] if width)
-        names = _shortened([line[0] for line in (*lines, *dense)], max(width - rest, _SHORTEST_NAME))
-        for line, name in zip((*lines, *dense), names, strict=True):
-            line[0] = name
-        widths[0] = max(map(len, (*names, *(line[0] for line in (header, *sums)))))
+        for part in (lines, dense):
+            names = short_names([line[0] for line in part], max(width - rest, _SHORTEST_NAME))
+            for line, name in zip(part, names, strict=True):
+                line[0] = name
+        widths[0] = max(len(line[0]) for line in (header, *lines, *dense, *sums))
         rule = "─" * (widths[0] + rest)
         share = f"sparse weights hold {self.sparse_share:.1%} of the model's parameters"
         notes = [line for note in (share, *self.notes) for line in wrap(note, width, subsequent_indent="  ")]
@@ -133,22 +135,6 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
         for at, (cell, width) in enumerate(zip(cells, widths, strict=False))
     ]
     return "  ".join(aligned).rstrip()
-
-
-def _shortened(names: Sequence[str], width: int) -> Sequence[str]:
-    """Return names with shortened parts if they are longer than `width`; as they are if that makes two alike."""
-    short = [_shortened_name(name, width) for name in names]
-    return short if len(set(short)) == len(set(names)) else names
-
-
-def _shortened_name(name: str, width: int) -> str:
-    """Return a name that has lost the middle of its parts, from the left; numbers of layers stay."""
-    parts = name.split(".")
-    for at, part in enumerate(parts):
-        if (excess := sum(map(len, parts)) + len(parts) - 1 - width) > 0 and len(part) > 3:
-            kept = max(len(part) - excess - 1, 2)
-            parts[at] = f"{part[: kept // 2]}…{part[kept // 2 - kept :]}"
-    return ".".join(parts)
 
 
 def warn_if_little(targets: Sequence[Target], chosen: Targets) -> None:

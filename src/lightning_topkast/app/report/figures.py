@@ -14,9 +14,10 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from lightning_topkast.app.report.curves import MASK_CHANGE, of_layers, on_grid, part_and_quantity, thinned
 from lightning_topkast.app.report.drawing import COLOURS, Drawn, style
-from lightning_topkast.app.report.names import natural, short, short_names, slug
+from lightning_topkast.app.report.names import natural, slug
 from lightning_topkast.app.run_folder.logs import Curve
 from lightning_topkast.app.run_folder.masks import ACTIVE, EXPLORING, RESERVOIR, SavedWeight
+from lightning_topkast.text import short, short_names
 
 SMALL = (3.7, 2.35)  # inches: as wide as a phone, so that text stays legible there
 _CYCLE = [COLOURS[name] for name in ("active", "exploring", "third", "muted")]

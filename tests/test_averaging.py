@@ -158,6 +158,25 @@ def test_average_of_packed_blocks_is_that_of_masked_ones(tmp_path, average, topk
     assert any(promoted)
 
 
+@ORDERS
+@EVERY_AVERAGE
+@pytest.mark.parametrize("validates", [True, False])
+@pytest.mark.parametrize("storage", ["packed"], indirect=True)
+def test_average_of_a_packed_weight_leaves_its_exploring_values(tmp_path, average, topkast_first, validates):
+    """The average is of the network's weights, so what it does not see goes on from the last step, as if masked."""
+    found = []
+    for kept in ("masked", "packed"):
+        callback = make_callback(storage=kept, update_every=7)
+        callbacks = ordered(callback, AVERAGES[average](), topkast_first)
+        trainer = make_trainer(tmp_path, *callbacks, max_epochs=4, limit_val_batches=int(validates))
+        fit(trainer, make_net(optimizer="adamw", lr=0.05))
+        found.append(callback.topkast.weights[MIDDLE])
+    masked, packed = found
+    assert packed.storage == "packed"
+    assert packed.is_exploring
+    torch.testing.assert_close(packed.theta(), masked.theta(), atol=1e-5, rtol=1e-4)
+
+
 class LookAtPromoted(Callback):
     """Notes how many entries each refresh has promoted."""
 

@@ -259,6 +259,11 @@ class TopKastCallback(Callback):
         if self._telemetry is not None:
             self._telemetry.log()
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give packed averages θ of the last step outside A, since they are copied into the model as a whole."""
+        if self._averages is not None:
+            self._averages.update()
+
     # --- validation, checkpoints and the end of a run -------------------------------------------------------------
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

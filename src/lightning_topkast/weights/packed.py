@@ -287,7 +287,7 @@ class PackedWeight(SparseWeight):
         average._copy_sets(self)
 
     def _copy_sets(self, other: "PackedWeight") -> None:
-        """Copy the other's sets: entries that are active in both keep their values, all others restart at its θ."""
+        """Copy the other's sets and its θ; only entries that are active in both, and were before, keep their values."""
         if self._layout is not other._layout:
             average = self.theta().view(-1)
             stayed = (self.active & other.active).view(-1)
@@ -298,6 +298,9 @@ class PackedWeight(SparseWeight):
             self.parameter.detach().copy_(other.parameter.detach())
             count = self._layout.updated_count
             self.parameter.detach()[:count] = self._theta[self._places()].to(self.parameter)
+        else:
+            exploring = slice(self._layout.active_count, self._layout.updated_count)
+            self.parameter.detach()[exploring] = other.parameter.detach()[exploring].to(self.parameter)
 
     # --- state ----------------------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ def target(
     sizes: Sequence[int] = (1,),
     pair: tuple[float, float] = (0.9, 0.99),
     either: int | str = 1,
+    names: Sequence[str] = (),
     word: Literal["a", "b"] = "a",
     anything: Any = None,
     call: Callable[[int], int] | None = None,
@@ -66,6 +67,7 @@ def test_value_of_another_type_is_refused_by_its_key(name, value, expected):
     [
         ("count", 2.0), ("count", True), ("count", None), ("share", 1), ("share", 1e-3), ("switch", 1), ("rate", 0.1),
         ("limit", None), ("sizes", [1, 2]), ("sizes", []), ("pair", [1, 0.5]), ("either", "abc"), ("word", "c"),
+        ("names", "abc"),
         ("anything", "abc"), ("call", "abc"), ("bare", "abc"), ("unknown", "abc"), ("count", {"_target_": "x"}),
     ],
 )  # fmt: skip

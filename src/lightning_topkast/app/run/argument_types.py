@@ -96,8 +96,8 @@ def _kinds(annotation: Any) -> Kinds | None:
     origin = get_origin(annotation) or annotation
     if origin is Tensor:
         return set()
-    if origin in _LISTS:
-        return {list}
+    if origin in _LISTS:  # a text is a sequence of texts
+        return {list} if not get_args(annotation) or _kinds_of_elements(annotation) is not None else None
     return {origin} if isinstance(origin, type) and origin in _WORDS else None
 
 

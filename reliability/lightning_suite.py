@@ -63,6 +63,16 @@ EXPECTED_PACKED = {
     "*test_custom_model_summary_callback_summarize": "names the types of layers, which packed ones replace",
     "*/callbacks/test_pruning.py::*": "prunes weights that packed layers compute",
     "*test_ema_configure_model*": "its configure_model builds the layers anew at every call",
+    "*test_trainer_model_hook_system_fit*": "counts the calls of configure_model, of which there is one more",
+    "*test_train_eval_mode_restored": "looks at requires_grad of a weight that packed layers compute",
+    "*/models/test_cpu.py::*": "compares parameters with those before, which have other shapes",
+    "*test_load_model_from_checkpoint*": "compares parameters with those of a model that was not packed",
+    "*test_if_inference_output_is_valid*": "exports packed layers to ONNX, for which there is save_onnx",
+    "*test_lr_finder.py::test_model_reset_correctly": "the packed model is sparse as soon as it is set up",
+    "*test_scale_batch_size.py::test_trainer_reset_correctly*": "the packed model is sparse as soon as it is set up",
+    "*_optimizer_manual_optimization_and_*": "counts steps; we first try the optimizer",
+    "*_optimizer_automatic_optimization_optimizer_*": "counts steps; we first try the optimizer",
+    "*test_model_size_warning_on_unsupported_precision": "counts megabytes, of which packed layers have fewer",
     "*test_double_precision*": "looks at the gradient of a weight that packed layers compute",
     "*test_memory_sharing_disabled": "looks at the memory of a weight that packed layers compute",
 }
@@ -152,7 +162,7 @@ def main() -> int:
     failed = [name for name, outcome in with_callback.items() if outcome == "failed"]
     without = run(tree, None, failed, given) if failed else {}
     ours = [name for name in failed if without.get(name) == "passed"]
-    expected = EXPECTED if options.storage == "masked" else EXPECTED_PACKED | EXPECTED
+    expected = EXPECTED if options.storage == "masked" else EXPECTED | EXPECTED_PACKED
     reasons = {name: next((why for one, why in expected.items() if fnmatch.fnmatch(name, one)), "") for name in ours}
     print(f"\nwith the callback: {dict(Counter(with_callback.values()))}")
     print(f"failed, and fail without it too: {len(failed) - len(ours)}")

@@ -231,6 +231,21 @@ def test_weights_written_in_setup_are_those_that_train(tmp_path, kind):
     assert "setup" not in model.__dict__, "the module is left as it was"
 
 
+def test_setup_is_called_as_lightning_calls_it(tmp_path):
+    """By the name of its argument, so a module may take nothing else."""
+    found = []
+
+    class Named(Net):
+        def setup(self, *arguments, **options):
+            found.append((arguments, options))
+
+    for storage in ("masked", "packed"):
+        torch.manual_seed(0)
+        fit(make_trainer(tmp_path, make_callback(storage=storage)), Named())
+    masked, packed = found
+    assert packed == masked == ((), {"stage": "fit"})
+
+
 def test_module_whose_setup_fails_is_left_as_it_was(tmp_path):
     class Fails(Net):
         def setup(self, stage):

@@ -20,11 +20,11 @@ def after_setup(pl_module: LightningModule, then: Callable[[], None]) -> None:
     own = pl_module.__dict__.get("setup")
     setup = pl_module.setup
 
-    def setup_and_then(stage: str) -> None:
+    def setup_and_then(*arguments: Any, **options: Any) -> None:
         pl_module.__dict__.pop("setup")
         if own is not None:
             pl_module.__dict__["setup"] = own
-        setup(stage)
+        setup(*arguments, **options)
         then()
 
     setup_and_then.own = own  # type: ignore[attr-defined]

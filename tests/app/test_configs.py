@@ -38,6 +38,11 @@ NEEDS: dict[tuple[str, str], list[str]] = {
     ("data", "sotu"): ["data.folder=${paths.data_dir}/speeches", *TEXT],
     ("data", "wikitext103"): WIKITEXT,
     ("data", "fashion_mnist"): FASHION,
+    ("data", "custom"): [
+        "data._target_=lightning_topkast.app.data.Digits",
+        "+data.num_classes=10",
+        "+data.input_shape=[1,8,8]",
+    ],
     ("model", "resnet18"): ["data.batch_size=4"],
     ("model", "resnet50"): ["data.batch_size=4"],
     ("model", "wide_resnet"): ["model.depth=10"],

@@ -179,24 +179,27 @@ class Lookahead(Wrapped):
     pass
 
 
-class Second(torch.optim.SGD):
+class Keeping(torch.optim.SGD):
+    """Keeps a tensor of its own for each weight."""
+
+    def step(self, closure=None):
+        name, value = self.kept
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter].setdefault(name, value.clone())
+        return super().step(closure)
+
+
+class Second(Keeping):
     """Keeps a matrix for each dimension, as Shampoo does."""
 
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                self.state[parameter].setdefault("left", torch.eye(5))
-        return super().step(closure)
+    kept = "left", torch.eye(5)
 
 
-class Paired(torch.optim.SGD):
+class Paired(Keeping):
     """Keeps two numbers for each weight."""
 
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                self.state[parameter].setdefault("pair", torch.ones(2))
-        return super().step(closure)
+    kept = "pair", torch.ones(2)
 
 
 class Copies(torch.optim.SGD):

@@ -559,8 +559,7 @@ class TopKast:
 
     def _set_strength(self) -> None:
         """Work out λ of the weights for which that was not done yet, for good if their learning rates are known."""
-        held = [weight for hooks in self._attached for weight in hooks.weights]
-        self._strengths.set(self._attached.optimizers, held)
+        self._strengths.set(self._attached.optimizers)
 
     # --- state ----------------------------------------------------------------------------------------------------
 

@@ -131,7 +131,8 @@ def explain(error: BaseException, config_name: str = CONFIG_NAME) -> str | None:
     if isinstance(error, UnpicklingError):
         return f"the checkpoint cannot be read safely ({str(error).partition(chr(10))[0]}); use another one"
     if isinstance(error, InstantiationException):
-        return _explain_instantiation(error)
+        text = _explain_instantiation(error)
+        return text and text + _where_to_find(text)
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _explain_config(error, config_name)
     if isinstance(error, ValueError) and str(error).startswith("Config group override must be"):  # Hydra's own
@@ -195,13 +196,11 @@ def _explain_instantiation(error: InstantiationException) -> str | None:
     prefix = f"{where.group(1)}: " if where else ""
     cause = error.__cause__
     if cause is None or isinstance(cause, InstantiationException):
-        text = prefix + str(error).replace(where.group(0), "") if where else str(error)
-        return text + _where_to_find(text)
+        return prefix + str(error).replace(where.group(0), "") if where else str(error)
     # Errors of a constructor about its arguments; torch raises RuntimeError for sizes.
     known = (ValueError, TypeError, RuntimeError, OSError, ImportError, AppError)
     if isinstance(cause, (*known, *_misconfiguration())):
-        text = prefix + (explain(cause) or str(cause))
-        return text + _where_to_find(text)
+        return prefix + (explain(cause) or str(cause))
     return None
 
 

@@ -30,12 +30,11 @@ class Strengths:
         """Return those of the weights whose λ was not set for good yet."""
         return set(weights) - self._known
 
-    def set(self, optimizers: Iterable[Optimizer], held: Iterable[SparseWeight]) -> None:
+    def set(self, optimizers: Iterable[Optimizer]) -> None:
         """Set λ of all weights but those for which this is done already.
 
         Args:
-            optimizers: that train the weights.
-            held: the weights that they hold, for which this is done then.
+            optimizers: that train the weights; for those that they hold this is done then.
 
         Raises:
             TopKastError: see `Penalty.strength_for`.
@@ -48,7 +47,7 @@ class Strengths:
                 density, peak = weight.forward_density_target, peaks.get(name)
                 found = 0.0 if self._penalty is None else self._penalty.strength_for(name, density, peak)
                 weight.shrinkage.strength = found
-        self._known.update(weight for weight in held if weight.name in peaks)
+        self._known.update(self._weights[name] for name in peaks)
 
     def forget(self) -> None:
         """Let the learning rates of another run determine λ."""
@@ -61,12 +60,9 @@ class Strengths:
             before: weight name → λ before it was loaded.
             shrinkage: in the settings of the run that was saved.
         """
-        if shrinkage is not None and shrinkage == self.shrinkage:
-            for name, weight in self._weights.items():
-                if weight.strength:
-                    self._known.add(weight)
-                else:  # it was not known yet
-                    weight.shrinkage.strength = before[name]
-            return
+        is_alike = shrinkage is not None and shrinkage == self.shrinkage
         for name, weight in self._weights.items():
-            weight.shrinkage.strength = before[name]
+            if is_alike and weight.strength:  # 0: it was not known yet
+                self._known.add(weight)
+            else:
+                weight.shrinkage.strength = before[name]

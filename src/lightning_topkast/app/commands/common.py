@@ -17,7 +17,7 @@ from lightning_topkast.app.terminal import say
 def console_script(program: str, config_name: str = CONFIG_NAME) -> Iterator[None]:
     """Answer a user's mistake with one line and exit code 2, and end quietly on Ctrl-C or a closed pipe."""
     if "--version" in sys.argv[1:]:  # Hydra would print its own
-        say(_version(program))
+        say(f"{program} {lightning_topkast.__version__}")
         sys.exit()
     let_errors_through()
     with quiet_broken_pipe(), one_line_errors(program, config_name):
@@ -40,7 +40,3 @@ def argument_parser(
     )  # fmt: skip
     parser.add_argument("--version", action="store_true", help="print the version and exit")  # by console_script
     return parser
-
-
-def _version(program: str) -> str:
-    return f"{program} {lightning_topkast.__version__}"

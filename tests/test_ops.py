@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_topkast.errors import TopKastError
-from lightning_topkast.ops import Pattern, choose_kernels, sparse_linear
-from lightning_topkast.ops.csr import compiled
+from lightning_topkast.ops import Pattern, choose_kernels, compiled, sparse_linear
+from lightning_topkast.ops.csr import choice
 from lightning_topkast.ops.csr.linear import _batch_last
 from tests.processes import started
 
@@ -505,7 +505,7 @@ def test_a_pattern_without_transpose_serves_inference_only(kernels):
 def unloaded(monkeypatch, tmp_path):
     """As in a process that has not loaded the kernels, with an empty cache and libraries that are not loaded."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    monkeypatch.setattr(compiled, "_obstacle", None)
+    monkeypatch.setattr(choice._COMPILED, "_obstacle", None)
     loaded = []
     monkeypatch.setattr(torch.ops, "load_library", lambda path: loaded.append(path.read_bytes()))
     return loaded
@@ -552,7 +552,7 @@ def test_broken_compilers_never_stop_auto_which_says_so(unloaded, monkeypatch, c
 def test_the_compilers_last_lines_are_quoted(unloaded, monkeypatch, tmp_path):
     source = tmp_path / "kernels.cpp"
     source.write_text("#error the kernels are out of order\n")
-    monkeypatch.setattr(compiled, "_SOURCE", source)
+    monkeypatch.setattr(choice._COMPILED, "source", source)
     with pytest.raises(TopKastError, match="the kernels are out of order"):
         choose_kernels("compiled", CPU)
 
@@ -566,7 +566,7 @@ def test_an_unwritable_cache_never_stops_auto(unloaded, monkeypatch, tmp_path):
 def test_a_built_library_is_built_once(unloaded, compiler, monkeypatch):
     for _ in range(2):
         assert choose_kernels("compiled", CPU) == "compiled"
-        monkeypatch.setattr(compiled, "_obstacle", None)
+        monkeypatch.setattr(choice._COMPILED, "_obstacle", None)
     assert unloaded == [b"half a library"] * 2
     assert len(compiler.read_text().splitlines()) == 1
 
@@ -576,7 +576,7 @@ def test_damaged_libraries_are_built_again(unloaded, compiler, monkeypatch, dama
     choose_kernels("compiled", CPU)
     (library,) = compiled._cache().glob("*.so")
     library.write_bytes(damage)
-    monkeypatch.setattr(compiled, "_obstacle", None)
+    monkeypatch.setattr(choice._COMPILED, "_obstacle", None)
     assert choose_kernels("auto", CPU) == "compiled"
     assert unloaded == [b"half a library"] * 2
 
@@ -590,7 +590,7 @@ def test_libraries_without_their_digest_are_built_again(unloaded, compiler, monk
         place.unlink()
     else:
         place.write_bytes(digest if isinstance(digest, bytes) else digest.encode())
-    monkeypatch.setattr(compiled, "_obstacle", None)
+    monkeypatch.setattr(choice._COMPILED, "_obstacle", None)
     assert choose_kernels("compiled", CPU) == "compiled"
     assert len(compiler.read_text().splitlines()) == 2
     assert place.read_text() == right
@@ -601,7 +601,7 @@ def test_libraries_of_another_torch_machine_command_or_source_are_not_loaded(
     unloaded, compiler, monkeypatch, tmp_path, what
 ):
     choose_kernels("compiled", CPU)
-    monkeypatch.setattr(compiled, "_obstacle", None)
+    monkeypatch.setattr(choice._COMPILED, "_obstacle", None)
     if what == "torch":
         monkeypatch.setattr(torch, "__version__", "2.0.0")
     elif what == "machine":
@@ -610,7 +610,7 @@ def test_libraries_of_another_torch_machine_command_or_source_are_not_loaded(
         monkeypatch.setenv("CXX", f"{os.environ['CXX']} -O1")
     else:
         (tmp_path / "kernels.cpp").write_text("// another\n")
-        monkeypatch.setattr(compiled, "_SOURCE", tmp_path / "kernels.cpp")
+        monkeypatch.setattr(choice._COMPILED, "source", tmp_path / "kernels.cpp")
     choose_kernels("compiled", CPU)
     assert len(compiler.read_text().splitlines()) == 2
     assert len([*compiled._cache().glob("*.so")]) == 2
@@ -618,7 +618,7 @@ def test_libraries_of_another_torch_machine_command_or_source_are_not_loaded(
 
 def test_libraries_that_do_not_load_are_built_again_and_the_log_says_why(unloaded, compiler, monkeypatch, caplog):
     choose_kernels("compiled", CPU)
-    monkeypatch.setattr(compiled, "_obstacle", None)
+    monkeypatch.setattr(choice._COMPILED, "_obstacle", None)
     outcomes = iter([OSError("another libc"), None])
 
     def load(path):
@@ -655,7 +655,7 @@ def test_libraries_that_others_may_have_planted_are_not_loaded(unloaded, compile
     place = {"the folder": folder, "the library": library, "its digest": library.with_suffix(".sha256")}[what]
     unloaded.clear()
     caplog.clear()
-    monkeypatch.setattr(compiled, "_obstacle", None)
+    monkeypatch.setattr(choice._COMPILED, "_obstacle", None)
     if isinstance(mode, int):
         place.chmod(mode)
     else:
@@ -677,7 +677,7 @@ def test_a_cache_in_a_folder_that_all_may_change_is_not_used(unloaded, compiler,
     assert choose_kernels("auto", CPU) == "torch"
     assert f"all users may write to {tmp_path}/shared" in caplog.text
     (tmp_path / "shared").chmod(0o1777)  # as /tmp: only its owner may rename a folder
-    monkeypatch.setattr(compiled, "_obstacle", None)
+    monkeypatch.setattr(choice._COMPILED, "_obstacle", None)
     assert choose_kernels("auto", CPU) == "compiled"
 
 
@@ -687,7 +687,7 @@ def test_what_is_built_is_for_its_owner_only_whatever_the_umask(unloaded, compil
     try:
         for _ in range(2):
             assert choose_kernels("compiled", CPU) == "compiled"
-            monkeypatch.setattr(compiled, "_obstacle", None)
+            monkeypatch.setattr(choice._COMPILED, "_obstacle", None)
     finally:
         os.umask(before)
     assert len(compiler.read_text().splitlines()) == 1

@@ -1,4 +1,4 @@
-"""The compiled kernels: choosing, building, caching and loading them.
+"""Compiled kernels: building, caching and loading them.
 
 PyTorch's own `cpp_extension.load` would wait forever on the lock file of a killed build, and needs ninja, setuptools
 and Python's headers. Here each build has its own folder and its result is moved into place in one step.
@@ -15,16 +15,9 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
-from typing import Literal, get_args
 
 import torch
 
-from lightning_topkast.errors import TopKastError
-from lightning_topkast.ops.csr import library  # noqa: F401  the kernels implement its operators
-
-Kernels = Literal["auto", "torch", "compiled"]
-
-_SOURCE = Path(__file__).with_name("kernels.cpp")
 _PATIENCE = 900  # time limit of a build in seconds
 _OWN = "set TORCH_EXTENSIONS_DIR to a folder of your own"
 _LINES = 8  # of the compiler's output that an error quotes
@@ -41,47 +34,31 @@ class _UnsafeCacheError(OSError):
     """Other users could put a library into the cache, which would run as this user."""
 
 
-_obstacle: str | None = None  # why the kernels could not be loaded; "" once they are
-
-
-def choose_kernels(name: Kernels, device: torch.device) -> Literal["torch", "compiled"]:
-    """Return the kernels that `sparse_linear` uses on `device`; the first call may compile them.
+class Compiled:
+    """The kernels of one C++ source, compiled for this machine and loaded when they are first needed.
 
     Args:
-        name: `"auto"` uses the compiled kernels if they are available, and PyTorch's otherwise.
-        device: of the tensors.
-
-    Raises:
-        TopKastError: `"compiled"` and the kernels are not available.
+        source: the C++ file, which registers operators with PyTorch.
+        without: what it means that they are not available, for the warning.
     """
-    if name not in get_args(Kernels):
-        raise TopKastError(f"expected kernels to be one of {', '.join(get_args(Kernels))}, got {name!r}")
-    if name == "torch":
-        return "torch"
-    obstacle = _load_once() if device.type == "cpu" else f"they run on CPU, not on {device.type}"
-    if not obstacle:
-        return "compiled"
-    if name == "compiled":
-        raise TopKastError(f"kernels='compiled' is not available: {obstacle}\nUse kernels='auto' or 'torch'.")
-    return "torch"
 
+    def __init__(self, source: Path, without: str) -> None:
+        self.source = source
+        self._without = without
+        self._obstacle: str | None = None
+        self._lock = threading.Lock()
 
-def _load_once() -> str:
-    """Load the kernels and return "", or return why they are not available; a failed build is not repeated."""
-    global _obstacle
-    with _lock:
-        if _obstacle is None:
-            try:
-                _load(_command())
-                _obstacle = ""
-            except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-                _obstacle = str(error)
-                _log.warning(
-                    "using PyTorch's sparse operators, which are slower than dense ones at sparsities of 80/50, since "
-                    "compiled kernels are not available: %s",
-                    error,
-                )
-        return _obstacle
+    def obstacle(self) -> str:
+        """Load the kernels and return "", or return why they are not available; a failed build is not repeated."""
+        with self._lock:
+            if self._obstacle is None:
+                try:
+                    _load(self.source, _command())
+                    self._obstacle = ""
+                except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+                    self._obstacle = str(error)
+                    _log.warning("%s, since compiled kernels are not available: %s", self._without, error)
+            return self._obstacle
 
 
 def _command() -> list[str]:
@@ -105,9 +82,9 @@ def _command() -> list[str]:
     ]
 
 
-def _load(command: list[str]) -> None:
-    key = [torch.__version__, platform.machine(), *command, _SOURCE.read_text()]
-    name = f"kernels_{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.so"
+def _load(source: Path, command: list[str]) -> None:
+    key = [torch.__version__, platform.machine(), *command, source.read_text()]
+    name = f"{source.stem}_{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.so"
     path = _cache() / name
     if _intact(path):
         try:
@@ -115,7 +92,7 @@ def _load(command: list[str]) -> None:
             return
         except OSError as error:
             _log.info("building %s again, since it cannot be loaded: %s", path, error)
-    _build(command, path)
+    _build(source, command, path)
     torch.ops.load_library(path)
 
 
@@ -165,14 +142,14 @@ def _intact(path: Path) -> bool:
         return False
 
 
-def _build(command: list[str], path: Path) -> None:
+def _build(source: Path, command: list[str], path: Path) -> None:
     # a warning, so that it is seen where nobody has set up logging
-    _log.warning("compiling the sparse kernels for this machine: about ten seconds, once (to %s)", path)
+    _log.warning("compiling %s for this machine: about ten seconds, once (to %s)", source.name, path)
     with tempfile.TemporaryDirectory(prefix="build_", dir=path.parent) as folder:
         built, digest = Path(folder, path.name), Path(folder, "digest")
         try:
             result = subprocess.run(
-                [*command, str(_SOURCE), "-o", str(built), "-ltorch_cpu", "-lc10"],
+                [*command, str(source), "-o", str(built), "-ltorch_cpu", "-lc10"],
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,

@@ -1,6 +1,7 @@
 """The report of a run and of a sweep: what it says, that it is one safe file, and that no training fails for it."""
 
 import csv
+import json
 import re
 import shutil
 import sys
@@ -36,7 +37,8 @@ from tests.app.result_files import read_result, write_result
 
 VOID = {"meta", "wbr", "br", "img", "link", "hr", "input"}
 SHORT = ["trainer.max_epochs=1", "trainer.limit_train_batches=3", "callbacks.progress=null", "logger=csv"]
-SORT = files("lightning_topkast.app.report").joinpath("templates", "sort.js").read_text(encoding="utf-8").strip()
+TEMPLATES = files("lightning_topkast.app.report").joinpath("templates")
+SORT, SLIDE = (TEMPLATES.joinpath(f"{name}.js").read_text(encoding="utf-8").strip() for name in ("sort", "slide"))
 HOSTILE = "<script>alert(1)</script>"
 
 
@@ -182,7 +184,7 @@ def test_savings_follow_from_the_counts(page):
 
 
 def test_page_is_one_safe_file_that_needs_no_network(page):
-    check_safe_and_whole(page)
+    check_safe_and_whole(page, SLIDE)
 
 
 def test_page_has_configuration_command_versions_and_hardware(page):
@@ -199,7 +201,8 @@ def test_every_picture_is_in_the_page_and_a_file_beside_it(page):
     files = {path.stem for path in (page.folder / "report").iterdir()}
     assert files == {
         "metric-loss", "metric-acc", "sparsity", "mask-change", "reservoir-activated", "penalty", "learning-rate",
-        "mask-change-heatmap", "mask-1", "mask-2", "magnitudes-1", "magnitudes-2",
+        "mask-change-heatmap", "mask-1", "mask-2", "masks-over-run-1", "masks-over-run-2", "magnitudes-1",
+        "magnitudes-2",
     }  # fmt: skip
     assert len(page.all("figure")) == len(files)
     for path in (page.folder / "report").iterdir():
@@ -227,7 +230,7 @@ def test_what_scrolls_has_a_shadow_at_its_edge_and_keeps_names_in_sight(page):
     assert "position: sticky; left: 0" in name
     assert "background: var(--card)" in name
     scrolling = [attributes for attributes in page.all("div") if attributes.get("class") == "scroll"]
-    assert len(scrolling) == 2  # heatmap and table
+    assert len(scrolling) == 3  # network, heatmap and table
     assert all(each["tabindex"] == "0" and each["role"] == "region" and each["aria-label"] for each in scrolling)
     assert "Scroll sideways" in page.said
 
@@ -344,10 +347,10 @@ def test_without_matplotlib_there_is_a_page_without_curves_and_the_way_out(run, 
     leave_report(run)
     assert capsys.readouterr().out.endswith("(without curves: pip install 'lightning-topkast[report]')\n")
     page = Page(run / "report.html")
-    check_safe_and_whole(page)
+    check_safe_and_whole(page, SLIDE)
     assert "they need matplotlib" in page.said
     assert page.figures["parameters in use"] == 11274
-    assert len(page.all("img")) == 2  # the masks
+    assert len(page.all("img")) == 4  # the masks, and those over the run
 
 
 # --- what is missing, damaged or hostile ------------------------------------------------------------------------------
@@ -359,7 +362,7 @@ def test_run_that_kept_no_curves_says_so_and_shows_the_rest(run):
     page = Page(write_run_report(run))
     assert "the run has no log on disk. Train with logger=csv" in page.said
     assert page.figures["parameters in use"] == 11274
-    assert len(page.all("img")) == 2
+    assert len(page.all("img")) == 4
 
 
 @pytest.mark.usefixtures("without_figures")
@@ -386,7 +389,7 @@ def test_run_that_was_killed_shows_how_far_it_has_come(run):
     page = Page(write_run_report(run))
     assert "the run has not ended" in page.said
     assert "Masks" in page.said
-    check_safe_and_whole(page)
+    check_safe_and_whole(page, SLIDE)
 
 
 @pytest.mark.usefixtures("without_figures")
@@ -427,13 +430,16 @@ def test_hostile_names_are_shown_and_never_run(run, tmp_path):
     state["weights"][HOSTILE] = state["weights"].pop("net.hidden1.weight")
     saved["state_dict"][HOSTILE] = saved["state_dict"].pop("net.hidden1.weight")
     torch.save(saved, run / "checkpoints" / "best.ckpt")
+    history = json.loads((run / "masks.json").read_text())
+    history["weights"][0]["name"] = HOSTILE
+    (run / "masks.json").write_text(json.dumps(history))
     hostile = run.rename(tmp_path / "<b onclick=x>")
     page = Page(write_run_report(hostile))
-    check_safe_and_whole(page)
+    check_safe_and_whole(page, SLIDE)
     titles = re.findall("aria-label=.*?</svg>", page.source, flags=re.DOTALL)
     assert any(part.count(escape(quotes[:20], quote=False)) == 1 for part in titles), "no curve has the metric's name"
     assert page.said.count(HOSTILE) >= 8
-    assert len(page.all("img")) == 2  # the masks
+    assert len(page.all("img")) == 4  # the masks, and those over the run
     assert not page.all("b")
     assert page.figures[f"test/{quotes}"] == 0.5
     assert len(page.all("svg")) >= 8

@@ -3,7 +3,10 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
+from torch import Tensor
+from torch.nn import functional
 
 # dark violet → teal → yellow, readable with colour blindness, like viridis
 _COLOURS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], dtype=float)
@@ -58,11 +61,9 @@ def mask_picture(tiers: np.ndarray, longest: int = 512) -> Image.Image:
         longest: the longest side of the picture in pixels. Smaller masks are enlarged; in larger masks a pixel is a
             block of entries, whose colour is stronger the more of them are updated.
     """
-    shares = _shares_of_blocks(_as_matrix(tiers), longest)
+    shares = block_shares(torch.from_numpy(tiers), longest).numpy()
     # Blocks of many entries would all look grey, so colours are scaled to the block with the most updated entries.
-    shares[..., 1:] /= max(float(shares[..., 1:].sum(axis=-1).max()), 1e-6)
-    shares[..., 0] = 1 - shares[..., 1:].sum(axis=-1)
-    pixels = (shares @ SET_COLOURS.astype(np.float32)).round().astype(np.uint8)
+    pixels = colour_shares(shares / max(float(shares.sum(axis=-1).max()), 1e-6))
     grow = max(1, longest // max(pixels.shape[:2]))
     pixels = pixels.repeat(grow, axis=0).repeat(grow, axis=1)
     if tiers.ndim > 2 and grow > 1:  # gaps between the kernels
@@ -77,15 +78,28 @@ def on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
-def _shares_of_blocks(tiers: np.ndarray, longest: int) -> np.ndarray:
-    """Return blocks × 3 shares of their entries by tier, in float32, with at most `longest` blocks per dimension."""
-    edges = [np.arange(0, side, -(-side // longest)) for side in tiers.shape]
-    rows, columns = (np.diff([*starts, side]) for starts, side in zip(edges, tiers.shape, strict=True))
-    counts = [
-        np.add.reduceat(np.add.reduceat(tiers == tier, edges[0], axis=0, dtype=np.int32), edges[1], axis=1)
-        for tier in range(len(SET_NAMES))
-    ]
-    return np.stack(counts, axis=-1).astype(np.float32) / np.outer(rows, columns)[..., None].astype(np.float32)
+def block_shares(tiers: Tensor, longest: int) -> Tensor:
+    """Return the shares of exploring and of active entries in blocks of a weight: rows × columns × 2, in float32.
+
+    Args:
+        tiers: as of `mask_picture`, on any device.
+        longest: blocks along a side, at most; a weight with fewer entries along it has one block for each.
+    """
+    matrix = as_matrix(tiers)
+    sets = torch.stack([matrix == tier for tier in (1, 2)]).float()
+    block = [block_side(side, longest) for side in matrix.shape]
+    return functional.avg_pool2d(sets, block, ceil_mode=True).permute(1, 2, 0)
+
+
+def block_side(side: int, longest: int) -> int:
+    """Return how many entries along a side make a block, so that it has at most `longest` blocks."""
+    return max(1, -(-side // longest))
+
+
+def colour_shares(shares: np.ndarray) -> np.ndarray:
+    """Return the pixels of blocks with these shares of exploring and of active entries: rows × columns × 4, uint8."""
+    rest = 1 - shares.sum(axis=-1, keepdims=True)
+    return (np.concatenate([rest, shares], axis=-1) @ SET_COLOURS.astype(np.float32)).round().astype(np.uint8)
 
 
 def _kernel(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -94,7 +108,8 @@ def _kernel(shape: tuple[int, ...]) -> tuple[int, int]:
     return (rest[-1] if rest else 1), width * int(np.prod(rest[:-1], dtype=int))
 
 
-def _as_matrix(tiers: np.ndarray) -> np.ndarray:
+def as_matrix(tiers: Tensor) -> Tensor:
+    """Return a weight as it is drawn: outputs × inputs, each of them a kernel."""
     if tiers.ndim < 2:
         return tiers.reshape(1, -1)
     outputs, inputs = tiers.shape[:2]

@@ -14,8 +14,8 @@ PROGRAM = "topkast-report"
 
 _DESCRIPTION = """\
 Writes FOLDER/report.html, one page that needs no network, and its pictures to FOLDER/report. For a run it shows the
-results, curves, mask changes, masks, magnitudes, all weights and the configuration; for a folder of runs, such as a
-sweep, the table of topkast-compare and the curves of all runs.
+results, curves, the network by density, mask changes, masks, masks over the run with a slider, magnitudes, all weights
+and the configuration; for a folder of runs, such as a sweep, the table of topkast-compare and the curves of all runs.
 """
 _EXAMPLES = """\
   topkast-report outputs/2026-01-31/12-00-00-000000    a run; topkast-train does the same, unless report=false

@@ -11,6 +11,7 @@ from typing import Any
 from lightning_topkast.app.errors import AppError, explain
 from lightning_topkast.app.run_folder.folder import RunFolder
 from lightning_topkast.app.run_folder.logs import Curve
+from lightning_topkast.app.run_folder.mask_history import MaskHistory, read_mask_history
 from lightning_topkast.app.run_folder.masks import SavedMasks, read_masks
 from lightning_topkast.app.run_folder.result import RESULT_FILE, Result
 
@@ -25,6 +26,7 @@ class RunContents:
         config: Resolved settings from the result, or else Hydra's configuration; None without either.
         curves: Logged curves by name.
         saved: Sparse weights of the best checkpoint.
+        history: Masks of a few weights over the run; None if they were not recorded, or cannot be read.
         notes: What is missing, and why.
     """
 
@@ -33,6 +35,7 @@ class RunContents:
     config: Any
     curves: Mapping[str, Curve]
     saved: SavedMasks | None
+    history: MaskHistory | None
     notes: tuple[str, ...]
 
     @property
@@ -58,7 +61,7 @@ class RunContents:
 def read_contents(folder: Path) -> RunContents:
     """Read what there is, and note what is missing or damaged."""
     run, notes = RunFolder(folder), []
-    result = saved = None
+    result = saved = history = None
     try:
         result = run.result()
         if result is None and not run.is_of_trainer:
@@ -76,10 +79,14 @@ def read_contents(folder: Path) -> RunContents:
             )
     except (AppError, OSError) as error:
         notes.append(f"Masks and magnitudes are missing: {explain(error)}.")
+    try:
+        history = read_mask_history(folder)
+    except (AppError, OSError) as error:
+        notes.append(f"Masks over the run are missing: {explain(error)}.")
     if not curves:
         notes.append(
             "Curves are missing: the run has no log on disk. Train with logger=csv or the default, or with "
             "logger=tensorboard if tensorboard is installed."
         )
     config = result.config if result and result.config else run.plain_config()
-    return RunContents(folder.resolve(), result, config, curves, saved, tuple(notes))
+    return RunContents(folder.resolve(), result, config, curves, saved, history, tuple(notes))

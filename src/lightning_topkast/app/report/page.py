@@ -6,6 +6,7 @@ import re
 from base64 import b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
@@ -47,16 +48,24 @@ def inline_png(name: str, label: str, content: bytes, caption: str = "") -> Inli
 
 
 def render(template: str, **values: Any) -> str:
-    """Render a template of the package; everything but `Markup` is escaped, and no script but `sort.js` can run."""
+    """Render a template of the package; everything but `Markup` is escaped, and no script but its own can run."""
     loader = FunctionLoader(lambda name: files(__package__).joinpath("templates", name).read_text(encoding="utf-8"))
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["yaml"] = lambda value: yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100)
     environment.filters["day"] = lambda date: str(date)[:16].replace("T", " ") + " UTC"
-    script = environment.get_template("sort.js").render()
-    digest = b64encode(sha256(script.encode()).digest()).decode()
-    environment.globals |= {"sort": Markup(script), "sort_hash": f"sha256-{digest}"}
+    environment.globals |= {"script": partial(_script, environment), "hash_of": partial(_hash_of, environment)}
     environment.filters["breakable"] = lambda name: escape(name).replace(".", Markup(".<wbr>"))
     return environment.get_template(template).render(**values)
+
+
+def _script(environment: Environment, name: str) -> Markup:
+    return Markup(environment.get_template(name).render())
+
+
+def _hash_of(environment: Environment, name: str) -> str:
+    """Return the source of a script as a Content-Security-Policy names it."""
+    digest = sha256(_script(environment, name).encode()).digest()
+    return f"'sha256-{b64encode(digest).decode()}'"
 
 
 def write_page(folder: Path, html: str, pictures: Mapping[str, bytes]) -> Path:

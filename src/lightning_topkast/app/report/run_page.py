@@ -9,11 +9,13 @@ from pathlib import Path
 
 from lightning_topkast.app import formatting
 from lightning_topkast.app.report.contents import RunContents, read_contents
+from lightning_topkast.app.report.film import film
 from lightning_topkast.app.report.key_figures import headline, key_figures
-from lightning_topkast.app.report.mask_pictures import choose_weights, draw_mask
+from lightning_topkast.app.report.mask_pictures import draw_mask
+from lightning_topkast.app.report.network import network
 from lightning_topkast.app.report.page import Inline, inline_png, render, write_page
 from lightning_topkast.app.report.story import story
-from lightning_topkast.app.run_folder.masks import SavedWeight
+from lightning_topkast.app.run_folder.masks import SavedWeight, spread
 from lightning_topkast.app.run_folder.result import Weight
 
 _NO_MATPLOTLIB = "Curves and histograms are left out: they need matplotlib, pip install 'lightning-topkast[report]'."
@@ -45,7 +47,7 @@ def write_run_report(folder: Path) -> Path:
     layers: list[Inline] = []
     magnitudes: list[Inline] = []
     pictures: dict[str, bytes] = {}
-    weights = choose_weights(run.saved.weights) if run.saved else []
+    weights = spread(run.saved.weights) if run.saved else []
     try:
         from lightning_topkast.app.report.drawing import inlined
         from lightning_topkast.app.report.figures import curve_figures, heatmap, histograms
@@ -68,7 +70,8 @@ def write_run_report(folder: Path) -> Path:
     html = render(
         "run.html", run=run, story=story(run, figures), large=large,
         more=[each for each in figures if each not in large], notes=notes, curves=curves, layers=layers, masks=masks,
-        magnitudes=magnitudes, rows=rows, rest=rest, percent=formatting.percent,
+        film=film(run.history, pictures) if run.history else None, network=network(rows), magnitudes=magnitudes,
+        rows=rows, rest=rest, percent=formatting.percent,
     )  # fmt: skip
     return write_page(folder, html, pictures)
 

@@ -9,7 +9,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lightning_topkast import TopKastCallback
+from lightning_topkast import TopKast, TopKastCallback
 from lightning_topkast.app.errors import AppError
 from lightning_topkast.telemetry.metrics import MaskChange, ReservoirActivation
 from lightning_topkast.weights import SparseWeight
@@ -84,11 +84,15 @@ class MaskDynamics(Callback):
 
     @staticmethod
     def _weights(trainer: Trainer) -> list[SparseWeight]:
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        engines = [c.topkast for c in callbacks if isinstance(c, TopKastCallback) and c.topkast is not None]
-        weights = [weight for engine in engines for weight in engine.weights.values()]
+        weights = [weight for engine in engines_of(trainer) for weight in engine.weights.values()]
         if not weights:
             raise AppError("callbacks=mask_dynamics needs a sparse run: use sparsity=topkast, or other callbacks")
         if any(weight.sharding.is_sharded for weight in weights):
             raise AppError("callbacks=mask_dynamics does not support sharded masks: use trainer=ddp or a single device")
         return weights
+
+
+def engines_of(trainer: Trainer) -> list[TopKast]:
+    """Return the engines of a run, once training has started; none for a dense run."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return [c.topkast for c in callbacks if isinstance(c, TopKastCallback) and c.topkast is not None]

@@ -40,6 +40,7 @@ from lightning_topkast.app.run.loggers import (
     track_best,
     wandb_folder,
 )
+from lightning_topkast.app.run.mask_recorder import MaskRecorder
 from lightning_topkast.app.run.meter import RunMeter
 from lightning_topkast.app.run.multirun import one_job
 from lightning_topkast.app.run.resume import (
@@ -105,6 +106,7 @@ def _train(cfg: DictConfig) -> float:
     check_all_writable(loggers)
     meter, first_step = RunMeter(), FirstStep()
     callbacks = [*build_callbacks(cfg, has_loggers=bool(loggers)), meter, OwnCheckpoints(), first_step]
+    callbacks.append(MaskRecorder(folder.path))
     if auto:
         callbacks.append(SameCheckpoint(ckpt_path))
     if checkpoint is not None:

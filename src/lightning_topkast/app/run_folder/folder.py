@@ -32,6 +32,7 @@ class RunFolder:
     .hydra/config.yaml, overrides.yaml       what was asked for
     checkpoints/**/*.ckpt, hpc_ckpt_*.ckpt   files, or folders if they are sharded; the latter are SLURM's
     csv*/metrics.csv, tensorboard*/events*   curves
+    masks.json                               masks of a few weights over the run
     ```
 
     Which checkpoint is *the* checkpoint depends on what it is for, and there are two answers: `best_checkpoint` to

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from lightning_topkast.app.run_folder.folder import RunFolder
 
 ACTIVE, EXPLORING, RESERVOIR = 2, 1, 0  # tiers, as stored in checkpoints
 _MOST_SAMPLES = 400_000  # in a histogram
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,13 @@ class SavedMasks:
     file: Path
     step: int
     weights: tuple[SavedWeight, ...]
+
+
+def spread(weights: Sequence[_T], most: int = 6) -> list[_T]:
+    """Return the weights to draw: at most `most`, evenly spaced in depth, including the first and the last."""
+    if len(weights) <= most:
+        return list(weights)
+    return [weights[index] for index in np.linspace(0, len(weights) - 1, most).round().astype(int)]
 
 
 def read_masks(run: RunFolder) -> SavedMasks | None:

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_topkast.app.errors import AppError
-from lightning_topkast.app.run.resume import kept_if_refused, resumed
+from lightning_topkast.app.run_folder.resume_arguments import kept_if_refused, resumed
 from lightning_topkast.training.saved_paths import own_state
 from tests.app.test_hostile_checkpoint import Touch, server  # noqa: F401  (a fixture)
 

@@ -12,8 +12,8 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from lightning_topkast.app.overrides import as_override, more_than_a_value, quoted, split_options
-from lightning_topkast.app.run.resume import resume_options
 from lightning_topkast.app.run_folder.folder import RunFolder
+from lightning_topkast.app.run_folder.resume_arguments import resume_options
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 RUN = ("trainer.limit_train_batches=2", "trainer.limit_val_batches=1", "trainer.limit_test_batches=1", "logger=none")

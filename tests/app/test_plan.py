@@ -63,11 +63,13 @@ def test_csv_holds_the_same_figures_a_row_a_layer_and_the_total(cli):
     assert int(total["device_bytes"]) == plan["totals"]["device_bytes"]
 
 
-def test_table_names_every_layer_and_way_in_100_columns(cli):
+def test_table_names_every_layer_and_way_in_80_columns(cli):
     code, out, _ = cli("data=text", "trainer=gpu", "trainer.devices=8", "model.depth=3")
     assert code == 0
-    assert max(map(len, out.splitlines())) <= 100
-    for text in ("net.blocks.*", "(3×)", "whole model", "this run", "masked, fsdp2", "sent per step", "not counted"):
+    assert max(map(len, out.splitlines())) <= 80
+    rows = out.partition("── \n")[2].partition("whole model")[0].strip().splitlines()
+    assert len(rows) == 8  # one line each: tokens, four in a block, output, attention's own products, the rest
+    for text in ("net.blocks.*", "(3×)", "whole model", "this run", "masked,", "fsdp2", "sent per", "not counted"):
         assert text in out, text
 
 

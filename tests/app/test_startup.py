@@ -42,6 +42,11 @@ def answer(command, *arguments):
         ("train", ["model=cn"], 2, "did you mean 'cnn'?"),
         ("train", ["sparsity.forwrd_sparsity=0.9"], 2, "did you mean 'sparsity.forward_sparsity'?"),
         ("plan", ["modle=cnn"], 2, "did you mean 'model'?"),
+        ("train", ["--resume", "outputs/nowhere"], 2, "--resume: there is no folder outputs/nowhere"),
+        ("train", ["--resume", "."], 2, "--resume: . is not the folder of a run of topkast-train"),
+        ("train", ["ckpt_path=nowhere.ckpt"], 2, "there is no checkpoint"),
+        ("export", ["nowhere"], 2, "name a checkpoint or the folder of a run"),
+        ("train", ["--resume"], 2, "--resume needs the folder of a run"),
         ("compare", ["nowhere"], 2, "there is no folder"),
         ("train", ["--version", "model=mlp"], 0, "topkast-train 0"),
         ("report", ["nowhere"], 2, "there is no folder"),
@@ -65,7 +70,11 @@ def test_every_command_has_a_version(command):
 
 @pytest.mark.parametrize(
     ("command", "arguments"),
-    [("train", ["ckpt_path=none.ckpt", "logger=none"]), ("consolidate", ["nowhere", "x.ckpt"]), ("report", ["."])],
+    [
+        ("train", ["sparsity.forward_sparsity=2", "logger=none"]),
+        ("consolidate", ["nowhere", "x.ckpt"]),
+        ("report", ["."]),
+    ],
 )
 def test_torchvision_is_made_importable_before_lightning_imports_it(command, arguments, tmp_path, monkeypatch):
     """Beside a CPU build of torch, the operators of its usual build are missing."""

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from lightning_topkast.app.commands.common import argument_parser, console_script
+from lightning_topkast.app.errors import AppError
 
 PROGRAM = "topkast-export"
 FORMATS = ("safetensors", "2:4", "csr", "dense", "onnx", "onnx-sparse")
@@ -34,6 +35,8 @@ def main() -> None:
     """Run the command."""
     with console_script(PROGRAM):
         given = _arguments()
+        if not given.path.exists():
+            raise AppError(f"there is no {given.path.absolute()}: name a checkpoint or the folder of a run")
         from lightning_topkast.app.export.export_run import export
 
         export(given.path, given.format, given.output, check=given.check, force=given.force, trust=given.trust)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
 
 from lightning_topkast.app.commands.common import console_script, options_first
 from lightning_topkast.app.errors import CONFIG_MODULE, CONFIG_NAME
+from lightning_topkast.app.run_folder.folder import refuse_missing
 
 PROGRAM = "topkast-train"
 
@@ -16,6 +18,8 @@ PROGRAM = "topkast-train"
 @hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME)
 def _run(cfg: DictConfig) -> float:
     with console_script(PROGRAM):  # here too, since Hydra reports every error that leaves its job
+        if str(cfg.ckpt_path).endswith(".ckpt") and "://" not in cfg.ckpt_path:
+            refuse_missing(Path(cfg.ckpt_path))  # before PyTorch, which takes seconds to import
         import lightning_topkast.app.vision  # noqa: F401  before Lightning
         from lightning_topkast.app.commands.train_job import train_and_report
 
@@ -30,7 +34,7 @@ def main() -> None:
             options_first()
             _run()
             return
-        from lightning_topkast.app.run.resume import kept_if_refused, resumed
+        from lightning_topkast.app.run_folder.resume_arguments import kept_if_refused, resumed
 
         sys.argv[1:] = resumed(arguments)  # the processes that Lightning starts read them, too
         with kept_if_refused(arguments):

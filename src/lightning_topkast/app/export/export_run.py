@@ -135,8 +135,6 @@ def checkpoint_of(path: Path) -> Path:
     Raises:
         AppError: There is none, or it is distributed over several files.
     """
-    if not path.exists():
-        raise AppError(f"there is no {path.absolute()}: name a checkpoint or the folder of a run")
     if not path.is_dir():
         return path
     if is_sharded(path):

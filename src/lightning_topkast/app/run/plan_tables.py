@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 
 from rich import box
+from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from lightning_topkast.app import formatting
 from lightning_topkast.app.terminal import Terminal
 from lightning_topkast.costs import Bytes, Layer, Plan
+from lightning_topkast.text import short_names
 
-_WIDTH = 100  # if the output is not a terminal
+_WIDTH = 80  # if the output is not a terminal
+_LEAST = 16  # characters of a name
 _KINDS = {
     "weights": "weights",
     "gradients": "gradients",
@@ -29,49 +33,62 @@ def print_tables(plan: Plan) -> None:
     console = Terminal()
     if not console.is_terminal:
         console = Terminal(width=_WIDTH)
-    console.print(layer_table(plan))
+    console.print(layer_table(plan, console))
     console.print(memory_table(plan))
     for note in plan.notes:
         console.print(f"• {note}")
 
 
-def layer_table(plan: Plan) -> Table:
-    """Return one row per group of similar layers, then the sum of the small parameters, then the model."""
-    table = Table(
-        title="FLOPs of one example, absolute and relative to a dense run",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    table.add_column("layer", overflow="fold")
-    table.add_column("storage")
-    for column in ("entries", "D", "D+M", "forward", "%", "training", "%"):
-        table.add_column(column, justify="right")
+def layer_table(plan: Plan, console: Console) -> Table:
+    """Return one row per group of similar layers, then the sum of the small parameters, then the model.
+
+    Long names are shortened in the middle, so that each row is one line of the console.
+    """
     layers = [layer for layer in plan.layers if layer.name != "buffers"]
     shown = [layer for layer in layers if len(layer.shape) > 1 or layer.dense_forward_flops or layer.storage != "dense"]
+    kinds = sorted({layer.storage for layer in layers} - {"dense"})
+    rows: list[tuple[str, list[str]]] = []
     for group in _alike(shown):
         first = group[0]
         densities = [f"{density:.3f}" for density in (first.forward_density, first.backward_density)]
-        name = _common_name([layer.name for layer in group]) + (f" ({len(group)}×)" if len(group) > 1 else "")
-        table.add_row(name, first.storage, *_figures(group, *(densities if first.storage != "dense" else ("", ""))))
+        cells = [first.storage, *_figures(group, *(densities if first.storage != "dense" else ("dense", "")))]
+        name = _common_name([layer.name for layer in group]).removesuffix(".weight")
+        rows.append((f"{name} ({len(group)}×)" if len(group) > 1 else name, cells))
     rest = [layer for layer in layers if layer not in shown]
     if rest:
-        table.add_row(f"biases, norms and similar ({len(rest)}×)", "dense", *_figures(rest, "", ""))
-    table.add_section()
-    entries = sum(layer.size for layer in layers)
+        rows.append((f"biases, norms, ... ({len(rest)}×)", ["dense", *_figures(rest, "dense", "")]))
     kept = (sum(layer.active for layer in layers), sum(layer.updated for layer in layers))
-    densities = [f"{count / max(entries, 1):.3f}" for count in kept]
-    table.add_row("whole model", "", *_figures(layers, *densities), style="bold")
-    return table
+    densities = [f"{count / max(sum(layer.size for layer in layers), 1):.3f}" for count in kept]
+    rows.append(("whole model", ["", *_figures(layers, *densities)]))
+
+    title = "FLOPs of one example, absolute and in % of a dense run" + (
+        f"; {kinds[0]} storage" if len(kinds) == 1 else ""
+    )
+
+    def table(names: Sequence[str]) -> Table:
+        built = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
+        built.add_column("layer", no_wrap=True)
+        if len(kinds) > 1:
+            built.add_column("storage", no_wrap=True)
+        for column in ("entries", "D", "D+M", "forward", "%", "training", "%"):
+            built.add_column(column, justify="right", no_wrap=True)
+        for number, (name, (_, cells)) in enumerate(zip(names, rows, strict=True), start=1):
+            is_last = number == len(rows)
+            if is_last:
+                built.add_section()
+            built.add_row(name, *cells[len(kinds) <= 1 :], style="bold" if is_last else "")
+        return built
+
+    names = [name for name, _ in rows]
+    room = console.width - Measurement.get(console, console.options, table([""] * len(rows))).maximum + len("layer")
+    return table(short_names(names, max(room, _LEAST)))
 
 
 def memory_table(plan: Plan) -> Table:
     """Return one row per kind of memory, and one column per way to train."""
     parallel = plan.parallel
     many = f"each of {parallel.devices} devices" if parallel.devices > 1 else "one device"
-    table = Table(
-        title=f"Memory and communication of {many}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
+    table = Table(title=f"Memory and communication of {many}", title_justify="left", box=box.SIMPLE_HEAD, padding=0)
     table.add_column("")
     columns = {"this run": plan.bytes, **{name.replace("_", ", "): taken for name, taken in plan.strategies.items()}}
     for name in columns:

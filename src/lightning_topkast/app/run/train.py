@@ -43,14 +43,7 @@ from lightning_topkast.app.run.loggers import (
 from lightning_topkast.app.run.mask_recorder import MaskRecorder
 from lightning_topkast.app.run.meter import RunMeter
 from lightning_topkast.app.run.multirun import one_job
-from lightning_topkast.app.run.resume import (
-    AUTO,
-    FirstStep,
-    SameCheckpoint,
-    checkpoint_places,
-    newest_checkpoint,
-    resume_options,
-)
+from lightning_topkast.app.run.resume import FirstStep, SameCheckpoint, checkpoint_places, newest_checkpoint
 from lightning_topkast.app.run.settings import overrides_given, recorded, settings_of
 from lightning_topkast.app.run.small_dense import with_width
 from lightning_topkast.app.run.summary import count_weights, print_summary
@@ -58,6 +51,7 @@ from lightning_topkast.app.run.task import ClassificationTask
 from lightning_topkast.app.run_folder.checkpoint import SAFELY, Checkpoint, open_checkpoint
 from lightning_topkast.app.run_folder.folder import RunFolder, only_run_in
 from lightning_topkast.app.run_folder.result import write_result
+from lightning_topkast.app.run_folder.resume_arguments import AUTO, resume_options
 from lightning_topkast.app.terminal import say
 from lightning_topkast.errors import NonFiniteWeightError
 from lightning_topkast.training.saved_paths import OwnCheckpoints

@@ -11,12 +11,17 @@ from pathlib import Path
 from typing import IO, Any
 from zipfile import ZIP_STORED, BadZipFile, ZipFile, is_zipfile
 
+import lightning_topkast.app.vision  # noqa: F401  before Lightning
+
+# isort: split
+
 import torch
 from lightning import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
 from lightning_topkast import TopKastCallback
 from lightning_topkast.app.errors import AppError
+from lightning_topkast.app.run_folder.folder import refuse_missing
 from lightning_topkast.loading import check_distributed, load
 
 # Before 2.6 Lightning unpickles every checkpoint; since then, by default, only those that it does not download.
@@ -49,10 +54,7 @@ class Checkpoint:
                 f"ckpt_path={path} is not supported, since every run has its own folder: name the file, "
                 f"{_newest() or 'outputs/<day>/<time>/checkpoints/last.ckpt'}"
             )
-        if not self.path.exists():
-            siblings = [entry.name for entry in self.path.parent.glob("*.ckpt")] if self.path.parent.is_dir() else []
-            hint = f"; that folder has {', '.join(sorted(siblings))}" if siblings else ""
-            raise AppError(f"there is no checkpoint {self.path.absolute()}{hint}")
+        refuse_missing(self.path)
         if not self.path.is_file():
             raise AppError(f"the checkpoint {path} is no regular file; use another one")
         _check_archive(self.path)

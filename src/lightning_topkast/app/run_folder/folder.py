@@ -15,7 +15,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from lightning_topkast.app.errors import AppError
 from lightning_topkast.app.interpolations import check_size
-from lightning_topkast.app.run_folder.checkpoint import Checkpoint, UnfinishedCheckpoint, check_sharded
 from lightning_topkast.app.run_folder.logs import Curve, has_log, read_curves
 from lightning_topkast.app.run_folder.result import RESULT_FILE, RUNNING, Result, Status, read_result
 from lightning_topkast.app.yaml_files import checked_text, read_yaml
@@ -167,6 +166,9 @@ class RunFolder:
             AppError: There are checkpoints, and training can resume from none; a new start would overwrite them.
             OSError: A checkpoint cannot be read.
         """
+        # late: PyTorch takes seconds, and a command line that names no run is answered without it
+        from lightning_topkast.app.run_folder.checkpoint import UnfinishedCheckpoint, check_sharded
+
         complete: list[tuple[int, int, str]] = []
         lost: list[Exception] = []
         for path in self.checkpoints(beside):
@@ -229,6 +231,14 @@ def only_run_in(folder: Path, program: str, patience: float = 0.0) -> Iterator[N
         lock.release()
 
 
+def refuse_missing(checkpoint: Path) -> None:
+    """Raise an `AppError` if there is no such checkpoint; it names those that are there."""
+    if not checkpoint.exists():
+        siblings = sorted(path.name for path in checkpoint.parent.glob("*.ckpt"))
+        hint = f"; that folder has {', '.join(siblings)}" if siblings else ""
+        raise AppError(f"there is no checkpoint {checkpoint.absolute()}{hint}")
+
+
 def run_of(checkpoint: Path) -> RunFolder | None:
     """Return the run that a checkpoint lies in, or None if it lies somewhere else."""
     runs = (RunFolder(folder) for folder in checkpoint.absolute().parents[:2])
@@ -259,6 +269,8 @@ def runs_in(folder: Path) -> list[Path]:
 
 
 def _step(file: Path) -> int:
+    from lightning_topkast.app.run_folder.checkpoint import Checkpoint
+
     checkpoint = Checkpoint(str(file))
     checkpoint.check_complete()
     return checkpoint.step

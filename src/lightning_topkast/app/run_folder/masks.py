@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import lightning_topkast.app.vision  # noqa: F401  before Lightning
 from lightning_topkast import TopKastCallback
 from lightning_topkast.app.errors import AppError
 from lightning_topkast.app.run_folder.checkpoint import Checkpoint

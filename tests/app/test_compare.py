@@ -50,8 +50,10 @@ def written(folder):
 
 
 def rows(out):
-    """First and last cell of the table's rows."""
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines() if line[:1] == "|"]
+    """First and last cell of the rows of the Markdown table that was written."""
+    ((path, *_),) = (line.removeprefix("wrote ").split(", ") for line in out.splitlines() if line[:6] == "wrote ")
+    lines = Path(path).read_text().splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line[:1] == "|"]
     return {row[0]: row[-1] for row in cells[2:]}
 
 

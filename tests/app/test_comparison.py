@@ -152,9 +152,10 @@ def test_broken_failed_and_unfinished_runs_are_told_and_the_others_collected(wri
     collected = write(result(), result(status="failed", error="no memory"), result(status="running"))
     write_tables(collected, tmp_path / "runs")
     out, err = capsys.readouterr()
-    assert "| dense " in out
-    assert "- not finished: 02" in out
-    assert "- failed: 01: no memory" in out
+    assert "\n dense " in out
+    assert max(map(len, out.splitlines()[:-1])) <= 80  # but for the paths of the files
+    assert "• not finished: 02" in out
+    assert "• failed: 01: no memory" in out
     assert "skipped: " in err
     assert "cut/result.json is damaged" in err
 

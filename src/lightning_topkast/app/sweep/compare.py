@@ -17,7 +17,7 @@ from lightning_topkast.app.sweep.expand import Sweep, expand, read_sweep
 from lightning_topkast.app.sweep.launch import Launcher, hydra_configs, missing
 from lightning_topkast.app.sweep.plot import plot
 from lightning_topkast.app.sweep.progress import show_progress
-from lightning_topkast.app.sweep.tables import to_csv, to_json, to_markdown
+from lightning_topkast.app.sweep.tables import print_tables, to_csv, to_json, to_markdown
 from lightning_topkast.app.sweep.wandb_tables import log_to_wandb
 from lightning_topkast.app.terminal import say
 from lightning_topkast.files import atomic_file
@@ -93,12 +93,11 @@ def write_tables(collected: Collected, folder: Path, project: str | None = None)
         if collected.failed:
             return _say(f"{nothing}, of {started} started: {first[0]}")
         raise AppError(nothing + (f", of {started} started: {first[0]}" if started else ""))
-    markdown = to_markdown(collected)
-    texts = {"md": markdown, "csv": to_csv(collected), "json": to_json(collected)}
+    texts = {"md": to_markdown(collected), "csv": to_csv(collected), "json": to_json(collected)}
     for suffix, text in texts.items():
         with atomic_file(folder / f"{NAME}.{suffix}", "table") as partial:
             partial.write_text(text, encoding="utf-8")
-    say(f"\n{markdown}")
+    print_tables(collected)
     picture: Path | None = folder / f"{NAME}.png"
     try:
         picture = picture if plot(collected.comparisons, folder / f"{NAME}.png") else None

@@ -8,8 +8,12 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from rich import box
+from rich.table import Table
+
 from lightning_topkast.app import formatting
 from lightning_topkast.app.sweep.collect import Collected, Comparison, Figure, Row
+from lightning_topkast.app.terminal import Terminal
 from lightning_topkast.text import markdown
 
 
@@ -23,6 +27,26 @@ def to_markdown(collected: Collected) -> str:
         parts.append(_table(head, rows))
     parts.append("\n".join(f"- {markdown(note)}" for note in notes(collected)))
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def print_tables(collected: Collected) -> None:
+    """Print the columns that decide, within 80 columns where there is no terminal; the files have all of them."""
+    console = Terminal()
+    for comparison in collected.comparisons:
+        head = header(comparison)
+        kept = [0, 1, 2, *(head.index(name) for name in ("sparsity", "inference FLOPs", "training FLOPs", "runs"))]
+        table = Table(
+            title=f"\n{comparison.data}, {comparison.model}", title_justify="left", box=box.SIMPLE_HEAD, padding=0
+        )
+        for number in kept:
+            name = head[number].replace(" / ", " /\n").replace(" FLOPs", "\nFLOPs")
+            table.add_column(name, justify="right" if number else "left", overflow="fold")
+        for row in comparison.rows:
+            line = cells(row, comparison)
+            table.add_row(*(line[number] for number in kept))
+        console.print(table)
+    for note in notes(collected):
+        console.print(f"• {note}")
 
 
 def to_csv(collected: Collected) -> str:

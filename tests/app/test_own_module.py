@@ -133,3 +133,19 @@ def test_network_for_data_of_unknown_classes_is_told_to_name_them(cli, own_data,
     code, _, err = cli("model=custom", "model._target_=torch.nn.Flatten", "data=custom", "data._target_=some_data.Data")
     assert code == 2
     assert "+data.num_classes=10" in err.strip().splitlines()[-1]
+
+
+def test_run_whose_best_checkpoint_is_not_finite_has_diverged_and_is_recorded(cli, tmp_path):
+    """Its accuracy is that of a guess, which is finite, so that a checkpoint of NaN is the best."""
+    fast = (
+        "optimizer=sgd",
+        "optimizer.lr=1e30",
+        "trainer.max_epochs=1",
+        "trainer.limit_train_batches=4",
+        "logger=none",
+    )
+    code, _, err = cli(*fast, f"hydra.run.dir={tmp_path}/run", "report=false")
+    assert code == 2
+    assert "the run diverged" in err.splitlines()[-1]
+    assert "were to be loaded" not in err
+    assert '"status": "diverged"' in (tmp_path / "run" / "result.json").read_text()

@@ -137,14 +137,18 @@ def _train(cfg: DictConfig) -> float:
         best: str = getattr(trainer.checkpoint_callback, "best_model_path", "")
         figures: Mapping[str, float] = {cfg.recipe.monitor: score}
         tested: Mapping[str, float] = {}
+        can_be_tested = True
         if cfg.test:
             open_checkpoint(best or None)  # it may be older than this process
-            with first_step.explained():
-                tested = trainer.test(model, datamodule=data, ckpt_path=best or None, verbose=False, **SAFELY)[0]
+            try:
+                with first_step.explained():
+                    tested = trainer.test(model, datamodule=data, ckpt_path=best or None, verbose=False, **SAFELY)[0]
+            except NonFiniteWeightError:  # in the best checkpoint: no score was better before they came
+                can_be_tested = False
             figures = {name: value for name, value in tested.items() if name.startswith("test/")} or tested
         counts = count_weights(model)
         if trainer.is_global_zero:
-            diverged = not all_finite({**own, **figures})
+            diverged = not (can_be_tested and all_finite({**own, **figures}))
             dense = kept_dense(callbacks)
             result = describe_end(cfg, Outcome(diverged, progress, score, tested, counts, left, dense))
             write_result(folder.path, result)

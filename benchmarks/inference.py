@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from lightning_topkast import Targets, TopKast, to_csr
 from lightning_topkast.export import OnnxModel, load_csr, save_csr, save_dense, save_onnx, save_sparse
-from lightning_topkast.ops import choose_kernels
+from lightning_topkast.ops import MATRIX_KERNELS
 
 SPARSITIES = (0.80, 0.90, 0.95, 0.98)
 BATCHES = (1, 8, 128)
@@ -74,7 +74,7 @@ def ways(width: int, sparsity: float, folder: Path) -> dict[str, Forward]:
         "onnx": OnnxModel(folder / "onnx", threads),
         "onnx-sparse": OnnxModel(folder / "onnx-sparse", threads),
     }
-    if choose_kernels("auto", torch.device("cpu")) == "compiled":
+    if MATRIX_KERNELS.choose("auto", torch.device("cpu")) == "compiled":
         found["csr, compiled"] = to_csr(sparse_layer(width, sparsity), kernels="compiled")
     return found
 

@@ -25,10 +25,10 @@ from tables import Row, table
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, Adam, AdamW, Optimizer
-from workloads import ResNet18
+from workloads import ResNet18, ResNet50
 
 from lightning_topkast import Block, Packed, Schedule, Targets, TopKast
-from lightning_topkast.app.models import TransformerLM
+from lightning_topkast.app.models import TransformerLM, WideResNet
 from lightning_topkast.layers import packed_weights
 
 PAIRS = ((0.8, 0.5), (0.9, 0.8), (0.95, 0.9), (0.98, 0.95), (0.99, 0.98))
@@ -62,6 +62,7 @@ class Case:
     rounds: int
     variants: list[str] = field(default_factory=lambda: list(VARIANTS))
     keep_ends_dense: bool = False
+    channels_last: bool = False
 
 
 class Training:
@@ -74,7 +75,10 @@ class Training:
             self.model = with_sparselab(case.build(), case.pair[0])
         else:
             self.model = case.build()
-        if variant not in ("dense", "sparselab"):
+        self.channels_last = case.channels_last and variant != "dense, channels first"
+        if self.channels_last:
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if variant not in ("dense", "dense, channels first", "sparselab"):
             ends = case.keep_ends_dense
             options: dict[str, Any] = (VARIANTS | IN_BLOCKS).get(variant) or {"storage": variant}
             targets = Targets(keep_first_dense=ends, keep_last_dense=ends)
@@ -85,9 +89,11 @@ class Training:
 
     def step(self, batch: tuple[Tensor, Tensor]) -> float:
         """Train one step; return its seconds."""
+        order = torch.channels_last if self.channels_last else torch.contiguous_format
+        inputs = batch[0].contiguous(memory_format=order)
         start = process_time()
         self.optimizer.zero_grad()
-        output = self.model(batch[0])
+        output = self.model(inputs)
         if batch[1].is_floating_point():
             loss = F.mse_loss(output, batch[1])
         else:
@@ -226,6 +232,8 @@ def cases(quick: bool, only: list[str]) -> Iterator[Case]:
         for name, (build, batch) in networks.items():
             for optimizer in ("AdamW, fused", "Adam"):
                 yield Case(name, build, batch, optimizer, (0.9, 0.8), 3 if quick else 7, ["masked", "compact"], True)
+    if "convolutions" in only:
+        yield from convolutions(quick)
     if "sparselab" in only:
         width, size = (64, 8) if quick else (2048, 128)
         for pair in EQUAL_PAIRS:
@@ -237,6 +245,42 @@ def cases(quick: bool, only: list[str]) -> Iterator[Case]:
                 pair,
                 3 if quick else 9,
                 ["packed, torch", "packed, compiled", "sparselab"],
+            )
+
+
+def convolutions(quick: bool) -> Iterator[Case]:
+    """Networks of convolutions, beside the dense network in its fastest memory format."""
+    channels, side, large = (8, 8, 32) if quick else (64, 32, 224)
+    networks: list[tuple[str, Callable[[], nn.Module], tuple[int, ...], int]] = [
+        *(
+            (f"ResNet-18 ({side}×{side}), batch {size}", lambda: ResNet18(channels), (size, 3, side, side), 9)
+            for size in ((8,) if quick else (32, 128))
+        ),
+        (
+            f"ResNet-50 ({large}×{large}), batch 16",
+            lambda: ResNet50(channels, blocks=(1, 1, 1, 1) if quick else (3, 4, 6, 3)),
+            (16, 3, large, large),
+            5,
+        ),
+        (
+            f"WideResNet-22-2 ({side}×{side}), batch 128",
+            lambda: WideResNet((3, side, side), 10, 10 if quick else 22),
+            (8 if quick else 128, 3, side, side),
+            9,
+        ),
+    ]
+    for name, build, shape, rounds in networks:
+        for pair in PAIRS[1:3] if quick else PAIRS:
+            yield Case(
+                name,
+                build,
+                lambda shape=shape: (torch.randn(shape), torch.randint(10, shape[:1])),  # type: ignore[misc]
+                "SGD",
+                pair,
+                3 if quick else rounds,
+                ["dense, channels first", "packed"],
+                keep_ends_dense=True,
+                channels_last=True,
             )
 
 
@@ -369,7 +413,7 @@ def plot(rows: list[Row], path: Path) -> None:
 
 
 def main() -> None:
-    sections = ["MLP", "blocks", "transformer", "compact", "sparselab", "refresh", "peak"]
+    sections = ["MLP", "blocks", "transformer", "compact", "convolutions", "sparselab", "refresh", "peak"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny networks and few steps: shows that it runs, no more")
     parser.add_argument("--only", nargs="+", choices=sections, default=sections, help="sections")

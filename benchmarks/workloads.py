@@ -1,6 +1,6 @@
 """What the benchmarks train: networks, optimizers and random data, none of it downloaded."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -102,3 +102,39 @@ class Residual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         main = self.main(x)
         return torch.relu(main if self.shortcut is None else main + self.shortcut(x))
+
+
+class ResNet50(nn.Sequential):
+    """ResNet-50 for images of 224 × 224, `channels` times 1, 2, 4 and 8 in its bottlenecks."""
+
+    def __init__(self, channels: int = 64, num_classes: int = 1000, blocks: Sequence[int] = (3, 4, 6, 3)) -> None:
+        layers: list[nn.Module] = [
+            nn.Conv2d(3, channels, 7, 2, 3, bias=False), nn.BatchNorm2d(channels), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
+        ]  # fmt: skip
+        inside = channels
+        for stage, count in enumerate(blocks):
+            width = channels * 2**stage
+            for block in range(count):
+                layers.append(Bottleneck(inside, width, stride=2 if stage and not block else 1))
+                inside = 4 * width
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inside, num_classes))
+
+
+class Bottleneck(nn.Module):
+    """1×1, 3×3 and 1×1 convolutions, of which the last has four times as many channels, and a shortcut."""
+
+    def __init__(self, inside: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.main = nn.Sequential(
+            nn.Conv2d(inside, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
+            nn.Conv2d(width, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
+            nn.Conv2d(width, 4 * width, 1, bias=False), nn.BatchNorm2d(4 * width),
+        )  # fmt: skip
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inside != 4 * width:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inside, 4 * width, 1, stride, bias=False), nn.BatchNorm2d(4 * width)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.main(x) + self.shortcut(x))

@@ -12,7 +12,7 @@ from lightning_topkast import Block, Magnitude, NonFiniteWeightError, Targets, T
 from lightning_topkast.baselines import SET, RigL, Static
 from lightning_topkast.distributed import Sharding
 from lightning_topkast.method.structure import NOfM
-from lightning_topkast.weights.layouts import make_layout
+from lightning_topkast.weights.layouts import Product, make_layout
 from tests.helpers import MIDDLE, fit, make_callback, make_net, make_trainer, nouns
 
 SHAPES = [(6, 8), (7, 10), (5,), (4, 6, 3), (5, 4, 3, 2), (3, 2, 2, 2, 2), (1, 9), (9, 1)]
@@ -221,8 +221,8 @@ def test_packed_order_is_block_by_block(shape, block):
     for wanted in (2, 1):
         expected += [places[where].flatten() for tier, where in zip(tiers, blocks, strict=True) if tier == wanted]
     assert torch.equal(units.order(units.units_of(dense), dense.shape), torch.cat(expected))
-    for products in (False, True) if len(shape) == 2 else (False,):
-        packing = make_layout(tiers.view(units.grid(dense.shape)), dense.shape, units, products)
+    for product in (None, Product()) if len(shape) == 2 else (None,):
+        packing = make_layout(tiers.view(units.grid(dense.shape)), dense.shape, units, product)
         assert torch.equal(packing.indices(), torch.cat(expected))
         counts = int((tiers == 2).sum()) * math.prod(block[-len(shape) :]), len(torch.cat(expected))
         assert (packing.active_count, packing.updated_count) == counts

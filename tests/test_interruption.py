@@ -144,7 +144,7 @@ def test_interrupted_closing_keeps_the_update_of_every_entry():
 def packed_in_training() -> PackedWeight:
     """The same, packed."""
     torch.manual_seed(0)
-    weight = PackedWeight("weight", nn.Parameter(torch.randn(12, 12)), 20, 50, Traits(), products=False)
+    weight = PackedWeight("weight", nn.Parameter(torch.randn(12, 12)), 20, 50, Traits(), product=None)
     weight.apply(nested_top_k(weight.magnitudes(), (50, 20)))
     return weight
 

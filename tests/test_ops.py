@@ -21,8 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_topkast.errors import TopKastError
-from lightning_topkast.ops import Pattern, choose_kernels, compiled, sparse_linear
-from lightning_topkast.ops.csr import choice
+from lightning_topkast.ops import MATRIX_KERNELS, Pattern, compiled, sparse_linear
 from lightning_topkast.ops.csr.linear import _batch_last
 from tests.processes import started
 
@@ -34,7 +33,7 @@ needs_compiler = pytest.mark.skipif(not has_compiler, reason="no C++ compiler")
 
 @pytest.fixture(scope="module", params=["torch", pytest.param("compiled", marks=needs_compiler)])
 def kernels(request):
-    return choose_kernels(request.param, CPU)
+    return MATRIX_KERNELS.choose(request.param, CPU)
 
 
 @dataclass
@@ -505,7 +504,7 @@ def test_a_pattern_without_transpose_serves_inference_only(kernels):
 def unloaded(monkeypatch, tmp_path):
     """As in a process that has not loaded the kernels, with an empty cache and libraries that are not loaded."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    monkeypatch.setattr(choice._COMPILED, "_obstacle", None)
+    monkeypatch.setattr(MATRIX_KERNELS, "_obstacle", None)
     loaded = []
     monkeypatch.setattr(torch.ops, "load_library", lambda path: loaded.append(path.read_bytes()))
     return loaded
@@ -539,11 +538,11 @@ def compiler(monkeypatch, tmp_path):
 )
 def test_broken_compilers_never_stop_auto_which_says_so(unloaded, monkeypatch, caplog, command, reason):
     monkeypatch.setenv("CXX", command)
-    assert choose_kernels("auto", CPU) == "torch"
+    assert MATRIX_KERNELS.choose("auto", CPU) == "torch"
     said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert re.search(f"slower than dense ones.*{reason}", said[-1], re.DOTALL)
     with pytest.raises(TopKastError, match=f"(?s){reason}.*Use kernels='auto' or 'torch'"):
-        choose_kernels("compiled", CPU)
+        MATRIX_KERNELS.choose("compiled", CPU)
     assert unloaded == []
     assert [*os.scandir(compiled._cache())] == []  # nothing half-built is left
 
@@ -552,46 +551,46 @@ def test_broken_compilers_never_stop_auto_which_says_so(unloaded, monkeypatch, c
 def test_the_compilers_last_lines_are_quoted(unloaded, monkeypatch, tmp_path):
     source = tmp_path / "kernels.cpp"
     source.write_text("#error the kernels are out of order\n")
-    monkeypatch.setattr(choice._COMPILED, "source", source)
+    monkeypatch.setattr(MATRIX_KERNELS, "source", source)
     with pytest.raises(TopKastError, match="the kernels are out of order"):
-        choose_kernels("compiled", CPU)
+        MATRIX_KERNELS.choose("compiled", CPU)
 
 
 def test_an_unwritable_cache_never_stops_auto(unloaded, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file"))
-    assert choose_kernels("auto", CPU) == "torch"
+    assert MATRIX_KERNELS.choose("auto", CPU) == "torch"
 
 
 def test_a_built_library_is_built_once(unloaded, compiler, monkeypatch):
     for _ in range(2):
-        assert choose_kernels("compiled", CPU) == "compiled"
-        monkeypatch.setattr(choice._COMPILED, "_obstacle", None)
+        assert MATRIX_KERNELS.choose("compiled", CPU) == "compiled"
+        monkeypatch.setattr(MATRIX_KERNELS, "_obstacle", None)
     assert unloaded == [b"half a library"] * 2
     assert len(compiler.read_text().splitlines()) == 1
 
 
 @pytest.mark.parametrize("damage", [b"half a", b"half a librarz", b""])
 def test_damaged_libraries_are_built_again(unloaded, compiler, monkeypatch, damage):
-    choose_kernels("compiled", CPU)
+    MATRIX_KERNELS.choose("compiled", CPU)
     (library,) = compiled._cache().glob("*.so")
     library.write_bytes(damage)
-    monkeypatch.setattr(choice._COMPILED, "_obstacle", None)
-    assert choose_kernels("auto", CPU) == "compiled"
+    monkeypatch.setattr(MATRIX_KERNELS, "_obstacle", None)
+    assert MATRIX_KERNELS.choose("auto", CPU) == "compiled"
     assert unloaded == [b"half a library"] * 2
 
 
 @pytest.mark.parametrize("digest", [None, "", "0" * 64, b"\xff"], ids=["missing", "empty", "wrong", "no text"])
 def test_libraries_without_their_digest_are_built_again(unloaded, compiler, monkeypatch, digest):
-    choose_kernels("compiled", CPU)
+    MATRIX_KERNELS.choose("compiled", CPU)
     (place,) = compiled._cache().glob("*.sha256")
     right = place.read_text()
     if digest is None:
         place.unlink()
     else:
         place.write_bytes(digest if isinstance(digest, bytes) else digest.encode())
-    monkeypatch.setattr(choice._COMPILED, "_obstacle", None)
-    assert choose_kernels("compiled", CPU) == "compiled"
+    monkeypatch.setattr(MATRIX_KERNELS, "_obstacle", None)
+    assert MATRIX_KERNELS.choose("compiled", CPU) == "compiled"
     assert len(compiler.read_text().splitlines()) == 2
     assert place.read_text() == right
 
@@ -600,8 +599,8 @@ def test_libraries_without_their_digest_are_built_again(unloaded, compiler, monk
 def test_libraries_of_another_torch_machine_command_or_source_are_not_loaded(
     unloaded, compiler, monkeypatch, tmp_path, what
 ):
-    choose_kernels("compiled", CPU)
-    monkeypatch.setattr(choice._COMPILED, "_obstacle", None)
+    MATRIX_KERNELS.choose("compiled", CPU)
+    monkeypatch.setattr(MATRIX_KERNELS, "_obstacle", None)
     if what == "torch":
         monkeypatch.setattr(torch, "__version__", "2.0.0")
     elif what == "machine":
@@ -610,15 +609,15 @@ def test_libraries_of_another_torch_machine_command_or_source_are_not_loaded(
         monkeypatch.setenv("CXX", f"{os.environ['CXX']} -O1")
     else:
         (tmp_path / "kernels.cpp").write_text("// another\n")
-        monkeypatch.setattr(choice._COMPILED, "source", tmp_path / "kernels.cpp")
-    choose_kernels("compiled", CPU)
+        monkeypatch.setattr(MATRIX_KERNELS, "source", tmp_path / "kernels.cpp")
+    MATRIX_KERNELS.choose("compiled", CPU)
     assert len(compiler.read_text().splitlines()) == 2
     assert len([*compiled._cache().glob("*.so")]) == 2
 
 
 def test_libraries_that_do_not_load_are_built_again_and_the_log_says_why(unloaded, compiler, monkeypatch, caplog):
-    choose_kernels("compiled", CPU)
-    monkeypatch.setattr(choice._COMPILED, "_obstacle", None)
+    MATRIX_KERNELS.choose("compiled", CPU)
+    monkeypatch.setattr(MATRIX_KERNELS, "_obstacle", None)
     outcomes = iter([OSError("another libc"), None])
 
     def load(path):
@@ -627,7 +626,7 @@ def test_libraries_that_do_not_load_are_built_again_and_the_log_says_why(unloade
 
     monkeypatch.setattr(torch.ops, "load_library", load)
     with caplog.at_level("INFO", logger=compiled.__name__):
-        assert choose_kernels("compiled", CPU) == "compiled"
+        assert MATRIX_KERNELS.choose("compiled", CPU) == "compiled"
     assert len(compiler.read_text().splitlines()) == 2
     assert "again, since it cannot be loaded: another libc" in caplog.text
 
@@ -649,36 +648,36 @@ UNSAFE = ("the folder", "the library", "its digest")
 @pytest.mark.parametrize("what", UNSAFE)
 @pytest.mark.parametrize("mode", [0o770, 0o702, "another user's"], ids=str)
 def test_libraries_that_others_may_have_planted_are_not_loaded(unloaded, compiler, monkeypatch, caplog, what, mode):
-    choose_kernels("compiled", CPU)
+    MATRIX_KERNELS.choose("compiled", CPU)
     folder = compiled._cache()
     (library,) = folder.glob("*.so")
     place = {"the folder": folder, "the library": library, "its digest": library.with_suffix(".sha256")}[what]
     unloaded.clear()
     caplog.clear()
-    monkeypatch.setattr(choice._COMPILED, "_obstacle", None)
+    monkeypatch.setattr(MATRIX_KERNELS, "_obstacle", None)
     if isinstance(mode, int):
         place.chmod(mode)
     else:
         _owned_by(monkeypatch, place)
-    assert choose_kernels("auto", CPU) == "torch"
+    assert MATRIX_KERNELS.choose("auto", CPU) == "torch"
     (said,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert str(place) in said
     assert "chmod go-w" in said or "TORCH_EXTENSIONS_DIR" in said
     assert "\n" not in said
     assert unloaded == []
     with pytest.raises(TopKastError, match="kernels='compiled' is not available"):
-        choose_kernels("compiled", CPU)
+        MATRIX_KERNELS.choose("compiled", CPU)
 
 
 def test_a_cache_in_a_folder_that_all_may_change_is_not_used(unloaded, compiler, monkeypatch, tmp_path, caplog):
     (tmp_path / "shared").mkdir()
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "shared" / "extensions"))
     (tmp_path / "shared").chmod(0o777)
-    assert choose_kernels("auto", CPU) == "torch"
+    assert MATRIX_KERNELS.choose("auto", CPU) == "torch"
     assert f"all users may write to {tmp_path}/shared" in caplog.text
     (tmp_path / "shared").chmod(0o1777)  # as /tmp: only its owner may rename a folder
-    monkeypatch.setattr(choice._COMPILED, "_obstacle", None)
-    assert choose_kernels("auto", CPU) == "compiled"
+    monkeypatch.setattr(MATRIX_KERNELS, "_obstacle", None)
+    assert MATRIX_KERNELS.choose("auto", CPU) == "compiled"
 
 
 def test_what_is_built_is_for_its_owner_only_whatever_the_umask(unloaded, compiler, monkeypatch, tmp_path):
@@ -686,8 +685,8 @@ def test_what_is_built_is_for_its_owner_only_whatever_the_umask(unloaded, compil
     before = os.umask(0)
     try:
         for _ in range(2):
-            assert choose_kernels("compiled", CPU) == "compiled"
-            monkeypatch.setattr(choice._COMPILED, "_obstacle", None)
+            assert MATRIX_KERNELS.choose("compiled", CPU) == "compiled"
+            monkeypatch.setattr(MATRIX_KERNELS, "_obstacle", None)
     finally:
         os.umask(before)
     assert len(compiler.read_text().splitlines()) == 1
@@ -699,9 +698,9 @@ def test_what_is_built_is_for_its_owner_only_whatever_the_umask(unloaded, compil
 def test_processes_that_build_at_once_all_load_whole_libraries(compiler, tmp_path):
     program = """
         import torch
-        from lightning_topkast.ops import choose_kernels
+        from lightning_topkast.ops import MATRIX_KERNELS
         torch.ops.load_library = lambda path: print(path.read_bytes())
-        print(choose_kernels("compiled", torch.device("cpu")))
+        print(MATRIX_KERNELS.choose("compiled", torch.device("cpu")))
         """
     environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", textwrap.dedent(program)]
@@ -718,11 +717,11 @@ def test_processes_that_build_at_once_all_load_whole_libraries(compiler, tmp_pat
 
 
 def test_other_devices_run_by_torch():
-    assert choose_kernels("auto", torch.device("meta")) == "torch"
+    assert MATRIX_KERNELS.choose("auto", torch.device("meta")) == "torch"
     with pytest.raises(TopKastError, match="run on CPU, not on meta"):
-        choose_kernels("compiled", torch.device("meta"))
+        MATRIX_KERNELS.choose("compiled", torch.device("meta"))
 
 
 def test_unknown_operators_are_refused():
     with pytest.raises(TopKastError, match="one of auto, torch, compiled"):
-        choose_kernels("fast", CPU)
+        MATRIX_KERNELS.choose("fast", CPU)

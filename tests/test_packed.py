@@ -22,6 +22,7 @@ from lightning_topkast.layers import packed_weights
 from lightning_topkast.layers.csr import CsrLinear
 from lightning_topkast.method.selection import nested_top_k
 from lightning_topkast.weights import EntryState, PackedWeight, Traits
+from lightning_topkast.weights.layouts import Product
 from tests.helpers import nouns, same
 
 OPTIMIZERS = {
@@ -642,7 +643,7 @@ def test_auto_packs_denser_weights_where_compiled_kernels_are_to_be_had(monkeypa
     """PyTorch's kernels are slower than a dense product at these densities."""
     kept = {}
     for kernels in ("torch", "compiled"):
-        monkeypatch.setattr(install, "choose_kernels", lambda *_, chosen=kernels: chosen)
+        monkeypatch.setattr(install.MATRIX_KERNELS, "choose", lambda *_, chosen=kernels: chosen)
         model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(3)))
         (weight,) = TopKast(model, 0.8, 0.6, storage="auto").weights.values()
         kept[kernels] = weight.storage
@@ -956,7 +957,7 @@ def test_refresh_interrupted_anywhere_is_finished_or_has_not_begun():
     codes = {PackedWeight.apply.__code__, PackedWeight._settle.__code__}
     outcomes = set()
     for line in range(1, 60):
-        weight = PackedWeight("weight", nn.Parameter(torch.arange(1.0, 21).view(4, 5)), 5, 9, Traits(), True)
+        weight = PackedWeight("weight", nn.Parameter(torch.arange(1.0, 21).view(4, 5)), 5, 9, Traits(), Product())
         weight.apply(nested_top_k(weight.magnitudes(), (9, 5)))
         weight.parameter.data.mul_(-1)
         theta, state = weight.theta(), weight.parameter.detach() * 10

@@ -94,10 +94,14 @@ def measured(model: nn.Module, topkast: TopKast, optimizer: torch.optim.Optimize
         ("auto", torch.optim.Adam, torch.float32),
     ],
 )
-@pytest.mark.parametrize("units", [{}, {"structure": "block", "block": (2, 4)}], ids=["entry", "block"])
+@pytest.mark.parametrize(
+    "units",
+    [{}, {"kernels": "auto"}, {"structure": "block", "block": (2, 4)}],
+    ids=["entry", "entry, fastest kernels", "block"],
+)
 def test_planned_bytes_are_those_that_training_holds(storage, optimizer, dtype, units):
     model = Mixed().to(dtype)
-    topkast = TopKast(model, **nouns(storage=storage, update_every=2, **SPARSITY, **units))
+    topkast = TopKast(model, **nouns(**(SPARSITY | {"storage": storage, "update_every": 2} | units)))
     trained = optimizer(model.parameters(), lr=0.01)
     topkast.attach(trained)
     for _ in range(3):  # with a refresh between
@@ -362,7 +366,7 @@ def test_strategies_are_what_each_would_plan_as_its_own_run():
     assert run.strategies["masked_ddp"] == run.bytes
     for name, options in {
         "dense_ddp": {"dense": True, "parallel": Parallel(4, "ddp")},
-        "packed_ddp": {"storage": "packed", "parallel": Parallel(4, "ddp")},
+        "packed_ddp": {"storage": "packed", "kernels": "auto", "parallel": Parallel(4, "ddp")},
         "masked_fsdp2": {"parallel": Parallel(4, "fsdp2")},
     }.items():
         assert run.strategies[name] == plan_of(Mixed, IMAGES, optimizer=torch.optim.Adam, **options).bytes

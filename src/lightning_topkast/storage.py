@@ -45,9 +45,9 @@ class Packed:
         kernels: which kernels multiply by packed weights: "compiled" (C++ on CPU, built on first use) for unstructured
             sets, "triton" (GPU) for blocks, PyTorch's own ("torch"), or the fastest available ones ("auto").
         unsupported: whether weights that cannot be packed stay "masked", with a warning, or are an "error".
-        products: "sparse" multiplies by the packed values in Linear, 1×1 Conv2d, GPT-2's Conv1D and self-attention, and
-            makes a dense weight for every pass of other layers; "dense" makes one for every layer; "auto" multiplies
-            by packed values where that is expected to be faster.
+        products: "sparse" multiplies by the packed values in Linear, Conv1d, Conv2d, GPT-2's Conv1D and self-attention,
+            and makes a dense weight for every pass of other layers; "dense" makes one for every layer; "auto"
+            multiplies by packed values where that is expected to be faster.
 
     Raises:
         TopKastError: a value that is not one of these.

@@ -11,7 +11,9 @@ from torch.optim import Optimizer
 
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.method.structure import Block, Structure, Unstructured
+from lightning_topkast.ops import ConvPattern
 from lightning_topkast.storage import AllReduce
+from lightning_topkast.weights.layouts import Product, as_kernel
 
 Strategy = Literal["single", "ddp", "fsdp2"]
 
@@ -88,6 +90,7 @@ class Held:
         present: |B| at present, which is |A| after exploration has stopped.
         trains: whether it requires a gradient.
         structure: what its sets consist of.
+        product: how the layer multiplies by a packed weight.
     """
 
     shape: tuple[int, ...]
@@ -98,6 +101,7 @@ class Held:
     present: int
     trains: bool = True
     structure: Structure = field(default_factory=Unstructured)
+    product: Product | None = None
 
     @property
     def packs(self) -> bool:
@@ -181,13 +185,15 @@ def _shard(shape: tuple[int, ...], parallel: Parallel) -> tuple[int, ...]:
 
 
 def _packing(held: Held) -> int:
-    """Return bytes of a `Layout`: flat indices; blocks of the grid; or two `Pattern`s, that of A with its transpose."""
+    """Return bytes of a `Layout`: flat indices, blocks of the grid, or the patterns of a matrix or a convolution."""
     if held.storage == "compact":
         return held.present * (_INT32 if prod(held.shape) <= _LARGEST_INT32 else _INT64)
     if isinstance(held.structure, Block):
         rows, columns = held.structure.grid(torch.Size(held.shape))[:2]
         blocks = (held.active + held.present) // (held.structure.outputs * held.structure.inputs)
         return _INT32 * (4 * blocks + 4 * rows + 2 * columns + 3)
+    if held.product is not None and held.product.groups is not None:
+        return ConvPattern.bytes_of(as_kernel(torch.Size(held.shape)), held.product.groups, held.active, held.present)
     rows, columns = held.shape[0], prod(held.shape[1:])
     return _INT32 * (2 * (rows + 1) + (columns + 1) + 3 * held.active + (held.present - held.active))
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_topkast.costs.flops import Products, count_products
 from lightning_topkast.costs.memory import Bytes, Held, OptimizerState, Parallel, bytes_of
-from lightning_topkast.engine.install import refuse_or_warn, storage_of
+from lightning_topkast.engine.install import choose_storage, refuse_or_warn
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.method.density import Counts, SetSizes
 from lightning_topkast.method.targets import Target, find_targets
@@ -214,9 +214,9 @@ def _held(
         return Held(shape, dtype, "dense", size, size, size, trains), ""
     active, updated = counts[target.name]
     structure = target.structure(settings.structure)
-    name, obstacle = storage_of(target, active, updated, storage, structure)
+    choice = choose_storage(target, active, updated, storage, structure)
     present = active if settings.schedule.stop_exploring_at == 0 else updated  # no exploration from the first step on
-    return Held(shape, dtype, name, active, updated, present, trains, structure), obstacle
+    return Held(shape, dtype, choice.name, active, updated, present, trains, structure, choice.product), choice.obstacle
 
 
 def _layer(

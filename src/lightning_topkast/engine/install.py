@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Collection, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 import torch
@@ -11,21 +11,22 @@ from torch.distributed.tensor import DTensor
 
 from lightning_topkast.distributed import Sharding, from_rank_0_
 from lightning_topkast.errors import TopKastError
-from lightning_topkast.layers import SparseLayer, StackLayer, pack_layer, product_of, unpack_layer
+from lightning_topkast.layers import SparseLayer, StackLayer, pack_layer, product_of, products_of, unpack_layer
 from lightning_topkast.method.density import Counts
 from lightning_topkast.method.structure import Block, Structure
 from lightning_topkast.method.targets import Target
-from lightning_topkast.ops import Kernels, choose_kernels
+from lightning_topkast.ops import CONV_KERNELS, MATRIX_KERNELS, Kernels
 from lightning_topkast.settings import Settings
 from lightning_topkast.storage import Masked, Packed
 from lightning_topkast.weights import MaskedWeight, PackedWeight, SparseWeight, Traits
-from lightning_topkast.weights.layouts import can_multiply
+from lightning_topkast.weights.layouts import Product, can_multiply
 
 # Time of a packed product per entry, as a multiple of a dense product's, and the number of entries below which the
 # fixed cost of a layer outweighs the gain: measured on CPUs at batches of 128 and 256 (benchmarks/README.md, packed
 # mode).
 _COST_OF_ENTRY = {"torch": 5.0, "compiled": 3.2}
 _LEAST_ENTRIES = 1 << 16
+_LEAST_ENTRIES_OF_CONV = 1 << 12  # each is used for every pixel
 
 
 def check_targets(sparse: Sequence[Target], settings: Settings, taken: Collection[str]) -> None:
@@ -81,10 +82,10 @@ def make_weights(
     for target in targets:
         active, updated = counts[target.name]
         own = replace(traits, structure=target.structure(traits.structure))
-        name, obstacle = storage_of(target, active, updated, storage, own.structure)
-        if obstacle:
-            left_masked.append(f"'{target.name}' ({obstacle})")
-        if name == "masked" or isinstance(storage, Masked):
+        choice = choose_storage(target, active, updated, storage, own.structure)
+        if choice.obstacle:
+            left_masked.append(f"'{target.name}' ({choice.obstacle})")
+        if choice.name == "masked":
             weights[target.name] = MaskedWeight(target.name, target.parameter, active, updated, own)
             continue
         if not own.structure.divides(target.shape):
@@ -94,13 +95,8 @@ def make_weights(
                 "choose another block size, or train with storage='masked'"
             )
         from_rank_0_(target.parameter)
-        kernels = ""
-        if name == "packed":
-            # kernels for blocks are chosen at run time, since the model may compute on another device
-            blocks = isinstance(own.structure, Block)
-            kernels = storage.kernels if blocks else _kernels_for(storage, target.parameter.device)
         weights[target.name] = PackedWeight(
-            target.name, target.parameter, active, updated, own, name == "packed", kernels
+            target.name, target.parameter, active, updated, own, choice.product, choice.kernels
         )
     if left_masked and isinstance(storage, Packed):
         refuse_or_warn(storage, left_masked)
@@ -123,10 +119,27 @@ def refuse_or_warn(storage: Packed, left_masked: Sequence[str]) -> None:
     warnings.warn(f"{what}: dense tensors that hold zeros", stacklevel=3)
 
 
-def storage_of(
+@dataclass(frozen=True)
+class StorageChoice:
+    """The storage of one weight.
+
+    Args:
+        name: of the storage.
+        product: how the layer multiplies by it if it is packed.
+        kernels: the kernels for it.
+        obstacle: why the weight stays masked although packing was requested, or "".
+    """
+
+    name: Literal["masked", "packed", "compact"]
+    product: Product | None = None
+    kernels: str = ""
+    obstacle: str = ""
+
+
+def choose_storage(
     target: Target, active: int, updated: int, storage: Masked | Packed, structure: Structure
-) -> tuple[Literal["masked", "packed", "compact"], str]:
-    """Return the storage of one weight, and the reason if it stays masked although packing was requested, or "".
+) -> StorageChoice:
+    """Choose the storage of one weight.
 
     Args:
         target: the parameter.
@@ -136,27 +149,29 @@ def storage_of(
         structure: what the sets consist of.
 
     Raises:
-        TopKastError: products="auto" and compiled kernels are not available.
+        TopKastError: kernels="compiled" and compiled kernels are not available.
     """
     if isinstance(storage, Masked):
-        return "masked", ""
+        return StorageChoice("masked")
     if obstacle := _obstacle(target):
-        return "masked", obstacle
-    if storage.products == "dense" or not all(product_of(*owner) for owner in target.owners):
-        return "compact", ""
-    if not can_multiply(target.shape, active, updated, structure):
-        return "compact", ""
-    if storage.products == "auto":
-        parameter = target.parameter
-        # a parameter on the meta device will be initialized on the CPU
-        device = torch.device("cpu") if parameter.is_meta else parameter.device
-        if isinstance(structure, Block):
-            cost = _cost_in_blocks(structure)
-        else:
-            cost = _COST_OF_ENTRY[_kernels_for(storage, device)]
-        if not _pays(active, updated, parameter.numel(), cost):
-            return "compact", ""
-    return "packed", ""
+        return StorageChoice("masked", obstacle=obstacle)
+    compact = StorageChoice("compact")
+    if storage.products == "dense":
+        return compact
+    # a parameter on the meta device will be initialized on the CPU
+    device = torch.device("cpu") if target.parameter.is_meta else target.parameter.device
+    first, *others = [products_of(*owner) for owner in target.owners]
+    for product in first:
+        if not all(product in products for products in others):
+            continue
+        if not can_multiply(target.shape, active, updated, structure, product):
+            continue
+        kernels = _kernels_for(product, structure, storage, device)
+        if not kernels:
+            continue
+        pays = _pays(active, updated, target.shape.numel(), product, _cost(product, structure, kernels))
+        return compact if storage.products == "auto" and not pays else StorageChoice("packed", product, kernels)
+    return compact
 
 
 def install(target: Target, weight: SparseWeight) -> None:
@@ -196,18 +211,26 @@ def _obstacle(target: Target) -> str:
     return ""
 
 
-def _kernels_for(storage: Packed, device: torch.device) -> str:
-    return choose_kernels(cast(Kernels, storage.kernels), device)
+def _kernels_for(product: Product, structure: Structure, storage: Packed, device: torch.device) -> str:
+    """Return the kernels for a product, or "" if there are none."""
+    if isinstance(structure, Block):
+        # they are chosen at run time, since the model may compute on another device
+        return "" if product.groups is not None else storage.kernels
+    kernels = cast(Kernels, storage.kernels)
+    if product.groups is None:
+        return MATRIX_KERNELS.choose(kernels, device)
+    return "compiled" if CONV_KERNELS.choose(kernels, device) == "compiled" else ""
 
 
-def _cost_in_blocks(block: Block) -> float:
-    """Return the time per entry relative to a dense product, fitted to square blocks of side 16, 32 and 64 on a CPU.
+def _cost(product: Product, structure: Structure, kernels: str) -> float:
+    """Return the time of a product per entry, relative to a dense one."""
+    if isinstance(structure, Block):
+        # fitted to square blocks of side 16, 32 and 64 on a CPU; a GPU takes less for large blocks
+        return 2 + 40 / min(structure.outputs, structure.inputs)
+    return _COST_OF_ENTRY[kernels]
 
-    A GPU takes less for large blocks.
-    """
-    return 2 + 40 / min(block.outputs, block.inputs)
 
-
-def _pays(active: int, updated: int, size: int, cost: float) -> bool:
+def _pays(active: int, updated: int, size: int, product: Product, cost: float) -> bool:
     """Return whether the products of a packed step (two with A, one on B) should be faster than three dense ones."""
-    return size >= _LEAST_ENTRIES and cost * (2 * active + updated) < 3 * size
+    least = _LEAST_ENTRIES if product.groups is None else _LEAST_ENTRIES_OF_CONV
+    return size >= least and cost * (2 * active + updated) < 3 * size

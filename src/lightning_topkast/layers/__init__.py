@@ -1,7 +1,7 @@
 """Layers whose weight is packed."""
 
 from lightning_topkast.layers.csr import to_csr
-from lightning_topkast.layers.kinds import product_of
+from lightning_topkast.layers.kinds import product_of, products_of
 from lightning_topkast.layers.sparse_layer import (
     SparseLayer,
     StackLayer,
@@ -19,6 +19,7 @@ __all__ = [
     "pack_layer",
     "packed_weights",
     "product_of",
+    "products_of",
     "to_csr",
     "to_dense",
     "unpack_layer",

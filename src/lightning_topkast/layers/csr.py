@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.layers.sparse_layer import to_dense
-from lightning_topkast.ops import Kernels, Pattern, choose_kernels, sparse_linear
+from lightning_topkast.ops import MATRIX_KERNELS, Kernels, Pattern, sparse_linear
 
 
 class CsrLinear(nn.Module):
@@ -40,7 +40,7 @@ class CsrLinear(nn.Module):
         none = self.col[:0]
         active = Pattern((self.out_features, self.in_features), self.crow, self.col, none, none, none)
         nothing = Pattern((self.out_features, self.in_features), torch.zeros_like(self.crow), none, none, none, none)
-        kernels = choose_kernels(self.kernels, input.device)
+        kernels = MATRIX_KERNELS.choose(self.kernels, input.device)
         return sparse_linear(input, self.values, self.bias, active, nothing, kernels)
 
     @property

@@ -4,8 +4,10 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_topkast.layers.attention import ProductAttention
-from lightning_topkast.layers.products import ProductConv1D, ProductLayer, ProductLinear, ProductPointwise
+from lightning_topkast.layers.conv import ProductConv
+from lightning_topkast.layers.products import ProductConv1D, ProductLayer, ProductLinear
 from lightning_topkast.layers.sparse_layer import SparseLayer
+from lightning_topkast.weights.layouts import Product
 
 
 def product_of(module: nn.Module, name: str) -> type[ProductLayer] | None:
@@ -22,7 +24,17 @@ def product_of(module: nn.Module, name: str) -> type[ProductLayer] | None:
         return ProductLinear
     if kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":
         return ProductConv1D
-    if isinstance(module, nn.Conv2d) and kind is nn.Conv2d:
-        plain = (module.kernel_size, module.padding, module.groups) == ((1, 1), (0, 0), 1)
-        return ProductPointwise if plain else None
-    return None
+    return ProductConv if kind in (nn.Conv1d, nn.Conv2d) else None
+
+
+def products_of(module: nn.Module, name: str) -> list[Product]:
+    """Return how a layer can multiply by its packed weight `name`, the fastest way first; empty if it cannot."""
+    kind = product_of(module, name)
+    if kind is None:
+        return []
+    if not isinstance(module, nn.Conv1d | nn.Conv2d):
+        return [Product()]
+    depthwise = module.groups > 1 and module.in_channels == module.groups
+    # a matrix: the positions are examples
+    plain = (module.kernel_size, module.padding, module.groups) == ((1, 1), (0, 0), 1)
+    return [] if depthwise else [Product(module.groups), *([Product()] if plain else [])]

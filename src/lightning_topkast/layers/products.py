@@ -39,15 +39,3 @@ class ProductConv1D(ProductLayer):
     def forward(self, x: Tensor) -> Tensor:
         """`x` (..., in) → (..., out)."""
         return self._product(x, "weight", self.bias, transposed=True)
-
-
-class ProductPointwise(ProductLayer):
-    """`nn.Conv2d` with a packed 1×1 kernel."""
-
-    stride: tuple[int, int]
-
-    def forward(self, input: Tensor) -> Tensor:
-        """`input` (batch, in, height, width), or without the batch → the same with `out` channels."""
-        vertical, horizontal = self.stride
-        channels_last = input[..., ::vertical, ::horizontal].movedim(-3, -1)
-        return self._product(channels_last, "weight", self.bias).movedim(-1, -3)

@@ -1,15 +1,22 @@
 from lightning_topkast.ops.blocks import BlockKernels, BlockPattern, block_sparse_linear, choose_block_kernels
-from lightning_topkast.ops.csr.choice import Kernels, choose_kernels
+from lightning_topkast.ops.compiled import Kernels
+from lightning_topkast.ops.conv.choice import CONV_KERNELS
+from lightning_topkast.ops.conv.conv import sparse_conv2d
+from lightning_topkast.ops.conv.pattern import ConvPattern
+from lightning_topkast.ops.csr.choice import MATRIX_KERNELS
 from lightning_topkast.ops.csr.linear import sparse_linear
 from lightning_topkast.ops.csr.pattern import Pattern
 
 __all__ = [
+    "CONV_KERNELS",
+    "MATRIX_KERNELS",
     "BlockKernels",
     "BlockPattern",
+    "ConvPattern",
     "Kernels",
     "Pattern",
     "block_sparse_linear",
     "choose_block_kernels",
-    "choose_kernels",
+    "sparse_conv2d",
     "sparse_linear",
 ]

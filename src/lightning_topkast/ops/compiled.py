@@ -15,8 +15,13 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
+
+from lightning_topkast.errors import TopKastError
+
+Kernels = Literal["auto", "torch", "compiled"]
 
 _PATIENCE = 900  # time limit of a build in seconds
 _OWN = "set TORCH_EXTENSIONS_DIR to a folder of your own"
@@ -39,21 +44,44 @@ class Compiled:
 
     Args:
         source: the C++ file, which registers operators with PyTorch.
-        without: what it means that they are not available, for the warning.
+        what: what they are for, as the log says it.
+        without: what happens if they are not available, for the warning.
     """
 
-    def __init__(self, source: Path, without: str) -> None:
+    def __init__(self, source: Path, what: str, without: str) -> None:
         self.source = source
+        self._what = what
         self._without = without
         self._obstacle: str | None = None
         self._lock = threading.Lock()
 
-    def obstacle(self) -> str:
+    def choose(self, name: Kernels, device: torch.device) -> Literal["torch", "compiled"]:
+        """Return which kernels to use for tensors on `device`; the first call may compile them.
+
+        Args:
+            name: `"auto"` uses the compiled kernels if they are available, and PyTorch's otherwise.
+            device: of the tensors.
+
+        Raises:
+            TopKastError: `"compiled"` and the kernels are not available.
+        """
+        if name not in get_args(Kernels):
+            raise TopKastError(f"expected kernels to be one of {', '.join(get_args(Kernels))}, got {name!r}")
+        if name == "torch":
+            return "torch"
+        obstacle = self._load_once() if device.type == "cpu" else f"they run on CPU, not on {device.type}"
+        if not obstacle:
+            return "compiled"
+        if name == "compiled":
+            raise TopKastError(f"kernels='compiled' is not available: {obstacle}\nUse kernels='auto' or 'torch'.")
+        return "torch"
+
+    def _load_once(self) -> str:
         """Load the kernels and return "", or return why they are not available; a failed build is not repeated."""
         with self._lock:
             if self._obstacle is None:
                 try:
-                    _load(self.source, _command())
+                    _load(self.source, self._what, _command())
                     self._obstacle = ""
                 except (OSError, RuntimeError, subprocess.SubprocessError) as error:
                     self._obstacle = str(error)
@@ -82,9 +110,9 @@ def _command() -> list[str]:
     ]
 
 
-def _load(source: Path, command: list[str]) -> None:
+def _load(source: Path, what: str, command: list[str]) -> None:
     key = [torch.__version__, platform.machine(), *command, source.read_text()]
-    name = f"{source.stem}_{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.so"
+    name = f"{source.parent.name}_{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.so"
     path = _cache() / name
     if _intact(path):
         try:
@@ -92,7 +120,7 @@ def _load(source: Path, command: list[str]) -> None:
             return
         except OSError as error:
             _log.info("building %s again, since it cannot be loaded: %s", path, error)
-    _build(source, command, path)
+    _build(source, what, command, path)
     torch.ops.load_library(path)
 
 
@@ -142,9 +170,9 @@ def _intact(path: Path) -> bool:
         return False
 
 
-def _build(source: Path, command: list[str], path: Path) -> None:
+def _build(source: Path, what: str, command: list[str], path: Path) -> None:
     # a warning, so that it is seen where nobody has set up logging
-    _log.warning("compiling %s for this machine: about ten seconds, once (to %s)", source.name, path)
+    _log.warning("compiling the kernels for %s for this machine: about ten seconds, once (to %s)", what, path)
     with tempfile.TemporaryDirectory(prefix="build_", dir=path.parent) as folder:
         built, digest = Path(folder, path.name), Path(folder, "digest")
         try:

@@ -9,7 +9,18 @@ from torch import Tensor
 
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.method.structure import Block, Structure, units_in_order
-from lightning_topkast.ops import BlockPattern, Pattern, block_sparse_linear, sparse_linear
+from lightning_topkast.ops import BlockPattern, ConvPattern, Pattern, block_sparse_linear, sparse_linear
+
+
+@dataclass(frozen=True)
+class Product:
+    """How a layer multiplies by a packed weight.
+
+    Args:
+        groups: of a convolution; None: the weight is a matrix, whose first dimension are its rows.
+    """
+
+    groups: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +129,38 @@ class CsrLayout(Layout):
 
 
 @dataclass(frozen=True, eq=False)
+class ConvLayout(Layout):
+    """The layout of a weight for convolutions with single entries, which are computed on CPU.
+
+    Args:
+        pattern: the places of the entries.
+    """
+
+    pattern: ConvPattern
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the indices."""
+        return self.pattern.backward_order.device
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the indices in bytes."""
+        return self.pattern.nbytes
+
+    def to(self, device: torch.device) -> Layout:
+        """Return a layout for another device, where the layer computes with the dense weight."""
+        if device == self.device:
+            return self
+        sets = (self.shape, self.active_count, self.updated_count, self.units)
+        return FlatLayout(*sets, _narrowed(self.indices(), self.shape).to(device))
+
+    def indices(self) -> Tensor:
+        """Return the flat indices of the packed values."""
+        return self.pattern.flat_indices()
+
+
+@dataclass(frozen=True, eq=False)
 class BsrLayout(Layout):
     """The layout of a weight for products with blocks.
 
@@ -142,22 +185,23 @@ class BsrLayout(Layout):
         return block_sparse_linear(input, blocks, bias, self.pattern, kernels, transposed)
 
 
-def make_layout(tiers: Tensor, shape: torch.Size, structure: Structure, products: bool) -> Layout:
+def make_layout(tiers: Tensor, shape: torch.Size, structure: Structure, product: Product | None) -> Layout:
     """Make the layout for these sets.
 
     Args:
         tiers: uint8, on CPU, in the shape of the weight's grid of units.
         shape: of the weight.
         structure: what the sets consist of; it divides the weight.
-        products: whether the layer multiplies by the packed values, with the first dimension as rows.
+        product: how the layer multiplies by the packed values; None: it computes with the dense weight.
     """
     active, exploring = units_in_order(tiers)
     size = shape.numel() // max(tiers.numel(), 1)
     both = torch.cat([active, exploring])
     sets = (shape, active.numel() * size, both.numel() * size, both if size > 1 else None)
-    if not products:
-        narrow = torch.int32 if shape.numel() <= torch.iinfo(torch.int32).max else torch.int64
-        return FlatLayout(*sets, structure.entries(both, shape).to(narrow))
+    if product is None:
+        return FlatLayout(*sets, _narrowed(structure.entries(both, shape), shape))
+    if product.groups is not None:
+        return ConvLayout(*sets, ConvPattern.from_flat(active, exploring, as_kernel(shape), product.groups))
     if isinstance(structure, Block):
         sides = (structure.outputs, structure.inputs)
         return BsrLayout(*sets, BlockPattern.from_flat(active, exploring, _as_matrix(tiers.shape), sides))
@@ -165,11 +209,24 @@ def make_layout(tiers: Tensor, shape: torch.Size, structure: Structure, products
     return CsrLayout(*sets, Pattern.from_flat(active, matrix), Pattern.from_flat(exploring, matrix, transpose=False))
 
 
-def can_multiply(shape: torch.Size, active: int, updated: int, structure: Structure) -> bool:
-    """Return whether the kernels' int32 can hold the indices of a weight of this shape, with |A| and |B| entries."""
+def can_multiply(shape: torch.Size, active: int, updated: int, structure: Structure, product: Product) -> bool:
+    """Return whether the kernels' integers can hold the indices of a weight of this shape, with |A| and |B| entries."""
+    if product.groups is not None:
+        return ConvPattern.fits(as_kernel(shape), updated)
     if isinstance(structure, Block):
         return BlockPattern.fits(_as_matrix(structure.grid(shape)), (structure.outputs, structure.inputs))
     return Pattern.fits(_as_matrix(shape), max(active, updated - active))
+
+
+def as_kernel(shape: torch.Size) -> tuple[int, int, int, int]:
+    """Return the shape of a convolution's weight in two dimensions; that of a one-dimensional one has height 1."""
+    out, channels, *sides = shape
+    height, width = sides if len(sides) == 2 else (1, *sides)
+    return out, channels, height, width
+
+
+def _narrowed(indices: Tensor, shape: torch.Size) -> Tensor:
+    return indices.to(torch.int32 if shape.numel() <= torch.iinfo(torch.int32).max else torch.int64)
 
 
 def _as_matrix(shape: torch.Size) -> tuple[int, int]:

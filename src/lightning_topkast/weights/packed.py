@@ -16,7 +16,7 @@ from lightning_topkast.method.selection import ACTIVE, RESERVOIR, NonFiniteScore
 from lightning_topkast.method.structure import Block, units_in_order
 from lightning_topkast.ops.flat import indices
 from lightning_topkast.weights.base import Before, EntryState, SparseWeight, Traits
-from lightning_topkast.weights.layouts import Layout, make_layout
+from lightning_topkast.weights.layouts import Layout, Product, make_layout
 from lightning_topkast.weights.loading import replace
 
 
@@ -29,7 +29,7 @@ class PackedWeight(SparseWeight):
         active_count: |A|.
         updated_count: |B| while exploring, at least `active_count`.
         traits: properties that all weights of the run share; the structure divides the weight.
-        products: whether the layer multiplies by the packed values (`storage` is "packed") or by a dense α that exists
+        product: how the layer multiplies by the packed values (`storage` is "packed"); None: by a dense α that exists
             only as long as autograd needs it ("compact").
         kernels: the kernels that the layer uses for its products.
     """
@@ -41,13 +41,14 @@ class PackedWeight(SparseWeight):
         active_count: int,
         updated_count: int,
         traits: Traits,
-        products: bool,
+        product: Product | None,
         kernels: str = "torch",
     ) -> None:
         values = nn.Parameter(dense.detach().new_zeros(updated_count), requires_grad=dense.requires_grad)
         values.__dict__.update(dense.__dict__)  # attributes that other code has set, such as "no weight decay"
         super().__init__(name, values, Sharding(name, dense), active_count, updated_count, traits)
-        self.storage = "packed" if products else "compact"
+        self.storage = "compact" if product is None else "packed"
+        self._product = product
         self.kernels = kernels
         # In host memory. θ is up to date on C; on B the parameter holds it.
         theta = dense.detach().cpu().contiguous().view(-1)
@@ -57,7 +58,7 @@ class PackedWeight(SparseWeight):
         grid = self.structure.grid(dense.shape)
         self._tiers = torch.full(grid, ACTIVE, dtype=torch.uint8)
         self._never_active = torch.zeros(grid, dtype=torch.bool)
-        self._layout = make_layout(torch.zeros_like(self._tiers), self.shape, self.structure, products)
+        self._layout = make_layout(torch.zeros_like(self._tiers), self.shape, self.structure, product)
         self._unit_size = self.size // max(grid.numel(), 1)
         # Scores of blocks: these are few, and those of C change only at a refresh. They are computed on the host, so
         # that a resumed run has the same bits.
@@ -174,7 +175,7 @@ class PackedWeight(SparseWeight):
         self.orders.refresh(unmoved)
 
     def _pack(self, tiers: Tensor) -> Layout:
-        return make_layout(tiers, self.shape, self.structure, self.storage == "packed")
+        return make_layout(tiers, self.shape, self.structure, self._product)
 
     def _on_grid(self, tiers: Tensor) -> Tensor:
         """Return the units' tiers."""

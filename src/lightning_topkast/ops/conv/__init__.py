@@ -1,0 +1,1 @@
+"""Convolutions with unstructured sparse weights."""

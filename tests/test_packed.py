@@ -1096,3 +1096,22 @@ def test_vector_updated_as_a_whole_stays_in_its_execution():
     packed.load_state_dict(packed.state_dict())
     with pytest.raises(TopKastError, match=r"'theta' is 1-D and all of it is updated.*resume with storage='masked'"):
         packed.load_state_dict(masked.state_dict())
+
+
+def test_only_an_output_that_the_next_layer_takes_has_the_batch_last():
+    """Others are contiguous, as dense layers and losses want them."""
+    model = nn.Sequential(
+        nn.Linear(8, 8),
+        nn.ReLU(),
+        nn.Dropout(0.0),
+        nn.Linear(8, 8),
+        nn.LayerNorm(8),
+        nn.Linear(8, 8),
+        nn.Conv1d(8, 8, 1),
+    )
+    targets = Targets(include=["0.weight", "3.weight", "5.weight"])
+    topkast = TopKast(model, 0.5, 0.25, targets=targets, storage=Packed(kernels="torch"))
+    x = torch.randn(5, 8)
+    assert [model[index](x).stride() for index in (0, 3, 5)] == [(1, 5), (8, 1), (8, 1)]
+    topkast.exclude(["0.weight"])
+    assert "batch_last" not in vars(model[0])

@@ -24,7 +24,7 @@ from lightning_topkast.engine.summary import Summary, summarize, warn_if_little
 from lightning_topkast.engine.watch import watch_module
 from lightning_topkast.engine.writes import ForeignWrites
 from lightning_topkast.errors import TopKastError
-from lightning_topkast.layers import packed_weights
+from lightning_topkast.layers import join_products, packed_weights
 from lightning_topkast.method.density import SetSizes
 from lightning_topkast.method.schedule import Timeline, in_words, moments
 from lightning_topkast.method.targets import FROZEN, Target, find_targets
@@ -120,6 +120,7 @@ class TopKast:
         self._choose_first()
         for target in sparse:
             install(target, self._weights[target.name])
+        join_products(model)
         self._watch_modules()
         _engines.add(self)
 

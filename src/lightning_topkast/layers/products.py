@@ -3,7 +3,7 @@
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_topkast.layers.sparse_layer import SparseLayer
@@ -13,6 +13,7 @@ class ProductLayer(SparseLayer):
     """A layer that multiplies by a packed weight."""
 
     bias: Tensor | None
+    batch_last = False  # whether the next layer takes its inputs so in memory
 
     def _product(self, input: Tensor, name: str, bias: Tensor | None, transposed: bool = False) -> Tensor:
         """Multiply the last dimension of `input` by the rows (`transposed`: columns) of weight `name`; add `bias`."""
@@ -22,7 +23,7 @@ class ProductLayer(SparseLayer):
             # a picture of the network is made of it; a trace does not hold our operators
             matrix = weight.layout.unpack(values).flatten(1)
             return F.linear(input, matrix.t() if transposed else matrix, bias)
-        return weight.layout.product(input, values, bias, weight.kernels, transposed)
+        return weight.layout.product(input, values, bias, weight.kernels, transposed, self.batch_last)
 
 
 class ProductLinear(ProductLayer):
@@ -39,3 +40,17 @@ class ProductConv1D(ProductLayer):
     def forward(self, x: Tensor) -> Tensor:
         """`x` (..., in) → (..., out)."""
         return self._product(x, "weight", self.bias, transposed=True)
+
+
+def join_products(model: nn.Module) -> None:
+    """Let a linear layer leave its output as the next one takes it, if only modules without parameters lie between.
+
+    The next one is that in the order of the modules, so that this is a guess: other orders cost time, but no result.
+    """
+    layers = [module for module in model.modules() if any(True for _ in module.parameters(recurse=False))]
+    for layer, following in zip(layers, [*layers[1:], None], strict=True):
+        if isinstance(layer, _LINEAR):
+            layer.batch_last = isinstance(following, _LINEAR)
+
+
+_LINEAR = ProductLinear, ProductConv1D

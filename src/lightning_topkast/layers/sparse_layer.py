@@ -138,6 +138,7 @@ def unpack_layer(module: nn.Module, name: str, dense: nn.Parameter) -> None:
         return
     _set_class(module, plain)
     del module.__dict__["packed_weights"]
+    module.__dict__.pop("batch_last", None)
     if isinstance(module, nn.RNNBase):
         module._flat_weights = [getattr(module, each) for each in module._flat_weights_names]
 

@@ -66,8 +66,19 @@ class Layout(ABC):
     def indices(self) -> Tensor:
         """Return the flat indices of the packed values."""
 
-    def product(self, input: Tensor, values: Tensor, bias: Tensor | None, kernels: str, transposed: bool) -> Tensor:
-        """Multiply the last dimension of `input` by the rows (`transposed`: columns) of A and add `bias`."""
+    def product(
+        self,
+        input: Tensor,
+        values: Tensor,
+        bias: Tensor | None,
+        kernels: str,
+        transposed: bool = False,
+        batch_last: bool = False,
+    ) -> Tensor:
+        """Multiply the last dimension of `input` by the rows (`transposed`: columns) of A and add `bias`.
+
+        `batch_last`: if the products need it, the batch may be last in the result's memory.
+        """
         raise TopKastError("the layer of this weight computes with the dense weight; use unpack() instead of product()")
 
     def unpack(self, values: Tensor) -> Tensor:
@@ -121,11 +132,19 @@ class CsrLayout(Layout):
         """Return the flat indices of the packed values."""
         return torch.cat([_flat_indices(pattern) for pattern in (self.active, self.exploring)])
 
-    def product(self, input: Tensor, values: Tensor, bias: Tensor | None, kernels: str, transposed: bool) -> Tensor:
+    def product(
+        self,
+        input: Tensor,
+        values: Tensor,
+        bias: Tensor | None,
+        kernels: str,
+        transposed: bool = False,
+        batch_last: bool = False,
+    ) -> Tensor:
         """Multiply the last dimension of `input` by the rows (`transposed`: columns) of A and add `bias`."""
         # they were chosen before the model was moved, perhaps to a device without compiled kernels
         kernels = kernels if values.device.type == "cpu" else "torch"
-        return sparse_linear(input, values, bias, self.active, self.exploring, kernels, transposed)
+        return sparse_linear(input, values, bias, self.active, self.exploring, kernels, transposed, batch_last)
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,7 +198,15 @@ class BsrLayout(Layout):
         """Return the flat indices of the packed values."""
         return self.pattern.flat_indices()
 
-    def product(self, input: Tensor, values: Tensor, bias: Tensor | None, kernels: str, transposed: bool) -> Tensor:
+    def product(
+        self,
+        input: Tensor,
+        values: Tensor,
+        bias: Tensor | None,
+        kernels: str,
+        transposed: bool = False,
+        batch_last: bool = False,
+    ) -> Tensor:
         """Multiply the last dimension of `input` by the rows (`transposed`: columns) of A and add `bias`."""
         blocks = values.view(-1, *self.pattern.block_shape)
         return block_sparse_linear(input, blocks, bias, self.pattern, kernels, transposed)

@@ -20,11 +20,11 @@ def sparse_linear(
     exploring: Pattern,
     kernels: str = "torch",
     transposed: bool = False,
+    batch_last: bool = True,
 ) -> Tensor:
     """Compute `F.linear(input, A, bias)` for a sparse A, with a gradient that includes the exploring entries.
 
-    The batch is last in the result's memory, as the products need it, so that an adjacent sparse layer, with pointwise
-    operations between, copies nothing. Like `F.linear`, it returns the inputs' dtype or that of autocast; 16-bit types
+    Like `F.linear`, it returns the inputs' dtype or that of autocast; 16-bit types
     are computed in float32.
 
     Args:
@@ -36,6 +36,8 @@ def sparse_linear(
         exploring: the places of the exploring entries, whose transpose is not used.
         kernels: `"torch"` or `"compiled"`, the result of `choose_kernels`.
         transposed: the weight and the patterns are (in, out); then A's transpose is used for the product.
+        batch_last: whether the batch is last in the result's memory, as the products need it, so that an adjacent
+            sparse layer, with pointwise operations between, copies nothing. False: the result is contiguous.
 
     Returns:
         (..., out).
@@ -66,6 +68,7 @@ def sparse_linear(
         exploring.col,
         kernels,
         transposed,
+        batch_last,
     )
     return output.to(result)
 
@@ -111,16 +114,17 @@ class _SparseLinear(torch.autograd.Function):
         col2: Tensor,
         kernels: str,
         transposed: bool,
+        batch_last: bool,
     ) -> Tensor:
         lead = input.shape[:-1]
         # a view if the input came from another sparse layer
-        batch_last = _batch_last(input)
-        ctx.save_for_backward(batch_last, values, crow, col, t_crow, t_col, t_order, crow2, col2)
+        inputs = _batch_last(input)
+        ctx.save_for_backward(inputs, values, crow, col, t_crow, t_col, t_order, crow2, col2)
         ctx.kernels, ctx.transposed = kernels, transposed
         product = library.product(kernels)
-        if transposed:
-            return product(values, t_crow, t_col, t_order, batch_last, bias, lead)
-        return product(values, crow, col, None, batch_last, bias, lead)
+        places = (t_crow, t_col, t_order) if transposed else (crow, col, None)
+        output: Tensor = product(values, *places, inputs, bias, lead)
+        return output if batch_last else output.contiguous()
 
     @staticmethod
     @once_differentiable
@@ -137,7 +141,7 @@ class _SparseLinear(torch.autograd.Function):
             input_grad if of_input else None,
             values_grad if of_values else None,
             grads.sum(1) if of_bias else None,
-            *(None,) * 9,
+            *(None,) * 10,
         )
 
 

@@ -1,8 +1,11 @@
 """Small models, data and checks shared by the tests."""
 
+import os
+import shutil
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from reliability.loader import Resumable  # noqa: F401  the tests' own, by this name
@@ -13,6 +16,9 @@ from lightning_topkast import (
     TopKast,
     TopKastCallback,
 )
+
+has_compiler = shutil.which((os.environ.get("CXX") or "c++").split()[0]) is not None
+needs_compiler = pytest.mark.skipif(not has_compiler, reason="no C++ compiler")
 
 OPTIMIZERS = {
     "sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr),

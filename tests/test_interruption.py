@@ -11,10 +11,27 @@ from torch import nn
 
 from lightning_topkast import L2, Schedule, Targets, TopKast, TopKastError
 from lightning_topkast.method.selection import nested_top_k
+from lightning_topkast.ops import flat
 from lightning_topkast.weights import MaskedWeight, PackedWeight, Traits
-from tests.helpers import MIDDLE, check_sparse, fit, make_callback, make_net, make_trainer, same, zero_outside
+from tests.helpers import (
+    MIDDLE,
+    check_sparse,
+    fit,
+    make_callback,
+    make_net,
+    make_trainer,
+    needs_compiler,
+    same,
+    zero_outside,
+)
 
 # --- inside one weight --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[pytest.param(0, marks=needs_compiler, id="compiled"), pytest.param(1 << 60, id="plain")])
+def passes(request, monkeypatch):
+    """The weight's entries are passed over by compiled functions, in which nothing is interrupted, or by PyTorch's."""
+    monkeypatch.setattr(flat, "_MANY", request.param)
 
 
 def weight_in_training() -> MaskedWeight:
@@ -59,7 +76,7 @@ def check_recovered(weight: MaskedWeight) -> None:
     assert int((weight.tiers == 1).sum()) == weight.updated_count - weight.active_count
 
 
-def test_interrupted_refresh_loses_no_value():
+def test_interrupted_refresh_loses_no_value(passes):
     line = 0
     while True:
         line += 1
@@ -75,7 +92,7 @@ def test_interrupted_refresh_loses_no_value():
     assert torch.equal(weight.tiers, other)
 
 
-def test_interrupted_refresh_of_a_rule_that_clears_what_it_drops_leaves_nothing_outside_the_sets():
+def test_interrupted_refresh_of_a_rule_that_clears_what_it_drops_leaves_nothing_outside_the_sets(passes):
     """SET and Static: a value that stayed would come back with its entry."""
     line, other = 0, nested_top_k(torch.rand(12, 12, generator=torch.Generator().manual_seed(1)), (20, 20))
     while True:
@@ -108,7 +125,7 @@ def test_interrupted_step_of_a_baseline_is_made_sparse_again(rule):
     assert torch.equal(weight.theta()[weight.active], before[weight.active] + 1)
 
 
-def test_interrupted_opening_loses_no_value():
+def test_interrupted_opening_loses_no_value(passes):
     line = 0
     while True:
         line += 1
@@ -122,7 +139,7 @@ def test_interrupted_opening_loses_no_value():
     assert line > 2
 
 
-def test_interrupted_closing_keeps_the_update_of_every_entry():
+def test_interrupted_closing_keeps_the_update_of_every_entry(passes):
     line = 0
     while True:
         line += 1
@@ -138,7 +155,7 @@ def test_interrupted_closing_keeps_the_update_of_every_entry():
         shrunk = torch.where(weight.updated, updated * (1 - shrinkage), updated)
         theta = weight.theta()
         assert ((theta == updated) | torch.isclose(theta, shrunk)).all(), f"line {line}"
-    assert line > 8
+    assert line > 6
 
 
 def packed_in_training() -> PackedWeight:
@@ -150,7 +167,7 @@ def packed_in_training() -> PackedWeight:
 
 
 @pytest.mark.parametrize("new_weight", [weight_in_training, packed_in_training])
-def test_checkpoint_saved_at_any_line_of_a_refresh_holds_every_value(new_weight):
+def test_checkpoint_saved_at_any_line_of_a_refresh_holds_every_value(new_weight, passes):
     """As a signal handler does; the refresh goes on after it as if nothing had been."""
     whole, other = new_weight(), nested_top_k(torch.rand(12, 12, generator=torch.Generator().manual_seed(1)), (50, 20))
     before = whole.theta()

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -23,12 +22,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.ops import MATRIX_KERNELS, Pattern, compiled, sparse_linear
 from lightning_topkast.ops.csr.linear import _batch_last
+from tests.helpers import has_compiler, needs_compiler
 from tests.processes import started
 
 CPU = torch.device("cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
-has_compiler = shutil.which((os.environ.get("CXX") or "c++").split()[0]) is not None
-needs_compiler = pytest.mark.skipif(not has_compiler, reason="no C++ compiler")
 
 
 @pytest.fixture(scope="module", params=["torch", pytest.param("compiled", marks=needs_compiler)])

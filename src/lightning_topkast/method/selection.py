@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_topkast.ops.flat import Scan, scan
+
 RESERVOIR, EXPLORING, ACTIVE = 0, 1, 2
 
-# Number of entries processed at a time on CPU, so that temporaries stay in the L2 cache.
-_CHUNK = 1 << 16
 # Number of entries from which the bounds of a threshold are estimated.
 SAMPLE = 1 << 16
 EVERYTHING = -math.inf, math.inf
@@ -69,8 +69,7 @@ def nested_top_k(
         return torch.zeros_like(flat, dtype=torch.uint8).view(scores.shape)
     if among is not None:
         flat, draw = only(flat, among, draw)
-    # on CPU numpy is about ten times faster than torch.topk
-    tiers = _tiers_numpy(flat.numpy(), counts, draw) if flat.device.type == "cpu" else _tiers_torch(flat, counts, draw)
+    tiers = (_tiers_cpu if flat.device.type == "cpu" else _tiers_torch)(flat, counts, draw)
     return tiers.view(scores.shape)
 
 
@@ -144,26 +143,37 @@ def only(flat: Tensor, among: Tensor, draw: Draw | None) -> tuple[Tensor, Draw]:
     return flat.masked_fill(~members, 0), drawn_among
 
 
-def _tiers_numpy(scores: np.ndarray, counts: Sequence[int], draw: Draw | None = None) -> Tensor:
+def _tiers_cpu(scores: Tensor, counts: Sequence[int], draw: Draw | None = None) -> Tensor:
     """Compute `nested_top_k` of flat CPU scores: all above a bracket of the threshold, and the largest inside it."""
-    tiers = np.zeros(scores.size, dtype=np.uint8)
-    scans = scan(scores, [_bracket(scores, count) for count in counts])
-    for count, (above, candidates) in zip(counts, scans, strict=True):
-        missing = count - int(np.count_nonzero(above))
-        if not 0 <= missing <= candidates.size:
-            # The sample was not representative, for example because the scores are sorted in memory.
-            ((above, candidates),) = scan(scores, [EVERYTHING])
-            missing = count
-        tiers += above.view(np.uint8)
-        tiers[_largest(scores, candidates, missing, draw)] += 1
-    return torch.from_numpy(tiers)
+    tiers, above, inside = finite_scan(scores, _brackets(scores, counts))
+    missing = [count - larger for count, larger in zip(counts, above, strict=True)]
+    if not all(0 <= places <= values.numel() for places, (_, values) in zip(missing, inside, strict=True)):
+        # The sample was not representative, for example because the scores are sorted in memory.
+        tiers, missing, inside = tiers.zero_(), [*counts], [(torch.arange(scores.numel()), scores)] * len(counts)
+    entered = tiers.numpy()
+    for places, (candidates, values) in zip(missing, inside, strict=True):
+        entered[_largest(values.numpy(), candidates.numpy(), places, draw)] += 1
+    return tiers
 
 
-def _bracket(scores: np.ndarray, count: int) -> tuple[float, float]:
+def finite_scan(scores: Tensor, brackets: Sequence[tuple[float, float]]) -> Scan:
+    """Return `scan` of flat CPU scores.
+
+    Raises:
+        NonFiniteScoresError: a score is NaN or infinite.
+    """
+    scanned = scan(scores, brackets)
+    if scanned is None:
+        raise NonFiniteScoresError("scores must be finite")
+    return scanned
+
+
+def _brackets(scores: Tensor, counts: Sequence[int]) -> list[tuple[float, float]]:
     """Return bounds, from a sample, that very likely enclose the `count`-th largest score and few others."""
-    if scores.size <= 4 * SAMPLE:
-        return EVERYTHING
-    return _around(np.sort(scores[:: _stride(scores.size)]), count / scores.size)
+    if scores.numel() <= 4 * SAMPLE:
+        return [EVERYTHING] * len(counts)
+    sample = np.sort(scores[:: _stride(scores.numel())].numpy())
+    return [_around(sample, count / scores.numel()) for count in counts]
 
 
 def _stride(size: int) -> int:
@@ -179,35 +189,16 @@ def _around(sample: Any, share: float) -> tuple[Any, Any]:
     return sample[low] if low >= 0 else -math.inf, sample[high] if high < size else math.inf
 
 
-def scan(scores: np.ndarray, brackets: Sequence[tuple[float, float]]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return, for each bracket, which scores are above it (bool) and the indices of those in it, in one pass."""
-    scans: list[tuple[np.ndarray, list[np.ndarray]]] = [(np.empty(scores.size, dtype=bool), []) for _ in brackets]
-    members = np.empty(min(scores.size, _CHUNK), dtype=bool)
-    for start in range(0, scores.size, _CHUNK):
-        piece = scores[start : start + _CHUNK]
-        inside = members[: piece.size]
-        if not np.isfinite(piece, out=inside).all():
-            raise NonFiniteScoresError("scores must be finite")
-        for (low, high), (above, found) in zip(brackets, scans, strict=True):
-            larger = above[start : start + _CHUNK]
-            np.greater(piece, high, out=larger)
-            np.greater_equal(piece, low, out=inside)
-            np.not_equal(inside, larger, out=inside)
-            found.append(np.flatnonzero(inside) + start)
-    nothing = np.empty(0, dtype=np.int64)
-    return [(above, np.concatenate([nothing, *found])) for above, found in scans]
-
-
-def _largest(scores: np.ndarray, candidates: np.ndarray, count: int, draw: Draw | None = None) -> np.ndarray:
-    """Return the `count` candidates with the largest scores; ties as in `nested_top_k`."""
+def _largest(values: np.ndarray, candidates: np.ndarray, count: int, draw: Draw | None = None) -> np.ndarray:
+    """Return the `count` candidates with the largest values; ties as in `nested_top_k`."""
     if count == 0:
         return candidates[:0]
-    values = scores[candidates]
+    # NumPy does this about ten times faster than torch.topk
     threshold = np.partition(values, values.size - count)[values.size - count]
     larger, tied = candidates[values > threshold], candidates[values == threshold]
     missing = count - larger.size
     if draw is not None and threshold == 0 and missing < tied.size:
-        return np.concatenate([larger, _largest(draw().reshape(-1).cpu().numpy(), tied, missing)])
+        return np.concatenate([larger, _largest(draw().reshape(-1).cpu().numpy()[tied], tied, missing)])
     return np.concatenate([larger, tied[:missing]])
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_topkast.method.selection import EVERYTHING, SAMPLE, Draw, NonFiniteScoresError, only, scan
+from lightning_topkast.method.selection import EVERYTHING, SAMPLE, Draw, NonFiniteScoresError, finite_scan, only
 
 _DIGIT = 11  # bits per round
 _BINS = 1 << _DIGIT
@@ -52,11 +52,10 @@ def nested_top_k_of_shards(
         flat = flat.float()  # exact for bfloat16 and float16
     if among is not None:
         flat, draw = only(flat, among, draw)
-    narrowed = _narrowed(flat, counts, size, total) if flat.device.type == "cpu" else _everything(flat, counts, total)
-    tiers = torch.zeros_like(flat, dtype=torch.uint8)
+    narrow = _narrowed if flat.device.type == "cpu" else _everything
+    tiers, narrowed = narrow(flat, counts, size, total)
     bits = 8 * flat.element_size() - 1
-    for above, candidates, missing in narrowed:
-        tiers += above
+    for candidates, missing in narrowed:
         larger, tied, missing = _largest(_keys(flat[candidates]), missing, bits, total)
         tiers[candidates[larger]] += 1
         if missing:
@@ -72,34 +71,35 @@ def nested_top_k_of_shards(
     return tiers.view(scores.shape)
 
 
-def _everything(flat: Tensor, counts: Sequence[int], total: Total) -> list[tuple[Tensor, Tensor, int]]:
-    """Return, for each count: certain members (uint8), positions of the candidates, and places left for them."""
+# uint8: the sets that each entry belongs to for certain; for each set, positions of its candidates and places for them
+Narrowed = tuple[Tensor, list[tuple[Tensor, int]]]
+
+
+def _everything(flat: Tensor, counts: Sequence[int], size: int, total: Total) -> Narrowed:
+    """Return all entries as candidates of every set."""
     if int(total(torch.count_nonzero(~torch.isfinite(flat)))):
         raise NonFiniteScoresError("scores must be finite")
     everything = torch.arange(flat.numel(), device=flat.device)
-    return [(torch.zeros_like(flat, dtype=torch.uint8), everything, count) for count in counts]
+    return torch.zeros_like(flat, dtype=torch.uint8), [(everything, count) for count in counts]
 
 
-def _narrowed(flat: Tensor, counts: Sequence[int], size: int, total: Total) -> list[tuple[Tensor, Tensor, int]]:
-    """Return the same as `_everything`, but with the few candidates that a sample leaves; on CPU."""
+def _narrowed(flat: Tensor, counts: Sequence[int], size: int, total: Total) -> Narrowed:
+    """Return the few candidates that a sample leaves; on CPU."""
     if size <= 4 * SAMPLE:
-        return _everything(flat, counts, total)
+        return _everything(flat, counts, size, total)
     brackets = _brackets(flat, counts, size, total)
     try:
-        scans, finite = scan(flat.numpy(), brackets), True
+        (tiers, above, inside), finite = finite_scan(flat, brackets), True
     except NonFiniteScoresError:
-        scans, finite = [], False
-    found = [[int(np.count_nonzero(above)), inside.size] for above, inside in scans] or [[0, 0]] * len(counts)
+        (tiers, above, inside), finite = (flat, [0] * len(counts), [(flat[:0], flat[:0])] * len(counts)), False
+    found = [[larger, values.numel()] for larger, (_, values) in zip(above, inside, strict=True)]
     *sums, broken = total(torch.tensor([*np.ravel(found), not finite])).tolist()
     if broken:
         raise NonFiniteScoresError("scores must be finite")
     missing = [count - larger for count, larger in zip(counts, sums[::2], strict=True)]
-    if not all(0 <= places <= inside for places, inside in zip(missing, sums[1::2], strict=True)):
-        return _everything(flat, counts, total)  # the sample was not representative
-    return [
-        (torch.from_numpy(above.view(np.uint8)), torch.from_numpy(inside), places)
-        for (above, inside), places in zip(scans, missing, strict=True)
-    ]
+    if not all(0 <= places <= candidates for places, candidates in zip(missing, sums[1::2], strict=True)):
+        return _everything(flat, counts, size, total)  # the sample was not representative
+    return tiers, [(candidates, places) for (candidates, _), places in zip(inside, missing, strict=True)]
 
 
 def _brackets(flat: Tensor, counts: Sequence[int], size: int, total: Total) -> list[tuple[float, float]]:

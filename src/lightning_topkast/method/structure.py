@@ -17,7 +17,7 @@ from lightning_topkast.distributed import Sharding, to_local
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.method.selection import ACTIVE, EXPLORING, Draw, TopK, nested_top_k
 from lightning_topkast.method.sharded_selection import nested_top_k_of_shards
-from lightning_topkast.ops.flat import indices
+from lightning_topkast.ops.flat import indices_of
 
 
 class Structure(ABC):
@@ -344,7 +344,7 @@ class NOfM(Structure):
 def units_in_order(grid: Tensor) -> tuple[Tensor, Tensor]:
     r"""Return flat indices of A's units and of those of B\A, from the tiers of a grid."""
     flat = grid.reshape(-1)
-    return indices(flat == ACTIVE), indices(flat == EXPLORING)
+    return indices_of(flat, ACTIVE), indices_of(flat, EXPLORING)
 
 
 def _squares(values: Tensor) -> Tensor:

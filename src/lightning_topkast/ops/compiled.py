@@ -4,6 +4,7 @@ PyTorch's own `cpp_extension.load` would wait forever on the lock file of a kill
 and Python's headers. Here each build has its own folder and its result is moved into place in one step.
 """
 
+import ctypes
 import hashlib
 import logging
 import os
@@ -43,16 +44,19 @@ class Compiled:
     """The kernels of one C++ source, compiled for this machine and loaded when they are first needed.
 
     Args:
-        source: the C++ file, which registers operators with PyTorch.
+        source: the C++ file, which registers operators with PyTorch or has functions for `ctypes`.
         what: what they are for, as the log says it.
-        without: what happens if they are not available, for the warning.
+        without: what happens if they are not available, for the warning; None: nobody needs to know, nor that they are
+            compiled, since other code does the same and compiling takes a second.
     """
 
-    def __init__(self, source: Path, what: str, without: str) -> None:
+    def __init__(self, source: Path, what: str, without: str | None = None) -> None:
         self.source = source
         self._what = what
         self._without = without
         self._obstacle: str | None = None
+        self._path: Path | None = None
+        self._functions: ctypes.CDLL | None = None
         self._lock = threading.Lock()
 
     def choose(self, name: Kernels, device: torch.device) -> Literal["torch", "compiled"]:
@@ -76,16 +80,24 @@ class Compiled:
             raise TopKastError(f"kernels='compiled' is not available: {obstacle}\nUse kernels='auto' or 'torch'.")
         return "torch"
 
+    def functions(self) -> ctypes.CDLL | None:
+        """Return the functions of the source, or None if they are not available."""
+        if self._functions is None and not self._load_once():
+            self._functions = ctypes.CDLL(str(self._path))
+        return self._functions
+
     def _load_once(self) -> str:
         """Load the kernels and return "", or return why they are not available; a failed build is not repeated."""
         with self._lock:
             if self._obstacle is None:
+                level = logging.DEBUG if self._without is None else logging.WARNING
                 try:
-                    _load(self.source, self._what, _command())
+                    self._path = _load(self.source, self._what, _command(), level)
                     self._obstacle = ""
                 except (OSError, RuntimeError, subprocess.SubprocessError) as error:
                     self._obstacle = str(error)
-                    _log.warning("%s, since compiled kernels are not available: %s", self._without, error)
+                    without = self._without or f"not using {self.source.name}"
+                    _log.log(level, "%s, since compiled kernels are not available: %s", without, error)
             return self._obstacle
 
 
@@ -110,18 +122,19 @@ def _command() -> list[str]:
     ]
 
 
-def _load(source: Path, what: str, command: list[str]) -> None:
+def _load(source: Path, what: str, command: list[str], level: int) -> Path:
     key = [torch.__version__, platform.machine(), *command, source.read_text()]
-    name = f"{source.parent.name}_{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.so"
+    name = f"{source.parent.name}_{source.stem}_{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.so"
     path = _cache() / name
     if _intact(path):
         try:
             torch.ops.load_library(path)
-            return
+            return path
         except OSError as error:
             _log.info("building %s again, since it cannot be loaded: %s", path, error)
-    _build(source, what, command, path)
+    _build(source, what, command, path, level)
     torch.ops.load_library(path)
+    return path
 
 
 def _cache() -> Path:
@@ -170,9 +183,9 @@ def _intact(path: Path) -> bool:
         return False
 
 
-def _build(source: Path, what: str, command: list[str], path: Path) -> None:
-    # a warning, so that it is seen where nobody has set up logging
-    _log.warning("compiling the kernels for %s for this machine: about ten seconds, once (to %s)", what, path)
+def _build(source: Path, what: str, command: list[str], path: Path, level: int) -> None:
+    # as a warning it is seen where nobody has set up logging
+    _log.log(level, "compiling the kernels for %s for this machine: about ten seconds, once (to %s)", what, path)
     with tempfile.TemporaryDirectory(prefix="build_", dir=path.parent) as folder:
         built, digest = Path(folder, path.name), Path(folder, "digest")
         try:

@@ -1,11 +1,62 @@
-"""Finding, moving and masking the flat entries of a weight, with the fastest method on each device."""
+"""Finding, moving and masking the flat entries of a weight, with the fastest method on each device.
+
+On a CPU large weights are passed over by the compiled functions of `flat.cpp`. Where these are not available, PyTorch
+and NumPy do the same, bit for bit, in several passes.
+"""
+
+import ctypes
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from lightning_topkast.ops.compiled import Compiled
+from lightning_topkast.ops.memory import empty
 
 # an integer type for every size of a floating-point entry
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_COMPILED = Compiled(Path(__file__).with_name("flat.cpp"), "large weights")
+# Number of entries from which the compiled functions are used; a run without such a weight never compiles them.
+_MANY = 1 << 16
+# Number of entries that NumPy processes at a time, so that temporaries stay in the L2 cache.
+_CHUNK = 1 << 16
+
+
+def _passes(*tensors: Tensor) -> "_Passes | None":
+    """Return the compiled functions, if these tensors are plain ones on CPU and one of them is large."""
+    largest = 0
+    for tensor in tensors:
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.device.type != "cpu":
+            return None
+        largest = max(largest, tensor.numel())
+    functions = _COMPILED.functions() if largest >= _MANY else None
+    return None if functions is None else _Passes(functions)
+
+
+class _Passes:
+    """The compiled functions, which take tensors and integers."""
+
+    def __init__(self, functions: ctypes.CDLL) -> None:
+        self._functions = functions
+
+    def __call__(self, name: str, *arguments: Any) -> int:
+        function = getattr(self._functions, f"topkast_{name}")
+        function.restype = ctypes.c_int64
+        return function(
+            *(
+                ctypes.c_void_p(each.data_ptr()) if isinstance(each, Tensor) else ctypes.c_int64(each)
+                for each in arguments
+            )
+        )
+
+
+def _written(tensor: Tensor) -> None:
+    """Tell autograd that a compiled function has written to a tensor, as PyTorch's own operators do."""
+    torch.autograd.graph.increment_version(tensor)
 
 
 def flat(tensor: Tensor) -> Tensor:
@@ -13,9 +64,48 @@ def flat(tensor: Tensor) -> Tensor:
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
+def _is_like(tensor: Tensor, other: Tensor) -> bool:
+    """Return whether the entries of two tensors have the same places in memory, without gaps."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (tensor.shape, tensor.stride(), last) == (other.shape, other.stride(), tensor.numel() - 1)
+
+
 def mask_outside_(tensor: Tensor, members: Tensor) -> None:
     """Zero `tensor` where `members` (int8) is 0, and keep it where all bits are 1."""
-    tensor.view(_BITS[tensor.element_size()]).bitwise_and_(members)
+    if (passes := _passes(tensor, members)) and _is_like(tensor, members):
+        passes("mask", tensor.element_size(), tensor, members, tensor.numel(), torch.get_num_threads())
+        _written(tensor)
+    else:
+        tensor.view(_BITS[tensor.element_size()]).bitwise_and_(members)
+
+
+def put_(values: Tensor, places: Tensor, entries: Tensor) -> Tensor:
+    """Write 1-D entries of the same type to the places (indices) of 1-D values, and return these."""
+    entries = entries.contiguous()
+    if (passes := _passes(values, places, entries)) and values.dtype == entries.dtype and values.is_contiguous():
+        passes("put", values.element_size(), values, places, entries, places.numel(), torch.get_num_threads())
+        _written(values)
+        return values
+    return values.index_copy_(0, places, entries)
+
+
+def fill_(values: Tensor, places: Tensor, value: float) -> None:
+    """Write a value to the places (indices) of 1-D values."""
+    if (passes := _passes(values, places)) and values.is_contiguous():
+        one, threads = torch.full((1,), value, dtype=values.dtype), torch.get_num_threads()
+        passes("fill", values.element_size(), values, places, one, places.numel(), threads)
+        _written(values)
+    else:
+        values.index_fill_(0, places, value)
+
+
+def take(values: Tensor, places: Tensor) -> Tensor:
+    """Return the 1-D values at places (indices)."""
+    if (passes := _passes(values, places)) and values.is_contiguous():
+        taken = empty(places.numel(), values.dtype)
+        passes("take", values.element_size(), values, places, taken, places.numel(), torch.get_num_threads())
+        return taken
+    return values.index_select(0, places)
 
 
 def count_outside(tensor: Tensor, members: Tensor) -> Tensor:
@@ -49,6 +139,230 @@ def where(entries: Tensor, members: Tensor) -> Tensor:
     return entries[members]
 
 
-def merged(some: Tensor, others: Tensor) -> Tensor:
-    """Return the sorted union of two sorted, disjoint index tensors on CPU, in one pass over both."""
-    return torch.from_numpy(np.sort(torch.cat([some, others]).numpy(), kind="stable"))
+def indices_of(tiers: Tensor, tier: int) -> Tensor:
+    """Return the indices at which a 1-D uint8 tensor has this value."""
+    if (passes := _passes(tiers)) and tiers.is_contiguous():
+        found = empty(passes("count", tiers, tiers.numel(), tier), torch.int64)
+        passes("find", tiers, tiers.numel(), tier, found)
+        return found
+    return indices(tiers == tier)
+
+
+class Changes(NamedTuple):
+    """What other tiers change.
+
+    Args:
+        places: flat indices at which the tiers differ, sorted.
+        before: the tiers there before (uint8).
+        after: the tiers there after (uint8).
+        exploring: flat indices of all entries whose tier is 1 now, sorted.
+        explored: their values.
+    """
+
+    places: Tensor
+    before: Tensor
+    after: Tensor
+    exploring: Tensor
+    explored: Tensor
+
+
+def changes(
+    alpha: Tensor, latent: Tensor, members: Tensor, exploring: Tensor, explored: Tensor, tiers: Tensor
+) -> Changes:
+    """Compare tiers with those before; all tensors are 1-D.
+
+    Args:
+        alpha: the values of entries whose tier before was 2.
+        latent: the values of those whose tier before was 0. Values of entries whose tier is 1 no longer are put there.
+        members: int8, all bits set for the entries whose tier before was not 0.
+        exploring: indices of the entries whose tier before was 1, sorted.
+        explored: their values.
+        tiers: uint8, those after.
+    """
+    passes = _passes(alpha, latent, members, exploring, explored, tiers)
+    if passes is None:
+        put_(latent, exploring, explored)
+        before, now = tiers_of(members, exploring), indices_of(tiers, 1)
+        places = indices(tiers != before)
+        values = torch.where(before.index_select(0, now) == 2, alpha.index_select(0, now), latent.index_select(0, now))
+        return Changes(places, before.index_select(0, places), tiers.index_select(0, places), now, values)
+    now = empty(passes("count", tiers, tiers.numel(), 1), torch.int64)
+    values = empty(now.numel(), alpha.dtype)
+    room, count = 0, 1 + tiers.numel() // 8
+    while count > room:
+        room = count
+        places, before, after = empty(room, torch.int64), empty(room, torch.uint8), empty(room, torch.uint8)
+        given = members, exploring, explored, exploring.numel(), tiers, tiers.numel(), alpha, latent
+        count = passes("changes", alpha.element_size(), *given, places, before, after, room, now, values)
+    _written(latent)
+    return Changes(places[:count], before[:count], after[:count], now, values)
+
+
+def tiers_of(members: Tensor, exploring: Tensor) -> Tensor:
+    """Return tiers (uint8): 0 where `members` (int8) is, 1 at the flat indices `exploring`, and 2 elsewhere."""
+    tiers = (members * -2).view(torch.uint8)
+    flat(tiers).index_fill_(0, exploring, 1)
+    return tiers
+
+
+def close_(
+    values: Tensor, members: Tensor, exploring: Tensor, explored: Tensor, factors: tuple[float, float], is_open: Tensor
+) -> bool:
+    """Take exploring entries out of float32 values in one pass, if that is compiled; return whether it was done.
+
+    `explored` becomes the values at the flat indices `exploring` (sorted) times the first factor, and `values` become 0
+    there and where `members` (int8) is 0; elsewhere they are multiplied by the second factor. `is_open` (bool, one
+    entry) becomes false within the same call, so that nothing can happen in between.
+    """
+    passes = _passes(values, members, exploring, explored, is_open)
+    if passes is None or {values.dtype, explored.dtype} != {torch.float32} or not _is_like(values, members):
+        return False
+    both, threads = torch.tensor(factors, dtype=torch.float64), torch.get_num_threads()
+    passes("close", values, members, values.numel(), exploring, explored, exploring.numel(), both, is_open, threads)
+    _written(values)
+    _written(explored)
+    return True
+
+
+def magnitudes(alpha: Tensor, latent: Tensor, exploring: Tensor, explored: Tensor) -> Tensor:
+    """Return |alpha + latent|, but |explored| at the flat indices `exploring` (sorted); float32, contiguous, on CPU."""
+    result = empty(alpha.numel(), torch.float32).view(alpha.shape)
+    if passes := _passes(alpha, latent, exploring, explored):
+        count, threads = exploring.numel(), torch.get_num_threads()
+        passes("magnitudes", alpha, latent, exploring, explored, count, result, alpha.numel(), threads)
+        return result
+    torch.add(alpha, latent, out=result)
+    flat(result).index_copy_(0, exploring, explored)
+    return result.abs_()
+
+
+class Scan(NamedTuple):
+    """How 1-D scores compare with brackets, each a lowest and a highest score inside.
+
+    Args:
+        tiers: number of brackets that each score is above (uint8).
+        above: for each bracket, the number of scores above it.
+        inside: for each bracket, the indices of the scores inside it, sorted, and these scores.
+    """
+
+    tiers: Tensor
+    above: list[int]
+    inside: list[tuple[Tensor, Tensor]]
+
+
+def scan(scores: Tensor, brackets: Sequence[tuple[float, float]]) -> Scan | None:
+    """Compare 1-D scores on CPU with brackets, in one pass; None if a score is NaN or infinite."""
+    if scores.dtype != torch.float32 or not scores.is_contiguous() or not (passes := _passes(scores)):
+        return _scan(scores.numpy(), brackets)
+    size, sets = scores.numel(), len(brackets)
+    low, high = torch.tensor(brackets, dtype=torch.float32).view(sets, 2).t().contiguous()
+    above, found = torch.empty(2, sets, dtype=torch.int64)
+    tiers = empty(size, torch.uint8)
+    room, most = 0, 1 + size // (1 if (-math.inf, math.inf) in brackets else 32)
+    while most > room:
+        room = most
+        inside, values = (empty(sets * room, dtype).view(sets, room) for dtype in (torch.int64, torch.float32))
+        if not passes("scan", scores, size, sets, low, high, tiers, inside, values, room, above, found):
+            return None
+        most = max(found.tolist(), default=0)
+    parts = [(inside[at, :count], values[at, :count]) for at, count in enumerate(found.tolist())]
+    return Scan(tiers, above.tolist(), parts)
+
+
+def _scan(scores: np.ndarray, brackets: Sequence[tuple[float, float]]) -> Scan | None:
+    tiers, members = np.zeros(scores.size, dtype=np.uint8), np.empty(min(scores.size, _CHUNK), dtype=bool)
+    above, found = [0] * len(brackets), [[np.empty(0, dtype=np.int64)] for _ in brackets]
+    for start in range(0, scores.size, _CHUNK):
+        piece = scores[start : start + _CHUNK]
+        inside = members[: piece.size]
+        if not np.isfinite(piece, out=inside).all():
+            return None
+        for at, (low, high) in enumerate(brackets):
+            larger = piece > high
+            above[at] += int(np.count_nonzero(larger))
+            tiers[start : start + _CHUNK] += larger.view(np.uint8)
+            np.greater_equal(piece, low, out=inside)
+            np.not_equal(inside, larger, out=inside)
+            found[at].append(np.flatnonzero(inside) + start)
+    places = [np.concatenate(each) for each in found]
+    parts = [(torch.from_numpy(each), torch.from_numpy(scores[each])) for each in places]
+    return Scan(torch.from_numpy(tiers), above, parts)
+
+
+def positions(before: Tensor, after: Tensor, size: int) -> Tensor:
+    """Return for each place of `after` its index in `before`, or -1.
+
+    Args:
+        before: int64, 1-D; two sorted runs of places, such as those of A and of B outside A.
+        after: likewise.
+        size: a number above all places.
+    """
+    if passes := _passes(before, after):
+        result = empty(after.numel(), torch.int64)
+        passes("positions", before, before.numel(), after, after.numel(), size, result)
+        return result
+    table = torch.from_numpy(np.full(size, -1, dtype=np.int32 if size < 2**31 else np.int64))
+    table.index_copy_(0, before, torch.arange(before.numel(), dtype=table.dtype))
+    return table.index_select(0, after).long()
+
+
+def moved(values: Tensor, sources: Tensor, start: float) -> Tensor:
+    """Return 1-D values at these indices, and `start` where an index is -1."""
+    if (passes := _passes(values, sources)) and values.is_contiguous():
+        result, first = empty(sources.numel(), values.dtype), torch.full((1,), start, dtype=values.dtype)
+        count, threads = sources.numel(), torch.get_num_threads()
+        passes("move", values.element_size(), values, sources, first, result, count, threads)
+        return result
+    result = torch.full(sources.shape, start, dtype=values.dtype, device=values.device)
+    kept = indices(sources >= 0)
+    here, there = kept.to(values.device), sources.index_select(0, kept).to(values.device)
+    return result.index_copy_(0, here, values.index_select(0, there))
+
+
+def padded(values: Tensor, size: int, end: float) -> Tensor:
+    """Return 1-D values, and `end` as often as there are fewer than `size` of them."""
+    missing = size - values.numel()
+    return torch.cat([values, values.new_full((missing,), end)]) if missing else values
+
+
+def compressed_rows(entries: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor] | None:
+    """Return `Pattern.crow` and `Pattern.col` of flat indices (int64, 1-D), or None if these do not increase strictly.
+
+    They are at least 0 and below rows · columns, if they increase.
+    """
+    if passes := _passes(entries):
+        crow, col = torch.empty(rows + 1, dtype=torch.int32), empty(entries.numel(), torch.int32)
+        increase = passes("rows", entries, entries.numel(), rows, columns, crow, col)
+        return (crow, col) if increase else None
+    places = entries.numpy()
+    if not (places[1:] > places[:-1]).all():
+        return None
+    starts = np.arange(rows + 1, dtype=np.int64) * columns
+    crow = torch.from_numpy(np.searchsorted(places, starts).astype(np.int32))
+    return crow, torch.from_numpy(places - starts[_rows_of(crow).numpy()]).int()
+
+
+def transposed(crow: Tensor, col: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `Pattern.t_crow`, `t_col` and `t_order` of compressed rows."""
+    if passes := _passes(crow, col):
+        t_crow = torch.empty(columns + 1, dtype=torch.int32)
+        t_col, t_order = empty(col.numel(), torch.int32), empty(col.numel(), torch.int32)
+        passes("transpose", crow, col, crow.numel() - 1, columns, t_crow, t_col, t_order)
+        return t_crow, t_col, t_order
+    # a stable sort by column keeps the rows in order; PyTorch uses a radix sort
+    sorted_columns, order = torch.sort(col, stable=True)
+    t_crow = torch.searchsorted(sorted_columns, torch.arange(columns + 1, dtype=torch.int32), out_int32=True)
+    return t_crow, _rows_of(crow)[order], order.int()
+
+
+def flat_indices(crow: Tensor, col: Tensor, columns: int, out: Tensor) -> None:
+    """Write the flat indices (int64) of compressed rows into `out`."""
+    if passes := _passes(crow, col, out):
+        passes("flat", crow, col, crow.numel() - 1, columns, out)
+    else:
+        torch.add(_rows_of(crow).long() * columns, col, out=out)
+
+
+def _rows_of(crow: Tensor) -> Tensor:
+    rows = torch.arange(crow.numel() - 1, dtype=torch.int32, device=crow.device)
+    return torch.repeat_interleave(rows, crow.diff())

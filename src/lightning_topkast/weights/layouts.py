@@ -130,7 +130,10 @@ class CsrLayout(Layout):
 
     def indices(self) -> Tensor:
         """Return the flat indices of the packed values."""
-        return torch.cat([_flat_indices(pattern) for pattern in (self.active, self.exploring)])
+        both = torch.empty(self.updated_count, dtype=torch.int64, device=self.device)
+        self.active.write_indices(both[: self.active_count])
+        self.exploring.write_indices(both[self.active_count :])
+        return both
 
     def product(
         self,
@@ -223,10 +226,10 @@ def make_layout(tiers: Tensor, shape: torch.Size, structure: Structure, product:
     """
     active, exploring = units_in_order(tiers)
     size = shape.numel() // max(tiers.numel(), 1)
-    both = torch.cat([active, exploring])
-    sets = (shape, active.numel() * size, both.numel() * size, both if size > 1 else None)
+    updated = (active.numel() + exploring.numel()) * size
+    sets = (shape, active.numel() * size, updated, torch.cat([active, exploring]) if size > 1 else None)
     if product is None:
-        return FlatLayout(*sets, _narrowed(structure.entries(both, shape), shape))
+        return FlatLayout(*sets, _narrowed(structure.entries(torch.cat([active, exploring]), shape), shape))
     if product.groups is not None:
         return ConvLayout(*sets, ConvPattern.from_flat(active, exploring, as_kernel(shape), product.groups))
     if isinstance(structure, Block):
@@ -258,12 +261,6 @@ def _narrowed(indices: Tensor, shape: torch.Size) -> Tensor:
 
 def _as_matrix(shape: torch.Size) -> tuple[int, int]:
     return shape[0], shape.numel() // max(shape[0], 1)
-
-
-def _flat_indices(pattern: Pattern) -> Tensor:
-    rows = torch.arange(pattern.shape[0], device=pattern.col.device)
-    starts = torch.repeat_interleave(rows * pattern.shape[1], pattern.crow.diff(), output_size=pattern.nnz)
-    return starts + pattern.col
 
 
 class _Unpack(torch.autograd.Function):

@@ -8,10 +8,9 @@ For a sharded parameter (a DTensor) these tensors are this process' part; public
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -20,7 +19,20 @@ from lightning_topkast.distributed import Sharding, to_local
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.method.penalty import Total
 from lightning_topkast.method.selection import ACTIVE, EXPLORING, RESERVOIR
-from lightning_topkast.ops.flat import copied, count_outside, flat, indices, mask_outside_, merged, where
+from lightning_topkast.ops.flat import (
+    changes,
+    copied,
+    count_outside,
+    fill_,
+    flat,
+    indices_of,
+    magnitudes,
+    mask_outside_,
+    put_,
+    take,
+    tiers_of,
+    where,
+)
 from lightning_topkast.weights.base import Before, EntryState, SparseWeight, Traits
 from lightning_topkast.weights.loading import best_fit, replace
 
@@ -52,9 +64,11 @@ class MaskedWeight(SparseWeight):
         self._latent = torch.zeros_like(self._alpha)  # as of the last refresh for exploring entries
         self._exploring = torch.empty(0, dtype=torch.int64, device=parameter.device)
         self._explored = self._latent.new_empty(0)  # θ of the exploring entries
-        # new exploring indices and their values, indices at which the mask changes, and its new values, while a refresh
-        # is in progress
-        self._pending: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+        # while a refresh is in progress: new exploring indices and their values, indices at which the mask changes and
+        # its new values, and the new tiers in memory order
+        self._pending: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None
+        # addresses of the optimizer's state that the last refresh has reset, so that the next one need not search it
+        self._clean_state: set[int] = set()
         # the first C without the entries that have been active since: telemetry of how far exploration reaches
         self._never_active = torch.zeros_like(self._alpha, dtype=torch.bool)
         # sizes of B, B\A and the never active entries, counted over all parts of a sharded weight
@@ -105,9 +119,7 @@ class MaskedWeight(SparseWeight):
 
     @property
     def _tiers(self) -> Tensor:
-        tiers = (self._mask * -ACTIVE).view(torch.uint8)
-        flat(tiers).index_fill_(0, self._exploring, EXPLORING)
-        return tiers
+        return tiers_of(self._mask, self._exploring)
 
     @property
     def _theta(self) -> Tensor:
@@ -117,7 +129,7 @@ class MaskedWeight(SparseWeight):
 
     def _with_explored(self, values: Tensor) -> Tensor:
         """Put θ of the exploring entries into `values`, and return them."""
-        flat(values).index_copy_(0, self._exploring, self._explored)
+        put_(flat(values), self._exploring, self._explored)
         return values
 
     def alpha(self) -> Tensor:
@@ -134,53 +146,66 @@ class MaskedWeight(SparseWeight):
         alpha = self._alpha
         if alpha.device.type != "cpu" or not alpha.is_contiguous() or alpha.dtype != torch.float32:
             return self._theta.abs_().contiguous()
-        # NumPy requests huge pages and PyTorch does not, so filling new memory takes half the time
-        magnitudes = torch.from_numpy(np.empty(alpha.shape, dtype=np.float32))
-        return self._with_explored(torch.add(alpha, self._latent, out=magnitudes)).abs_()
+        return magnitudes(alpha, self._latent, self._exploring, self._explored)
 
     def apply(self, tiers: Tensor, state: Sequence[EntryState] = ()) -> None:
         """Change the sets; few entries change their set, so only these are found and moved."""
         self.match_layout()
-        # in the parameter's memory order, so that flat indices of all tensors agree
-        new = flat(torch.empty_like(self._mask, dtype=torch.uint8).copy_(to_local(tiers)))
-        old = flat(self._tiers)
-        changed = indices(new != old)
-        before, after = old.index_select(0, changed), new.index_select(0, changed)
-        promoted, demoted = where(changed, after == ACTIVE), where(changed, before == ACTIVE)
-        if new.device.type == "cpu":
-            stayed = where(self._exploring, new.index_select(0, self._exploring) == EXPLORING)
-            exploring = merged(stayed, where(changed, after == EXPLORING))
-        else:
-            exploring = indices(new == EXPLORING)
-        mask = -(after != RESERVOIR).to(torch.int8)
-        alpha, latent = flat(self._alpha), flat(self._with_explored(self._latent))
+        new = flat(self._in_memory_order(to_local(tiers)))
+        alpha, latent = flat(self._alpha), flat(self._latent)
+        change = changes(alpha, latent, flat(self._mask), self._exploring, self._explored, new)
+        promoted, demoted = (where(change.places, each == ACTIVE) for each in (change.after, change.before))
+        crossed = where(change.places, (change.before == RESERVOIR) ^ (change.after == RESERVOIR))
+        mask = -(change.after != RESERVOIR).to(torch.int8)
+        clean, self._clean_state = self._clean_state, set()  # whatever interrupts this
 
         # First copy, then switch the sets, then clear, so that `recover` finds every value after any interruption.
         self._settled = False
-        alpha.index_copy_(0, promoted, latent.index_select(0, promoted))
-        latent.index_copy_(0, demoted, alpha.index_select(0, demoted))
-        self._pending = (exploring, latent.index_select(0, exploring), changed, mask)
+        put_(alpha, promoted, take(latent, promoted))
+        put_(latent, demoted, take(alpha, demoted))
+        self._pending = (change.exploring, change.explored, change.places, mask, new)
         self._switch()
-        latent.index_fill_(0, promoted, 0)
-        alpha.index_fill_(0, demoted, 0)
+        fill_(latent, promoted, 0)
+        fill_(alpha, demoted, 0)
         self._forget()
         self._settled = True
         self.replaced.clear()
         self.orders.refresh()
         self._note_own_write()
 
-        flat(self._never_active).index_fill_(0, promoted, False)
+        fill_(flat(self._never_active), promoted, False)
         self.promoted = self._count(promoted.numel())
         self.gradient_magnitudes = None
-        self._reset(state)
+        self._reset(state, crossed, clean)
+        self._clean_state = {to_local(values).data_ptr() for values, _ in state}
 
-    def _reset(self, state: Sequence[EntryState]) -> None:
+    def _in_memory_order(self, tiers: Tensor) -> Tensor:
+        """Return tiers (uint8) in the memory order of the parameter, so that flat indices of all tensors agree."""
+        if tiers.device == self._mask.device and tiers.stride() == self._mask.stride() and tiers.is_contiguous():
+            return tiers
+        return torch.empty_like(self._mask, dtype=torch.uint8).copy_(tiers)
+
+    def _reset(self, state: Sequence[EntryState], crossed: Tensor | None = None, clean: Container[int] = ()) -> None:
+        """Reset the optimizer's state outside B, and that of entries that enter B.
+
+        What stayed would act on entries that return to B, and decay into denormals.
+
+        Args:
+            state: of the optimizer.
+            crossed: the entries that have left or entered B, as flat indices.
+            clean: addresses of the state that needs no more than a reset of these, since the last refresh has reset it.
+        """
         if not self._resets_state:
             return
-        for values, start in state:  # old state would act on entries that return to B, and decay into denormals
-            mask_outside_(to_local(values), self._mask)
+        for values, start in state:
+            part = to_local(values)
+            if crossed is not None and part.stride() == self._mask.stride():
+                fill_(flat(part), crossed, start)
+                if part.data_ptr() in clean:
+                    continue
+            mask_outside_(part, self._mask)
             if start:
-                to_local(values).masked_fill_(self._mask == 0, start)
+                part.masked_fill_(self._mask == 0, start)
 
     def _forget(self) -> None:
         if self.clears_dropped:
@@ -189,11 +214,11 @@ class MaskedWeight(SparseWeight):
     def _switch(self) -> None:
         """Apply the pending sets; a second call does no harm."""
         if self._pending is not None:
-            self._exploring, self._explored, changed, mask = self._pending
-            flat(self._mask).index_copy_(0, changed, mask)
+            self._exploring, self._explored, changed, mask, tiers = self._pending
+            put_(flat(self._mask), changed, mask)
             self.version += 1
             self._pending = None
-            self._writes.look_at(self._tiers)
+            self._writes.look_at(tiers)
 
     def _count(self, promoted: int = 0) -> int:
         """Count the sets over all parts, so that reading the counts needs no collective; return the promoted total."""
@@ -232,8 +257,8 @@ class MaskedWeight(SparseWeight):
 
     def _find_exploring(self, tiers: Tensor) -> None:
         """Take the exploring entries from their tiers, and their values from the latent ones."""
-        self._exploring = indices(flat(tiers) == EXPLORING)
-        self._explored = flat(self._latent).index_select(0, self._exploring)
+        self._exploring = indices_of(flat(tiers), EXPLORING)
+        self._explored = take(flat(self._latent), self._exploring)
 
     # --- around the optimizer's step ------------------------------------------------------------------------------
 
@@ -265,7 +290,7 @@ class MaskedWeight(SparseWeight):
         r"""Put θ on B\A into the parameter, so that the optimizer updates it."""
         self.match_layout()
         self._settled = False
-        flat(self._alpha).index_copy_(0, self._exploring, self._explored)
+        put_(flat(self._alpha), self._exploring, self._explored)
         self.is_open = True
         self._put_phi(self._alpha, self._gradient())
 
@@ -276,7 +301,7 @@ class MaskedWeight(SparseWeight):
         self._switch()
         if self.is_open:
             self._put_theta(self._alpha)
-            self._explored = flat(self._alpha).index_select(0, self._exploring)
+            self._explored = take(flat(self._alpha), self._exploring)
             self.is_open = False
         self.restore_sparsity()
         self._forget()
@@ -312,12 +337,12 @@ class MaskedWeight(SparseWeight):
         self._put_theta(self._alpha)
         alpha = self._alpha
         entries = flat(alpha)
-        explored = entries.index_select(0, self._exploring)
+        explored = take(entries, self._exploring)
         if self.is_exploring:
             self.shrinkage.apply_(explored, True, lr, self._total)
         self._explored = explored
         self.is_open = False  # set here already, since `recover` can do the rest after an interruption
-        entries.index_fill_(0, self._exploring, 0)
+        fill_(entries, self._exploring, 0)
         mask_outside_(alpha, self._mask)
         self.shrinkage.apply_(alpha, False, lr, self._total)
         self._settled = True
@@ -473,6 +498,7 @@ class MaskedWeight(SparseWeight):
         """Replace the sets and θ outside A; the parameter is α already."""
         tiers = torch.empty_like(self._mask, dtype=torch.uint8).copy_(tiers)
         self._latent.copy_(latent)
+        self._clean_state = set()
         torch.ne(tiers, 0, out=self._mask).neg_()
         self._find_exploring(tiers)
         self._count()

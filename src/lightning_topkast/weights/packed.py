@@ -7,17 +7,18 @@ reservoir, the sets and the telemetry are in host memory and are accessed only a
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lightning_topkast.distributed import Sharding
 from lightning_topkast.method.selection import ACTIVE, RESERVOIR, NonFiniteScoresError
 from lightning_topkast.method.structure import Block, units_in_order
-from lightning_topkast.ops.flat import indices
+from lightning_topkast.ops.flat import indices, moved, padded, positions, put_, take
+from lightning_topkast.ops.memory import empty
 from lightning_topkast.weights.base import Before, EntryState, SparseWeight, Traits
 from lightning_topkast.weights.layouts import Layout, Product, make_layout
 from lightning_topkast.weights.loading import replace
+from lightning_topkast.weights.writes import stamp
 
 
 class PackedWeight(SparseWeight):
@@ -63,6 +64,8 @@ class PackedWeight(SparseWeight):
         # Scores of blocks: these are few, and those of C change only at a refresh. They are computed on the host, so
         # that a resumed run has the same bits.
         self._scores = self._scores_of(self._theta)
+        # the parameter's stamp since `_theta` is up to date on B too
+        self._updated: tuple[int, int, int] | None = None
         # the writes of a refresh in progress: tensors and their new content, and the new sets
         self._pending: tuple[list[tuple[Tensor, Tensor]], Tensor, Layout] | None = None
         # sets that the next `apply` is likely to receive, with their layout
@@ -121,7 +124,11 @@ class PackedWeight(SparseWeight):
     def scores(self) -> Tensor:
         """Return the units' scores, on CPU, in the shape of their grid."""
         if self._scores is None:
-            return super().scores()
+            self.match_layout()
+            self._update_theta()
+            shape, dtype = self.shape, self._theta.dtype
+            magnitudes = torch.abs(self._theta, out=empty(self.size, dtype)).view(shape)
+            return self.structure.scores(magnitudes, self.sharding)
         self._update_scores()
         return self._scores.clone()
 
@@ -132,6 +139,11 @@ class PackedWeight(SparseWeight):
             return lambda: scores
         places, values, theta, shape = self._places(), self._values().clone(), self._theta, self.shape
         return lambda: self.structure.scores(_with_values(theta, places, values).view(shape).abs_(), self.sharding)
+
+    def _update_theta(self) -> None:
+        """Update θ on B in the host's copy."""
+        put_(self._theta, self._places(), self._values())
+        self._updated = stamp(self.parameter)
 
     def _update_scores(self) -> None:
         """Update the scores of B's units."""
@@ -157,8 +169,9 @@ class PackedWeight(SparseWeight):
         given, tiers = tiers, self._on_grid(tiers)
         layout = prepared[1] if prepared is not None and prepared[0] is given else self._pack(tiers)
         self._update_scores()
+        if self._updated != stamp(self.parameter):  # unless for the scores, just before
+            self._update_theta()
         places, new_places = self._places(), layout.indices().long()
-        self._theta.index_copy_(0, places, self._values())
         if self.clears_dropped:
             forgotten = (tiers == RESERVOIR) & (self._tiers != RESERVOIR)
             self._theta.masked_fill_(self.structure.tiers(forgotten, self.sharding).view(-1), 0)
@@ -185,33 +198,29 @@ class PackedWeight(SparseWeight):
         """Return each tensor of the state and its content for the new units: moved for units that stay, else anew."""
         if not state:
             return []
-        # position of each unit among the packed units
-        count = self._tiers.numel()
-        position = torch.from_numpy(np.full(count, -1, dtype=np.int32 if count < 2**31 else np.int64))
-        position.index_copy_(0, before, torch.arange(before.numel(), dtype=position.dtype))
-        source = position.index_select(0, after)
-        kept = indices(source >= 0)
-        source = source.index_select(0, kept)
+        sources = positions(before, after, self._tiers.numel())
         writes = []
         for tensor, start in state:
-            on = tensor.device
-            moved = torch.full_like(tensor, start)
-            # single entries stay in one dimension, where index_select is four times as fast
-            by_unit = tensor.view(-1, self._unit_size) if self._unit_size > 1 else tensor
-            moved.view_as(by_unit).index_copy_(0, kept.to(on), by_unit.index_select(0, source.to(on)))
-            writes.append((tensor, moved))
+            if self._unit_size == 1:
+                content = padded(moved(tensor, sources.to(tensor.device), start), tensor.numel(), start)
+            else:
+                content = torch.full_like(tensor, start)
+                kept = indices(sources >= 0)
+                here, there = kept.to(tensor.device), sources.index_select(0, kept).to(tensor.device)
+                by_unit = tensor.view(-1, self._unit_size)
+                content.view_as(by_unit).index_copy_(0, here, by_unit.index_select(0, there))
+            writes.append((tensor, content))
         return writes
 
     def _values_at(self, places: Tensor) -> Tensor:
-        values = torch.zeros_like(self.parameter, device="cpu", requires_grad=False)
-        values[: places.numel()] = self._theta.index_select(0, places)
-        return values
+        return padded(take(self._theta, places), self.parameter.numel(), 0)
 
     def _settle(self) -> None:
         pending = self._pending  # a signal handler may write it at any moment
         if pending is None:
             return
         writes, self._tiers, self._layout = pending
+        self._updated = None
         self.version += 1
         self._never_active &= self._tiers != ACTIVE
         for tensor, content in writes:
@@ -251,6 +260,7 @@ class PackedWeight(SparseWeight):
     def open(self) -> None:
         """Mark the weight as open; the parameter is already θ on B."""
         self.is_open = True
+        self._updated = None
         self._put_phi(self.parameter.detach(), self.parameter.grad)
 
     def close(self, lr: float | Tensor) -> None:
@@ -382,7 +392,4 @@ def _units_of(layout: Layout, places: Tensor) -> Tensor:
 
 def _with_values(theta: Tensor, places: Tensor, values: Tensor) -> Tensor:
     """Return a copy of the flat `theta` with `values` at `places`."""
-    # NumPy requests huge pages and PyTorch does not, so filling new memory takes half the time
-    whole = np.empty(theta.numel(), dtype=np.float32) if theta.dtype == torch.float32 else None
-    copy = theta.clone() if whole is None else torch.from_numpy(whole).copy_(theta)
-    return copy.index_copy_(0, places, values)
+    return put_(empty(theta.numel(), theta.dtype).copy_(theta), places, values)

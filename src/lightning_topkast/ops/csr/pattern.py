@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass, fields
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from lightning_topkast.ops.flat import compressed_rows, flat_indices, transposed
 
 _LARGEST = torch.iinfo(torch.int32).max
 
@@ -44,23 +45,17 @@ class Pattern:
         rows, columns = shape
         if not cls.fits(shape, indices.numel()):
             raise ValueError(f"{indices.numel()} entries in {rows} × {columns} exceed the int32 limit of {_LARGEST}")
-        entries = indices.numpy()
-        if entries.size and not (entries[0] >= 0 and entries[-1] < rows * columns):
-            raise ValueError(f"expected indices for {rows} × {columns} entries, got {entries[0]} to {entries[-1]}")
-        if not (entries[1:] > entries[:-1]).all():
+        if indices.numel() and not (indices[0] >= 0 and indices[-1] < rows * columns):
+            raise ValueError(
+                f"expected indices for {rows} × {columns} entries, got {int(indices[0])} to {int(indices[-1])}"
+            )
+        compressed = compressed_rows(indices, rows, columns)
+        if compressed is None:
             raise ValueError("expected strictly increasing indices")
-        starts = np.arange(rows + 1, dtype=np.int64) * columns
-        crow = np.searchsorted(entries, starts).astype(np.int32)
-        rows_of_entries = np.repeat(np.arange(rows, dtype=np.int32), np.diff(crow))
-        col = torch.from_numpy((entries - starts[rows_of_entries]).astype(np.int32))
-        if not transpose:
-            nothing = torch.empty(0, dtype=torch.int32)
-            return cls((rows, columns), torch.from_numpy(crow), col, nothing, nothing, nothing)
-        # a stable sort by column keeps the rows in order; PyTorch uses a radix sort
-        sorted_columns, order = torch.sort(col, stable=True)
-        t_crow = torch.searchsorted(sorted_columns, torch.arange(columns + 1, dtype=torch.int32), out_int32=True)
-        t_col = torch.from_numpy(rows_of_entries)[order]
-        return cls((rows, columns), torch.from_numpy(crow), col, t_crow, t_col, order.int())
+        crow, col = compressed
+        nothing = torch.empty(0, dtype=torch.int32)
+        of_transpose = transposed(crow, col, columns) if transpose else (nothing, nothing, nothing)
+        return cls((rows, columns), crow, col, *of_transpose)
 
     @staticmethod
     def fits(shape: tuple[int, int], entries: int) -> bool:
@@ -70,6 +65,10 @@ class Pattern:
     def to(self, device: torch.device | str) -> "Pattern":
         """Return the same pattern on another device."""
         return Pattern(self.shape, *(tensor.to(device) for tensor in self._tensors()))
+
+    def write_indices(self, out: Tensor) -> None:
+        """Write the flat indices of the entries, the inverse of `from_flat`, into `out`: int64 (nnz,)."""
+        flat_indices(self.crow, self.col, self.shape[1], out)
 
     @property
     def nnz(self) -> int:

@@ -1,0 +1,461 @@
+// Passes over the flat entries of a weight, for CPUs; each does exactly what the Python code beside its call in flat.py
+// does. Without PyTorch's headers this compiles in a second. No product is added to anything, so that no compiler can
+// fuse the two and round otherwise.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+namespace {
+
+constexpr int64_t kBlock = 2048; // entries processed at a time, so that temporaries stay in the L1 cache
+constexpr int64_t kGrain = 1 << 15; // smallest number of entries per thread
+
+// Runs `function(begin, end)` on several threads. The results do not depend on the number of threads.
+template <typename F>
+void parallel(int64_t size, int64_t threads, const F& function) {
+  const int64_t parts = std::max<int64_t>(1, std::min(threads, size / kGrain));
+#ifdef _OPENMP
+  if (parts > 1) {
+#pragma omp parallel for num_threads(parts) schedule(static, 1)
+    for (int64_t part = 0; part < parts; ++part) {
+      function(size / parts * part, part + 1 == parts ? size : size / parts * (part + 1));
+    }
+    return;
+  }
+#endif
+  function(int64_t(0), size);
+}
+
+template <typename T>
+void mask(T* values, const int8_t* members, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    values[i] &= static_cast<T>(members[i]);
+  }
+}
+
+// Calls `function(place, k)` for places begin to end; `values` are what it reads or writes there.
+template <typename T, typename F>
+void at_places(const T* values, const int64_t* places, int64_t begin, int64_t end, const F& function) {
+  constexpr int64_t ahead = 48;
+  for (int64_t k = begin; k < end; ++k) {
+    if (k + ahead < end) {
+      __builtin_prefetch(values + places[k + ahead], 1);
+    }
+    function(places[k], k);
+  }
+}
+
+// Writes the positions of the bytes of a block that are not zero, and returns how many there are. Without branches, which
+// nothing could predict: first the words that have any, then the bytes of these.
+inline int64_t set_bytes(const uint8_t* bytes, int64_t count, int32_t* positions) {
+  int32_t words[kBlock / 8 + 1];
+  int64_t some = 0, members = 0;
+  for (int64_t i = 0; i + 8 <= count; i += 8) {
+    uint64_t word;
+    std::memcpy(&word, bytes + i, 8);
+    words[some] = static_cast<int32_t>(i);
+    some += word != 0;
+  }
+  const auto add = [&](int64_t i) {
+    positions[members] = static_cast<int32_t>(i); // never past i
+    members += bytes[i] != 0;
+  };
+  for (int64_t k = 0; k < some; ++k) {
+    for (int64_t i = words[k]; i < words[k] + 8; ++i) {
+      add(i);
+    }
+  }
+  for (int64_t i = count / 8 * 8; i < count; ++i) {
+    add(i);
+  }
+  return members;
+}
+
+// For up to 64 scores, returns whether one is not finite; writes how many brackets each is above and inside, and adds to
+// how many scores are above each.
+inline bool compare(
+    const float* scores, int64_t count, int64_t brackets, const float* low, const float* high, uint8_t* sums,
+    uint8_t* flags, int64_t* above) {
+  int32_t larger[64] = {}, at_least[64] = {}, broken = 0;
+  for (int64_t j = 0; j < brackets; ++j) {
+    const float least = low[j], most = high[j];
+    int32_t total = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const int32_t is_above = scores[i] > most;
+      larger[i] += is_above;
+      total += is_above;
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      at_least[i] += scores[i] >= least;
+    }
+    above[j] += total;
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    broken |= !(std::abs(scores[i]) <= std::numeric_limits<float>::max());
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    sums[i] = static_cast<uint8_t>(larger[i]);
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    flags[i] = static_cast<uint8_t>(at_least[i] - larger[i]);
+  }
+  return broken;
+}
+
+// Calls `function(pointer)` with a pointer to values of this many bytes.
+template <typename F>
+void with_width(int64_t width, void* values, const F& function) {
+  switch (width) {
+    case 1:
+      return function(static_cast<uint8_t*>(values));
+    case 2:
+      return function(static_cast<uint16_t*>(values));
+    case 4:
+      return function(static_cast<uint32_t*>(values));
+    case 8:
+      return function(static_cast<uint64_t*>(values));
+  }
+}
+
+// Returns where the second of two sorted runs begins.
+int64_t second_run(const int64_t* places, int64_t count) {
+  int64_t k = 1;
+  while (k < count && places[k - 1] < places[k]) {
+    ++k;
+  }
+  return std::min(k, count);
+}
+
+// One of the sorted runs of `places`, which is read block by block.
+struct Run {
+  const int64_t* places;
+  int64_t next, end;
+
+  // Calls `function(place - start, index)` for the places before start + `kBlock`.
+  template <typename F>
+  void block(int64_t start, const F& function) {
+    for (; next < end && places[next] < start + kBlock; ++next) {
+      function(places[next] - start, next);
+    }
+  }
+};
+
+} // namespace
+
+extern "C" {
+
+// Clears all bits of the values whose member is 0; the others, with all bits set, stay. `width` is bytes per value.
+void topkast_mask(int64_t width, void* values, const int8_t* members, int64_t size, int64_t threads) {
+  with_width(width, values, [&](auto* all) {
+    parallel(size, threads, [&](int64_t begin, int64_t end) { mask(all, members, begin, end); });
+  });
+}
+
+void topkast_put(
+    int64_t width, void* values, const int64_t* places, void* entries, int64_t count, int64_t threads) {
+  with_width(width, values, [&](auto* all) {
+    const auto* given = static_cast<decltype(all)>(entries);
+    parallel(count, threads, [&](int64_t begin, int64_t end) {
+      at_places(all, places, begin, end, [&](int64_t place, int64_t k) { all[place] = given[k]; });
+    });
+  });
+}
+
+// Writes one value to all places.
+void topkast_fill(
+    int64_t width, void* values, const int64_t* places, void* value, int64_t count, int64_t threads) {
+  with_width(width, values, [&](auto* all) {
+    const auto same = *static_cast<decltype(all)>(value);
+    parallel(count, threads, [&](int64_t begin, int64_t end) {
+      at_places(all, places, begin, end, [&](int64_t place, int64_t) { all[place] = same; });
+    });
+  });
+}
+
+void topkast_take(
+    int64_t width, void* values, const int64_t* places, void* entries, int64_t count, int64_t threads) {
+  with_width(width, values, [&](auto* all) {
+    auto* const taken = static_cast<decltype(all)>(entries);
+    parallel(count, threads, [&](int64_t begin, int64_t end) {
+      at_places(all, places, begin, end, [&](int64_t place, int64_t k) { taken[k] = all[place]; });
+    });
+  });
+}
+
+// Takes the values at the sorted `exploring` places out, times a factor, and leaves 0 there and where the member is 0; the
+// other values are multiplied by another factor. At last `open` becomes 0.
+void topkast_close(
+    float* values, const int8_t* members, int64_t size, const int64_t* exploring, float* explored, int64_t count,
+    const double* factors, uint8_t* open, int64_t threads) {
+  const float of_explored = static_cast<float>(factors[0]), of_others = static_cast<float>(factors[1]);
+  parallel(size, threads, [&](int64_t begin, int64_t end) {
+    const int64_t* const places = exploring;
+    float *const out = explored, *const all = values;
+    int64_t next = std::lower_bound(places, places + count, begin) - places;
+    const int64_t last = std::lower_bound(places + next, places + count, end) - places;
+    for (int64_t start = begin; start < end; start += kBlock) {
+      const int64_t stop = std::min(start + kBlock, end);
+      for (; next < last && places[next] < stop; ++next) {
+        const int64_t place = places[next];
+        out[next] = all[place] * of_explored;
+        all[place] = 0;
+      }
+      mask(reinterpret_cast<uint32_t*>(all), members, start, stop);
+      if (of_others != 1) {
+        for (int64_t i = start; i < stop; ++i) {
+          all[i] *= of_others;
+        }
+      }
+    }
+  });
+  *open = 0;
+}
+
+// Writes |α + latent|, or |explored| at the sorted `exploring` places.
+void topkast_magnitudes(
+    const float* alpha, const float* latent, const int64_t* exploring, const float* explored, int64_t count,
+    float* magnitudes, int64_t size, int64_t threads) {
+  parallel(size, threads, [&](int64_t begin, int64_t end) {
+    int64_t next = std::lower_bound(exploring, exploring + count, begin) - exploring;
+    for (int64_t start = begin; start < end; start += kBlock) {
+      const int64_t stop = std::min(start + kBlock, end);
+      for (int64_t i = start; i < stop; ++i) {
+        magnitudes[i] = std::abs(alpha[i] + latent[i]);
+      }
+      for (; next < count && exploring[next] < stop; ++next) {
+        magnitudes[exploring[next]] = std::abs(explored[next]);
+      }
+    }
+  });
+}
+
+// Writes, for each score, how many brackets it is above. The first `capacity` indices of the scores inside bracket j are
+// written to `inside` + j · `capacity`, and the scores themselves likewise to `values`; `above` and `found` count those
+// above and inside. Returns whether all scores are finite.
+int64_t topkast_scan(
+    const float* scores, int64_t size, int64_t brackets, const float* low, const float* high, uint8_t* tiers,
+    int64_t* inside, float* values, int64_t capacity, int64_t* above, int64_t* found) {
+  uint8_t flags[kBlock];
+  int32_t positions[kBlock];
+  std::fill(above, above + brackets, 0);
+  std::fill(found, found + brackets, 0);
+  for (int64_t start = 0; start < size; start += kBlock) {
+    const int64_t count = std::min(kBlock, size - start);
+    const float* const block = scores + start;
+    bool broken = false;
+    int64_t i = 0;
+    for (; i + 64 <= count; i += 64) {
+      broken |= compare(block + i, 64, brackets, low, high, tiers + start + i, flags + i, above);
+    }
+    broken |= compare(block + i, count - i, brackets, low, high, tiers + start + i, flags + i, above);
+    if (broken) {
+      return 0;
+    }
+    const int64_t members = set_bytes(flags, count, positions);
+    for (int64_t j = 0; j < brackets; ++j) {
+      for (int64_t k = 0; k < members; ++k) {
+        const float score = block[positions[k]];
+        if (found[j] < capacity) {
+          inside[j * capacity + found[j]] = start + positions[k];
+          values[j * capacity + found[j]] = score;
+        }
+        found[j] += (score >= low[j]) & (score <= high[j]);
+      }
+    }
+  }
+  return 1;
+}
+
+// Returns how many bytes have this value.
+int64_t topkast_count(const uint8_t* bytes, int64_t size, int64_t value) {
+  const uint8_t wanted = static_cast<uint8_t>(value);
+  int64_t total = 0;
+  for (int64_t start = 0; start < size; start += kBlock) {
+    const int64_t count = std::min(kBlock, size - start);
+    uint32_t equal = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      equal += bytes[start + i] == wanted;
+    }
+    total += equal;
+  }
+  return total;
+}
+
+// Writes the indices of the bytes that have this value, of which there are as many as `topkast_count` returns.
+void topkast_find(const uint8_t* bytes, int64_t size, int64_t value, int64_t* places) {
+  const uint8_t wanted = static_cast<uint8_t>(value);
+  uint8_t equal[kBlock];
+  int32_t positions[kBlock];
+  for (int64_t start = 0; start < size; start += kBlock) {
+    const int64_t count = std::min(kBlock, size - start);
+    for (int64_t i = 0; i < count; ++i) {
+      equal[i] = bytes[start + i] == wanted;
+    }
+    const int64_t members = set_bytes(equal, count, positions);
+    for (int64_t k = 0; k < members; ++k) {
+      places[k] = start + positions[k];
+    }
+    places += members;
+  }
+}
+
+// Compares tiers with those before, which `members` and the sorted `exploring` places say; `explored` are the values
+// there, those of A are in `alpha`, the others in `latent`. Writes the first `capacity` places at which tiers differ, with
+// both tiers, and returns how many there are. Writes the new exploring places, as many as `topkast_count` returns, and
+// the values there. Puts values into `latent` at places that explore no longer.
+int64_t topkast_changes(
+    int64_t width, const int8_t* members, const int64_t* exploring, void* explored, int64_t exploring_count,
+    const uint8_t* tiers, int64_t size, void* alpha, void* latent, int64_t* changed, uint8_t* before, uint8_t* after,
+    int64_t capacity, int64_t* new_exploring, void* new_explored) {
+  int64_t total = 0;
+  with_width(width, alpha, [&](auto* of_active) {
+    using T = std::remove_pointer_t<decltype(of_active)>;
+    const T* const values = static_cast<T*>(explored);
+    T *const others = static_cast<T*>(latent), *out = static_cast<T*>(new_explored);
+    uint8_t old[kBlock], flags[kBlock];
+    int32_t positions[kBlock];
+    T known[kBlock];
+    int64_t next = 0;
+    for (int64_t start = 0; start < size; start += kBlock) {
+      const int64_t count = std::min(kBlock, size - start);
+      const uint8_t* const block = tiers + start;
+      for (int64_t i = 0; i < count; i += 64) { // the next block
+        __builtin_prefetch(members + start + count + i);
+        __builtin_prefetch(block + count + i);
+      }
+      for (int64_t i = 0; i < count; ++i) {
+        old[i] = members[start + i] & 2;
+      }
+      for (; next < exploring_count && exploring[next] < start + count; ++next) {
+        old[exploring[next] - start] = 1;
+        known[exploring[next] - start] = values[next];
+      }
+      for (int64_t i = 0; i < count; ++i) {
+        flags[i] = old[i] ^ block[i];
+      }
+      int64_t found = set_bytes(flags, count, positions);
+      for (int64_t k = 0; k < found; ++k) {
+        const int32_t i = positions[k];
+        __builtin_prefetch((old[i] == 2 ? of_active : others) + start + i, 1);
+      }
+      for (int64_t k = 0; k < found; ++k) {
+        const int32_t i = positions[k];
+        if (old[i] == 1) {
+          others[start + i] = known[i];
+        } else if (block[i] == 1) {
+          known[i] = old[i] ? of_active[start + i] : others[start + i];
+        }
+        if (total + k < capacity) {
+          changed[total + k] = start + i;
+          before[total + k] = old[i];
+          after[total + k] = block[i];
+        }
+      }
+      total += found;
+      for (int64_t i = 0; i < count; ++i) {
+        flags[i] = block[i] == 1;
+      }
+      found = set_bytes(flags, count, positions);
+      for (int64_t k = 0; k < found; ++k) {
+        new_exploring[k] = start + positions[k];
+        out[k] = known[positions[k]];
+      }
+      new_exploring += found;
+      out += found;
+    }
+  });
+  return total;
+}
+
+// For each place of `after`, writes its index in `before`, or -1. Both hold two sorted runs of places below `size`.
+void topkast_positions(
+    const int64_t* before, int64_t before_count, const int64_t* after, int64_t after_count, int64_t size,
+    int64_t* positions) {
+  const int64_t split = second_run(before, before_count), after_split = second_run(after, after_count);
+  Run known[] = {{before, 0, split}, {before, split, before_count}};
+  Run asked[] = {{after, 0, after_split}, {after, after_split, after_count}};
+  int64_t block[kBlock];
+  for (int64_t start = 0; start < size; start += kBlock) {
+    std::fill(block, block + kBlock, -1);
+    for (Run& run : known) {
+      run.block(start, [&](int64_t place, int64_t k) { block[place] = k; });
+    }
+    for (Run& run : asked) {
+      run.block(start, [&](int64_t place, int64_t k) { positions[k] = block[place]; });
+    }
+  }
+}
+
+// Writes the values at these positions, and `start` where a position is -1.
+void topkast_move(
+    int64_t width, void* values, const int64_t* positions, const void* start, void* moved, int64_t count,
+    int64_t threads) {
+  with_width(width, values, [&](auto* all) {
+    const auto otherwise = *static_cast<const std::remove_pointer_t<decltype(all)>*>(start);
+    auto* const out = static_cast<decltype(all)>(moved);
+    parallel(count, threads, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) {
+        out[k] = positions[k] < 0 ? otherwise : all[positions[k]];
+      }
+    });
+  });
+}
+
+// Splits strictly increasing indices into rows and columns: compressed rows (CSR). Returns whether the indices are
+// increasing and within the matrix.
+int64_t topkast_rows(
+    const int64_t* indices, int64_t count, int64_t rows, int64_t columns, int32_t* crow, int32_t* col) {
+  int64_t k = 0, previous = -1;
+  for (int64_t row = 0; row < rows; ++row) {
+    crow[row] = static_cast<int32_t>(k);
+    const int64_t start = row * columns;
+    for (; k < count && indices[k] < start + columns; ++k) {
+      if (indices[k] <= previous) {
+        return 0;
+      }
+      previous = indices[k];
+      col[k] = static_cast<int32_t>(previous - start);
+    }
+  }
+  crow[rows] = static_cast<int32_t>(k);
+  return k == count;
+}
+
+// Transposes compressed rows, by counting; see `Pattern`.
+void topkast_transpose(
+    const int32_t* crow, const int32_t* col, int64_t rows, int64_t columns, int32_t* t_crow, int32_t* t_col,
+    int32_t* t_order) {
+  std::fill(t_crow, t_crow + columns + 1, 0);
+  for (int64_t k = 0; k < crow[rows]; ++k) {
+    ++t_crow[col[k] + 1];
+  }
+  for (int64_t column = 0; column < columns; ++column) {
+    t_crow[column + 1] += t_crow[column];
+  }
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int32_t k = crow[row]; k < crow[row + 1]; ++k) {
+      const int32_t at = t_crow[col[k]]++;
+      t_col[at] = static_cast<int32_t>(row);
+      t_order[at] = k;
+    }
+  }
+  for (int64_t column = columns; column > 0; --column) { // each is where its column ends, which the next one begins at
+    t_crow[column] = t_crow[column - 1];
+  }
+  t_crow[0] = 0;
+}
+
+// Writes the flat indices of compressed rows.
+void topkast_flat(const int32_t* crow, const int32_t* col, int64_t rows, int64_t columns, int64_t* indices) {
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int32_t k = crow[row]; k < crow[row + 1]; ++k) {
+      indices[k] = row * columns + col[k];
+    }
+  }
+}
+
+} // extern "C"

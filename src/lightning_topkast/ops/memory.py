@@ -1,0 +1,46 @@
+"""Memory on CPU for large tensors that is used again: new pages cost more than what is written to them."""
+
+import threading
+import weakref
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_LARGE = 1 << 22  # bytes from which NumPy asks for huge pages, and the C library for new pages each time
+_MOST = 1 << 28  # bytes that are kept while nobody uses them
+
+_kept: list[tuple[np.ndarray, "weakref.ref[Any]"]] = []  # memory, and what lives as long as it is used
+_lock = threading.Lock()
+
+
+def empty(size: int, dtype: torch.dtype) -> Tensor:
+    """Return 1-D memory on CPU with anything in it, which may be that of an earlier tensor that is gone.
+
+    Filling new memory takes several times as long. Where there is none to use again NumPy asks for huge pages, which
+    PyTorch does not.
+    """
+    needed = max(size, 1) * dtype.itemsize
+    memory = _used_again(needed) if needed >= _LARGE else np.empty(needed, dtype=np.uint8)
+    return torch.from_numpy(memory).view(dtype)[:size]
+
+
+def _used_again(needed: int) -> np.ndarray:
+    with _lock:
+        free = [at for at, (_, user) in enumerate(_kept) if user() is None]
+        # not memory for much more, which would stay in use as long
+        fitting = [at for at in free if needed <= _kept[at][0].nbytes <= needed * 5 // 4]
+        if fitting:
+            memory, _ = _kept.pop(fitting[0])
+        else:
+            memory = np.empty(needed, dtype=np.uint8)
+        unused = 0
+        for at in reversed(range(len(_kept))):  # the latest stay
+            if _kept[at][1]() is None:
+                unused += _kept[at][0].nbytes
+                if unused > _MOST:
+                    del _kept[at]
+        user = memory[:needed]
+        _kept.append((memory, weakref.ref(user)))
+        return user

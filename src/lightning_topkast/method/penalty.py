@@ -42,6 +42,10 @@ class Penalty(ABC):
             total: sums over the parts of a sharded weight.
         """
 
+    def factor(self, amount: float) -> float | None:
+        """Return the number by which `shrink_` multiplies all values, or None if it depends on them."""
+        return None
+
     @abstractmethod
     def value(self, values: Tensor, total: Total = None) -> Tensor:
         """Return R(values), a scalar tensor."""
@@ -102,7 +106,11 @@ class L2(Penalty):
 
     def shrink_(self, values: Tensor, amount: float | Tensor, total: Total = None) -> Tensor:
         """Multiply by 1 - amount."""
-        return values.mul_((1 - amount).clamp_min(0) if isinstance(amount, Tensor) else max(1 - amount, 0.0))
+        return values.mul_((1 - amount).clamp_min(0) if isinstance(amount, Tensor) else self.factor(amount))
+
+    def factor(self, amount: float) -> float:
+        """Return 1 - amount."""
+        return max(1 - amount, 0.0)
 
     def value(self, values: Tensor, total: Total = None) -> Tensor:
         """Return half the sum of squares."""

@@ -37,6 +37,15 @@ void mask(T* values, const int8_t* members, int64_t begin, int64_t end) {
   }
 }
 
+// Returns the value, or 0 if its member is 0.
+inline float kept(float value, int8_t member) {
+  int32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  bits &= member;
+  std::memcpy(&value, &bits, sizeof bits);
+  return value;
+}
+
 // Calls `function(place, k)` for places begin to end; `values` are what it reads or writes there.
 template <typename T, typename F>
 void at_places(const T* values, const int64_t* places, int64_t begin, int64_t end, const F& function) {
@@ -204,10 +213,13 @@ void topkast_close(
         out[next] = all[place] * of_explored;
         all[place] = 0;
       }
-      mask(reinterpret_cast<uint32_t*>(all), members, start, stop);
-      if (of_others != 1) {
+      if (of_others == 1) { // nothing else, not even what a product does to denormals
         for (int64_t i = start; i < stop; ++i) {
-          all[i] *= of_others;
+          all[i] = kept(all[i], members[i]);
+        }
+      } else {
+        for (int64_t i = start; i < stop; ++i) {
+          all[i] = kept(all[i], members[i]) * of_others;
         }
       }
     }

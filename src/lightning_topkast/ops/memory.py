@@ -1,5 +1,6 @@
 """Memory on CPU for large tensors that is used again: new pages cost more than what is written to them."""
 
+import os
 import threading
 import weakref
 from typing import Any
@@ -12,7 +13,17 @@ _LARGE = 1 << 22  # bytes from which NumPy asks for huge pages, and the C librar
 _MOST = 1 << 28  # bytes that are kept while nobody uses them
 
 _kept: list[tuple[np.ndarray, "weakref.ref[Any]"]] = []  # memory, and what lives as long as it is used
-_lock = threading.Lock()
+_lock: threading.Lock
+
+
+def _begin() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+_begin()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin)  # another thread of the parent may have held it
 
 
 def empty(size: int, dtype: torch.dtype) -> Tensor:

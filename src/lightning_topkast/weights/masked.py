@@ -21,6 +21,7 @@ from lightning_topkast.method.penalty import Total
 from lightning_topkast.method.selection import ACTIVE, EXPLORING, RESERVOIR
 from lightning_topkast.ops.flat import (
     changes,
+    close_,
     copied,
     count_outside,
     fill_,
@@ -56,6 +57,7 @@ class MaskedWeight(SparseWeight):
     def __init__(
         self, name: str, parameter: nn.Parameter, active_count: int, updated_count: int, traits: Traits
     ) -> None:
+        self._open = torch.zeros(1, dtype=torch.bool)  # which `close_` can change together with the values
         super().__init__(name, parameter, Sharding(name, parameter), active_count, updated_count, traits)
         self._settled = True  # the parameter is α and no refresh is in progress
         # At first all entries are active and θ is the parameter itself. Only `apply` makes it sparse.
@@ -79,6 +81,15 @@ class MaskedWeight(SparseWeight):
         self._as_loaded: Tensor | None = None
         if self._latent.stride() != self._alpha.stride():
             raise TopKastError(f"'{name}': its entries overlap or have gaps in memory; make the parameter contiguous")
+
+    @property
+    def is_open(self) -> bool:
+        r"""Whether the parameter is θ on B, for the optimizer's step."""
+        return bool(self._open)
+
+    @is_open.setter
+    def is_open(self, value: bool) -> None:
+        self._open.fill_(value)
 
     # --- the sets -------------------------------------------------------------------------------------------------
 
@@ -334,17 +345,19 @@ class MaskedWeight(SparseWeight):
 
     def close(self, lr: float | Tensor) -> None:
         r"""Apply the penalty on B, store θ on B\A and make the parameter α again; see `SparseWeight.close`."""
-        self._put_theta(self._alpha)
-        alpha = self._alpha
-        entries = flat(alpha)
-        explored = take(entries, self._exploring)
-        if self.is_exploring:
-            self.shrinkage.apply_(explored, True, lr, self._total)
-        self._explored = explored
-        self.is_open = False  # set here already, since `recover` can do the rest after an interruption
-        fill_(entries, self._exploring, 0)
-        mask_outside_(alpha, self._mask)
-        self.shrinkage.apply_(alpha, False, lr, self._total)
+        alpha, factors = self._alpha, self.shrinkage.factors(lr)
+        self._put_theta(alpha)
+        parts = alpha, self._mask, self._exploring, self._explored
+        if factors is None or not close_(*parts, factors, self._open):
+            entries = flat(alpha)
+            explored = take(entries, self._exploring)
+            if self.is_exploring:
+                self.shrinkage.apply_(explored, True, lr, self._total)
+            self._explored = explored
+            self.is_open = False  # set here already, since `recover` can do the rest after an interruption
+            fill_(entries, self._exploring, 0)
+            mask_outside_(alpha, self._mask)
+            self.shrinkage.apply_(alpha, False, lr, self._total)
         self._settled = True
         self.orders.step()
         self.replaced.clear()

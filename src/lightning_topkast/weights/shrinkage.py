@@ -58,7 +58,7 @@ class Shrinkage:
 
     def apply_(self, values: Tensor, exploring: bool, lr: float | Tensor, total: Total = None) -> None:
         """Shrink values of A, or of B outside A, in place."""
-        if self._penalty is None or any(isinstance(x, float | int) and x == 0 for x in (self._strength, lr)):
+        if self._penalty is None or self._is_idle(lr):
             return
         strength = self._strength / self._density if exploring else self._strength
         watched = not exploring and self._may_empty(lr) and _holds_values(values, total)
@@ -66,12 +66,25 @@ class Shrinkage:
         if watched and not _holds_values(values, total):
             self.was_emptied = True
 
+    def factors(self, lr: float | Tensor) -> tuple[float, float] | None:
+        r"""Return what `apply_` would multiply the values of B\A and of A by, or None if it does anything else."""
+        if self._penalty is None or self._is_idle(lr):
+            return 1.0, 1.0
+        if isinstance(lr, Tensor) or isinstance(self._strength, Tensor) or self.share_at(lr) * self._density >= 1:
+            return None
+        explored = self._penalty.factor(lr * (self._strength / self._density))
+        active = self._penalty.factor(lr * self._strength)
+        return None if explored is None or active is None else (explored, active)
+
     def value(self, active: Tensor, exploring: Tensor, total: Total = None) -> Tensor:
         """Return the penalty's value for values of A and of B outside A."""
         if self._penalty is None:
             return active.new_zeros(())
         strength = self._strength / self._density
         return self._penalty.value(active, total) * self._strength + self._penalty.value(exploring, total) * strength
+
+    def _is_idle(self, lr: float | Tensor) -> bool:
+        return any(isinstance(x, float | int) and x == 0 for x in (self._strength, lr))
 
     def _may_empty(self, lr: float | Tensor) -> bool:
         """Return whether a step at this rate may be the first to carry all active entries to zero."""

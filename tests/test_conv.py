@@ -200,6 +200,7 @@ def test_operators_pass_the_checks_for_custom_operators():
     for last in (False, True):
         arguments = values, pattern.index, pattern.sizes, images, None, numbers, last
         torch.library.opcheck(ops.conv.default, arguments, test_utils=tests)
+    torch.library.opcheck(ops.conv_flat_indices.default, (pattern.index, pattern.sizes, 1), test_utils=tests)
     grads = torch.randn(8, 6, 6, 6)
     arguments = values, pattern.index, pattern.sizes, images, grads, numbers
     for wanted in ((True, True), (False, True), (True, False)):
@@ -271,8 +272,9 @@ def test_any_batch_gives_what_the_dense_layer_gives(sides, batch):
 
 
 @pytest.mark.slow
-def test_compiled_models_train_alike():
-    images = torch.randn(8, 3, 12, 12)
+@pytest.mark.parametrize("batch", [2, 8])
+def test_compiled_models_train_alike(batch):
+    images = torch.randn(batch, 3, 12, 12)
     plain = train("packed", network(dtype=torch.float32), images, steps=6)[1]
     compiled = train("packed", network(dtype=torch.float32), images, steps=6, compiled=True)[1]
     assert compiled == pytest.approx(plain, rel=1e-4)

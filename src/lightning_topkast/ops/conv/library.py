@@ -55,5 +55,10 @@ def _fake_gradients(
     )
 
 
+def _fake_flat_indices(index: Sequence[Tensor], sizes: Sequence[int], groups: int) -> Tensor:
+    return torch.empty(sizes[-1], dtype=torch.int64)
+
+
+torch.library.register_fake("topkast::conv_flat_indices", _fake_flat_indices, lib=LIBRARY)
 torch.library.register_fake("topkast::conv", _fake_conv, lib=LIBRARY)
 torch.library.register_fake("topkast::conv_gradients", _fake_gradients, lib=LIBRARY)

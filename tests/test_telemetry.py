@@ -9,7 +9,9 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_topkast.distributed import Sharding
 from lightning_topkast.telemetry.log import Telemetry
+from lightning_topkast.telemetry.media import Media
 from lightning_topkast.weights import writes
 from tests.helpers import MIDDLE, Net, SaveAfter, fit, make_callback, make_net, make_trainer, parameters_of
 
@@ -298,3 +300,32 @@ def test_resumed_run_logs_what_the_whole_run_logs(tmp_path):
         logged.append({step: values for step, values in read_csv(logger)[1].items() if step > 7})
     assert sorted(logged[1]) == list(range(8, 17))
     assert logged[0] == logged[1]
+
+
+def test_what_only_the_first_process_does_waits_for_no_other(tmp_path, monkeypatch):
+    """A collective there would wait forever for processes that are elsewhere."""
+    alone, seen = [], set()
+
+    def guarded(owner, name):
+        work = getattr(owner, name)
+
+        def run(*arguments):
+            seen.add(name)
+            alone.append(name)
+            try:
+                return work(*arguments)
+            finally:
+                alone.pop()
+
+        monkeypatch.setattr(owner, name, run)
+
+    def refuse_if_alone(sharding, value):
+        assert not alone, f"{alone[-1]} sums over the shards"
+        return value
+
+    for owner, name in ((Telemetry, "hand_over"), (Telemetry, "_show"), (Media, "at_refresh"), (Media, "at_end")):
+        guarded(owner, name)
+    monkeypatch.setattr(Sharding, "sum", refuse_if_alone)
+    logger = TensorBoardLogger(tmp_path)
+    fit(make_trainer(tmp_path, make_callback(), logger=logger, enable_checkpointing=True), make_net())
+    assert seen == {"hand_over", "_show", "at_refresh", "at_end"}

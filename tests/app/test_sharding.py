@@ -42,12 +42,12 @@ def test_without_a_mesh_the_network_stays_whole():
     assert not any(isinstance(parameter, DTensor) for parameter in task.parameters())
 
 
-def run_sharded(folder, *overrides):
+def run_sharded(folder, *overrides, trainer="fsdp2_sharded"):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(plain_path()), "OMP_NUM_THREADS": "1"}
     command = [
         sys.executable, "-m", "lightning_topkast.app.commands.train",
-        "trainer=fsdp2_sharded", "trainer.accelerator=cpu",
-        "trainer.devices=2", "trainer.precision=32-true", "+trainer.strategy.process_group_backend=gloo", "logger=csv",
+        f"trainer={trainer}", "trainer.accelerator=cpu", "trainer.devices=2",
+        "trainer.precision=32-true", "+trainer.strategy.process_group_backend=gloo", "logger=csv",
         "recipe.update_every=2", "trainer.limit_train_batches=4", "hydra.run.dir=run", *overrides,
     ]  # fmt: skip
     return processes.run(command, env=environment, cwd=folder)
@@ -68,3 +68,13 @@ def test_two_processes_train_shards_of_a_sparse_network_and_go_on_from_them(tmp_
     assert "epoch 3/3:" in done.stdout
     assert "epoch 2/3:" not in done.stdout
     assert "90.00 %" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_two_processes_end_a_run_whose_checkpoints_are_single_files(tmp_path):
+    done = run_sharded(tmp_path, "trainer.max_epochs=1", trainer="fsdp2")
+    assert done.returncode == 0, done.stderr
+    assert "90.00 %" in done.stdout
+    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert (tmp_path / "run" / "report.html").is_file()

@@ -47,6 +47,7 @@ class Telemetry:
         self._hidden = {name for each in engines if not each.settings.weight_curves for name in each.weights}
         self._media = Media(self._hidden)
         self._of_sets: dict[str, Tensor] = {}
+        self._last: dict[str, Tensor] = {}  # what was logged last
         self._refreshes = -1
 
     def log(self, force: bool = False) -> None:
@@ -63,6 +64,7 @@ class Telemetry:
             engine.accept_writes(closely=True)
         penalty = torch.stack([engine.penalty() for engine in self._engines]).sum()
         metrics = measured_metrics(self._engines) | self._of_sets | {f"{PREFIX}/penalty": penalty}
+        self._last = metrics
         self._trainer.callback_metrics.update(metrics)
         if not self._trainer.loggers:
             return
@@ -85,7 +87,10 @@ class Telemetry:
         self._end_rows()
 
     def hand_over(self) -> None:
-        """Give the best checkpoint, or else the last, to loggers that store models, with the present densities."""
+        """Give the best checkpoint, or else the last, to loggers that store models, with the densities logged last.
+
+        Only the first process does, so nothing is counted here: that would be a collective for sharded weights.
+        """
         callback: Any = self._trainer.checkpoint_callback
         path = Path(getattr(callback, "best_model_path", "") or getattr(callback, "last_model_path", ""))
         if not (path.is_file() and self._trainer.is_global_zero):
@@ -95,8 +100,7 @@ class Telemetry:
             for engine in self._engines
             for weight in engine.weights.values()
         }
-        metrics = measured_metrics(self._engines) | self._of_sets
-        totals = {name: float(value) for name, value in metrics.items() if name.count("/") == 1}
+        totals = {name: float(value) for name, value in self._last.items() if name.count("/") == 1}
         metadata = {**totals, "densities": densities, "step": self._trainer.global_step}
         for guard, show in self._shows.values():
             guard.call("checkpoints", show.hand_over, path, metadata)

@@ -35,7 +35,7 @@ def trained(tmp_path_factory):
         cfg = compose("train", [*overrides, f"paths.output_dir={folder}"])
     train(cfg)
     (folder / ".hydra").mkdir()
-    OmegaConf.save(cfg, folder / ".hydra" / "config.yaml")  # as Hydra does
+    OmegaConf.save(cfg, folder / ".hydra" / "config.yaml")  # as the command does
     GlobalHydra.instance().clear()
     return folder
 

@@ -7,7 +7,9 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_topkast.app.errors import AppError
-from lightning_topkast.app.run_folder.resume_arguments import kept_if_refused, resumed
+from lightning_topkast.app.run_folder.beginning import configuration_in
+from lightning_topkast.app.run_folder.folder import RunFolder
+from lightning_topkast.app.run_folder.resume_arguments import resumed
 from lightning_topkast.training.saved_paths import own_state
 from tests.app.test_hostile_checkpoint import Touch, server  # noqa: F401  (a fixture)
 
@@ -168,15 +170,16 @@ def test_links_of_an_honest_run_are_no_reason_to_refuse_it(folder, tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes and devices")
-def test_refused_run_is_put_back_without_reading_what_never_ends(folder, tmp_path):
+def test_refused_run_is_put_back_without_reading_what_never_ends(composed, folder):
     (folder / ".hydra" / "hydra.yaml").symlink_to("/dev/zero")
     os.mkfifo(folder / ".hydra" / "config.yaml")
+    run, cfg = RunFolder(folder), composed("seed=3")
 
     def refuse():
-        with kept_if_refused(["--resume", str(folder), "--trust"]):
-            (folder / ".hydra" / "overrides.yaml").write_text("[a=1]")
+        with configuration_in(run, cfg):
+            assert "seed=3" in run.overrides()
             raise AppError("refused")
 
     with pytest.raises(AppError, match="refused"):
         refuse()
-    assert (folder / ".hydra" / "overrides.yaml").read_text() == "[]"
+    assert run.overrides() == []

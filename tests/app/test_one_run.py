@@ -106,3 +106,55 @@ def test_who_may_write_to_a_folder_may_lock_it(tmp_path):
         folder.chmod(mode)
         with only_run_in(folder, "topkast-train"):
             assert (folder / ".topkast-train.lock").stat().st_mode & 0o777 == mode & 0o666
+
+
+def files_in(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("left", ["result.json", "csv/metrics.csv", "checkpoints/last.ckpt", None])
+def test_run_that_begins_anew_takes_no_folder_of_another(cli, tmp_path, left):
+    """Also where only a part of the other one is left; `left` is that part, None all of it."""
+    folder = tmp_path / "run"
+    run = (*SHORT, f"hydra.run.dir={folder}")
+    if left is None:
+        assert cli(*run)[0] == 0
+    else:
+        (folder / left).parent.mkdir(parents=True)
+        (folder / left).write_text("another's")
+    before = files_in(folder)
+    code, _, err = cli(*run, "seed=1")
+    assert code == 2
+    line = err.strip().splitlines()[-1]
+    assert line.startswith(f"topkast-train: {folder} holds the files of another run: go on with it by ckpt_path=auto")
+    assert files_in(folder).items() >= before.items()
+    assert files_in(folder).keys() - before.keys() <= {folder / ".topkast-train.lock"}
+
+
+def test_folder_in_which_a_run_was_refused_is_free(cli, tmp_path):
+    run = (*SHORT, f"hydra.run.dir={tmp_path}/run")
+    assert cli(*run, "sparsity.forward_sparsity=2")[0] == 2
+    assert cli(*run)[0] == 0
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_job_that_a_cluster_starts_again_goes_on_in_its_folder(cli, tmp_path, monkeypatch):
+    run = (*SHORT, f"hydra.run.dir={tmp_path}/run")
+    assert cli(*run)[0] == 0
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert cli(*run)[0] == 0
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_sweep_that_is_started_again_is_refused_and_goes_on_by_auto(cli, tmp_path):
+    sweep = ("-m", *SHORT, "report=false", f"hydra.sweep.dir={tmp_path}/sweep")
+    assert cli(*sweep, "seed=0")[0] == 0
+    before = files_in(tmp_path / "sweep" / "0")
+    code, _, err = cli(*sweep, "seed=0,1")
+    assert code == 2
+    assert "hydra.sweep.dir=..." in err.strip().splitlines()[-1]
+    assert files_in(tmp_path / "sweep" / "0") == before
+    code, out, err = cli(*sweep, "seed=0,1", "ckpt_path=auto")
+    assert code == 0, err
+    assert out.count("epoch 1/1:") == 1, "the finished one is not trained again"
+    assert [(tmp_path / "sweep" / name / "result.json").is_file() for name in "01"] == [True, True]

@@ -80,15 +80,6 @@ def test_checkpoint_must_be_named_by_its_file(cli, checkpoint, folder):
     assert "name the file, " in last_line(err)
 
 
-def test_a_second_run_in_a_folder_keeps_the_curves_of_the_first(cli, tmp_path):
-    run = (*SHORT[:-1], "logger=csv", "trainer.max_epochs=1", f"paths.output_dir={tmp_path}/run")
-    assert cli(*run)[0] == 0
-    first = (tmp_path / "run" / "csv" / "metrics.csv").read_text()
-    assert cli(*run, "seed=1")[0] == 0
-    assert (tmp_path / "run" / "csv" / "metrics.csv").read_text() == first
-    assert (tmp_path / "run" / "csv-2" / "metrics.csv").read_text() != first
-
-
 @pytest.mark.parametrize(
     ("override", "expected"),
     [

@@ -34,11 +34,10 @@ def main() -> None:
             options_first()
             _run()
             return
-        from lightning_topkast.app.run_folder.resume_arguments import kept_if_refused, resumed
+        from lightning_topkast.app.run_folder.resume_arguments import resumed
 
         sys.argv[1:] = resumed(arguments)  # the processes that Lightning starts read them, too
-        with kept_if_refused(arguments):
-            _run()
+        _run()
 
 
 if __name__ == "__main__":

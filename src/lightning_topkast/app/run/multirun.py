@@ -86,7 +86,7 @@ class _JobLauncher(_SubprocessScriptLauncher):
 
 
 def _command() -> list[str]:
-    """Return the command line of this job alone. It writes no config, since the first process has done so."""
+    """Return the command line of this job alone."""
     config = HydraConfig.get()
     places = {source.provider: source.path for source in config.runtime.config_sources}  # without file:// and pkg://
     command = [
@@ -100,7 +100,7 @@ def _command() -> list[str]:
         command += ["--config-path", places["main"]]
     if "command-line" in places:
         command += ["--config-dir", places["command-line"]]
-    own = ["hydra.mode=RUN", f"hydra.run.dir={quoted(config.runtime.output_dir)}", "hydra.output_subdir=null"]
+    own = ["hydra.mode=RUN", f"hydra.run.dir={quoted(config.runtime.output_dir)}"]
     return [*command, *overrides_given("task"), *overrides_given("hydra"), *own]
 
 

@@ -7,7 +7,7 @@ import multiprocessing
 import shlex
 import warnings
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NoReturn
 
@@ -48,6 +48,7 @@ from lightning_topkast.app.run.settings import overrides_given, recorded, settin
 from lightning_topkast.app.run.small_dense import with_width
 from lightning_topkast.app.run.summary import count_weights, print_summary
 from lightning_topkast.app.run.task import ClassificationTask
+from lightning_topkast.app.run_folder.beginning import configuration_in, refuse_used
 from lightning_topkast.app.run_folder.checkpoint import SAFELY, Checkpoint, open_checkpoint
 from lightning_topkast.app.run_folder.folder import RunFolder, only_run_in
 from lightning_topkast.app.run_folder.result import write_result
@@ -77,9 +78,14 @@ def train(cfg: DictConfig) -> float:
             check_size(cfg)
             check_values(cfg)
             _check_recordable(cfg)
-            folder = Path(cfg.paths.output_dir)
-            check_writable(folder)
-            with only_run_in(folder, "topkast-train", _PATIENCE) if first else nullcontext():
+            folder = RunFolder(cfg.paths.output_dir)
+            check_writable(folder.path)
+            with ExitStack() as held:
+                if first:
+                    held.enter_context(only_run_in(folder.path, "topkast-train", _PATIENCE))
+                    if cfg.ckpt_path is None:
+                        refuse_used(folder)
+                    held.enter_context(configuration_in(folder, cfg))
                 score = _train(cfg)
         failed = False
         return score

@@ -55,6 +55,11 @@ class RunFolder:
         return (self.path / RESULT_FILE).is_file() or (self.path / "checkpoints").is_dir() or has_log(self.path)
 
     @property
+    def is_used(self) -> bool:
+        """Whether a run has left anything here that another would replace, continue or stand beside."""
+        return (self.path / RESULT_FILE).exists() or has_log(self.path) or bool(_checkpoints_below(self._checkpoints))
+
+    @property
     def is_of_trainer(self) -> bool:
         """Whether the loggers of somebody's own Trainer have filled the folder, and not topkast-train."""
         return has_log(self.path) and not ((self.path / RESULT_FILE).exists() or self.hydra.exists())

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_topkast.app.errors import EXIT_CODE, AppError
+from lightning_topkast.app.errors import AppError
 from lightning_topkast.app.overrides import config_dir, more_than_a_value, quoted, split_options
 from lightning_topkast.app.run_folder.folder import RunFolder
 
@@ -70,33 +69,6 @@ def resume_options(run: RunFolder) -> list[str]:
     return [RESUME, str(run.path), *more]
 
 
-@contextmanager
-def kept_if_refused(arguments: Sequence[str]) -> Iterator[None]:
-    """Restore the `.hydra` folder of a run if resuming it is refused; otherwise later attempts would be refused, too.
-
-    Hydra writes all overrides there, including those beside `--resume`, before any of them is checked.
-
-    Args:
-        arguments: The command line before `resumed`.
-    """
-    named, _ = _split(arguments)
-    if not named:
-        yield
-        return
-    folder = Path(named).resolve()
-    before = {path: path.read_bytes() for path in folder.glob(".hydra/*.yaml") if path.is_file()}
-    trained = _written(folder)
-    try:
-        yield
-    except (Exception, SystemExit) as error:
-        refused = not isinstance(error, SystemExit) or error.code == EXIT_CODE
-        with suppress(OSError):  # the error that refused it is the one to show
-            if refused and _written(folder) == trained:
-                for path, content in before.items():
-                    path.write_bytes(content)
-        raise
-
-
 def _leads_out(folder: Path) -> str | None:
     """Return what in a folder a run could write through to another place, or wait for forever; None if nothing.
 
@@ -128,7 +100,3 @@ def _split(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
 
 def _to_repeat(overrides: Sequence[str]) -> list[str]:
     return [text for text in overrides if text.partition("=")[0].lstrip("+") != "ckpt_path"]
-
-
-def _written(folder: Path) -> dict[Path, int]:
-    return {path: path.lstat().st_mtime_ns for path in RunFolder(folder).checkpoints()}

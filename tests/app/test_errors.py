@@ -22,6 +22,7 @@ def last_line(err: str) -> str:
         ("modle=cnn", "no config key 'modle': did you mean 'model'?"),
         ("model=cn", "no 'cn' in the group 'model': did you mean 'cnn'?"),
         ("sparsity=topkas", "no 'topkas' in the group 'sparsity': did you mean 'topkast'"),
+        ("data=mine", "wikitext103; an option of your own needs --config-dir FOLDER, also beside --resume"),
         ("sparsity.forwrd_sparsity=0.9", "did you mean 'sparsity.forward_sparsity'?"),
         ("max_epochs=3", "did you mean 'recipe.max_epochs' or 'trainer.max_epochs'?"),
         ("hydra.run.dri=x", "did you mean 'hydra.run.dir'?"),

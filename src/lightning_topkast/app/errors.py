@@ -242,9 +242,15 @@ def _explain_missing_option(error: MissingConfigException, config_name: str) -> 
     missing = error.missing_cfg_file or ""
     group, _, option = missing.rpartition("/")
     if group and error.options:
-        return f"there is no '{option}' in the group '{group}': {did_you_mean(option, error.options)}"
+        return f"there is no '{option}' in the group '{group}': {did_you_mean(option, error.options)}{_own_folder()}"
     unknown = re.search(r"Could not (?:override|find) '([^']+)'", str(error))
     return _explain_unknown_key(unknown.group(1), config_name) if unknown else str(error)
+
+
+def _own_folder() -> str:
+    """Say how to name a folder of one's own options, unless one is named; `--resume` does not know that of the run."""
+    named = any(text.startswith("--config-dir") or text == "-cd" for text in sys.argv)
+    return "" if named else "; an option of your own needs --config-dir FOLDER, also beside --resume"
 
 
 def _explain_unknown_key(key: str, config_name: str) -> str:

@@ -102,6 +102,16 @@ class Data(LightningDataModule):
 """
 
 
+NET = """
+from torch import nn
+
+
+class Net(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(64, 32), nn.Linear(32, 32), nn.Linear(32, 2))
+"""
+
+
 @pytest.fixture
 def own_data(tmp_path, monkeypatch):
     """A module `some_data` in the present folder, and an option of the group `data` in `conf`."""
@@ -132,7 +142,22 @@ def test_network_for_data_of_unknown_classes_is_told_to_name_them(cli, own_data,
     monkeypatch.syspath_prepend(own_data)
     code, _, err = cli("model=custom", "model._target_=torch.nn.Flatten", "data=custom", "data._target_=some_data.Data")
     assert code == 2
-    assert "+data.num_classes=10" in err.strip().splitlines()[-1]
+    assert "set task.num_classes=10" in err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("model", ["model=custom", "model=mlp"])
+def test_network_trains_on_data_of_ones_own_that_says_nothing_of_its_sizes(cli, own_data, monkeypatch, model):
+    monkeypatch.syspath_prepend(own_data)
+    (own_data / "some_net.py").write_text(NET)
+    own = (
+        ("model._target_=some_net.Net",)
+        if model == "model=custom"
+        else ("model.num_classes=2", "model.input_shape=[1,8,8]")
+    )
+    more = ("trainer.max_epochs=1", "trainer.log_every_n_steps=1", "hydra.run.dir=run", "logger=none")
+    data = ("data=custom", "data._target_=some_data.Data", "task.num_classes=2")
+    code, _, err = cli(model, *own, *data, *more)
+    assert code == 0, err
 
 
 def test_run_whose_best_checkpoint_is_not_finite_has_diverged_and_is_recorded(cli, tmp_path):

@@ -54,7 +54,7 @@ class ClassificationTask(LightningModule):
     ) -> None:
         super().__init__()
         if num_classes is None:
-            raise AppError("the number of classes is not known: add it to the data, +data.num_classes=10")
+            raise AppError("the number of classes is not known: set task.num_classes=10")
         self.net = net
         self.channels_last = channels_last and any(isinstance(module, nn.Conv2d) for module in net.modules())
         if self.channels_last:

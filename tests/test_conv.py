@@ -1,6 +1,9 @@
 """Convolutions with packed weights: the operators against dense float64 references, and layers against masked ones."""
 
 import itertools
+import os
+import sys
+import textwrap
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from lightning_topkast import Packed, Targets, TopKast
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.ops import CONV_KERNELS, ConvPattern, sparse_conv2d
 from lightning_topkast.weights.layouts import ConvLayout, FlatLayout
+from tests.processes import run
 from tests.test_ops import needs_compiler
 
 pytestmark = needs_compiler
@@ -253,6 +257,23 @@ def test_packed_convolutions_train_like_masked_ones(sides, channels_last):
         torch.testing.assert_close(weight.theta(), other.theta(), rtol=1e-8, atol=1e-10)
 
 
+def test_a_single_column_may_have_any_stride():
+    rows = torch.randn(17, 4, 1, 9)
+    check((6, 4, 3, 1), 1, rows.transpose(2, 3))
+    shape = (6, 4, 3, 1)
+    pattern = ConvPattern.from_flat(*draw_sets(shape), shape, 1)
+    images, values = rows.transpose(2, 3).contiguous().requires_grad_(), torch.randn(pattern.updated).requires_grad_()
+    output = sparse_conv2d(images, values, None, pattern)
+    grad = torch.randn(17, 6, 1, 7).transpose(2, 3)
+    assert grad.is_contiguous()
+    for got, want in zip(
+        torch.autograd.grad(output, (images, values), grad, retain_graph=True),
+        torch.autograd.grad(output, (images, values), grad.clone(memory_format=torch.contiguous_format)),
+        strict=True,
+    ):
+        assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("batch", [None, 1, 5, 6])
 @pytest.mark.parametrize("sides", [1, 2])
 def test_any_batch_gives_what_the_dense_layer_gives(sides, batch):
@@ -278,6 +299,25 @@ def test_compiled_models_train_alike(batch):
     plain = train("packed", network(dtype=torch.float32), images, steps=6)[1]
     compiled = train("packed", network(dtype=torch.float32), images, steps=6, compiled=True)[1]
     assert compiled == pytest.approx(plain, rel=1e-4)
+
+
+@pytest.mark.parametrize("compiler", [True, False])
+def test_another_process_computes_with_a_pickled_model(compiler, tmp_path):
+    model = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Flatten(), nn.Linear(96, 8))
+    TopKast(model, 0.8, 0.5, storage="packed", targets=ALL)
+    images = torch.randn(8, 4, 6, 6)
+    torch.save((model, images, model(images).detach()), tmp_path / "model.pt")
+    program = f"""
+        import torch
+        model, images, expected = torch.load({str(tmp_path / "model.pt")!r}, weights_only=False)
+        output = model(images)
+        torch.testing.assert_close(output, expected)
+        output.sum().backward()
+        assert model[0]._parameters["weight"].grad is not None
+        """
+    none = {"CXX": "/no/such/compiler", "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    done = run([sys.executable, "-c", textwrap.dedent(program)], env=os.environ | ({} if compiler else none))
+    assert done.returncode == 0, done.stderr
 
 
 class Checkpointed(nn.Sequential):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_topkast.distributed import Sharding
 from lightning_topkast.method.selection import ACTIVE, RESERVOIR, NonFiniteScoresError
 from lightning_topkast.method.structure import Block, units_in_order
+from lightning_topkast.ops import CONV_KERNELS, MATRIX_KERNELS
 from lightning_topkast.ops.flat import indices, moved, padded, positions, put_, take
 from lightning_topkast.ops.memory import empty
 from lightning_topkast.weights.base import Before, EntryState, SparseWeight, Traits
@@ -70,6 +71,18 @@ class PackedWeight(SparseWeight):
         self._pending: tuple[list[tuple[Tensor, Tensor]], Tensor, Layout] | None = None
         # sets that the next `apply` is likely to receive, with their layout
         self._prepared: tuple[Tensor, Layout] | None = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Load the kernels, which a process that only unpickles the weight does not have yet."""
+        self.__dict__.update(state)
+        if self.kernels != "compiled" or self._product is None:
+            return
+        if self._product.groups is None:
+            self.kernels = MATRIX_KERNELS.choose("auto", torch.device("cpu"))
+        elif CONV_KERNELS.choose("auto", torch.device("cpu")) == "torch":
+            self._settle()
+            self.storage, self._product, self._prepared = "compact", None, None
+            self._layout = self._pack(self._tiers)
 
     @property
     def layout(self) -> Layout:

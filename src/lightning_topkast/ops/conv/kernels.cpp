@@ -323,19 +323,22 @@ void with_backward(
       ordered[i] = values[phases.order[i]];
     }
   });
-  std::vector<T*> sums(at::get_num_threads());
-  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    T* const own = scratch<T>(kSums, index.updated + kLanes<T>);
-    std::fill_n(own, index.updated + kLanes<T>, T(0));
-    sums[at::get_thread_num()] = own;
-    function(Backward<T>{phases.cut, offsets, ordered, own}, begin, end);
+  // of each part, not of each thread: a compiler's own OpenMP may have other threads than PyTorch's
+  const int64_t parts = std::min<int64_t>(tasks, at::get_num_threads()), length = index.updated + kLanes<T>;
+  T* const sums = scratch<T>(kSums, parts * length);
+  at::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+    for (int64_t part = first; part < last; ++part) {
+      T* const own = sums + part * length;
+      std::fill_n(own, length, T(0));
+      function(Backward<T>{phases.cut, offsets, ordered, own}, part * tasks / parts, (part + 1) * tasks / parts);
+    }
   });
   if (gradient) {
     at::parallel_for(0, index.updated, 1 << 15, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         T sum(0);
-        for (const T* const each : sums) {
-          sum += each ? each[i] : T(0);
+        for (int64_t part = 0; part < parts; ++part) {
+          sum += sums[part * length + i];
         }
         gradient[phases.order[i]] = sum;
       }
@@ -440,9 +443,11 @@ struct Images {
 
 template <typename T>
 Images<T> images_of(const Tensor& tensor) {
+  // the stride of a single column may be anything
+  const bool by_width = tensor.size(3) == 1 && tensor.stride(1) != 1;
   return {
       static_cast<T*>(tensor.data_ptr()), tensor.size(0), tensor.size(1), tensor.size(2), tensor.size(3),
-      tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
+      tensor.stride(0), tensor.stride(1), tensor.stride(2), by_width ? 1 : tensor.stride(3)};
 }
 
 // Copies between the images of one group of examples and their maps. `place(row, column)` is the place of a pixel in its

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
@@ -301,6 +302,21 @@ def test_no_more_memory_is_kept_than_the_limit(monkeypatch):
     assert sum(kept.nbytes for kept, user in memory._kept if user() is None) <= 5 * memory._LARGE
 
 
+@needs_compiler
+@pytest.mark.parametrize("busy", [memory, flat._COMPILED], ids=["memory", "kernels"])
+def test_a_signal_handler_that_saves_need_not_wait_for_whom_it_interrupts(busy, monkeypatch):
+    monkeypatch.setattr(flat._COMPILED, "_functions", None)
+    done = threading.Event()
+
+    def interrupted():
+        with busy._lock:  # as if the handler ran here
+            flat.take(memory.empty(memory._LARGE, torch.float32), torch.tensor([0]))
+            done.set()
+
+    threading.Thread(target=interrupted, daemon=True).start()
+    assert done.wait(60)
+
+
 def test_small_tensors_and_empty_ones_have_memory_of_their_own(monkeypatch):
     monkeypatch.setattr(memory, "_kept", [])
     assert memory.empty(0, torch.bfloat16).shape == (0,)
@@ -335,7 +351,7 @@ needs_sanitizer = pytest.mark.skipif(sanitized(".") is None, reason="no address 
 
 @pytest.mark.slow
 @needs_sanitizer
-@pytest.mark.parametrize(("tests", "source"), [("test_flat.py", "flat"), ("test_ops.py", "kernels")])
+@pytest.mark.parametrize(("tests", "source"), [("test_flat.py", "flat"), ("test_ops.py", "csr_kernels"), ("test_conv.py", "conv_kernels")])
 def test_compiled_functions_stay_within_their_tensors(tests, source, tmp_path):
     """The tests over random shapes pass where a wrong access would end the process."""
     path = Path(__file__).with_name(tests)

@@ -33,7 +33,6 @@ _INSTRUCTIONS = {
 }
 
 _log = logging.getLogger(__name__)
-_lock = threading.Lock()
 
 
 class _UnsafeCacheError(OSError):
@@ -57,7 +56,7 @@ class Compiled:
         self._obstacle: str | None = None
         self._path: Path | None = None
         self._functions: ctypes.CDLL | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler that saves may interrupt the first use
 
     def choose(self, name: Kernels, device: torch.device) -> Literal["torch", "compiled"]:
         """Return which kernels to use for tensors on `device`; the first call may compile them.

@@ -33,25 +33,31 @@ def empty(size: int, dtype: torch.dtype) -> Tensor:
     PyTorch does not.
     """
     needed = max(size, 1) * dtype.itemsize
-    memory = _used_again(needed) if needed >= _LARGE else np.empty(needed, dtype=np.uint8)
+    # without waiting: a signal handler that saves may have interrupted the one who holds the lock
+    if needed >= _LARGE and _lock.acquire(blocking=False):
+        try:
+            memory = _used_again(needed)
+        finally:
+            _lock.release()
+    else:
+        memory = np.empty(needed, dtype=np.uint8)
     return torch.from_numpy(memory).view(dtype)[:size]
 
 
 def _used_again(needed: int) -> np.ndarray:
-    with _lock:
-        free = [at for at, (_, user) in enumerate(_kept) if user() is None]
-        # not memory for much more, which would stay in use as long
-        fitting = [at for at in free if needed <= _kept[at][0].nbytes <= needed * 5 // 4]
-        if fitting:
-            memory, _ = _kept.pop(fitting[0])
-        else:
-            memory = np.empty(needed, dtype=np.uint8)
-        unused = 0
-        for at in reversed(range(len(_kept))):  # the latest stay
-            if _kept[at][1]() is None:
-                unused += _kept[at][0].nbytes
-                if unused > _MOST:
-                    del _kept[at]
-        user = memory[:needed]
-        _kept.append((memory, weakref.ref(user)))
-        return user
+    free = [at for at, (_, user) in enumerate(_kept) if user() is None]
+    # not memory for much more, which would stay in use as long
+    fitting = [at for at in free if needed <= _kept[at][0].nbytes <= needed * 5 // 4]
+    if fitting:
+        memory, _ = _kept.pop(fitting[0])
+    else:
+        memory = np.empty(needed, dtype=np.uint8)
+    unused = 0
+    for at in reversed(range(len(_kept))):  # the latest stay
+        if _kept[at][1]() is None:
+            unused += _kept[at][0].nbytes
+            if unused > _MOST:
+                del _kept[at]
+    user = memory[:needed]
+    _kept.append((memory, weakref.ref(user)))
+    return user

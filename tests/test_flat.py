@@ -115,14 +115,14 @@ def test_closing_in_one_pass_is_what_the_steps_do_one_by_one(size, seed, threads
     expected = values.clone()
     expected[places] = 0
     expected = torch.where(members.bool(), expected, 0.0) * torch.tensor(factors[1])
-    taken, is_open = torch.zeros_like(explored), torch.ones(1, dtype=torch.bool)
+    taken, is_open = torch.zeros_like(explored), bytearray([1])
     torch.set_num_threads(threads)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flat, "_MANY", 0)
         assert flat.close_(values, members, places, taken, factors, is_open)
     torch.set_num_threads(1)
     assert same(bits([values, taken]), bits([expected, explored]))
-    assert not is_open
+    assert not is_open[0]
 
 
 @needs_compiler
@@ -351,7 +351,9 @@ needs_sanitizer = pytest.mark.skipif(sanitized(".") is None, reason="no address 
 
 @pytest.mark.slow
 @needs_sanitizer
-@pytest.mark.parametrize(("tests", "source"), [("test_flat.py", "flat"), ("test_ops.py", "csr_kernels"), ("test_conv.py", "conv_kernels")])
+@pytest.mark.parametrize(
+    ("tests", "source"), [("test_flat.py", "flat"), ("test_ops.py", "csr_kernels"), ("test_conv.py", "conv_kernels")]
+)
 def test_compiled_functions_stay_within_their_tensors(tests, source, tmp_path):
     """The tests over random shapes pass where a wrong access would end the process."""
     path = Path(__file__).with_name(tests)

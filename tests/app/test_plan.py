@@ -14,6 +14,7 @@ from lightning_topkast.app.commands import plan as plan_module
 from lightning_topkast.app.run.build import build_model
 from lightning_topkast.app.run.plan import read_parallel
 from lightning_topkast.costs import OptimizerState, Parallel
+from lightning_topkast.ops import CONV_KERNELS, MATRIX_KERNELS
 from tests import processes
 
 GIANT = """
@@ -29,6 +30,8 @@ print(next(line.split()[1] for line in status if line.startswith("VmHWM")), file
 @pytest.fixture
 def cli(command_line):
     """Run `topkast-plan`."""
+    for kernels in (MATRIX_KERNELS, CONV_KERNELS):
+        kernels.choose("auto", torch.device("cpu"))  # the first use on a machine says that they are compiled
     return command_line("topkast-plan", plan_module.main)
 
 

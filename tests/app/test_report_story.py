@@ -34,7 +34,7 @@ def told(forward=(), **parts):
     """The sentence, and the names of the large figures."""
     result = Result.model_validate({key: value for key, value in (RESULT | parts).items() if value is not None})
     curves = {"topkast/forward_sparsity": (np.arange(len(forward)), np.array(forward))} if len(forward) else {}
-    run = RunContents(Path("run"), result, {}, curves, None, ())
+    run = RunContents(Path("run"), result, {}, curves, None, None, ())
     figures = key_figures(result, None)
     return story(run, figures), [figure.name for figure in headline(figures)]
 

@@ -57,7 +57,7 @@ class MaskedWeight(SparseWeight):
     def __init__(
         self, name: str, parameter: nn.Parameter, active_count: int, updated_count: int, traits: Traits
     ) -> None:
-        self._open = torch.zeros(1, dtype=torch.bool)  # which `close_` can change together with the values
+        self._open = bytearray(1)  # a flag, which `close_` can change together with the values
         super().__init__(name, parameter, Sharding(name, parameter), active_count, updated_count, traits)
         self._settled = True  # the parameter is α and no refresh is in progress
         # At first all entries are active and θ is the parameter itself. Only `apply` makes it sparse.
@@ -85,11 +85,11 @@ class MaskedWeight(SparseWeight):
     @property
     def is_open(self) -> bool:
         r"""Whether the parameter is θ on B, for the optimizer's step."""
-        return bool(self._open)
+        return bool(self._open[0])
 
     @is_open.setter
     def is_open(self, value: bool) -> None:
-        self._open.fill_(value)
+        self._open[0] = value
 
     # --- the sets -------------------------------------------------------------------------------------------------
 

@@ -268,6 +268,23 @@ def test_a_refresh_resets_state_of_entries_that_leave_or_enter_b_and_all_of_stat
         assert turn == 1 or (state["exp_avg"][~after] == 0).all()
 
 
+@needs_compiler
+def test_steps_and_refreshes_on_cpu_know_no_default_device(monkeypatch):
+    monkeypatch.setattr(flat, "_MANY", 0)
+    model = nn.Sequential(nn.Linear(40, 40))
+    topkast = TopKast(model, 0.8, 0.5, update_every=2, targets=Targets(keep_first_dense=False, keep_last_dense=False))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    topkast.attach(optimizer)
+    x = torch.randn(4, 40)
+    with torch.device("meta"):  # stands for a GPU
+        for _ in range(4):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+    assert topkast.refresh_count == 2
+    assert int(topkast.weights["0.weight"].active_entries) == 320
+
+
 # Memory
 
 

@@ -38,7 +38,7 @@ def _passes(*tensors: Tensor) -> "_Passes | None":
 
 
 class _Passes:
-    """The compiled functions, which take tensors and integers."""
+    """The compiled functions, which take integers and tensors on CPU, whatever PyTorch's default device."""
 
     def __init__(self, functions: ctypes.CDLL) -> None:
         self._functions = functions
@@ -92,7 +92,7 @@ def put_(values: Tensor, places: Tensor, entries: Tensor) -> Tensor:
 def fill_(values: Tensor, places: Tensor, value: float) -> None:
     """Write a value to the places (indices) of 1-D values."""
     if (passes := _passes(values, places)) and values.is_contiguous():
-        one, threads = torch.full((1,), value, dtype=values.dtype), torch.get_num_threads()
+        one, threads = values.new_full((1,), value), torch.get_num_threads()
         passes("fill", values.element_size(), values, places, one, places.numel(), threads)
         _written(values)
     else:
@@ -222,7 +222,7 @@ def close_(
     passes = _passes(values, members, exploring, explored)
     if passes is None or {values.dtype, explored.dtype} != {torch.float32} or not _is_like(values, members):
         return False
-    both, threads = torch.tensor(factors, dtype=torch.float64), torch.get_num_threads()
+    both, threads = values.new_tensor(factors, dtype=torch.float64), torch.get_num_threads()
     flag = ctypes.addressof(ctypes.c_byte.from_buffer(is_open))
     passes("close", values, members, values.numel(), exploring, explored, exploring.numel(), both, flag, threads)
     _written(values)
@@ -261,8 +261,8 @@ def scan(scores: Tensor, brackets: Sequence[tuple[float, float]]) -> Scan | None
     if scores.dtype != torch.float32 or not scores.is_contiguous() or not (passes := _passes(scores)):
         return _scan(scores.numpy(), brackets)
     size, sets = scores.numel(), len(brackets)
-    low, high = torch.tensor(brackets, dtype=torch.float32).view(sets, 2).t().contiguous()
-    above, found = torch.empty(2, sets, dtype=torch.int64)
+    low, high = scores.new_tensor(brackets).view(sets, 2).t().contiguous()
+    above, found = scores.new_empty(2, sets, dtype=torch.int64)
     tiers = empty(size, torch.uint8)
     room, most = 0, 1 + size // (1 if (-math.inf, math.inf) in brackets else 32)
     while most > room:
@@ -315,7 +315,7 @@ def positions(before: Tensor, after: Tensor, size: int) -> Tensor:
 def moved(values: Tensor, sources: Tensor, start: float) -> Tensor:
     """Return 1-D values at these indices, and `start` where an index is -1."""
     if (passes := _passes(values, sources)) and values.is_contiguous():
-        result, first = empty(sources.numel(), values.dtype), torch.full((1,), start, dtype=values.dtype)
+        result, first = empty(sources.numel(), values.dtype), values.new_full((1,), start)
         count, threads = sources.numel(), torch.get_num_threads()
         passes("move", values.element_size(), values, sources, first, result, count, threads)
         return result
@@ -337,7 +337,7 @@ def compressed_rows(entries: Tensor, rows: int, columns: int) -> tuple[Tensor, T
     They are at least 0 and below rows · columns, if they increase.
     """
     if passes := _passes(entries):
-        crow, col = torch.empty(rows + 1, dtype=torch.int32), empty(entries.numel(), torch.int32)
+        crow, col = entries.new_empty(rows + 1, dtype=torch.int32), empty(entries.numel(), torch.int32)
         increase = passes("rows", entries, entries.numel(), rows, columns, crow, col)
         return (crow, col) if increase else None
     places = entries.numpy()
@@ -351,7 +351,7 @@ def compressed_rows(entries: Tensor, rows: int, columns: int) -> tuple[Tensor, T
 def transposed(crow: Tensor, col: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return `Pattern.t_crow`, `t_col` and `t_order` of compressed rows."""
     if passes := _passes(crow, col):
-        t_crow = torch.empty(columns + 1, dtype=torch.int32)
+        t_crow = crow.new_empty(columns + 1)
         t_col, t_order = empty(col.numel(), torch.int32), empty(col.numel(), torch.int32)
         passes("transpose", crow, col, crow.numel() - 1, columns, t_crow, t_col, t_order)
         return t_crow, t_col, t_order

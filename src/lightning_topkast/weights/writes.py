@@ -32,7 +32,7 @@ class WriteWatch:
         """
         self._places = np.empty(0, dtype=np.int64)
         if tiers.device.type == "cpu":  # elsewhere reading values takes long
-            places = torch.arange(0, tiers.numel(), tiers.numel() // _PLACES | 1)
+            places = torch.arange(0, tiers.numel(), tiers.numel() // _PLACES | 1, device=tiers.device)
             self._places = places[flat(tiers).index_select(0, places) != ACTIVE].numpy()
 
     def note(self, parameter: nn.Parameter) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -192,6 +193,7 @@ def test_run_that_is_validated_within_an_epoch_goes_on_exactly(composed, data_di
         return torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
 
     whole = last(6)
+    shutil.rmtree(tmp_path / "run")
     half = last(4)
     assert (half["global_step"], half["epoch"]) == (4, 0)
     (tmp_path / "half.ckpt").write_bytes((tmp_path / "run" / "checkpoints" / "last.ckpt").read_bytes())

@@ -385,7 +385,6 @@ def test_damaged_checkpoint_is_named_and_the_rest_shown(run):
 @pytest.mark.usefixtures("without_figures")
 def test_run_that_was_killed_shows_how_far_it_has_come(run):
     (run / "result.json").unlink()
-    (run / ".hydra").mkdir()  # of the command line
     page = Page(write_run_report(run))
     assert "the run has not ended" in page.said
     assert "Masks" in page.said

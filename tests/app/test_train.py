@@ -72,9 +72,10 @@ def test_dense_and_sparse_runs_see_the_same_batches(composed):
     assert orders[0] == orders[1]
 
 
-def test_train_returns_the_best_value_of_the_monitored_metric(composed):
+def test_train_returns_the_best_value_of_the_monitored_metric(composed, tmp_path):
     best = train(composed(*SHORT, "recipe.monitor=val/loss", "recipe.mode=min"))
-    last = train(composed("callbacks=none", "recipe.monitor=val/loss", *(o for o in SHORT if "progress" not in o)))
+    other = ("callbacks=none", "recipe.monitor=val/loss", f"paths.output_dir={tmp_path}/other")
+    last = train(composed(*other, *(o for o in SHORT if "progress" not in o)))
     assert 0 < best <= last
 
 

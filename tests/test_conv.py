@@ -334,6 +334,18 @@ def test_checkpointed_activations_change_no_bit():
     assert losses[0] == losses[1]
 
 
+def test_maps_that_are_too_wide_for_the_offsets_are_computed_with_a_dense_copy(monkeypatch):
+    model = nn.Sequential(nn.Conv1d(64, 64, 3))
+    topkast = TopKast(model, 0.9, 0.8, storage="packed", targets=ALL)
+    layout = topkast.weights["0.weight"].layout
+    assert isinstance(layout, ConvLayout)
+    assert not model[0]._is_too_wide(100_000)
+    assert model[0]._is_too_wide(1_000_000)
+    monkeypatch.setattr(type(model[0]), "_is_too_wide", lambda *_: True)
+    images = torch.randn(8, 64, 50)
+    torch.testing.assert_close(model(images), F.conv1d(images, topkast.weights["0.weight"].alpha(), model[0].bias))
+
+
 def test_layers_that_share_a_weight_must_agree_on_groups():
     def shared(groups):
         layers = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4 * groups, 4, 3, stride=2, padding=2, groups=groups)

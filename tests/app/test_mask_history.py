@@ -137,6 +137,7 @@ def broken(content):
         content | {"moments": [moment | {"masks": [{"top": 0.5, "blocks": "?"}] * len(moment["masks"])}]},
     )
     yield "NaN", json.dumps(content).replace('"top": ', '"top": NaN, "was": ', 1)
+    yield "a refresh twice", content | {"moments": [content["moments"][0]] * 2}
     yield "steps that fall", content | {"moments": content["moments"][::-1]}
     yield "too large", " " * (1 << 24)
     yield "deep", "[" * 100_000
@@ -144,7 +145,7 @@ def broken(content):
 
 KINDS = [
     "not JSON", "a list", "another version", "rows beyond the limit", "no height", "a size that does not fit",
-    "too many moments", "too few masks", "not base64", "NaN", "steps that fall", "too large", "deep",
+    "too many moments", "too few masks", "not base64", "NaN", "a refresh twice", "steps that fall", "too large", "deep",
 ]  # fmt: skip
 
 

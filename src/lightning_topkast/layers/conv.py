@@ -1,5 +1,6 @@
 """Convolutions with a packed weight."""
 
+import math
 from typing import cast
 
 import torch
@@ -10,8 +11,8 @@ from lightning_topkast.layers.products import ProductLayer
 from lightning_topkast.ops import sparse_conv2d
 from lightning_topkast.weights.layouts import ConvLayout, FlatLayout
 
-# The kernels take examples by 16 and fewer cost as much, so that a dense copy of the weight is faster.
-_LEAST_BATCH = 6
+_EXAMPLES = 16  # that the kernels take together, at most
+_LEAST_BATCH = 6  # fewer examples cost as much, so that a dense copy of the weight is faster
 
 
 class ProductConv(ProductLayer):
@@ -21,6 +22,7 @@ class ProductConv(ProductLayer):
     stride: tuple[int, ...]
     padding: tuple[int, ...] | str
     dilation: tuple[int, ...]
+    groups: int
     padding_mode: str
     _reversed_padding_repeated_twice: list[int]
 
@@ -31,7 +33,7 @@ class ProductConv(ProductLayer):
             return cast(Tensor, super().forward(input))
         if not isinstance(layout, ConvLayout):
             return self._as_matrix(input)
-        if input.dim() != sides + 2 or input.shape[0] < _LEAST_BATCH:
+        if input.dim() != sides + 2 or input.shape[0] < _LEAST_BATCH or self._is_too_wide(input.shape[-1]):
             return cast(Tensor, super().forward(input))
         padding = self.padding
         if self.padding_mode != "zeros" or isinstance(padding, str):
@@ -51,6 +53,14 @@ class ProductConv(ProductLayer):
             cast(tuple[int, int], one + self.dilation),
         )
         return output if sides == 2 else output.squeeze(-2)
+
+    def _is_too_wide(self, width: int) -> bool:
+        """Return whether the rows of all channels that the kernels take together may not fit their 32-bit offsets."""
+        out, inputs = self.packed_weights["weight"].shape[0], self.packed_weights["weight"].shape[1] * self.groups
+        rows = math.prod(side * step for side, step in zip(self.kernel_size[:-1], self.dilation[:-1], strict=True))
+        padding = 0 if isinstance(self.padding, str) else max(self.padding)
+        span = width + 2 * max(self.kernel_size[-1] * self.dilation[-1], padding)
+        return _EXAMPLES * max(out, inputs) * span * (rows + 2 * max(self.stride)) > torch.iinfo(torch.int32).max // 2
 
     def _as_matrix(self, input: Tensor) -> Tensor:
         """Compute a convolution with a 1×1 kernel, without padding and groups, as a linear layer."""

@@ -45,7 +45,7 @@ class ProductConv1D(ProductLayer):
 def join_products(model: nn.Module) -> None:
     """Let a linear layer leave its output as the next one takes it, if only modules without parameters lie between.
 
-    The next one is that in the order of the modules, so that this is a guess: other orders cost time, but no result.
+    The next one is that in the order of the modules, so that this is a guess; where it is wrong, PyTorch copies.
     """
     layers = [module for module in model.modules() if any(True for _ in module.parameters(recurse=False))]
     for layer, following in zip(layers, [*layers[1:], None], strict=True):

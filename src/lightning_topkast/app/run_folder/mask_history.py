@@ -66,6 +66,9 @@ class MaskHistory(_Part):
         steps = [moment.step for moment in self.moments]
         if steps != sorted(steps):
             raise ValueError("its steps do not increase")
+        refreshes = [moment.refresh for moment in self.moments]
+        if refreshes != sorted(set(refreshes)):
+            raise ValueError("its refreshes do not increase")
         return self
 
     def shares(self, number: int) -> np.ndarray:

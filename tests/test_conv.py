@@ -21,7 +21,8 @@ from tests.processes import run
 from tests.test_ops import needs_compiler
 
 pytestmark = needs_compiler
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
+# of the largest value; sums of some ten thousand products
+TOLERANCE = {torch.float32: 3e-5, torch.float64: 3e-12}
 ALL = Targets(keep_first_dense=False, keep_last_dense=False)
 
 
@@ -84,6 +85,7 @@ def check(shape, groups, images, dtype=torch.float32, density=(0.3, 0.6), sides=
 @settings(max_examples=60, deadline=None)
 def test_output_and_gradients_are_those_of_a_dense_convolution(data):
     draw = data.draw
+    torch.manual_seed(draw(st.integers(0, 1 << 16)))
     groups = draw(st.sampled_from([1, 1, 2, 3]))
     channels, out = groups * draw(st.integers(1, 20)), groups * draw(st.integers(1, 20))
     kernel = draw(st.sampled_from([(1, 1), (3, 3), (2, 5), (7, 7), (1, 3)]))

@@ -1,6 +1,5 @@
 """Convolutions with a packed weight."""
 
-import math
 from typing import cast
 
 import torch
@@ -57,7 +56,7 @@ class ProductConv(ProductLayer):
     def _is_too_wide(self, width: int) -> bool:
         """Return whether the rows of all channels that the kernels take together may not fit their 32-bit offsets."""
         out, inputs = self.packed_weights["weight"].shape[0], self.packed_weights["weight"].shape[1] * self.groups
-        rows = math.prod(side * step for side, step in zip(self.kernel_size[:-1], self.dilation[:-1], strict=True))
+        rows = self.kernel_size[0] * self.dilation[0] if len(self.kernel_size) == 2 else 1
         padding = 0 if isinstance(self.padding, str) else max(self.padding)
         span = width + 2 * max(self.kernel_size[-1] * self.dilation[-1], padding)
         return _EXAMPLES * max(out, inputs) * span * (rows + 2 * max(self.stride)) > torch.iinfo(torch.int32).max // 2

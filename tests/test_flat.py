@@ -370,7 +370,8 @@ def sanitized(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("tests", "source"), [("test_flat.py", "flat"), ("test_ops.py", "csr_kernels"), ("test_conv.py", "conv_kernels")]
+    ("tests", "source"),
+    [("test_flat.py", "ops_flat"), ("test_ops.py", "csr_kernels"), ("test_conv.py", "conv_kernels")],
 )
 def test_compiled_functions_stay_within_their_tensors(tests, source, tmp_path):
     """The tests over random shapes pass where a wrong access would end the process."""

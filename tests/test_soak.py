@@ -3,6 +3,7 @@
 import copy
 import os
 import pickle
+import resource
 import sys
 import time
 import warnings
@@ -50,6 +51,14 @@ def test_a_few_cases_of_every_kind_break_no_rule():
     for kind in ("loop", "trainer", "killed", "sharded"):
         assert f" 0 {kind}" not in done.stdout
         assert f"(0 {kind}" not in done.stdout
+
+
+@pytest.fixture(autouse=True)
+def own_limit():
+    """The soak limits the memory of its process, which here goes on with other tests."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 @contextmanager

@@ -169,7 +169,7 @@ def choose_storage(
         kernels = _kernels_for(product, structure, storage, device)
         if not kernels:
             continue
-        pays = _pays(active, updated, target.shape.numel(), product, _cost(product, structure, kernels))
+        pays = _pays(active, updated, target.shape.numel(), product, _cost(structure, kernels))
         return compact if storage.products == "auto" and not pays else StorageChoice("packed", product, kernels)
     return compact
 
@@ -219,10 +219,10 @@ def _kernels_for(product: Product, structure: Structure, storage: Packed, device
     kernels = cast(Kernels, storage.kernels)
     if product.groups is None:
         return MATRIX_KERNELS.choose(kernels, device)
-    return "compiled" if CONV_KERNELS.choose(kernels, device) == "compiled" else ""
+    return "" if CONV_KERNELS.choose(kernels, device) == "torch" else "compiled"
 
 
-def _cost(product: Product, structure: Structure, kernels: str) -> float:
+def _cost(structure: Structure, kernels: str) -> float:
     """Return the time of a product per entry, relative to a dense one."""
     if isinstance(structure, Block):
         # fitted to square blocks of side 16, 32 and 64 on a CPU; a GPU takes less for large blocks

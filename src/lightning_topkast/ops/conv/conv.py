@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.ops.conv import library  # noqa: F401  defines the operators
 from lightning_topkast.ops.conv.pattern import ConvPattern
+from lightning_topkast.ops.dtypes import dtypes_of
 
 
 def sparse_conv2d(
@@ -49,14 +50,7 @@ def sparse_conv2d(
             f"a kernel of {kernel[0]} × {kernel[1]}, dilated by {dilation}, does not fit an input of "
             f"{tuple(input.shape[2:])} with padding {padding}"
         )
-    computed = torch.float64 if values.dtype == torch.float64 else torch.float32
-    autocast = torch.is_autocast_enabled("cpu") and computed != torch.float64
-    result = torch.get_autocast_dtype("cpu") if autocast else input.dtype
-    if not autocast and not (values.dtype == input.dtype and (bias is None or bias.dtype == input.dtype)):
-        raise TopKastError(
-            f"input ({input.dtype}), values ({values.dtype}) and bias must have the same dtype; convert the input, "
-            "or run under torch.autocast"
-        )
+    computed, result = dtypes_of(input, values, bias)
     output: Tensor = _SparseConv.apply(  # type: ignore[no-untyped-call]
         input.to(computed),
         values.to(computed),

@@ -65,17 +65,17 @@ struct Backward {
 template <int R, int Q, typename T>
 __attribute__((noinline)) void multiply(
     const Forward<T>& matrix, int64_t block, const T* inputs, int64_t input_row, const T* bias, T* out,
-    int64_t out_plane, int64_t out_row, int64_t first_row, int64_t last_row) {
+    int64_t out_plane, int64_t out_row) {
   using Vec = Vectorized<T>;
   constexpr int lanes = kLanes<T>;
   const int32_t *begins = matrix.cut + block * matrix.rows, *ends = begins + matrix.rows;
-  for (int64_t row = first_row; row < last_row; ++row) {
+  for (int64_t row = 0; row < matrix.rows; ++row) {
     const int32_t begin = begins[row], end = ends[row];
     if (begin == end && block) {
       continue;
     }
     T* const result = out + row * out_plane;
-    if (row + kAhead < last_row) { // a block's entries of the next rows lie far apart
+    if (row + kAhead < matrix.rows) { // a block's entries of the next rows lie far apart
       const int32_t next = begins[row + kAhead];
       __builtin_prefetch(matrix.offsets + next);
       __builtin_prefetch(matrix.offsets + next + 16);
@@ -698,7 +698,7 @@ void convolve(
             for (int64_t block = 0; block < matrix.blocks; ++block) {
               multiply<rows(), columns()>(
                   matrix, block, from + block * index.block * map.plane(), map.row(), bias,
-                  out + of_output(row, column), outputs.plane(), outputs.row(), 0, matrix.rows);
+                  out + of_output(row, column), outputs.plane(), outputs.row());
             }
           }
         }

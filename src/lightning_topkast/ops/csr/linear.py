@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.ops.csr import library
 from lightning_topkast.ops.csr.pattern import Pattern
+from lightning_topkast.ops.dtypes import dtypes_of
 
 
 def sparse_linear(
@@ -24,8 +25,7 @@ def sparse_linear(
 ) -> Tensor:
     """Compute `F.linear(input, A, bias)` for a sparse A, with a gradient that includes the exploring entries.
 
-    Like `F.linear`, it returns the inputs' dtype or that of autocast; 16-bit types
-    are computed in float32.
+    Like `F.linear`, it returns the inputs' dtype or that of autocast; 16-bit types are computed in float32.
 
     Args:
         input: (..., in).
@@ -34,7 +34,7 @@ def sparse_linear(
         bias: (out,).
         active: the places of A's entries in (out, in). Its transpose is used for the input's gradient.
         exploring: the places of the exploring entries, whose transpose is not used.
-        kernels: `"torch"` or `"compiled"`, the result of `choose_kernels`.
+        kernels: `"torch"` or `"compiled"`, the result of `MATRIX_KERNELS.choose`.
         transposed: the weight and the patterns are (in, out); then A's transpose is used for the product.
         batch_last: whether the batch is last in the result's memory, as the products need it, so that an adjacent
             sparse layer, with pointwise operations between, copies nothing. False: the result is contiguous.
@@ -46,15 +46,7 @@ def sparse_linear(
         TopKastError: shapes or dtypes do not fit.
     """
     _check(input, values, bias, active, exploring, transposed)
-    computed = torch.float64 if values.dtype == torch.float64 else torch.float32
-    device = input.device.type
-    autocast = torch.is_autocast_enabled(device) and computed != torch.float64
-    result = torch.get_autocast_dtype(device) if autocast else input.dtype
-    if not autocast and not (values.dtype == input.dtype and (bias is None or bias.dtype == input.dtype)):
-        raise TopKastError(
-            f"input ({input.dtype}), values ({values.dtype}) and bias must have the same dtype; convert the input, "
-            "or run under torch.autocast"
-        )
+    computed, result = dtypes_of(input, values, bias)
     output: Tensor = _SparseLinear.apply(  # type: ignore[no-untyped-call]
         input.to(computed),
         values.to(computed),

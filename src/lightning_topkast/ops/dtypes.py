@@ -1,0 +1,24 @@
+"""The dtypes in which products with single entries are computed."""
+
+import torch
+from torch import Tensor
+
+from lightning_topkast.errors import TopKastError
+
+
+def dtypes_of(input: Tensor, values: Tensor, bias: Tensor | None) -> tuple[torch.dtype, torch.dtype]:
+    """Return the dtype to compute in, float32 or float64, and that of the result, which may be autocast's.
+
+    Raises:
+        TopKastError: the tensors' dtypes differ without autocast.
+    """
+    computed = torch.float64 if values.dtype == torch.float64 else torch.float32
+    device = input.device.type
+    if torch.is_autocast_enabled(device) and computed != torch.float64:
+        return computed, torch.get_autocast_dtype(device)
+    if not (values.dtype == input.dtype and (bias is None or bias.dtype == input.dtype)):
+        raise TopKastError(
+            f"input ({input.dtype}), values ({values.dtype}) and bias must have the same dtype; convert the input, "
+            "or run under torch.autocast"
+        )
+    return computed, input.dtype

@@ -114,6 +114,15 @@ def test_maps_of_one_pixel_and_maps_of_several_bands():
     check((40, 64, 3, 3), 1, torch.randn(18, 64, 41, 24), padding=2, stride=2, dilation=(3, 1))
 
 
+def test_short_rows_of_1x1_kernels_hold_the_same_pixels():
+    for size in ((10, 12), (7, 21), (13, 13)):
+        images = torch.randn(18, 7, *size).contiguous(memory_format=torch.channels_last)
+        check((5, 7, 1, 1), 1, images)
+        check((5, 7, 1, 1), 1, images[:, :, :, : size[1] // 2])  # whose rows are apart
+        check((4, 7, 1, 1), 1, images, stride=2)
+        check((4, 7, 1, 1), 1, images, padding=1)
+
+
 def test_an_empty_batch_is_empty_and_gives_zero_gradients():
     check((5, 4, 3, 3), 1, torch.randn(0, 4, 6, 7), padding=1)
 

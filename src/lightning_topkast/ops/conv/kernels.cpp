@@ -18,6 +18,7 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <initializer_list>
 #include <optional>
 #include <tuple>
 #include <type_traits>
@@ -645,6 +646,32 @@ Images<T> rows_of(Images<T> images, int64_t first, int64_t count) {
   return images;
 }
 
+// Shortens the rows of a 1×1 kernel, which meets every pixel alone, so that the maps of a row fit the cache even with
+// many channels: the images become (examples, channels, pixels / width, width). Their channels are neighbours in memory;
+// otherwise short rows would be read from many places.
+template <typename T>
+void shorten_rows(Geometry& geometry, std::initializer_list<Images<T>*> batches) {
+  const Side &v = geometry.vertical, &h = geometry.horizontal;
+  const int64_t pixels = v.in * h.in;
+  int64_t width = kMost;
+  while (pixels % width) {
+    --width;
+  }
+  const auto merge = [](const Images<T>* images) {
+    return images->by_channel == 1 && images->by_row == images->width * images->by_column;
+  };
+  if (geometry.taps() > 1 || v.stride * h.stride > 1 || v.pad + h.pad > 0 || width < kMost / 2 || width >= h.in ||
+      !std::all_of(batches.begin(), batches.end(), merge)) {
+    return;
+  }
+  geometry = {{pixels / width, pixels / width, 1, 1, 1, 0}, {width, width, 1, 1, 1, 0}};
+  for (Images<T>* images : batches) {
+    images->height = pixels / width;
+    images->width = width;
+    images->by_row = width * images->by_column;
+  }
+}
+
 template <typename T>
 void convolve(
     const Index& index, const Geometry& geometry, const T* values, const T* bias, const Images<T>& images,
@@ -827,17 +854,19 @@ Tensor convolution(
     const Tensor& values, Tensors index_tensors, at::IntArrayRef sizes, const Tensor& images,
     const std::optional<Tensor>& bias, at::IntArrayRef numbers, bool channels_last) {
   const Index index = index_of(sizes, index_tensors);
-  const Geometry geometry = geometry_of(images, numbers);
-  check(index, geometry, values, images);
+  const Geometry whole = geometry_of(images, numbers);
+  check(index, whole, values, images);
   const Tensor result = at::empty(
-      {images.size(0), index.rows, geometry.vertical.out, geometry.horizontal.out}, images.options(),
+      {images.size(0), index.rows, whole.vertical.out, whole.horizontal.out}, images.options(),
       channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous);
   if (result.numel()) {
     with_type(images, [&](auto zero) {
       using T = decltype(zero);
+      Geometry geometry = whole;
+      Images<T> inputs = images_of<T>(images), outputs = images_of<T>(result);
+      shorten_rows(geometry, {&inputs, &outputs});
       convolve<T>(
-          index, geometry, values.const_data_ptr<T>(), bias ? bias->const_data_ptr<T>() : nullptr,
-          images_of<T>(images), images_of<T>(result));
+          index, geometry, values.const_data_ptr<T>(), bias ? bias->const_data_ptr<T>() : nullptr, inputs, outputs);
     });
   }
   return result;
@@ -847,20 +876,28 @@ std::tuple<Tensor, Tensor> convolution_gradients(
     const Tensor& values, Tensors index_tensors, at::IntArrayRef sizes, const Tensor& images, const Tensor& grads,
     at::IntArrayRef numbers, bool of_input, bool of_values) {
   const Index index = index_of(sizes, index_tensors);
-  const Geometry geometry = geometry_of(images, numbers);
-  check(index, geometry, values, images);
+  const Geometry whole = geometry_of(images, numbers);
+  check(index, whole, values, images);
   TORCH_CHECK(
-      grads.size(0) == images.size(0) && grads.size(1) == index.rows && grads.size(2) == geometry.vertical.out &&
-          grads.size(3) == geometry.horizontal.out && grads.scalar_type() == images.scalar_type(),
+      grads.size(0) == images.size(0) && grads.size(1) == index.rows && grads.size(2) == whole.vertical.out &&
+          grads.size(3) == whole.horizontal.out && grads.scalar_type() == images.scalar_type(),
       "the gradient of a packed convolution's output has the wrong shape");
   const Tensor input_grad = of_input ? at::empty_like(images) : at::empty({0}, images.options());
   const Tensor values_grad = of_values ? at::zeros({values.numel()}, values.options()) : at::empty({0}, values.options());
   if (images.numel()) {
     with_type(images, [&](auto zero) {
       using T = decltype(zero);
+      Geometry geometry = whole;
+      Images<T> inputs = images_of<T>(images), outputs = images_of<T>(grads), result{};
+      if (of_input) {
+        result = images_of<T>(input_grad);
+        shorten_rows(geometry, {&inputs, &outputs, &result});
+      } else {
+        shorten_rows(geometry, {&inputs, &outputs});
+      }
       convolve_back<T>(
-          index, geometry, values.const_data_ptr<T>(), images_of<T>(images), images_of<T>(grads),
-          of_input ? images_of<T>(input_grad) : Images<T>{}, of_values ? values_grad.mutable_data_ptr<T>() : nullptr);
+          index, geometry, values.const_data_ptr<T>(), inputs, outputs, result,
+          of_values ? values_grad.mutable_data_ptr<T>() : nullptr);
     });
   }
   return {input_grad, values_grad};

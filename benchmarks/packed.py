@@ -1,6 +1,6 @@
 """Whole training steps of dense, masked and packed networks, and what they hold in memory.
 
-    OMP_NUM_THREADS=1 python benchmarks/packed.py [--quick] [--only SECTION ...] [--json FILE] [--plot FILE]
+    OMP_NUM_THREADS=1 python benchmarks/packed.py [--quick] [--only SECTION ...] [--keep-memory] [--json FILE] [...]
 
 The variants of a case live in one process and take their steps in turn, on the same batch. Times are CPU seconds of
 this process's one thread; speeds are medians over rounds of (dense / variant) within a round. The arithmetic limit of
@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from workloads import ResNet18, ResNet50
 
-from lightning_topkast import Block, Packed, Schedule, Targets, TopKast
+from lightning_topkast import Block, Packed, Schedule, Targets, TopKast, keep_freed_memory
 from lightning_topkast.app.models import TransformerLM, WideResNet
 from lightning_topkast.layers import packed_weights
 
@@ -71,14 +71,13 @@ class Training:
     def __init__(self, case: Case, variant: str) -> None:
         torch.manual_seed(0)
         self.case, self.topkast = case, None
-        if variant == "sparselab":
-            self.model = with_sparselab(case.build(), case.pair[0])
-        else:
-            self.model = case.build()
+        self.model = case.build()
+        if variant in PEERS:
+            PEERS[variant](self.model, case.pair[0], case.keep_ends_dense)
         self.channels_last = case.channels_last and variant != "dense, channels first"
         if self.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if variant not in ("dense", "dense, channels first", "sparselab"):
+        if variant not in ("dense", "dense, channels first", *PEERS):
             ends = case.keep_ends_dense
             options: dict[str, Any] = (VARIANTS | IN_BLOCKS).get(variant) or {"storage": variant}
             targets = Targets(keep_first_dense=ends, keep_last_dense=ends)
@@ -119,15 +118,40 @@ class Training:
         }
 
 
-def with_sparselab(model: nn.Module, sparsity: float) -> nn.Module:
-    """Replace every linear layer by sparselab's."""
+def use_sparselab(model: nn.Module, sparsity: float, keep_ends_dense: bool) -> None:
+    """Replace linear layers by sparselab's."""
     from sparselab.nn import SparseLinear
 
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear):
-                setattr(parent, name, SparseLinear(child.in_features, child.out_features, sparsity=sparsity))
-    return model
+    for parent, name, layer in layers_of(model, nn.Linear, keep_ends_dense):
+        setattr(parent, name, SparseLinear(layer.in_features, layer.out_features, sparsity=sparsity))
+
+
+def use_sparseprop(model: nn.Module, sparsity: float, keep_ends_dense: bool) -> None:
+    """Replace linear layers and convolutions by sparseprop's."""
+    from sparseprop.modules import SparseConv2d, SparseLinear
+
+    for parent, name, layer in layers_of(model, (nn.Linear, nn.Conv2d), keep_ends_dense):
+        with torch.no_grad():
+            layer.weight.mul_(torch.rand_like(layer.weight) >= sparsity)
+        kind = SparseLinear if isinstance(layer, nn.Linear) else SparseConv2d
+        setattr(parent, name, kind.from_dense(layer))
+
+
+def layers_of(model: nn.Module, kinds: Any, keep_ends_dense: bool) -> list[tuple[nn.Module, str, Any]]:
+    """Parents, names and layers of these kinds, without the first and last layer of all if these are kept dense."""
+    named = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    layers: list[tuple[nn.Module, str, Any]] = []
+    for path in named[1:-1] if keep_ends_dense else named:
+        if isinstance(layer := model.get_submodule(path), kinds):
+            parent, _, name = path.rpartition(".")
+            layers.append((model.get_submodule(parent), name, layer))
+    return layers
+
+
+PEERS: dict[str, Callable[[nn.Module, float, bool], None]] = {
+    "sparselab": use_sparselab,
+    "sparseprop": use_sparseprop,
+}
 
 
 def compare(case: Case) -> list[Row]:
@@ -139,7 +163,7 @@ def compare(case: Case) -> list[Row]:
             trainings[name] = Training(case, name)
             for _ in range(3):
                 trainings[name].step(case.batch())
-        except Exception as error:  # a rival or a missing compiler may fail in any way, and the table says how
+        except Exception as error:  # a peer or a missing compiler may fail in any way, and the table says how
             trainings.pop(name, None)
             rows.append({"variant": name, "failed": f"{type(error).__name__}: {error}".splitlines()[0][:80]})
     times: dict[str, list[float]] = {name: [] for name in trainings}
@@ -234,9 +258,20 @@ def cases(quick: bool, only: list[str]) -> Iterator[Case]:
                 yield Case(name, build, batch, optimizer, (0.9, 0.8), 3 if quick else 7, ["masked", "compact"], True)
     if "convolutions" in only:
         yield from convolutions(quick)
-    if "sparselab" in only:
+    if "peers" in only:
         width, size = (64, 8) if quick else (2048, 128)
+        channels, side = (16, 8) if quick else (64, 32)
         for pair in EQUAL_PAIRS:
+            yield Case(
+                f"ResNet-18 ({side}×{side}), batch 32",
+                lambda: ResNet18(channels),
+                lambda: (torch.randn(32, 3, side, side), torch.randint(10, (32,))),
+                "SGD",
+                pair,
+                3,
+                ["packed", "sparseprop"],
+                keep_ends_dense=True,
+            )
             yield Case(
                 f"MLP 4 × {width}, batch {size}",
                 lambda: mlp(width),
@@ -244,7 +279,7 @@ def cases(quick: bool, only: list[str]) -> Iterator[Case]:
                 "Adam",
                 pair,
                 3 if quick else 9,
-                ["packed, torch", "packed, compiled", "sparselab"],
+                ["packed, torch", "packed, compiled", *PEERS],
             )
 
 
@@ -374,9 +409,9 @@ def aims(rows: list[Row]) -> list[Row]:
         if variant == "compact":
             add(f"{network}, {optimizer}: compact no slower than dense", row["speed"], 1)
             add(f"{network}, {optimizer}: bytes ≤ 0.5", row["bytes"], 0.5, at_least=False)
-        rival = by_key.get((network, optimizer, sparsity, "sparselab"))
-        if rival is not None and variant == "packed, compiled":
-            add(f"{sparsity}: ≥ 1.5 × as fast as sparselab", rival["ms"] / row["ms"], 1.5)
+        peer = by_key.get((network, optimizer, sparsity, "sparselab"))
+        if peer is not None and variant == "packed, compiled":
+            add(f"{sparsity}: ≥ 2.5 × as fast as sparselab", peer["ms"] / row["ms"], 2.5)
     return found
 
 
@@ -413,15 +448,18 @@ def plot(rows: list[Row], path: Path) -> None:
 
 
 def main() -> None:
-    sections = ["MLP", "blocks", "transformer", "compact", "convolutions", "sparselab", "refresh", "peak"]
+    sections = ["MLP", "blocks", "transformer", "compact", "convolutions", "peers", "refresh", "peak"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny networks and few steps: shows that it runs, no more")
     parser.add_argument("--only", nargs="+", choices=sections, default=sections, help="sections")
+    parser.add_argument("--keep-memory", action="store_true", help="call keep_freed_memory(), as topkast-train does")
     parser.add_argument("--json", type=Path, help="also write all figures to this file")
     parser.add_argument("--plot", type=Path, help="also draw the MLP's speeds into this file")
     parser.add_argument("--peak-of", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.keep_memory:
+        keep_freed_memory()
     if arguments.peak_of:
         print(peak(arguments.quick, int(arguments.peak_of[0]), arguments.peak_of[1]))
         return

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lightning_topkast.method.schedule import Ramp, Schedule
     from lightning_topkast.method.structure import Block, NOfM, Structure
     from lightning_topkast.method.targets import Targets
+    from lightning_topkast.ops.memory import keep_freed_memory
     from lightning_topkast.settings import Settings
     from lightning_topkast.storage import Masked, Packed
     from lightning_topkast.telemetry.metrics import MaskChange, ReservoirActivation, Sparsity
@@ -56,6 +57,7 @@ __all__ = [
     "TopKastCallback",
     "TopKastError",
     "dense_copy",
+    "keep_freed_memory",
     "register_optimizer",
     "sparse_all_reduce",
     "to_csr",
@@ -93,6 +95,7 @@ _HOMES = {
     "TopKastCallback": "callback",
     "TopKastError": "errors",
     "dense_copy": "layers",
+    "keep_freed_memory": "ops.memory",
     "register_optimizer": "engine.optimizers",
     "sparse_all_reduce": "training.all_reduce",
     "to_csr": "layers",

@@ -55,6 +55,7 @@ from lightning_topkast.app.run_folder.result import write_result
 from lightning_topkast.app.run_folder.resume_arguments import AUTO, resume_options
 from lightning_topkast.app.terminal import say
 from lightning_topkast.errors import NonFiniteWeightError
+from lightning_topkast.ops.memory import keep_freed_memory
 from lightning_topkast.training.saved_paths import OwnCheckpoints
 
 _PATIENCE = 20.0  # seconds to wait for another run in the same folder to end
@@ -115,6 +116,8 @@ def _train(cfg: DictConfig) -> float:
         if isinstance(model, ClassificationTask):  # another module makes its optimizers in training
             checkpoint.check_optimizer(model.optimizer)
     trainer: Trainer = build(cfg.trainer, logger=loggers or False, callbacks=callbacks)
+    if trainer.strategy.root_device.type == "cpu":
+        keep_freed_memory()
     with one_job(trainer):
         unused = () if isinstance(model, ClassificationTask) else OF_TASK
         config = recorded(with_width(cfg))

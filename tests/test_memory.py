@@ -1,0 +1,41 @@
+"""Keeping freed memory, which holds for a whole process."""
+
+import sys
+
+import pytest
+
+from lightning_topkast import keep_freed_memory
+from tests.processes import run
+
+_FAULTS = """
+import resource
+import sys
+
+import torch
+
+from lightning_topkast import keep_freed_memory
+
+assert not sys.argv[1:] or keep_freed_memory()
+size = 64 << 20
+for _ in range(4):
+    torch.zeros(size, dtype=torch.uint8)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    torch.zeros(size, dtype=torch.uint8)
+print("faults", resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(*arguments):
+    done = run([sys.executable, "-c", _FAULTS, *arguments], check=True)
+    return int(done.stdout.split()[-1])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc's malloc can")
+def test_memory_that_is_kept_is_not_mapped_anew():
+    assert faults() > 10 * (faults("keep") + 1)
+
+
+def test_another_c_library_is_left_alone(monkeypatch):
+    monkeypatch.setattr("ctypes.CDLL", lambda name: object())
+    assert keep_freed_memory() is False

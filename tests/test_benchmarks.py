@@ -118,8 +118,9 @@ def test_time_to_accuracy_ends_at_the_goal_or_says_that_it_was_not_reached(tmp_p
     assert [run["method"] for run in runs][:2] == ["dense", "masked, 90/80"]
     assert all(run["seconds"] > 0 and run["accuracy"] >= 0 for run in runs)
     out = run_benchmark(
-        "time_to_accuracy.py", "--folder", tmp_path / "data", "--accuracy", "1.1", "--seeds", "0", "--epochs", "1"
-    )
+        "time_to_accuracy.py", "--folder", tmp_path / "data", "--accuracy", "1.1", "--seeds", "0", "--epochs", "1",
+        "--network", "cnn", "--width", "8",
+    )  # fmt: skip
     assert "0 of 1" in out.stdout
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_topkast import Targets, TopKast
+from lightning_topkast import Packed, Targets, TopKast
 
 
 class Deep(nn.Module):
@@ -54,3 +54,20 @@ def test_storage_is_a_column_only_where_weights_differ_in_it():
     text = TopKast(model, 0.9, 0.8, storage="compact").summary().table()
     assert "2 sparse, compact" in text
     assert text.count("compact") == 1
+
+
+def test_the_summary_says_why_each_weight_is_stored_as_it_is():
+    model = nn.Sequential(nn.Linear(16, 512), nn.Linear(512, 512), nn.ConvTranspose2d(8, 8, 3), nn.Linear(512, 16))
+    model[1].weight.register_post_accumulate_grad_hook(lambda parameter: None)
+    storage = Packed(kernels="torch", products="auto")
+    targets = Targets(include_types=["Linear", "ConvTranspose2d"], keep_first_dense=False, keep_last_dense=False)
+    with pytest.warns(UserWarning, match="masked"):
+        topkast = TopKast(model, 0.9, 0.8, targets=targets, storage=storage)
+    assert topkast.summary().notes[1:4] == (
+        "compact, 2 of 4: fewer than 65,536 entries",
+        "compact, 1 of 4: its layer has no product with packed values",
+        "masked, 1 of 4: it has hooks, which expect a dense gradient",
+    )
+    ends = Targets(keep_first_dense=False, keep_last_dense=False)
+    one = TopKast(nn.Linear(512, 512), 0.9, 0.8, targets=ends, storage=storage)
+    assert "packed, 1 of 1: packed products should take 0.67 times as long as dense ones" in one.summary().notes

@@ -27,7 +27,7 @@ class Layer:
         name: of the parameter; "MODULE (activations)" for products in a module without a parameter; "buffers".
         shape: the weight's own shape, even if it is packed.
         storage: masked, packed, compact or dense.
-        reason: why it is dense, or why it stays masked although packing was requested.
+        reason: why it is dense, or why its storage is that one; "" if it is as requested.
         size: number of entries.
         active: |A|; all entries of a dense parameter.
         updated: |B| at the start of the run.
@@ -168,11 +168,11 @@ def make_plan(
     examples, buffers = len(inputs[0]), Bytes(weights=sum(buffer.nbytes for buffer in model.buffers()))
     layers, obstacles = [], []
     for target in targets:
-        held, obstacle = _held(target, counts, settings, storage)
+        held, reason = _held(target, counts, settings, storage)
         flops = products.get(target.name, Products())
         mean = means.get(target.name, (1.0, 1.0))
-        layers.append(_layer(target, held, obstacle, flops, mean, examples, bytes_of(held, optimizer, parallel)))
-        obstacles += [f"'{target.name}' ({obstacle})"] if obstacle else []
+        layers.append(_layer(target, held, reason, flops, mean, examples, bytes_of(held, optimizer, parallel)))
+        obstacles += [f"'{target.name}' ({reason})"] if reason and held.storage == "masked" else []
     if isinstance(storage, Packed) and storage.unsupported == "error" and obstacles:
         refuse_or_warn(storage, obstacles)
     layers += [_dense(f"{name} (activations)", flops, examples) for name, flops in of_activations.items()]
@@ -207,26 +207,26 @@ def _sizes(settings: Settings, shapes: Mapping[str, torch.Size], stacks: Collect
 def _held(
     target: Target, counts: Counts, settings: Settings | None, storage: Masked | Packed | None
 ) -> tuple[Held, str]:
-    """Return the storage of a parameter, and why it stays masked although packing was requested, or ""."""
+    """Return the storage of a parameter, and the reason for it."""
     shape, dtype, trains = tuple(target.shape), target.parameter.dtype, target.parameter.requires_grad
     if settings is None or storage is None or not target.sparse:
         size = target.shape.numel()
-        return Held(shape, dtype, "dense", size, size, size, trains), ""
+        return Held(shape, dtype, "dense", size, size, size, trains), target.reason
     active, updated = counts[target.name]
     structure = target.structure(settings.structure)
     choice = choose_storage(target, active, updated, storage, structure)
     present = active if settings.schedule.stop_exploring_at == 0 else updated  # no exploration from the first step on
-    return Held(shape, dtype, choice.name, active, updated, present, trains, structure, choice.product), choice.obstacle
+    return Held(shape, dtype, choice.name, active, updated, present, trains, structure, choice.product), choice.reason
 
 
 def _layer(
-    target: Target, held: Held, obstacle: str, dense: Products, mean: tuple[float, float], examples: int, taken: Bytes
+    target: Target, held: Held, reason: str, dense: Products, mean: tuple[float, float], examples: int, taken: Bytes
 ) -> Layer:
     size = target.shape.numel()
     final = dense if held.storage == "dense" else dense.scaled(held.active / size, held.present / size)
     training = dense if held.storage == "dense" else dense.scaled(*mean)
     return Layer(
-        target.name, held.shape, held.storage, target.reason or obstacle, size, held.active, held.present,
+        target.name, held.shape, held.storage, reason, size, held.active, held.present,
         final.forward / examples, dense.forward / examples, training.training / examples, dense.training / examples,
         taken,
     )  # fmt: skip

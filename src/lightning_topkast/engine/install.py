@@ -78,13 +78,11 @@ def make_weights(
             compiled kernels are not available.
     """
     weights: dict[str, SparseWeight] = {}
-    left_masked: list[str] = []
+    choices: dict[str, StorageChoice] = {}
     for target in targets:
         active, updated = counts[target.name]
         own = replace(traits, structure=target.structure(traits.structure))
-        choice = choose_storage(target, active, updated, storage, own.structure)
-        if choice.obstacle:
-            left_masked.append(f"'{target.name}' ({choice.obstacle})")
+        choice = choices[target.name] = choose_storage(target, active, updated, storage, own.structure)
         if choice.name == "masked":
             weights[target.name] = MaskedWeight(target.name, target.parameter, active, updated, own)
             continue
@@ -98,6 +96,9 @@ def make_weights(
         weights[target.name] = PackedWeight(
             target.name, target.parameter, active, updated, own, choice.product, choice.kernels
         )
+    for name, weight in weights.items():
+        weight.storage_reason = choices[name].reason
+    left_masked = [f"'{name}' ({choice.reason})" for name, choice in choices.items() if choice.name == "masked"]
     if left_masked and isinstance(storage, Packed):
         refuse_or_warn(storage, left_masked)
     return weights
@@ -127,13 +128,14 @@ class StorageChoice:
         name: of the storage.
         product: how the layer multiplies by it if it is packed.
         kernels: the kernels for it.
-        obstacle: why the weight stays masked although packing was requested, or "".
+        reason: why the weight stays masked or is compact although packing was requested, or what "auto" expects of it;
+            "" if it is as requested.
     """
 
     name: Literal["masked", "packed", "compact"]
     product: Product | None = None
     kernels: str = ""
-    obstacle: str = ""
+    reason: str = ""
 
 
 def choose_storage(
@@ -154,24 +156,34 @@ def choose_storage(
     if isinstance(storage, Masked):
         return StorageChoice("masked")
     if obstacle := _obstacle(target):
-        return StorageChoice("masked", obstacle=obstacle)
-    compact = StorageChoice("compact")
+        return StorageChoice("masked", reason=obstacle)
     if storage.products == "dense":
-        return compact
+        return StorageChoice("compact")
     # a parameter on the meta device will be initialized on the CPU
     device = torch.device("cpu") if target.parameter.is_meta else target.parameter.device
     first, *others = [products_of(*owner) for owner in target.owners]
+    reason = "its layer has no product with packed values"
     for product in first:
         if not all(product in products for products in others):
             continue
         if not can_multiply(target.shape, active, updated, structure, product):
+            reason = "the indices do not fit the kernels"
             continue
         kernels = _kernels_for(product, structure, storage, device)
         if not kernels:
+            reason = "there are no kernels for its product"
             continue
-        pays = _pays(active, updated, target.shape.numel(), product, _cost(structure, kernels))
-        return compact if storage.products == "auto" and not pays else StorageChoice("packed", product, kernels)
-    return compact
+        packed = StorageChoice("packed", product, kernels)
+        if storage.products == "sparse":
+            return packed
+        least = _LEAST_ENTRIES if product.groups is None else _LEAST_ENTRIES_OF_CONV
+        if target.shape.numel() < least:
+            return StorageChoice("compact", reason=f"fewer than {least:,} entries")
+        # of three dense products, two with A and one on B
+        speed = 3 * target.shape.numel() / max(_cost(structure, kernels) * (2 * active + updated), 1)
+        reason = f"packed products should take {1 / speed:.2g} times as long as dense ones"
+        return replace(packed if speed > 1 else StorageChoice("compact"), reason=reason)
+    return StorageChoice("compact", reason=reason)
 
 
 def install(target: Target, weight: SparseWeight) -> None:
@@ -228,9 +240,3 @@ def _cost(structure: Structure, kernels: str) -> float:
         # fitted to square blocks of side 16, 32 and 64 on a CPU; a GPU takes less for large blocks
         return 2 + 40 / min(structure.outputs, structure.inputs)
     return _COST_OF_ENTRY[kernels]
-
-
-def _pays(active: int, updated: int, size: int, product: Product, cost: float) -> bool:
-    """Return whether the products of a packed step (two with A, one on B) should be faster than three dense ones."""
-    least = _LEAST_ENTRIES if product.groups is None else _LEAST_ENTRIES_OF_CONV
-    return size >= least and cost * (2 * active + updated) < 3 * size

@@ -2,7 +2,8 @@
 
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from textwrap import wrap
 from types import MappingProxyType
@@ -171,6 +172,12 @@ def _how_chosen(timeline: Timeline, settings: Settings) -> str:
     return f"refresh every {schedule.update_every} steps{until}, {how}, {settings.allocation.distribution} distribution"
 
 
+def _storages(weights: Collection[SparseWeight]) -> list[str]:
+    """Say why weights are stored as they are, where that was chosen for each."""
+    chosen = Counter((weight.storage, weight.storage_reason) for weight in weights if weight.storage_reason)
+    return [f"{storage}, {count} of {len(weights)}: {reason}" for (storage, reason), count in sorted(chosen.items())]
+
+
 def without_reservoir(
     weights: Mapping[str, SparseWeight], zeros: Mapping[str, tuple[int, int]], settings: Settings
 ) -> list[str]:
@@ -229,7 +236,7 @@ def summarize(
         active, updated = (weight.active_count, weight.updated_count) if weight else (size, size)
         storage = weight.storage if weight else ""
         rows.append(WeightSummary(target.name, tuple(target.shape), size, active, updated, target.reason, storage))
-    notes = [_how_chosen(timeline, settings)]
+    notes = [_how_chosen(timeline, settings), *_storages(weights.values())]
     if settings.ramp is not None:
         ramp = timeline.ramp or settings.ramp
         when = "" if timeline.ramp is None else f", between steps {ramp.begin} and {ramp.end}"

@@ -94,6 +94,7 @@ class SparseWeight(ABC):
     """
 
     storage: str  # masked, packed or compact
+    storage_reason = ""  # why it is that one, if it was chosen
     parameter: nn.Parameter
 
     def __init__(

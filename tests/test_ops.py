@@ -593,10 +593,15 @@ def test_libraries_without_their_digest_are_built_again(unloaded, compiler, monk
     assert place.read_text() == right
 
 
-@pytest.mark.parametrize("what", ["torch", "machine", "command", "source"])
-def test_libraries_of_another_torch_machine_command_or_source_are_not_loaded(
+@pytest.mark.parametrize("what", ["torch", "machine", "command", "source", "header"])
+def test_libraries_of_another_torch_machine_command_or_text_are_not_loaded(
     unloaded, compiler, monkeypatch, tmp_path, what
 ):
+    source, header = Path(tmp_path, "source", "kernels.cpp"), tmp_path / "entries.h"
+    source.parent.mkdir()
+    source.write_text('#include "../entries.h"\n')
+    header.write_text("// a header\n")
+    monkeypatch.setattr(MATRIX_KERNELS, "source", source)
     MATRIX_KERNELS.choose("compiled", CPU)
     monkeypatch.setattr(MATRIX_KERNELS, "_obstacle", None)
     if what == "torch":
@@ -605,9 +610,10 @@ def test_libraries_of_another_torch_machine_command_or_source_are_not_loaded(
         monkeypatch.setattr(compiled.platform, "machine", lambda: "another")
     elif what == "command":
         monkeypatch.setenv("CXX", f"{os.environ['CXX']} -O1")
+    elif what == "source":
+        source.write_text(source.read_text() + "// another\n")
     else:
-        (tmp_path / "kernels.cpp").write_text("// another\n")
-        monkeypatch.setattr(MATRIX_KERNELS, "source", tmp_path / "kernels.cpp")
+        header.write_text("// another\n")
     MATRIX_KERNELS.choose("compiled", CPU)
     assert len(compiler.read_text().splitlines()) == 2
     assert len([*compiled._cache().glob("*.so")]) == 2

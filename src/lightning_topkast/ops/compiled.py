@@ -9,6 +9,7 @@ import hashlib
 import logging
 import os
 import platform
+import re
 import shlex
 import stat
 import subprocess
@@ -122,7 +123,7 @@ def _command() -> list[str]:
 
 
 def _load(source: Path, what: str, command: list[str], level: int) -> Path:
-    key = [torch.__version__, platform.machine(), *command, source.read_text()]
+    key = [torch.__version__, platform.machine(), *command, *_texts(source)]
     name = f"{source.parent.name}_{source.stem}_{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.so"
     path = _cache() / name
     if _intact(path):
@@ -134,6 +135,13 @@ def _load(source: Path, what: str, command: list[str], level: int) -> Path:
     _build(source, what, command, path, level)
     torch.ops.load_library(path)
     return path
+
+
+def _texts(source: Path) -> list[str]:
+    """Return the texts of a source and of our headers, which it includes in quotes."""
+    text = source.read_text()
+    headers = re.findall(r'^#include "(.+)"', text, re.MULTILINE)
+    return [text, *(part for header in headers for part in _texts(source.parent / header))]
 
 
 def _cache() -> Path:

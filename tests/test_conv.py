@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_topkast import Packed, Targets, TopKast
 from lightning_topkast.errors import TopKastError
-from lightning_topkast.ops import CONV_KERNELS, ConvPattern, sparse_conv2d
+from lightning_topkast.ops import CONV_KERNELS, EntryPattern, sparse_conv2d
 from lightning_topkast.weights.layouts import ConvLayout, FlatLayout
 from tests.processes import run
 from tests.test_ops import needs_compiler
@@ -50,12 +50,12 @@ def check(shape, groups, images, dtype=torch.float32, density=(0.3, 0.6), sides=
     """Output and all gradients are those of a dense convolution."""
     geometry = {key: (value, value) if isinstance(value, int) else value for key, value in geometry.items()}
     active, exploring = draw_sets(shape, density)
-    pattern = ConvPattern.from_flat(active, exploring, shape, groups)
+    pattern = EntryPattern.from_flat(active, exploring, shape, groups)
     if sides is not None:  # of blocks and panels
-        index = torch.ops.topkast.conv_index(
-            active, exploring, shape[0], shape[1] * groups, shape[2] * shape[3], groups, *sides
+        index = torch.ops.topkast.entry_index(
+            active, exploring, shape[0], shape[1] * groups, shape[2] * shape[3], groups, False, *sides
         )
-        pattern = ConvPattern(shape, groups, active.numel(), pattern.updated, *sides, *index)
+        pattern = EntryPattern(shape, groups, False, active.numel(), pattern.updated, *sides, *index)
     entries = torch.cat([active, exploring])
     assert torch.equal(pattern.flat_indices(), entries)
     values = torch.randn(entries.numel() + tail, dtype=dtype).requires_grad_()
@@ -131,7 +131,7 @@ def test_an_empty_batch_is_empty_and_gives_zero_gradients():
 def test_output_and_gradient_have_the_memory_format_of_the_input(channels_last):
     order = torch.channels_last if channels_last else torch.contiguous_format
     images = torch.randn(8, 4, 6, 6).contiguous(memory_format=order).requires_grad_()
-    pattern = ConvPattern.from_flat(*draw_sets((6, 4, 3, 3)), (6, 4, 3, 3), 1)
+    pattern = EntryPattern.from_flat(*draw_sets((6, 4, 3, 3)), (6, 4, 3, 3), 1)
     output = sparse_conv2d(images, torch.randn(pattern.updated), None, pattern)
     (gradient,) = torch.autograd.grad(output.sum(), images)
     assert output.is_contiguous(memory_format=order)
@@ -146,7 +146,7 @@ def test_strided_views_are_read_as_what_they_are():
 
 def test_the_same_bits_every_time_and_the_same_output_for_any_number_of_threads():
     shape = (48, 32, 3, 3)
-    pattern = ConvPattern.from_flat(*draw_sets(shape), shape, 1)
+    pattern = EntryPattern.from_flat(*draw_sets(shape), shape, 1)
     images, values = torch.randn(40, 32, 20, 20), torch.randn(pattern.updated)
 
     def run():
@@ -174,7 +174,7 @@ def test_the_same_bits_every_time_and_the_same_output_for_any_number_of_threads(
 
 def test_bfloat16_and_autocast_compute_in_float32():
     shape = (6, 4, 3, 3)
-    pattern = ConvPattern.from_flat(*draw_sets(shape), shape, 1)
+    pattern = EntryPattern.from_flat(*draw_sets(shape), shape, 1)
     images, values = torch.randn(8, 4, 6, 6), torch.randn(pattern.updated).requires_grad_()
     expected = sparse_conv2d(images, values, None, pattern)
     with torch.autocast("cpu", torch.bfloat16):
@@ -189,7 +189,7 @@ def test_bfloat16_and_autocast_compute_in_float32():
 
 def test_inputs_that_do_not_fit_are_refused():
     shape = (6, 4, 3, 3)
-    pattern = ConvPattern.from_flat(*draw_sets(shape), shape, 1)
+    pattern = EntryPattern.from_flat(*draw_sets(shape), shape, 1)
     images, values = torch.randn(8, 4, 6, 6), torch.randn(pattern.updated)
     for wrong, message in (
         ((images[:, :3], values, None), "expected input to be \\(batch, 4, height, width\\), got \\(8, 3, 6, 6\\)"),
@@ -202,12 +202,12 @@ def test_inputs_that_do_not_fit_are_refused():
             sparse_conv2d(*wrong, pattern)
     for flat in ([3, 2], [216], [-1, 4]):
         with pytest.raises(ValueError, match=r"expected (indices below|strictly)"):
-            ConvPattern.from_flat(torch.tensor(flat), torch.tensor([], dtype=torch.int64), shape, 1)
+            EntryPattern.from_flat(torch.tensor(flat), torch.tensor([], dtype=torch.int64), shape, 1)
 
 
 def test_operators_pass_the_checks_for_custom_operators():
     shape = (6, 4, 3, 3)
-    pattern = ConvPattern.from_flat(*draw_sets(shape), shape, 1)
+    pattern = EntryPattern.from_flat(*draw_sets(shape), shape, 1)
     images, values = torch.randn(8, 4, 6, 6), torch.randn(pattern.updated)
     numbers = [3, 3, 1, 1, 1, 1, 1, 1, 6, 6]
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -215,7 +215,7 @@ def test_operators_pass_the_checks_for_custom_operators():
     for last in (False, True):
         arguments = values, pattern.index, pattern.sizes, images, None, numbers, last
         torch.library.opcheck(ops.conv.default, arguments, test_utils=tests)
-    torch.library.opcheck(ops.conv_flat_indices.default, (pattern.index, pattern.sizes, 1), test_utils=tests)
+    torch.library.opcheck(ops.entry_flat_indices.default, (pattern.index, pattern.sizes, 1, False), test_utils=tests)
     grads = torch.randn(8, 6, 6, 6)
     arguments = values, pattern.index, pattern.sizes, images, grads, numbers
     for wanted in ((True, True), (False, True), (True, False)):
@@ -272,7 +272,7 @@ def test_a_single_column_may_have_any_stride():
     rows = torch.randn(17, 4, 1, 9)
     check((6, 4, 3, 1), 1, rows.transpose(2, 3))
     shape = (6, 4, 3, 1)
-    pattern = ConvPattern.from_flat(*draw_sets(shape), shape, 1)
+    pattern = EntryPattern.from_flat(*draw_sets(shape), shape, 1)
     images, values = rows.transpose(2, 3).contiguous().requires_grad_(), torch.randn(pattern.updated).requires_grad_()
     output = sparse_conv2d(images, values, None, pattern)
     grad = torch.randn(17, 6, 1, 7).transpose(2, 3)
@@ -388,7 +388,7 @@ def test_a_layout_on_another_device_is_that_of_a_dense_weight():
     moved = weight.layout.to(torch.device("meta"))
     assert isinstance(moved, FlatLayout)
     assert (moved.shape, moved.active_count, moved.updated_count) == (shape, weight.active_count, weight.updated_count)
-    assert moved.entries.device.type == "meta"
+    assert moved.pattern.device.type == "meta"
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.sampled_from([1, 3, 7]), st.sampled_from([1, 2, 4]))
@@ -396,8 +396,8 @@ def test_a_layout_on_another_device_is_that_of_a_dense_weight():
 def test_the_size_of_an_index_is_known_before_it_is_made(out, channels, side, groups):
     shape = (out * groups, channels, side, side)
     active, exploring = draw_sets(shape, (0.1, 0.3))
-    pattern = ConvPattern.from_flat(active, exploring, shape, groups)
-    assert pattern.nbytes == ConvPattern.bytes_of(shape, groups, active.numel(), pattern.updated)
+    pattern = EntryPattern.from_flat(active, exploring, shape, groups)
+    assert pattern.nbytes == EntryPattern.bytes_of(shape, groups, False, active.numel(), pattern.updated)
 
 
 def test_auto_packs_convolutions_where_it_is_faster():

@@ -7,7 +7,7 @@ import sys
 import textwrap
 import threading
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_topkast.errors import TopKastError
-from lightning_topkast.ops import MATRIX_KERNELS, Pattern, compiled, sparse_linear
+from lightning_topkast.ops import MATRIX_KERNELS, CsrPattern, EntryPattern, Pattern, compiled, sparse_linear
 from lightning_topkast.ops.csr.linear import _batch_last
 from tests.helpers import has_compiler, needs_compiler
 from tests.processes import started
@@ -40,21 +40,35 @@ class Layer:
 
     values: Tensor
     bias: Tensor | None
-    active: Pattern
-    exploring: Pattern
-    entries: Tensor  # flat indices, in the order of the values
+    shape: tuple[int, int]
+    active: Tensor  # flat indices
+    exploring: Tensor
     transposed: bool = False
+    patterns: dict[str, CsrPattern | EntryPattern] = field(default_factory=dict)  # by kernels
 
     def __call__(self, input: Tensor, kernels: str) -> Tensor:
-        return sparse_linear(
-            input, self.values, self.bias, self.active, self.exploring, kernels, transposed=self.transposed
-        )
+        return sparse_linear(input, self.values, self.bias, self.pattern(kernels))
+
+    def pattern(self, kernels: str) -> CsrPattern | EntryPattern:
+        sets = self.active, self.exploring
+        if kernels not in self.patterns:
+            self.patterns[kernels] = (
+                CsrPattern.from_flat(*sets, self.shape, self.transposed)
+                if kernels == "torch"
+                else EntryPattern.from_flat(*sets, (*self.shape, 1, 1), transposed=self.transposed)
+            )
+        return self.patterns[kernels]
+
+    @property
+    def entries(self) -> Tensor:
+        """Flat indices, in the order of the values."""
+        return torch.cat([self.active, self.exploring])
 
     def weight(self) -> Tensor:
         """(out, in), float64."""
-        dense = torch.zeros(self.active.shape, dtype=torch.float64).view(-1)
-        dense[self.entries[: self.active.nnz]] = self.values.detach()[: self.active.nnz].double()
-        dense = dense.view(self.active.shape)
+        dense = torch.zeros(self.shape, dtype=torch.float64).view(-1)
+        dense[self.active] = self.values.detach()[: self.active.numel()].double()
+        dense = dense.view(self.shape)
         return dense.t() if self.transposed else dense
 
     def reference(self, input: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -87,9 +101,9 @@ def make_layer(
     return Layer(
         torch.randn(count, generator=generator, dtype=dtype).requires_grad_(),
         torch.randn(features, generator=generator, dtype=dtype).requires_grad_() if bias else None,
-        Pattern.from_flat(active, shape),
-        Pattern.from_flat(exploring, shape, transpose=False),
-        torch.cat([active, exploring]),
+        tuple(shape),
+        active,
+        exploring,
         transposed,
     )
 
@@ -151,6 +165,21 @@ def test_patterns_beyond_int32_are_refused():
         Pattern.from_flat(torch.empty(0, dtype=torch.int64), (1 << 31, 1))
 
 
+@needs_compiler
+@given(st.data())
+@settings(max_examples=50, deadline=None)
+def test_compiled_patterns_hold_the_entries_and_know_their_size_before(data):
+    MATRIX_KERNELS.choose("compiled", CPU)
+    rows, columns = data.draw(st.integers(0, 200)), data.draw(st.integers(0, 200))
+    low, transposed = data.draw(st.floats(0, 1)), data.draw(st.booleans())
+    layer = make_layer((rows, columns), (low, data.draw(st.floats(low, 1))), transposed=transposed)
+    pattern = layer.pattern("compiled")
+    assert torch.equal(pattern.flat_indices(), layer.entries)
+    assert (pattern.rows, pattern.channels) == ((columns, rows) if transposed else (rows, columns))
+    sets = layer.active.numel(), layer.entries.numel()
+    assert pattern.nbytes == EntryPattern.bytes_of((rows, columns, 1, 1), 1, transposed, *sets)
+
+
 # Values and gradients
 
 
@@ -182,10 +211,10 @@ def test_every_batch_size_is_right(kernels, batch, dtype):
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_operands_larger_than_the_cache_are_right(kernels, transposed):
-    # more columns than a full tile of the batch may have in the cache
-    shape = (3, 5000)
-    layer = make_layer(shape, (0.02, 0.04), transposed=transposed)
-    check(layer, random(150, shape[0] if transposed else shape[1]), kernels)
+    # many blocks, and more rows than are computed together
+    for shape in ((3, 5000), (1500, 40)):
+        layer = make_layer(shape, (0.02, 0.04), transposed=transposed)
+        check(layer, random(150, shape[0] if transposed else shape[1]), kernels)
 
 
 @pytest.mark.parametrize("shape", [(3, 700), (700, 3)])
@@ -193,7 +222,7 @@ def test_operands_larger_than_the_cache_are_right(kernels, transposed):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_rows_and_columns_of_hundreds_of_entries_are_right(kernels, shape, transposed, dtype):
     layer = make_layer(shape, (0.4, 0.8), dtype, transposed=transposed)
-    assert min(layer.active.nnz, layer.exploring.nnz) > 3 * 250
+    assert min(layer.active.numel(), layer.exploring.numel()) > 3 * 250
     for batch in (1, 20, 130):
         check(layer, random(batch, shape[0] if transposed else shape[1], dtype=dtype), kernels)
 
@@ -267,7 +296,7 @@ def test_gradcheck(kernels, transposed):
     input = random(3, 5 if transposed else 4, dtype=torch.float64).requires_grad_()
 
     def function(input, values, bias):
-        return sparse_linear(input, values, bias, layer.active, layer.exploring, kernels, transposed=transposed)
+        return sparse_linear(input, values, bias, layer.pattern(kernels))
 
     assert torch.autograd.gradcheck(function, (input, layer.values, layer.bias))
 
@@ -301,6 +330,30 @@ def test_only_wanted_gradients_are_made(kernels, wanted):
         assert (leaf.grad is not None) == wants
         if wants:
             torch.testing.assert_close(leaf.grad.double(), expected, rtol=0, atol=1e-4)
+
+
+@needs_compiler
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("batch", [5, 40, 300])
+def test_threads_and_repetitions_change_no_bit(transposed, batch):
+    # several blocks and panels, and ranges of threads that end within one vector of gradients
+    layer = make_layer((650, 530), (0.05, 0.2), transposed=transposed)
+    input = random(batch, 650 if transposed else 530).requires_grad_()
+
+    def run():
+        output = layer(input, "compiled")
+        return output.detach(), *torch.autograd.grad(output.square().sum(), (input, layer.values))
+
+    MATRIX_KERNELS.choose("compiled", CPU)
+    expected = run()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            for result, expect in zip(run(), expected, strict=True):
+                assert torch.equal(result, expect)
+    finally:
+        torch.set_num_threads(1)
+    check(layer, input, "compiled")
 
 
 def test_two_torch_threads_share_the_rows(kernels):
@@ -392,6 +445,7 @@ class Copies(TorchDispatchMode):
 @pytest.mark.parametrize("lead", [(20,), (4, 5)])
 def test_neighbours_copy_nothing(kernels, lead):
     first, second = make_layer((30, 7)), make_layer((8, 30), seed=1)
+    first.pattern(kernels), second.pattern(kernels)
     input = _batch_last(random(*lead, 7)).view(7, *lead).movedim(0, -1)
     with Copies() as copies:
         hidden = F.gelu(first(input, kernels))
@@ -419,6 +473,7 @@ def test_in_place_activations_are_allowed(kernels):
 def test_compiles_into_one_graph(kernels, transposed):
     layer = make_layer((30, 30), transposed=transposed)
     other = make_layer((30, 30), seed=1, bias=False)
+    layer.pattern(kernels), other.pattern(kernels)
 
     def network(input):
         return other(F.relu(layer(input, kernels)), kernels)
@@ -438,20 +493,18 @@ def test_compiles_into_one_graph(kernels, transposed):
 
 def test_fakes_agree_with_the_kernels(kernels):
     layer = make_layer((9, 7), tail=2)
-    active, exploring = layer.active, layer.exploring
-    values, inputs, grads = layer.values.detach(), random(7, 20), random(9, 20)
+    pattern, values, inputs, grads = layer.pattern(kernels), layer.values.detach(), random(7, 20), random(9, 20)
     checks = ("test_schema", "test_faketensor")
     namespace = torch.ops.topkast
     product_op = getattr(namespace, f"{kernels}_product").default
     for bias in (None, random(9)):
         torch.library.opcheck(
-            product_op, (values, active.crow, active.col, None, inputs, bias, [4, 5]), test_utils=checks
+            product_op, (values, pattern.index, pattern.sizes, inputs, bias, [4, 5]), test_utils=checks
         )
-    patterns = active.crow, active.col, active.t_crow, active.t_col, active.t_order, exploring.crow, exploring.col
     for of_input, of_values in product([False, True], repeat=2):
         torch.library.opcheck(
             getattr(namespace, f"{kernels}_gradients").default,
-            (values, *patterns, inputs, grads, [4, 5], False, of_input, of_values),
+            (values, pattern.index, pattern.sizes, inputs, grads, [4, 5], of_input, of_values),
             test_utils=checks,
         )
 
@@ -466,33 +519,43 @@ def test_fakes_agree_with_the_kernels(kernels):
         ({"input": torch.tensor(1.0)}, r"expected input to be \(\.\.\., 7\)"),
         ({"values": torch.zeros(3)}, "expected 1-D values with at least"),
         ({"bias": torch.zeros(7)}, r"expected bias to be \(9,\)"),
-        ({"exploring": Pattern.from_flat(torch.tensor([0]), (7, 9))}, "expected an exploring pattern of shape"),
         ({"input": random(3, 7).double()}, "the same dtype"),
         ({"input": random(3, 7).to("meta")}, "the same device"),
     ],
 )
-def test_misfits_are_refused(change, message):
+def test_misfits_are_refused(kernels, change, message):
     layer = make_layer()
     arguments = {
         "input": random(3, 7),
         "values": layer.values,
         "bias": layer.bias,
-        "active": layer.active,
-        "exploring": layer.exploring,
+        "pattern": layer.pattern(kernels),
     }
     with pytest.raises(TopKastError, match=message):
         sparse_linear(**(arguments | change))
 
 
-def test_a_pattern_without_transpose_serves_inference_only(kernels):
+def test_a_pattern_without_transpose_serves_inference_only():
     layer = make_layer()
-    active = layer.active
-    layer.active = Pattern(active.shape, active.crow, active.col, *[active.col[:0]] * 3)
+    pattern = CsrPattern(
+        *(Pattern.from_flat(set_, (9, 7), transpose=False) for set_ in (layer.active, layer.exploring))
+    )
     input = random(20, 7)
     expected = layer.reference(input, torch.zeros(20, 9))[0]
-    torch.testing.assert_close(layer(input, kernels).double(), expected, rtol=0, atol=1e-5)
+    output = sparse_linear(input, layer.values, layer.bias, pattern)
+    torch.testing.assert_close(output.double(), expected, rtol=0, atol=1e-5)
     with pytest.raises(TopKastError, match="transpose=True"):
-        layer(input.requires_grad_(), kernels)
+        sparse_linear(input.requires_grad_(), layer.values, layer.bias, pattern)
+
+
+@needs_compiler
+def test_the_pattern_of_a_convolution_is_no_matrix():
+    MATRIX_KERNELS.choose("compiled", CPU)
+    none = torch.empty(0, dtype=torch.int64)
+    for shape, groups in (((4, 6, 3, 1), 1), ((4, 3, 1, 1), 2)):
+        pattern = EntryPattern.from_flat(none, none, shape, groups)
+        with pytest.raises(TopKastError, match="expected the pattern of a matrix"):
+            sparse_linear(torch.ones(2, 6), torch.ones(0), None, pattern)
 
 
 # Building

@@ -13,6 +13,7 @@ from itertools import permutations
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_topkast import Block, Packed, Targets, TopKast, TopKastError, to_csr, to_dense
@@ -21,9 +22,10 @@ from lightning_topkast.engine.materialize import materialize
 from lightning_topkast.layers import packed_weights
 from lightning_topkast.layers.csr import CsrLinear
 from lightning_topkast.method.selection import nested_top_k
+from lightning_topkast.ops import MATRIX_KERNELS, CsrPattern, EntryPattern
 from lightning_topkast.weights import EntryState, PackedWeight, Traits
-from lightning_topkast.weights.layouts import Product
-from tests.helpers import nouns, same
+from lightning_topkast.weights.layouts import MatrixLayout, Product
+from tests.helpers import needs_compiler, nouns, same
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05, weight_decay=0.1),
@@ -813,6 +815,22 @@ def test_reservoir_and_sets_are_not_registered_with_the_model(storage):
 # --- birth ------------------------------------------------------------------------------------------------------------
 
 
+@needs_compiler
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_layout_computes_with_compiled_kernels_on_cpu_only(transposed):
+    MATRIX_KERNELS.choose("compiled", torch.device("cpu"))
+    sets = torch.tensor([1, 4, 30]), torch.tensor([0, 5])
+    layout = MatrixLayout.of(torch.Size((6, 8)), *sets, Product(transposed=transposed, kernels="compiled"), "compiled")
+    assert isinstance(layout.pattern, EntryPattern)
+    elsewhere = layout.to(torch.device("meta"))
+    assert isinstance(elsewhere.pattern, CsrPattern)
+    assert elsewhere.device.type == "meta"
+    moved = MatrixLayout.of(layout.shape, *sets, layout.how, "torch")  # as on the other device
+    x, values = torch.randn(4, 6 if transposed else 8), torch.randn(5)
+    torch.testing.assert_close(layout.product(x, values, None), moved.product(x, values, None))
+    assert torch.equal(layout.indices(), moved.indices())
+
+
 def test_model_on_the_meta_device_is_drawn_on_the_host():
     torch.manual_seed(5)
     expected = nn.Linear(40, 30)
@@ -1026,6 +1044,19 @@ def test_to_csr_keeps_layers_shared_and_weights_readable():
     assert torch.equal(model[0].weight, dense)
     with pytest.raises(TopKastError, match="single layer"):
         to_csr(layer)
+
+
+@pytest.mark.parametrize("kernels", ["torch", pytest.param("compiled", marks=needs_compiler)])
+def test_a_compressed_layer_computes_with_the_places_that_it_loads(kernels):
+    weights = [torch.zeros(6, 8), torch.zeros(6, 8)]
+    for seed, weight in enumerate(weights):
+        weight.view(-1)[torch.randperm(48, generator=torch.Generator().manual_seed(seed))[:9]] = torch.arange(1.0, 10)
+    layer, other = (CsrLinear(weight, kernels=kernels) for weight in weights)
+    x = torch.randn(5, 8)
+    torch.testing.assert_close(layer(x), F.linear(x, weights[0]))
+    layer.load_state_dict(other.state_dict())
+    torch.testing.assert_close(layer(x), F.linear(x, weights[1]))
+    torch.testing.assert_close(copy.deepcopy(layer)(x), F.linear(x, weights[1]))
 
 
 def test_to_csr_leaves_dense_layers_alone():

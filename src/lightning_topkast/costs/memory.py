@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.method.structure import Block, Structure, Unstructured
-from lightning_topkast.ops import ConvPattern
+from lightning_topkast.ops import EntryPattern
 from lightning_topkast.storage import AllReduce
 from lightning_topkast.weights.layouts import Product, as_kernel
 
@@ -192,9 +192,11 @@ def _packing(held: Held) -> int:
         rows, columns = held.structure.grid(torch.Size(held.shape))[:2]
         blocks = (held.active + held.present) // (held.structure.outputs * held.structure.inputs)
         return _INT32 * (4 * blocks + 4 * rows + 2 * columns + 3)
-    if held.product is not None and held.product.groups is not None:
-        return ConvPattern.bytes_of(as_kernel(torch.Size(held.shape)), held.product.groups, held.active, held.present)
-    rows, columns = held.shape[0], prod(held.shape[1:])
+    how, rows, columns = held.product or Product(), held.shape[0], prod(held.shape[1:])
+    if how.groups is not None:
+        return EntryPattern.bytes_of(as_kernel(torch.Size(held.shape)), how.groups, False, held.active, held.present)
+    if how.kernels == "compiled":
+        return EntryPattern.bytes_of((rows, columns, 1, 1), 1, how.transposed, held.active, held.present)
     return _INT32 * (2 * (rows + 1) + (columns + 1) + 3 * held.active + (held.present - held.active))
 
 

@@ -93,9 +93,7 @@ def make_weights(
                 "choose another block size, or train with storage='masked'"
             )
         from_rank_0_(target.parameter)
-        weights[target.name] = PackedWeight(
-            target.name, target.parameter, active, updated, own, choice.product, choice.kernels
-        )
+        weights[target.name] = PackedWeight(target.name, target.parameter, active, updated, own, choice.product)
     for name, weight in weights.items():
         weight.storage_reason = choices[name].reason
     left_masked = [f"'{name}' ({choice.reason})" for name, choice in choices.items() if choice.name == "masked"]
@@ -127,14 +125,12 @@ class StorageChoice:
     Args:
         name: of the storage.
         product: how the layer multiplies by it if it is packed.
-        kernels: the kernels for it.
         reason: why the weight stays masked or is compact although packing was requested, or what "auto" expects of it;
             "" if it is as requested.
     """
 
     name: Literal["masked", "packed", "compact"]
     product: Product | None = None
-    kernels: str = ""
     reason: str = ""
 
 
@@ -173,7 +169,7 @@ def choose_storage(
         if not kernels:
             reason = "there are no kernels for its product"
             continue
-        packed = StorageChoice("packed", product, kernels)
+        packed = StorageChoice("packed", replace(product, kernels=kernels))
         if storage.products == "sparse":
             return packed
         least = _LEAST_ENTRIES if product.groups is None else _LEAST_ENTRIES_OF_CONV

@@ -1,11 +1,13 @@
 """Linear layers with CSR weights, for inference."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.layers.sparse_layer import to_dense
-from lightning_topkast.ops import MATRIX_KERNELS, Kernels, Pattern, sparse_linear
+from lightning_topkast.ops import MATRIX_KERNELS, CsrPattern, EntryPattern, Kernels, Pattern, sparse_linear
 
 
 class CsrLinear(nn.Module):
@@ -33,15 +35,32 @@ class CsrLinear(nn.Module):
         self.register_buffer("col", pattern.col.to(weight.device))
         self.register_buffer("values", flat[places].to(weight.device))
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
+        self._compiled = self._for_compiled_kernels()
 
     @torch.no_grad()
     def forward(self, input: Tensor) -> Tensor:
         """`input` (..., in) → (..., out)."""
-        none = self.col[:0]
-        active = Pattern((self.out_features, self.in_features), self.crow, self.col, none, none, none)
-        nothing = Pattern((self.out_features, self.in_features), torch.zeros_like(self.crow), none, none, none, none)
         kernels = MATRIX_KERNELS.choose(self.kernels, input.device)
-        return sparse_linear(input, self.values, self.bias, active, nothing, kernels)
+        if kernels == "compiled" and self._compiled is not None:
+            return sparse_linear(input, self.values, self.bias, self._compiled)
+        none = self.col[:0]
+        shape = self.out_features, self.in_features
+        active = Pattern(shape, self.crow, self.col, none, none, none)
+        nothing = Pattern(shape, torch.zeros_like(self.crow), none, none, none, none)
+        return sparse_linear(input, self.values, self.bias, CsrPattern(active, nothing))
+
+    def _for_compiled_kernels(self) -> EntryPattern | None:
+        """Return the places as the compiled kernels use them; None where they are not used."""
+        if self.crow.device.type != "cpu" or MATRIX_KERNELS.choose(self.kernels, self.crow.device) == "torch":
+            return None
+        none = self.col[:0]
+        places = torch.empty(self.col.numel(), dtype=torch.int64)
+        Pattern((self.out_features, self.in_features), self.crow, self.col, none, none, none).write_indices(places)
+        return EntryPattern.from_flat(places, places[:0], (self.out_features, self.in_features, 1, 1))
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self._compiled = self._for_compiled_kernels()
 
     @property
     def weight(self) -> Tensor:

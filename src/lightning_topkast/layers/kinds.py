@@ -33,7 +33,7 @@ def products_of(module: nn.Module, name: str) -> list[Product]:
     if kind is None:
         return []
     if not isinstance(module, nn.Conv1d | nn.Conv2d):
-        return [Product()]
+        return [Product(transposed=kind.transposed)]
     depthwise = module.groups > 1 and module.in_channels == module.groups
     # a matrix: the positions are examples
     plain = (module.kernel_size, module.padding, module.groups) == ((1, 1), (0, 0), 1)

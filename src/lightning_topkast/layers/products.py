@@ -14,16 +14,17 @@ class ProductLayer(SparseLayer):
 
     bias: Tensor | None
     batch_last = False  # whether the next layer takes its inputs so in memory
+    transposed = False  # whether the weight is (in × out)
 
-    def _product(self, input: Tensor, name: str, bias: Tensor | None, transposed: bool = False) -> Tensor:
-        """Multiply the last dimension of `input` by the rows (`transposed`: columns) of weight `name`; add `bias`."""
+    def _product(self, input: Tensor, name: str, bias: Tensor | None) -> Tensor:
+        """Multiply the last dimension of `input` by the weight `name` and add `bias`."""
         weight = self.packed_weights[name]
         values = cast(Tensor, self._parameters[name])
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             # a picture of the network is made of it; a trace does not hold our operators
             matrix = weight.layout.unpack(values).flatten(1)
-            return F.linear(input, matrix.t() if transposed else matrix, bias)
-        return weight.layout.product(input, values, bias, weight.kernels, transposed, self.batch_last)
+            return F.linear(input, matrix.t() if self.transposed else matrix, bias)
+        return weight.layout.product(input, values, bias, self.batch_last)
 
 
 class ProductLinear(ProductLayer):
@@ -37,9 +38,11 @@ class ProductLinear(ProductLayer):
 class ProductConv1D(ProductLayer):
     """`Conv1D` of transformers' GPT-2, a linear layer with a (in × out) weight, with a packed weight."""
 
+    transposed = True
+
     def forward(self, x: Tensor) -> Tensor:
         """`x` (..., in) → (..., out)."""
-        return self._product(x, "weight", self.bias, transposed=True)
+        return self._product(x, "weight", self.bias)
 
 
 def join_products(model: nn.Module) -> None:

@@ -2,17 +2,18 @@ from lightning_topkast.ops.blocks import BlockKernels, BlockPattern, block_spars
 from lightning_topkast.ops.compiled import Kernels
 from lightning_topkast.ops.conv.choice import CONV_KERNELS
 from lightning_topkast.ops.conv.conv import sparse_conv2d
-from lightning_topkast.ops.conv.pattern import ConvPattern
 from lightning_topkast.ops.csr.choice import MATRIX_KERNELS
 from lightning_topkast.ops.csr.linear import sparse_linear
-from lightning_topkast.ops.csr.pattern import Pattern
+from lightning_topkast.ops.csr.pattern import CsrPattern, Pattern
+from lightning_topkast.ops.entries import EntryPattern
 
 __all__ = [
     "CONV_KERNELS",
     "MATRIX_KERNELS",
     "BlockKernels",
     "BlockPattern",
-    "ConvPattern",
+    "CsrPattern",
+    "EntryPattern",
     "Kernels",
     "Pattern",
     "block_sparse_linear",

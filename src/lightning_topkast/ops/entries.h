@@ -12,6 +12,7 @@
 #include <ATen/cpu/vec/vec.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
+#include <torch/library.h>
 
 #include <algorithm>
 #include <array>
@@ -36,32 +37,45 @@ constexpr int kMostFused = 4; // the gradients keep two of each, and there are 1
 // ---------------------------------------------------------------------------------------------------------------------
 // The kernels
 
+// Where the vectors lie that an entry meets: an offset from the tile, for each entry.
+struct Offsets {
+  const int32_t* of;
+  int64_t operator()(int32_t entry) const { return of[entry]; }
+};
+
+// The same for a matrix, whose tiles are rows of `Width` examples without gaps.
+template <int Width>
+struct TileRows {
+  const int16_t* of;
+  int64_t operator()(int32_t entry) const { return static_cast<int64_t>(of[entry]) * Width; }
+};
+
 // A's entries in the order of use by the product: of blocks of channels, and of the outputs of each.
-template <typename T>
+template <typename T, typename P = Offsets>
 struct Forward {
-  const int32_t* cut; // (blocks + 1, rows): where the entries of a block and row begin; they end where the next block's do
-  const int32_t* offsets; // of each entry: from the tile to the vectors that it meets
+  const int32_t* cut; // (blocks + 1, all rows): where a block and row begin; they end where the next block's do
+  P places;
   const T* values;
-  int64_t rows, blocks;
+  int64_t rows, blocks, all_rows; // the rows are part of all
 };
 
 // B's entries in the order of use by the gradients: of panels of rows, and of the channels of each; A's come first.
-template <typename T>
+template <typename T, typename P = Offsets>
 struct Backward {
   const int32_t* cut; // (panels, channels, 2) and the end: where A's entries and those of B without A begin
-  const int32_t* offsets;
+  P places;
   const T* values; // those of A
-  T* sums; // gradients of the values, to which those of a tile are added
+  T* sums; // gradients of the values, to which those of a tile are added; a vector longer than the entries
 };
 
 // Adds the products of one block of channels to a tile of the output; `bias` (or 0) begins the first block.
-template <int R, int Q, typename T>
+template <int R, int Q, typename T, typename P>
 __attribute__((noinline)) void multiply(
-    const Forward<T>& matrix, int64_t block, const T* inputs, int64_t input_row, const T* bias, T* out,
+    const Forward<T, P>& matrix, int64_t block, const T* inputs, int64_t input_row, const T* bias, T* out,
     int64_t out_plane, int64_t out_row) {
   using Vec = Vectorized<T>;
   constexpr int lanes = kLanes<T>;
-  const int32_t *begins = matrix.cut + block * matrix.rows, *ends = begins + matrix.rows;
+  const int32_t *begins = matrix.cut + block * matrix.all_rows, *ends = begins + matrix.all_rows;
   for (int64_t row = 0; row < matrix.rows; ++row) {
     const int32_t begin = begins[row], end = ends[row];
     if (begin == end && block) {
@@ -70,8 +84,8 @@ __attribute__((noinline)) void multiply(
     T* const result = out + row * out_plane;
     if (row + kAhead < matrix.rows) { // a block's entries of the next rows lie far apart
       const int32_t next = begins[row + kAhead];
-      __builtin_prefetch(matrix.offsets + next);
-      __builtin_prefetch(matrix.offsets + next + 16);
+      __builtin_prefetch(matrix.places.of + next);
+      __builtin_prefetch(matrix.places.of + next + 16);
       __builtin_prefetch(matrix.values + next);
       __builtin_prefetch(matrix.values + next + 16);
     }
@@ -81,7 +95,7 @@ __attribute__((noinline)) void multiply(
       sums[i] = block ? Vec::loadu(result + (i / Q) * out_row + (i % Q) * lanes) : Vec(bias ? bias[row] : T(0));
     }
     for (int32_t entry = begin; entry < end; ++entry) {
-      const T* const meets = inputs + matrix.offsets[entry];
+      const T* const meets = inputs + matrix.places(entry);
       const Vec value(matrix.values[entry]);
 #pragma GCC unroll 8
       for (int i = 0; i < R * Q; ++i) {
@@ -121,15 +135,23 @@ inline Vectorized<T> lane_sums(Vectorized<T>* vectors) {
 
 // Adds a tile's products of inputs and output gradients to the gradients of the values and, with `Fused`, of the input.
 // `first`: the input's gradient begins at 0.
-template <int R, int Q, bool Fused, typename T>
+template <int R, int Q, bool Fused, typename T, typename P>
 __attribute__((noinline)) void differentiate(
-    const Backward<T>& matrix, const int32_t* cut, const T* grads, int64_t grad_row, const T* inputs,
+    const Backward<T, P>& matrix, const int32_t* cut, const T* grads, int64_t grad_row, const T* inputs,
     int64_t input_plane, int64_t input_row, T* out, bool first, int64_t first_channel, int64_t last_channel) {
   using Vec = Vectorized<T>;
-  constexpr int lanes = kLanes<T>;
+  constexpr int lanes = kLanes<T>, last_lane = lanes - 1;
+  // the products of as many entries as there are lanes become the lanes of one vector, wherever a channel ends
+  Vec products[lanes];
+  std::fill_n(products, lanes, Vec(T(0)));
+  const auto add = [&](int32_t last) {
+    T* const target = matrix.sums + (last & ~last_lane);
+    (Vec::loadu(target) + lane_sums<T>(products)).store(target);
+  };
   for (int64_t channel = first_channel; channel < last_channel; ++channel) {
-    const int32_t begin = cut[2 * channel], middle = cut[2 * channel + 1], end = cut[2 * channel + 2];
-    if (begin == end && !(Fused && first)) {
+    int32_t entry = cut[2 * channel];
+    const int32_t middle = Fused ? cut[2 * channel + 1] : entry, end = cut[2 * channel + 2];
+    if (entry == end && !(Fused && first)) {
       continue;
     }
     const T* const own = inputs + channel * input_plane;
@@ -143,14 +165,11 @@ __attribute__((noinline)) void differentiate(
         sums[i] = first ? Vec(T(0)) : Vec::loadu(result + at);
       }
     }
-    for (int32_t entry = begin; entry < end; entry += lanes) {
-      const int count = std::min<int32_t>(end - entry, lanes);
-      const int active = Fused ? std::clamp<int32_t>(middle - entry, 0, count) : 0;
-      Vec products[lanes];
-      int lane = 0;
-      for (; lane < active; ++lane) {
-        const T* const meets = grads + matrix.offsets[entry + lane];
-        const Vec value(matrix.values[entry + lane]);
+    while (entry < end) {
+      const int32_t stop = std::min<int32_t>(end, (entry | last_lane) + 1), active = std::min(stop, middle);
+      for (; entry < active; ++entry) {
+        const T* const meets = grads + matrix.places(entry);
+        const Vec value(matrix.values[entry]);
         Vec even(T(0)), odd(T(0));
 #pragma GCC unroll 8
         for (int i = 0; i < R * Q; ++i) {
@@ -160,25 +179,20 @@ __attribute__((noinline)) void differentiate(
           product = at::vec::fmadd(vectors[i], met, product);
           sums[i] = at::vec::fmadd(value, met, sums[i]);
         }
-        products[lane] = even + odd;
+        products[entry & last_lane] = even + odd;
       }
-      for (; lane < count; ++lane) {
-        const T* const meets = grads + matrix.offsets[entry + lane];
+      for (; entry < stop; ++entry) {
+        const T* const meets = grads + matrix.places(entry);
         Vec even(T(0)), odd(T(0));
 #pragma GCC unroll 8
         for (int i = 0; i < R * Q; ++i) {
           Vec& product = i % 2 ? odd : even;
           product = at::vec::fmadd(vectors[i], Vec::loadu(meets + (i / Q) * grad_row + (i % Q) * lanes), product);
         }
-        products[lane] = even + odd;
+        products[entry & last_lane] = even + odd;
       }
-      const Vec total = lane_sums<T>(products);
-      T* const target = matrix.sums + entry; // the array is a vector longer than its entries
-      Vec known = Vec::loadu(target);
-      if (count < lanes) { // the rest may belong to another thread
-        (known + total).store(target, count);
-      } else {
-        (known + total).store(target);
+      if (!(entry & last_lane)) {
+        add(entry - 1);
       }
     }
     if (Fused) {
@@ -187,6 +201,11 @@ __attribute__((noinline)) void differentiate(
         sums[i].store(result + (i / Q) * input_row + (i % Q) * lanes);
       }
     }
+  }
+  const int32_t end = cut[2 * last_channel];
+  if (end > cut[2 * first_channel] && (end & last_lane)) {
+    std::fill(products + (end & last_lane), products + lanes, Vec(T(0)));
+    add(end);
   }
 }
 
@@ -227,7 +246,10 @@ T* scratch(Use use, int64_t count) {
 // ---------------------------------------------------------------------------------------------------------------------
 // The places of the entries
 
-// See pattern.py for the fields.
+// How many blocks or panels of some size there are; even of nothing there is one, whose results are zero.
+int64_t parts(int64_t count, int64_t size) { return std::max<int64_t>((count + size - 1) / size, 1); }
+
+// See entries.py for the fields.
 struct Index {
   int64_t rows, channels, taps, block, panel, active, updated;
   const int32_t* forward_cut;
@@ -235,18 +257,20 @@ struct Index {
   const int32_t* backward_cut;
   const int16_t* backward_keys;
   const int32_t* backward_order;
-  int64_t blocks() const { return (channels + block - 1) / block; }
-  int64_t panels() const { return (rows + panel - 1) / panel; }
+  const int32_t* forward_order; // null: the values lie in the order of the product
+  int64_t blocks() const { return parts(channels, block); }
+  int64_t panels() const { return parts(rows, panel); }
 };
 
 using Tensors = at::ArrayRef<Tensor>;
 
 Index index_of(at::IntArrayRef sizes, const Tensors& index) {
-  TORCH_CHECK(sizes.size() == 7 && index.size() == 5, "expected the index of a sparse kernel");
+  TORCH_CHECK(sizes.size() == 7 && (index.size() == 5 || index.size() == 6), "expected the index of a sparse weight");
   return {
       sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6],
       index[0].const_data_ptr<int32_t>(), index[1].const_data_ptr<int16_t>(), index[2].const_data_ptr<int32_t>(),
-      index[3].const_data_ptr<int16_t>(), index[4].const_data_ptr<int32_t>()};
+      index[3].const_data_ptr<int16_t>(), index[4].const_data_ptr<int32_t>(),
+      index.size() == 6 ? index[5].const_data_ptr<int32_t>() : nullptr};
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -255,16 +279,25 @@ Index index_of(at::IntArrayRef sizes, const Tensors& index) {
 Tensor ints(int64_t count) { return at::empty({count}, at::TensorOptions().dtype(at::kInt)); }
 Tensor shorts(int64_t count) { return at::empty({count}, at::TensorOptions().dtype(at::kShort)); }
 
-// Where an entry of the weight (rows, channels / groups, taps) lies, by its flat index.
+// Where an entry of the weight lies, by its flat index. The weight is (rows, channels / groups, taps), or transposed
+// (channels, rows, taps).
 struct Places {
-  int64_t inner, taps, rows_of_group, channels_of_group;
-  int64_t row(int64_t flat) const { return flat / inner; }
-  int64_t channel(int64_t flat) const { return row(flat) / rows_of_group * channels_of_group + flat % inner / taps; }
+  int64_t taps, second_size, rows_of_group;
+  bool transposed;
+  int64_t first(int64_t flat) const { return flat / (second_size * taps); }
+  int64_t second(int64_t flat) const { return flat / taps % second_size; }
+  int64_t row(int64_t flat) const { return transposed ? second(flat) : first(flat); }
+  int64_t channel(int64_t flat) const {
+    return transposed ? first(flat) : first(flat) / rows_of_group * second_size + second(flat);
+  }
   int64_t tap(int64_t flat) const { return flat % taps; }
+  int64_t flat(int64_t row, int64_t channel, int64_t tap) const {
+    return ((transposed ? channel : row) * second_size + (transposed ? row : channel % second_size)) * taps + tap;
+  }
 };
 
-Places places_of(int64_t rows, int64_t channels, int64_t taps, int64_t groups) {
-  return {channels / groups * taps, taps, rows / groups, channels / groups};
+Places places_of(int64_t rows, int64_t channels, int64_t taps, int64_t groups, bool transposed) {
+  return {taps, transposed ? rows : channels / groups, rows / groups, transposed};
 }
 
 // Turns the number of entries of each bin into where the bin begins.
@@ -277,26 +310,33 @@ void cumulate(int32_t* bins, int64_t count) {
 
 std::vector<Tensor> make_index(
     const Tensor& active, const Tensor& exploring, int64_t rows, int64_t channels, int64_t taps, int64_t groups,
-    int64_t block, int64_t panel) {
-  const Places places = places_of(rows, channels, taps, groups);
-  const int64_t blocks = (channels + block - 1) / block, panels = (rows + panel - 1) / panel;
+    bool transposed, int64_t block, int64_t panel) {
+  const Places places = places_of(rows, channels, taps, groups, transposed);
+  const int64_t blocks = parts(channels, block), panels = parts(rows, panel);
   const int64_t *const first = active.const_data_ptr<int64_t>(), *const second = exploring.const_data_ptr<int64_t>();
   const int64_t count = active.numel(), both = count + exploring.numel();
 
   // A's entries lie in the order of rows, and of a row's blocks
   const Tensor forward_cut = ints((blocks + 1) * rows), forward_keys = shorts(count);
-  int32_t* const cut = forward_cut.mutable_data_ptr<int32_t>();
+  const Tensor forward_order = ints(transposed ? count : 0);
+  int32_t *const cut = forward_cut.mutable_data_ptr<int32_t>(), *const from = forward_order.mutable_data_ptr<int32_t>();
   int16_t* const keys = forward_keys.mutable_data_ptr<int16_t>();
+  const auto bin_of = [&](int64_t flat) { return places.row(flat) * blocks + places.channel(flat) / block; };
   std::vector<int32_t> bins(rows * blocks + 1);
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t channel = places.channel(first[i]);
-    ++bins[places.row(first[i]) * blocks + channel / block];
-    keys[i] = static_cast<int16_t>(channel % block * taps + places.tap(first[i]));
+    ++bins[bin_of(first[i])];
   }
   cumulate(bins.data(), rows * blocks);
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t at = 0; at <= blocks; ++at) {
       cut[at * rows + row] = bins[row * blocks + at];
+    }
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t at = transposed ? bins[bin_of(first[i])]++ : i;
+    keys[at] = static_cast<int16_t>(places.channel(first[i]) % block * taps + places.tap(first[i]));
+    if (transposed) {
+      from[at] = static_cast<int32_t>(i);
     }
   }
 
@@ -320,24 +360,39 @@ std::vector<Tensor> make_index(
     met[at] = static_cast<int16_t>(places.row(flat) % panel * taps + places.tap(flat));
     order[at] = static_cast<int32_t>(i);
   }
-  return {forward_cut, forward_keys, backward_cut, backward_keys, backward_order};
+  std::vector<Tensor> index{forward_cut, forward_keys, backward_cut, backward_keys, backward_order};
+  if (transposed) {
+    index.push_back(forward_order);
+  }
+  return index;
 }
 
 // Returns the flat indices of the entries of an index.
-Tensor flat_indices(Tensors index_tensors, at::IntArrayRef sizes, int64_t groups) {
+Tensor flat_indices(Tensors index_tensors, at::IntArrayRef sizes, int64_t groups, bool transposed) {
   const Index index = index_of(sizes, index_tensors);
-  const Places places = places_of(index.rows, index.channels, index.taps, groups);
+  const Places places = places_of(index.rows, index.channels, index.taps, groups, transposed);
   const Tensor result = at::empty({index.updated}, at::TensorOptions().dtype(at::kLong));
   int64_t* const flat = result.mutable_data_ptr<int64_t>();
   for (int64_t run = 0; run < index.panels() * index.channels; ++run) {
     const int64_t panel = run / index.channels * index.panel, channel = run % index.channels;
     for (int32_t entry = index.backward_cut[2 * run]; entry < index.backward_cut[2 * run + 2]; ++entry) {
-      const int64_t key = index.backward_keys[entry], row = panel + key / index.taps;
-      flat[index.backward_order[entry]] =
-          row * places.inner + channel % places.channels_of_group * index.taps + key % index.taps;
+      const int64_t key = index.backward_keys[entry];
+      flat[index.backward_order[entry]] = places.flat(panel + key / index.taps, channel, key % index.taps);
     }
   }
   return result;
 }
+
+// The libraries of matrices and of convolutions both hold these; the first one that is loaded registers them.
+[[maybe_unused]] const bool registers = [] {
+  const auto known = c10::Dispatcher::singleton().findSchemaOrThrow("topkast::entry_index", "");
+  if (known.hasKernelForDispatchKey(c10::DispatchKey::CPU)) {
+    return false;
+  }
+  static torch::Library library(torch::Library::IMPL, "topkast", c10::DispatchKey::CPU, __FILE__, __LINE__);
+  library.impl("entry_index", make_index);
+  library.impl("entry_flat_indices", flat_indices);
+  return true;
+}();
 
 } // namespace

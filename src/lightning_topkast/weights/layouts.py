@@ -1,7 +1,7 @@
 """Layouts: the places of a weight's packed values, and products with them."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.method.structure import Block, Structure, units_in_order
-from lightning_topkast.ops import BlockPattern, ConvPattern, Pattern, block_sparse_linear, sparse_linear
+from lightning_topkast.ops import BlockPattern, CsrPattern, EntryPattern, Pattern, block_sparse_linear, sparse_linear
 
 
 @dataclass(frozen=True)
@@ -17,10 +17,14 @@ class Product:
     """How a layer multiplies by a packed weight.
 
     Args:
-        groups: of a convolution; None: the weight is a matrix, whose first dimension are its rows.
+        groups: of a convolution; None: the weight is a matrix.
+        transposed: whether the first dimension of a matrix are the layer's inputs, not its outputs.
+        kernels: the kernels that multiply on CPU.
     """
 
     groups: int | None = None
+    transposed: bool = False
+    kernels: str = "torch"
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,48 +38,35 @@ class Layout(ABC):
         active_count: |A|.
         updated_count: |B|.
         units: flat indices of B's units in the grid, in the same order, on CPU; None if the units are entries.
+        pattern: the places on the device: flat indices, or what the kernels take.
     """
 
     shape: torch.Size
     active_count: int
     updated_count: int
     units: Tensor | None
+    pattern: Tensor | CsrPattern | EntryPattern | BlockPattern
 
     @property
-    @abstractmethod
     def device(self) -> torch.device:
         """The device of the indices."""
+        return self.pattern.device
 
     @property
     def nbytes(self) -> int:
         """Size of the indices in bytes."""
-        return sum(part.nbytes for part in self._parts().values())
+        return self.pattern.nbytes
 
+    @abstractmethod
     def to(self, device: torch.device) -> "Layout":
-        """Return the same layout on another device."""
-        if device == self.device:
-            return self
-        return replace(self, **{name: part.to(device) for name, part in self._parts().items()})
-
-    def _parts(self) -> dict[str, Any]:
-        """Return the fields that a subclass adds, which are on the device."""
-        own = fields(self)[len(fields(Layout)) :]
-        return {field.name: getattr(self, field.name) for field in own}
+        """Return the layout for another device."""
 
     @abstractmethod
     def indices(self) -> Tensor:
         """Return the flat indices of the packed values."""
 
-    def product(
-        self,
-        input: Tensor,
-        values: Tensor,
-        bias: Tensor | None,
-        kernels: str,
-        transposed: bool = False,
-        batch_last: bool = False,
-    ) -> Tensor:
-        """Multiply the last dimension of `input` by the rows (`transposed`: columns) of A and add `bias`.
+    def product(self, input: Tensor, values: Tensor, bias: Tensor | None, batch_last: bool = False) -> Tensor:
+        """Multiply the last dimension of `input` by A, as its `Product` says, and add `bias`.
 
         `batch_last`: if the products need it, the batch may be last in the result's memory.
         """
@@ -93,82 +84,66 @@ class Layout(ABC):
 
 @dataclass(frozen=True, eq=False)
 class FlatLayout(Layout):
-    """The layout of a weight whose layer computes with the dense weight.
+    """The layout of a weight whose layer computes with the dense weight: flat indices."""
 
-    Args:
-        entries: flat indices.
-    """
+    pattern: Tensor
 
-    entries: Tensor
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the indices."""
-        return self.entries.device
+    def to(self, device: torch.device) -> Layout:
+        """Return the same layout on another device."""
+        return self if device == self.device else replace(self, pattern=self.pattern.to(device))
 
     def indices(self) -> Tensor:
         """Return the flat indices of the packed values."""
-        return self.entries
+        return self.pattern
 
 
 @dataclass(frozen=True, eq=False)
-class CsrLayout(Layout):
-    r"""The layout of a weight for products with single entries.
+class MatrixLayout(Layout):
+    """The layout of a weight for products with single entries, by compiled kernels or PyTorch's.
 
     Args:
-        active: A as a sparse matrix.
-        exploring: B\A, likewise.
+        how: how the layer multiplies.
     """
 
-    active: Pattern
-    exploring: Pattern
+    pattern: CsrPattern | EntryPattern
+    how: Product
 
-    @property
-    def device(self) -> torch.device:
-        """The device of the indices."""
-        return self.active.col.device
+    @classmethod
+    def of(cls, shape: torch.Size, active: Tensor, exploring: Tensor, how: Product, kernels: str) -> "MatrixLayout":
+        r"""Make the layout of the flat indices of A and of B\A, on CPU, for these kernels."""
+        rows, columns = _as_matrix(shape)
+        pattern = (
+            EntryPattern.from_flat(active, exploring, (rows, columns, 1, 1), transposed=how.transposed)
+            if kernels == "compiled"
+            else CsrPattern.from_flat(active, exploring, (rows, columns), how.transposed)
+        )
+        return cls(shape, active.numel(), active.numel() + exploring.numel(), None, pattern, how)
+
+    def to(self, device: torch.device) -> Layout:
+        """Return the layout for another device; the compiled kernels compute on CPU, PyTorch's elsewhere."""
+        if device == self.device:
+            return self
+        kernels = self.how.kernels if device.type == "cpu" else "torch"
+        if isinstance(self.pattern, CsrPattern) and kernels == "torch":
+            return replace(self, pattern=self.pattern.to(device))
+        indices = self.indices().cpu()
+        sets = indices[: self.active_count], indices[self.active_count :]
+        return MatrixLayout.of(self.shape, *sets, self.how, kernels).to(device)
 
     def indices(self) -> Tensor:
         """Return the flat indices of the packed values."""
-        both = torch.empty(self.updated_count, dtype=torch.int64, device=self.device)
-        self.active.write_indices(both[: self.active_count])
-        self.exploring.write_indices(both[self.active_count :])
-        return both
+        return self.pattern.flat_indices()
 
-    def product(
-        self,
-        input: Tensor,
-        values: Tensor,
-        bias: Tensor | None,
-        kernels: str,
-        transposed: bool = False,
-        batch_last: bool = False,
-    ) -> Tensor:
-        """Multiply the last dimension of `input` by the rows (`transposed`: columns) of A and add `bias`."""
-        # they were chosen before the model was moved, perhaps to a device without compiled kernels
-        kernels = kernels if values.device.type == "cpu" else "torch"
-        return sparse_linear(input, values, bias, self.active, self.exploring, kernels, transposed, batch_last)
+    def product(self, input: Tensor, values: Tensor, bias: Tensor | None, batch_last: bool = False) -> Tensor:
+        """Multiply the last dimension of `input` by A, as its `Product` says, and add `bias`."""
+        return sparse_linear(input, values, bias, self.pattern, batch_last)
 
 
 @dataclass(frozen=True, eq=False)
 class ConvLayout(Layout):
-    """The layout of a weight for convolutions with single entries, which are computed on CPU.
+    """The layout of a weight for convolutions with single entries, which are computed on CPU."""
 
-    Args:
-        pattern: the places of the entries.
-    """
-
-    pattern: ConvPattern
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the indices."""
-        return self.pattern.backward_order.device
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the indices in bytes."""
-        return self.pattern.nbytes
+    pattern: EntryPattern
 
     def to(self, device: torch.device) -> Layout:
         """Return a layout for another device, where the layer computes with the dense weight."""
@@ -187,42 +162,41 @@ class BsrLayout(Layout):
     """The layout of a weight for products with blocks.
 
     Args:
-        pattern: the places of the blocks.
+        how: how the layer multiplies.
     """
 
     pattern: BlockPattern
+    how: Product
 
-    @property
-    def device(self) -> torch.device:
-        """The device of the indices."""
-        return self.pattern.device
+    def to(self, device: torch.device) -> Layout:
+        """Return the same layout on another device."""
+        return self if device == self.device else replace(self, pattern=self.pattern.to(device))
 
     def indices(self) -> Tensor:
         """Return the flat indices of the packed values."""
         return self.pattern.flat_indices()
 
-    def product(
-        self,
-        input: Tensor,
-        values: Tensor,
-        bias: Tensor | None,
-        kernels: str,
-        transposed: bool = False,
-        batch_last: bool = False,
-    ) -> Tensor:
-        """Multiply the last dimension of `input` by the rows (`transposed`: columns) of A and add `bias`."""
+    def product(self, input: Tensor, values: Tensor, bias: Tensor | None, batch_last: bool = False) -> Tensor:
+        """Multiply the last dimension of `input` by A, as its `Product` says, and add `bias`."""
         blocks = values.view(-1, *self.pattern.block_shape)
-        return block_sparse_linear(input, blocks, bias, self.pattern, kernels, transposed)
+        return block_sparse_linear(input, blocks, bias, self.pattern, self.how.kernels, self.how.transposed)
 
 
-def make_layout(tiers: Tensor, shape: torch.Size, structure: Structure, product: Product | None) -> Layout:
-    """Make the layout for these sets.
+def make_layout(
+    tiers: Tensor,
+    shape: torch.Size,
+    structure: Structure,
+    product: Product | None,
+    on_cpu: bool = True,
+) -> Layout:
+    """Make the layout for these sets, on CPU.
 
     Args:
         tiers: uint8, on CPU, in the shape of the weight's grid of units.
         shape: of the weight.
         structure: what the sets consist of; it divides the weight.
         product: how the layer multiplies by the packed values; None: it computes with the dense weight.
+        on_cpu: whether it multiplies on CPU.
     """
     active, exploring = units_in_order(tiers)
     size = shape.numel() // max(tiers.numel(), 1)
@@ -231,21 +205,20 @@ def make_layout(tiers: Tensor, shape: torch.Size, structure: Structure, product:
     if product is None:
         return FlatLayout(*sets, _narrowed(structure.entries(torch.cat([active, exploring]), shape), shape))
     if product.groups is not None:
-        return ConvLayout(*sets, ConvPattern.from_flat(active, exploring, as_kernel(shape), product.groups))
+        return ConvLayout(*sets, EntryPattern.from_flat(active, exploring, as_kernel(shape), product.groups))
     if isinstance(structure, Block):
         sides = (structure.outputs, structure.inputs)
-        return BsrLayout(*sets, BlockPattern.from_flat(active, exploring, _as_matrix(tiers.shape), sides))
-    matrix = _as_matrix(shape)
-    return CsrLayout(*sets, Pattern.from_flat(active, matrix), Pattern.from_flat(exploring, matrix, transpose=False))
+        return BsrLayout(*sets, BlockPattern.from_flat(active, exploring, _as_matrix(tiers.shape), sides), product)
+    return MatrixLayout.of(shape, active, exploring, product, product.kernels if on_cpu else "torch")
 
 
 def can_multiply(shape: torch.Size, active: int, updated: int, structure: Structure, product: Product) -> bool:
     """Return whether the kernels' integers can hold the indices of a weight of this shape, with |A| and |B| entries."""
     if product.groups is not None:
-        return ConvPattern.fits(as_kernel(shape), updated)
+        return EntryPattern.fits(as_kernel(shape), updated)
     if isinstance(structure, Block):
         return BlockPattern.fits(_as_matrix(structure.grid(shape)), (structure.outputs, structure.inputs))
-    return Pattern.fits(_as_matrix(shape), max(active, updated - active))
+    return Pattern.fits(_as_matrix(shape), updated)
 
 
 def as_kernel(shape: torch.Size) -> tuple[int, int, int, int]:

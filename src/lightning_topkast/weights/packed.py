@@ -4,6 +4,7 @@ The parameter is 1-D: θ on A, then θ on B\A, so that gradient and optimizer st
 reservoir, the sets and the telemetry are in host memory and are accessed only at a refresh.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,7 +34,6 @@ class PackedWeight(SparseWeight):
         traits: properties that all weights of the run share; the structure divides the weight.
         product: how the layer multiplies by the packed values (`storage` is "packed"); None: by a dense α that exists
             only as long as autograd needs it ("compact").
-        kernels: the kernels that the layer uses for its products.
     """
 
     def __init__(
@@ -44,14 +44,12 @@ class PackedWeight(SparseWeight):
         updated_count: int,
         traits: Traits,
         product: Product | None,
-        kernels: str = "torch",
     ) -> None:
         values = nn.Parameter(dense.detach().new_zeros(updated_count), requires_grad=dense.requires_grad)
         values.__dict__.update(dense.__dict__)  # attributes that other code has set, such as "no weight decay"
         super().__init__(name, values, Sharding(name, dense), active_count, updated_count, traits)
         self.storage = "compact" if product is None else "packed"
         self._product = product
-        self.kernels = kernels
         # In host memory. θ is up to date on C; on B the parameter holds it.
         theta = dense.detach().cpu().contiguous().view(-1)
         owns_all = theta.untyped_storage().nbytes() == theta.nbytes  # a slice would keep a larger storage alive
@@ -75,14 +73,17 @@ class PackedWeight(SparseWeight):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Load the kernels, which a process that only unpickles the weight does not have yet."""
         self.__dict__.update(state)
-        if self.kernels != "compiled" or self._product is None:
+        if self._product is None or self._product.kernels != "compiled":
             return
+        kernels = MATRIX_KERNELS if self._product.groups is None else CONV_KERNELS
+        if kernels.choose("auto", torch.device("cpu")) == "compiled":
+            return
+        self._settle()
         if self._product.groups is None:
-            self.kernels = MATRIX_KERNELS.choose("auto", torch.device("cpu"))
-        elif CONV_KERNELS.choose("auto", torch.device("cpu")) == "torch":
-            self._settle()
-            self.storage, self._product, self._prepared = "compact", None, None
-            self._layout = self._pack(self._tiers)
+            self._product = dataclasses.replace(self._product, kernels="torch")
+        else:
+            self.storage, self._product = "compact", None
+        self._prepared, self._layout = None, self._pack(self._tiers)
 
     @property
     def layout(self) -> Layout:
@@ -201,7 +202,8 @@ class PackedWeight(SparseWeight):
         self.orders.refresh(unmoved)
 
     def _pack(self, tiers: Tensor) -> Layout:
-        return make_layout(tiers, self.shape, self.structure, self._product)
+        on_cpu = self.parameter.device.type == "cpu"
+        return make_layout(tiers, self.shape, self.structure, self._product, on_cpu)
 
     def _on_grid(self, tiers: Tensor) -> Tensor:
         """Return the units' tiers."""

@@ -8,15 +8,15 @@ from torch.autograd.function import once_differentiable
 
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.ops.conv import library  # noqa: F401  defines the operators
-from lightning_topkast.ops.conv.pattern import ConvPattern
 from lightning_topkast.ops.dtypes import dtypes_of
+from lightning_topkast.ops.entries import EntryPattern
 
 
 def sparse_conv2d(
     input: Tensor,
     values: Tensor,
     bias: Tensor | None,
-    pattern: ConvPattern,
+    pattern: EntryPattern,
     stride: tuple[int, int] = (1, 1),
     padding: tuple[int, int] = (0, 0),
     dilation: tuple[int, int] = (1, 1),
@@ -62,7 +62,7 @@ def sparse_conv2d(
     return output.to(result)
 
 
-def _check(input: Tensor, values: Tensor, bias: Tensor | None, pattern: ConvPattern) -> None:
+def _check(input: Tensor, values: Tensor, bias: Tensor | None, pattern: EntryPattern) -> None:
     channels = pattern.shape[1] * pattern.groups
     if input.dim() != 4 or input.shape[1] != channels:
         raise TopKastError(f"expected input to be (batch, {channels}, height, width), got {tuple(input.shape)}")

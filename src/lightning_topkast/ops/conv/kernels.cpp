@@ -41,7 +41,7 @@ template <typename T>
 Forward<T> forward_of(const Index& index, const std::vector<int32_t>& table, const T* values) {
   return {
       index.forward_cut, offsets_of(index.forward_keys, index.active, table, kOffsets), values, index.rows,
-      index.blocks()};
+      index.blocks(), index.rows};
 }
 
 // The backward index of a layer whose steps over the input are longer than 1: its channels are split by the places of
@@ -676,6 +676,4 @@ std::tuple<Tensor, Tensor> convolution_gradients(
 TORCH_LIBRARY_IMPL(topkast, CPU, m) {
   m.impl("conv", convolution);
   m.impl("conv_gradients", convolution_gradients);
-  m.impl("conv_index", make_index);
-  m.impl("conv_flat_indices", flat_indices);
 }

@@ -18,11 +18,6 @@ LIBRARY.define(
     "conv_gradients(Tensor values, Tensor[] index, int[] sizes, Tensor images, Tensor grads, SymInt[] numbers, "
     "bool of_input, bool of_values) -> (Tensor, Tensor)"
 )
-LIBRARY.define(
-    "conv_index(Tensor active, Tensor exploring, int rows, int channels, int taps, int groups, int block, int panel)"
-    " -> Tensor[]"
-)
-LIBRARY.define("conv_flat_indices(Tensor[] index, int[] sizes, int groups) -> Tensor")
 
 
 def _fake_conv(
@@ -55,10 +50,5 @@ def _fake_gradients(
     )
 
 
-def _fake_flat_indices(index: Sequence[Tensor], sizes: Sequence[int], groups: int) -> Tensor:
-    return torch.empty(sizes[-1], dtype=torch.int64)
-
-
-torch.library.register_fake("topkast::conv_flat_indices", _fake_flat_indices, lib=LIBRARY)
 torch.library.register_fake("topkast::conv", _fake_conv, lib=LIBRARY)
 torch.library.register_fake("topkast::conv_gradients", _fake_gradients, lib=LIBRARY)

@@ -1,4 +1,4 @@
-"""Custom PyTorch operators for a sparse layer, each with two implementations: `torch_*` and `compiled_*`.
+"""Custom PyTorch operators for a sparse layer: `torch_*` for a `CsrPattern`, and `compiled_*` for an `EntryPattern`.
 
 `*_product` computes A @ dense + bias, and `*_gradients` the gradients of the backward pass. The last dimension of their
 matrices is the batch. They are opaque to torch.compile, which needs only their fake implementations, and are not
@@ -13,47 +13,36 @@ from torch import Tensor
 from lightning_topkast.ops.csr import portable
 from lightning_topkast.ops.library import LIBRARY
 
-_PRODUCT = (
-    "_product(Tensor values, Tensor crow, Tensor col, Tensor? order, Tensor dense, Tensor? bias, SymInt[] lead)"
-    " -> Tensor"
-)
+_PRODUCT = "_product(Tensor values, Tensor[] index, int[] sizes, Tensor dense, Tensor? bias, SymInt[] lead) -> Tensor"
 _GRADIENTS = (
-    "_gradients(Tensor values, Tensor crow, Tensor col, Tensor t_crow, Tensor t_col, Tensor t_order, Tensor crow2, "
-    "Tensor col2, Tensor inputs, Tensor grads, SymInt[] lead, bool transposed, bool of_input, bool of_values)"
-    " -> (Tensor, Tensor)"
+    "_gradients(Tensor values, Tensor[] index, int[] sizes, Tensor inputs, Tensor grads, SymInt[] lead, "
+    "bool of_input, bool of_values) -> (Tensor, Tensor)"
 )
 
 
 def _fake_product(
     values: Tensor,
-    crow: Tensor,
-    col: Tensor,
-    order: Tensor | None,
+    index: Sequence[Tensor],
+    sizes: Sequence[int],
     dense: Tensor,
     bias: Tensor | None,
     lead: Sequence[int],
 ) -> Tensor:
-    return portable.batch_last(dense, lead, crow.shape[0] - 1)
+    return portable.batch_last(dense, lead, sizes[0])
 
 
 def _fake_gradients(
     values: Tensor,
-    crow: Tensor,
-    col: Tensor,
-    t_crow: Tensor,
-    t_col: Tensor,
-    t_order: Tensor,
-    crow2: Tensor,
-    col2: Tensor,
+    index: Sequence[Tensor],
+    sizes: Sequence[int],
     inputs: Tensor,
     grads: Tensor,
     lead: Sequence[int],
-    transposed: bool,
     of_input: bool,
     of_values: bool,
 ) -> tuple[Tensor, Tensor]:
     return (
-        portable.batch_last(inputs, lead, inputs.shape[0]) if of_input else inputs.new_empty(0),
+        portable.batch_last(inputs, lead, sizes[1]) if of_input else inputs.new_empty(0),
         torch.empty_like(values) if of_values else values.new_empty(0),
     )
 

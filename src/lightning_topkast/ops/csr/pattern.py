@@ -1,6 +1,7 @@
 """The places of the entries of a sparse matrix."""
 
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -82,3 +83,76 @@ class Pattern:
 
     def _tensors(self) -> list[Tensor]:
         return [getattr(self, field.name) for field in fields(self)[1:]]
+
+
+@dataclass(frozen=True, eq=False)
+class CsrPattern:
+    r"""The places of a weight's entries for PyTorch's operators, on any device.
+
+    The values lie as in `Structure.order`: those of A by flat index, then those of B\A.
+
+    Attributes:
+        places: of A's entries in (out, in), or `transposed` in (in, out). Without a transpose, there is no gradient.
+        exploring: those of B\A, whose transpose is not used.
+        transposed: whether the inputs come first.
+    """
+
+    kernels: ClassVar[str] = "torch"
+
+    places: Pattern
+    exploring: Pattern
+    transposed: bool = False
+
+    @classmethod
+    def from_flat(
+        cls, active: Tensor, exploring: Tensor, shape: tuple[int, int], transposed: bool = False
+    ) -> "CsrPattern":
+        r"""Make the pattern of a weight from the flat indices of A and of B\A; see `Pattern.from_flat`."""
+        return cls(Pattern.from_flat(active, shape), Pattern.from_flat(exploring, shape, transpose=False), transposed)
+
+    def to(self, device: torch.device | str) -> "CsrPattern":
+        """Return the same pattern on another device."""
+        return CsrPattern(self.places.to(device), self.exploring.to(device), self.transposed)
+
+    def flat_indices(self) -> Tensor:
+        """Return the flat indices of the values, int64."""
+        both = torch.empty(self.updated, dtype=torch.int64, device=self.device)
+        self.places.write_indices(both[: self.places.nnz])
+        self.exploring.write_indices(both[self.places.nnz :])
+        return both
+
+    @property
+    def rows(self) -> int:
+        """Number of outputs."""
+        return self.places.shape[1 if self.transposed else 0]
+
+    @property
+    def channels(self) -> int:
+        """Number of inputs."""
+        return self.places.shape[0 if self.transposed else 1]
+
+    @property
+    def updated(self) -> int:
+        """|B|."""
+        return self.places.nnz + self.exploring.nnz
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the indices."""
+        return self.places.col.device
+
+    @property
+    def index(self) -> list[Tensor]:
+        """The tensors of the indices, as the operators take them."""
+        a, m = self.places, self.exploring
+        return [a.crow, a.col, a.t_crow, a.t_col, a.t_order, m.crow, m.col]
+
+    @property
+    def sizes(self) -> list[int]:
+        """The numbers that describe the matrix, as the operators take them."""
+        return [self.rows, self.channels, int(self.transposed)]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the indices in bytes."""
+        return self.places.nbytes + self.exploring.nbytes

@@ -20,9 +20,8 @@ def batch_last(like: Tensor, lead: Sequence[int], features: int) -> Tensor:
 
 def product(
     values: Tensor,
-    crow: Tensor,
-    col: Tensor,
-    order: Tensor | None,
+    index: Sequence[Tensor],
+    sizes: Sequence[int],
     dense: Tensor,
     bias: Tensor | None,
     lead: Sequence[int],
@@ -31,14 +30,67 @@ def product(
 
     Args:
         values: (at least nnz,) the entries of A.
-        crow: int32 (rows + 1,), see `Pattern`.
-        col: int32 (nnz,), see `Pattern`.
-        order: int32 (nnz,); entry k of A is values[order[k]] (None: values[k]).
-        dense: contiguous (columns, batch).
-        bias: (rows,), added to each column of the result.
+        index, sizes: those of a `CsrPattern`.
+        dense: contiguous (in, batch).
+        bias: (out,), added to each column of the result.
         lead: the leading sizes, whose product is the batch.
     """
-    rows, (columns, batch) = crow.numel() - 1, dense.shape
+    crow, col, t_crow, t_col, t_order, _, _ = index
+    out, _, transposed = sizes
+    if transposed:
+        return _product(values, t_crow, t_col, t_order, out, dense, bias, lead)
+    return _product(values, crow, col, None, out, dense, bias, lead)
+
+
+def gradients(
+    values: Tensor,
+    index: Sequence[Tensor],
+    sizes: Sequence[int],
+    inputs: Tensor,
+    grads: Tensor,
+    lead: Sequence[int],
+    of_input: bool,
+    of_values: bool,
+) -> tuple[Tensor, Tensor]:
+    """Compute the gradients of a layer's input, in the format of `batch_last`, and values; empty if not requested.
+
+    Args:
+        values: of the layer: A's entries, those of the second pattern, and a tail whose gradient is zero.
+        index, sizes: those of a `CsrPattern`.
+        inputs: contiguous (in, batch).
+        grads: contiguous (out, batch), the gradient of the layer's output.
+        lead: the leading sizes, whose product is the batch.
+        of_input, of_values: which gradients to compute.
+    """
+    crow, col, t_crow, t_col, t_order, crow2, col2 = index
+    _, channels, transposed = sizes
+    input_grad, values_grad = inputs.new_empty(0), values.new_empty(0)
+    if of_input:
+        if transposed:
+            input_grad = _product(values, crow, col, None, channels, grads, None, lead)
+        else:
+            input_grad = _product(values, t_crow, t_col, t_order, channels, grads, None, lead)
+    if of_values:
+        rows, columns = (inputs, grads) if transposed else (grads, inputs)
+        values_grad = torch.zeros_like(values)
+        updated = col.numel() + col2.numel()
+        values_grad[: col.numel()] = _sampled(rows, columns, crow, col)
+        values_grad[col.numel() : updated] = _sampled(rows, columns, crow2, col2)
+    return input_grad, values_grad
+
+
+def _product(
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    order: Tensor | None,
+    rows: int,
+    dense: Tensor,
+    bias: Tensor | None,
+    lead: Sequence[int],
+) -> Tensor:
+    """Compute the product with compressed rows, whose entry k is values[order[k]] (None: values[k])."""
+    columns, batch = dense.shape
     result = batch_last(dense, lead, rows)
     flat = result.as_strided((rows, batch), (batch, 1))
     if bias is not None:
@@ -50,49 +102,6 @@ def product(
     # with `out`, autocast does not convert the operands
     torch.addmm(flat, matrix, dense, beta=0 if bias is None else 1, out=flat)
     return result
-
-
-def gradients(
-    values: Tensor,
-    crow: Tensor,
-    col: Tensor,
-    t_crow: Tensor,
-    t_col: Tensor,
-    t_order: Tensor,
-    crow2: Tensor,
-    col2: Tensor,
-    inputs: Tensor,
-    grads: Tensor,
-    lead: Sequence[int],
-    transposed: bool,
-    of_input: bool,
-    of_values: bool,
-) -> tuple[Tensor, Tensor]:
-    """Compute the gradients of a layer's input, in the format of `batch_last`, and values; empty if not requested.
-
-    Args:
-        values: of the layer: A's entries, those of the second pattern, and a tail whose gradient is zero.
-        crow, col, t_crow, t_col, t_order: A's `Pattern`.
-        crow2, col2: the second pattern.
-        inputs: contiguous (in, batch).
-        grads: contiguous (out, batch), the gradient of the layer's output.
-        lead: the leading sizes, whose product is the batch.
-        transposed: whether the patterns are (in, out) instead of (out, in).
-        of_input, of_values: which gradients to compute.
-    """
-    input_grad, values_grad = inputs.new_empty(0), values.new_empty(0)
-    if of_input:
-        if transposed:
-            input_grad = product(values, crow, col, None, grads, None, lead)
-        else:
-            input_grad = product(values, t_crow, t_col, t_order, grads, None, lead)
-    if of_values:
-        rows, columns = (inputs, grads) if transposed else (grads, inputs)
-        values_grad = torch.zeros_like(values)
-        updated = col.numel() + col2.numel()
-        values_grad[: col.numel()] = _sampled(rows, columns, crow, col)
-        values_grad[col.numel() : updated] = _sampled(rows, columns, crow2, col2)
-    return input_grad, values_grad
 
 
 def _sampled(rows: Tensor, columns: Tensor, crow: Tensor, col: Tensor) -> Tensor:

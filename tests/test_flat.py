@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_topkast import L1, L2, Norm, Targets, TopKast
-from lightning_topkast.ops import flat, memory
+from lightning_topkast.ops import flat, memory, step
 from lightning_topkast.ops.compiled import Compiled
 from tests.helpers import has_compiler, needs_compiler, same
 from tests.processes import run
@@ -120,7 +120,7 @@ def test_closing_in_one_pass_is_what_the_steps_do_one_by_one(size, seed, threads
     torch.set_num_threads(threads)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flat, "_MANY", 0)
-        assert flat.close_(values, members, places, taken, factors, is_open)
+        assert step.close_(step.Entries(values, members, places, taken, factors), is_open)
     torch.set_num_threads(1)
     assert same(bits([values, taken]), bits([expected, explored]))
     assert not is_open[0]
@@ -371,7 +371,12 @@ def sanitized(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("tests", "source"),
-    [("test_flat.py", "ops_flat"), ("test_ops.py", "csr_kernels"), ("test_conv.py", "conv_kernels")],
+    [
+        ("test_flat.py", "ops_flat"),
+        ("test_one_pass.py", "ops_flat"),
+        ("test_ops.py", "csr_kernels"),
+        ("test_conv.py", "conv_kernels"),
+    ],
 )
 def test_compiled_functions_stay_within_their_tensors(tests, source, tmp_path):
     """The tests over random shapes pass where a wrong access would end the process."""

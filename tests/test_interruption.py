@@ -12,6 +12,7 @@ from torch import nn
 from lightning_topkast import L2, Schedule, Targets, TopKast, TopKastError
 from lightning_topkast.method.selection import nested_top_k
 from lightning_topkast.ops import flat
+from lightning_topkast.ops.step import Update
 from lightning_topkast.weights import MaskedWeight, PackedWeight, Traits
 from tests.helpers import (
     MIDDLE,
@@ -45,7 +46,8 @@ def weight_in_training() -> MaskedWeight:
 
 def interrupt_at(line: int, method, *arguments) -> bool:
     """Call `method`, and raise KeyboardInterrupt as its `line`-th line begins; return whether it got that far."""
-    codes, seen = {method.__func__.__code__, MaskedWeight._switch.__code__}, 0
+    helpers = MaskedWeight._switch, MaskedWeight._finish_step
+    codes, seen = {method.__func__.__code__, *(helper.__code__ for helper in helpers)}, 0
 
     def trace(frame, event, _):
         nonlocal seen
@@ -109,6 +111,27 @@ def test_interrupted_refresh_of_a_rule_that_clears_what_it_drops_leaves_nothing_
         kept = weight.active & (before != 0)
         assert torch.equal(weight.theta()[kept], before[kept]), f"line {line}"
     assert line > 10
+
+
+@needs_compiler
+def test_interrupted_step_in_one_pass_is_taken_or_not(monkeypatch):
+    monkeypatch.setattr(flat, "_MANY", 0)
+    line, update = 0, Update("sgd", (0.0, 0.0, 1.0, -0.5, 0.0), ())
+    while True:
+        line += 1
+        weight = weight_in_training()
+        weight.parameter.grad = torch.ones(12, 12)
+        before = weight.theta()
+        if not interrupt_at(line, weight.step, update, 0.5, True):
+            break
+        weight.recover()
+        check_recovered(weight)
+        shrinkage = torch.where(weight.active, 0.5 * 0.1, 0.5 * 0.1 / weight.forward_density_target)
+        after = torch.where(weight.updated, (before - 0.5) * (1 - shrinkage), before)
+        theta = weight.theta()
+        assert torch.equal(theta, before) or torch.allclose(theta, after), f"line {line}"
+    assert torch.allclose(weight.theta(), after)
+    assert line > 6
 
 
 @pytest.mark.parametrize("rule", ["set", "static"])

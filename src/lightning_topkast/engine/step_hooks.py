@@ -1,7 +1,7 @@
 """Hooks on an optimizer's step, which open sparse weights before the update and close them after it."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_topkast.engine.one_pass import count_step, update_of
 from lightning_topkast.engine.optimizer_state import OptimizerState
 from lightning_topkast.engine.optimizers import (
     calls_hooks,
@@ -71,6 +72,8 @@ class StepHooks:
         self._stepping: ref[Optimizer] | None = None  # the outermost optimizer whose step is in progress
         # gradients that were masked for the next step, and how they were left
         self._masked: dict[SparseWeight, tuple[Tensor, tuple[int, int, int]]] = {}
+        # weights whose step was taken as a whole, with their gradient, which the optimizer must not see
+        self._stepped: dict[SparseWeight, Tensor] = {}
         self._checked: list[ref[Optimizer]] = []  # those whose state was found to be known
         self._warned_of_overshoot = self._warned_of_empty = False
         self._handles: WeakKeyDictionary[Optimizer, list[RemovableHandle]] = WeakKeyDictionary()
@@ -178,14 +181,17 @@ class StepHooks:
         """Forget a step that was interrupted."""
         self._stepping = None
         self._masked.clear()
+        self._stepped.clear()
 
     def mask_gradients(self) -> None:
         """Zero the gradients outside B, after recording them if the next sets depend on them."""
-        records = self.needs_gradients
+        self._record_gradients()
         for weight in self.weights:
-            if records:
-                weight.record_gradient()
             weight.mask_gradient()
+
+    def _record_gradients(self) -> None:
+        for weight in self.weights if self.needs_gradients else ():
+            weight.record_gradient()
 
     @property
     def needs_gradients(self) -> bool:
@@ -200,12 +206,10 @@ class StepHooks:
             weight: (gradient, stamp(gradient)) for weight, gradient in gradients.items() if gradient is not None
         }
 
-    def _mask_again(self, weights: Iterable[SparseWeight]) -> None:
-        """Mask the gradients that other code has written to since, such as noise; recording it would be wrong."""
-        for weight in weights:
-            gradient, seen = weight.parameter.grad, self._masked.get(weight)
-            if gradient is not None and (seen is None or seen[0] is not gradient or seen[1] != stamp(gradient)):
-                weight.mask_gradient()
+    def _is_masked(self, weight: SparseWeight) -> bool:
+        """Return whether the gradient was masked for this step, and not written by other code since, such as noise."""
+        gradient, seen = weight.parameter.grad, self._masked.get(weight)
+        return gradient is not None and seen is not None and seen[0] is gradient and seen[1] == stamp(gradient)
 
     def state_of(self, weight: SparseWeight) -> list[EntryState]:
         """Return the state that the optimizers keep for the entries of a weight, which then fits its sets.
@@ -277,16 +281,31 @@ class StepHooks:
 
     @torch.no_grad()
     def _open(self, optimizer: Optimizer) -> None:
-        weights = self._held_by(optimizer)
-        self._before_step_of(weights)
-        if self._masked:
-            self._mask_again(weights)
-        else:
-            self.mask_gradients()
-        for weight in weights:
-            # like the optimizer, skip parameters without a gradient
-            if weight.parameter.grad is not None and not weight.is_open:
+        self._stepped.clear()
+        self._before_step_of(self._held_by(optimizer))
+        if not self._masked:  # recording them after they were masked would be wrong
+            self._record_gradients()
+        for weight, group in self._weights_and_groups(optimizer):
+            if weight.parameter.grad is None:  # like the optimizer, skip these
+                continue
+            masks = not self._is_masked(weight)
+            if self._take_step(optimizer, weight, group, masks):
+                continue
+            if masks:
+                weight.mask_gradient()
+            if not weight.is_open:
                 weight.open()
+
+    def _take_step(self, optimizer: Optimizer, weight: SparseWeight, group: dict[str, Any], masks: bool) -> bool:
+        """Take the optimizer's step of a weight in its place, if that can be; it skips what has no gradient."""
+        parameter = weight.parameter
+        update = None if weight.is_packed or weight.is_open else update_of(optimizer, group, parameter)
+        if update is None or not weight.step(update, self._within_reach(weight, group["lr"]), masks):
+            return False
+        count_step(optimizer, parameter)
+        assert parameter.grad is not None
+        self._stepped[weight], parameter.grad = parameter.grad, None
+        return True
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
@@ -302,7 +321,10 @@ class StepHooks:
         skipped = found_inf is not None and bool(found_inf)
         stepped = False
         for weight, group in self._weights_and_groups(optimizer):
-            if weight.is_open:
+            if weight in self._stepped:
+                weight.parameter.grad = self._stepped.pop(weight)
+                stepped = True
+            elif weight.is_open:
                 weight.close(lr=0 if skipped else self._within_reach(weight, group["lr"]))
                 self._warn_of_empty(weight)
                 stepped = not skipped

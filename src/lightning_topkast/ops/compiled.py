@@ -111,7 +111,8 @@ def _command() -> list[str]:
     level = next((level for level in _INSTRUCTIONS if capability.startswith(level)), None)
     return [
         *shlex.split(os.environ.get("CXX") or ("clang++" if mac else "c++")),
-        *("-std=c++20", "-O3", "-fPIC", "-shared", "-w"),
+        # nobody asks for the error number of a square root, which would keep it out of vectors
+        *("-std=c++20", "-O3", "-fno-math-errno", "-fPIC", "-shared", "-w"),
         *(() if level is None else (*_INSTRUCTIONS[level], f"-DCPU_CAPABILITY={level}", f"-DCPU_CAPABILITY_{level}")),
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
         f"-I{folder / 'include'}",

@@ -46,6 +46,127 @@ inline float kept(float value, int8_t member) {
   return value;
 }
 
+constexpr int64_t kPart = 256; // the same for a step, which has a block of each of several tensors; measured
+constexpr int64_t kAccurate = 0x140102; // MKL's mode: best accuracy, denormals kept, errors ignored, as PyTorch calls it
+
+using Root = void (*)(int32_t count, const float* values, float* roots, int64_t mode);
+
+// A masked weight around the optimizer's step.
+struct Masked {
+  float* values; // which are 0 between steps at the places and where the member is 0
+  const int8_t* members;
+  int64_t size;
+  const int64_t* places; // of the exploring entries, sorted
+  float* explored;
+  int64_t count;
+  const double* factors; // of the explored values and of the others
+
+  // Calls `inside(start, length, first, last)` for each block, whose places have the indices first to last; then takes the
+  // values there out, times a factor, and leaves 0 there and where the member is 0; the others get another factor.
+  template <typename F>
+  void close(int64_t threads, const F& inside) const {
+    const float of_explored = static_cast<float>(factors[0]), of_others = static_cast<float>(factors[1]);
+    const Masked weight = *this; // nothing that is written can change it
+    parallel(size, threads, [=](int64_t begin, int64_t end) {
+      int64_t first = std::lower_bound(weight.places, weight.places + weight.count, begin) - weight.places;
+      for (int64_t start = begin; start < end; start += kPart) {
+        const int64_t stop = std::min(start + kPart, end);
+        const int64_t* const most = weight.places + std::min(first + stop - start, weight.count);
+        const int64_t last = std::lower_bound(weight.places + first, most, stop) - weight.places;
+        inside(start, stop - start, first, last);
+        for (; first < last; ++first) {
+          weight.explored[first] = weight.values[weight.places[first]] * of_explored;
+          weight.values[weight.places[first]] = 0;
+        }
+        if (of_others == 1) { // nothing else, not even what a product does to denormals
+          for (int64_t i = start; i < stop; ++i) {
+            weight.values[i] = kept(weight.values[i], weight.members[i]);
+          }
+        } else {
+          for (int64_t i = start; i < stop; ++i) {
+            weight.values[i] = kept(weight.values[i], weight.members[i]) * of_others;
+          }
+        }
+      }
+    });
+  }
+
+  // For each block masks the gradient if `masks`, puts the explored values in, calls `update(start, length)` and closes.
+  template <typename F>
+  void step(float* gradient, bool masks, int64_t threads, const F& update) const {
+    const Masked weight = *this;
+    close(threads, [=](int64_t start, int64_t length, int64_t first, int64_t last) {
+      if (masks) {
+        mask(reinterpret_cast<uint32_t*>(gradient), weight.members, start, start + length);
+      }
+      for (int64_t k = first; k < last; ++k) {
+        weight.values[weight.places[k]] = weight.explored[k];
+      }
+      update(start, length);
+    });
+  }
+};
+
+// Updates up to `kPart` values and their momentum, of which there may be none (null), as `torch.optim.SGD` does. `options`
+// are the weight decay, the momentum, 1 - dampening, -lr and whether the momentum is Nesterov's. Here and below each sum
+// with a product is an explicit `fma` where PyTorch has one, so that no compiler decides.
+void update_sgd(
+    float* __restrict values, const float* __restrict gradient, float* __restrict momentum, int64_t length,
+    const double* options) {
+  const float decay = options[0], old_share = options[1], new_share = options[2], rate = options[3];
+  float change[kPart];
+  for (int64_t i = 0; i < length; ++i) {
+    change[i] = decay == 0 ? gradient[i] : std::fma(values[i], decay, gradient[i]);
+  }
+  if (momentum != nullptr) {
+    const bool nesterov = options[4] != 0;
+    for (int64_t i = 0; i < length; ++i) {
+      const float known = momentum[i] * old_share;
+      momentum[i] = std::fma(change[i], new_share, known);
+      change[i] = nesterov ? std::fma(momentum[i], old_share, change[i]) : momentum[i];
+    }
+  }
+  for (int64_t i = 0; i < length; ++i) {
+    values[i] = std::fma(change[i], rate, values[i]);
+  }
+}
+
+// Updates up to `kPart` values and their moments as `torch.optim.Adam` and `AdamW` do. `options` are AdamW's factor of the
+// values, Adam's weight decay, 1 - β1, β2, 1 - β2, the root of the second bias correction, ε and minus the step size.
+// `root_of` writes MKL's square roots, whose rounding PyTorch's unfused optimizers have; null: the processor's.
+void update_adam(
+    float* __restrict values, const float* __restrict gradient, float* __restrict average, float* __restrict squares,
+    int64_t length, const double* options, Root root_of) {
+  const float factor = options[0], decay = options[1], weight1 = options[2], beta2 = options[3], weight2 = options[4];
+  const float correction = options[5], epsilon = options[6], rate = options[7];
+  const auto moments = [&](int64_t i) {
+    const float change = decay == 0 ? gradient[i] : std::fma(values[i], decay, gradient[i]);
+    const float difference = change - average[i];
+    average[i] = weight1 < 0.5f ? std::fma(weight1, difference, average[i]) : std::fma(weight1 - 1, difference, change);
+    const float known = squares[i] * beta2;
+    return squares[i] = std::fma(weight2 * change, change, known);
+  };
+  const auto move = [&](int64_t i, float root) {
+    const float decayed = std::fma(values[i], factor, -0.0f); // a product that is rounded before anything is added
+    values[i] = decayed + rate * average[i] / (root / correction + epsilon);
+  };
+  if (root_of == nullptr) {
+    for (int64_t i = 0; i < length; ++i) {
+      move(i, std::sqrt(moments(i)));
+    }
+    return;
+  }
+  float roots[kPart];
+  for (int64_t i = 0; i < length; ++i) {
+    const float square = moments(i);
+    roots[i] = square == 0 ? 1 : square; // a zero takes MKL seven times as long as other numbers
+  }
+  root_of(static_cast<int32_t>(length), roots, roots, kAccurate);
+  for (int64_t i = 0; i < length; ++i) {
+    move(i, squares[i] == 0 ? 0 : roots[i]);
+  }
+}
+
 // Calls `function(place, k)` for places begin to end; `values` are what it reads or writes there.
 template <typename T, typename F>
 void at_places(const T* values, const int64_t* places, int64_t begin, int64_t end, const F& function) {
@@ -200,31 +321,32 @@ void topkast_take(
 void topkast_close(
     float* values, const int8_t* members, int64_t size, const int64_t* exploring, float* explored, int64_t count,
     const double* factors, uint8_t* open, int64_t threads) {
-  const float of_explored = static_cast<float>(factors[0]), of_others = static_cast<float>(factors[1]);
-  parallel(size, threads, [&](int64_t begin, int64_t end) {
-    const int64_t* const places = exploring;
-    float *const out = explored, *const all = values;
-    int64_t next = std::lower_bound(places, places + count, begin) - places;
-    const int64_t last = std::lower_bound(places + next, places + count, end) - places;
-    for (int64_t start = begin; start < end; start += kBlock) {
-      const int64_t stop = std::min(start + kBlock, end);
-      for (; next < last && places[next] < stop; ++next) {
-        const int64_t place = places[next];
-        out[next] = all[place] * of_explored;
-        all[place] = 0;
-      }
-      if (of_others == 1) { // nothing else, not even what a product does to denormals
-        for (int64_t i = start; i < stop; ++i) {
-          all[i] = kept(all[i], members[i]);
-        }
-      } else {
-        for (int64_t i = start; i < stop; ++i) {
-          all[i] = kept(all[i], members[i]) * of_others;
-        }
-      }
-    }
-  });
+  const Masked weight{values, members, size, exploring, explored, count, factors};
+  weight.close(threads, [](int64_t, int64_t, int64_t, int64_t) {});
   *open = 0;
+}
+
+// Does all of a step of `torch.optim.SGD`: masks the gradient if `masks` is not 0, puts the `explored` values in, updates,
+// and closes as `topkast_close` does. `momentum` is null if there is none; for `options` see `update_sgd`.
+void topkast_sgd(
+    float* values, const int8_t* members, int64_t size, const int64_t* exploring, float* explored, int64_t count,
+    const double* factors, float* gradient, int64_t masks, const double* options, float* momentum, int64_t threads) {
+  const Masked weight{values, members, size, exploring, explored, count, factors};
+  weight.step(gradient, masks != 0, threads, [=](int64_t start, int64_t length) {
+    float* const part = momentum == nullptr ? nullptr : momentum + start;
+    update_sgd(values + start, gradient + start, part, length, options);
+  });
+}
+
+// The same for `torch.optim.Adam` and `AdamW`; see `update_adam`.
+void topkast_adam(
+    float* values, const int8_t* members, int64_t size, const int64_t* exploring, float* explored, int64_t count,
+    const double* factors, float* gradient, int64_t masks, const double* options, float* average, float* squares,
+    Root root, int64_t threads) {
+  const Masked weight{values, members, size, exploring, explored, count, factors};
+  weight.step(gradient, masks != 0, threads, [=](int64_t start, int64_t length) {
+    update_adam(values + start, gradient + start, average + start, squares + start, length, options, root);
+  });
 }
 
 // Writes |α + latent|, or |explored| at the sorted `exploring` places.

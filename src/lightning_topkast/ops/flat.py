@@ -205,31 +205,6 @@ def tiers_of(members: Tensor, exploring: Tensor) -> Tensor:
     return tiers
 
 
-def close_(
-    values: Tensor,
-    members: Tensor,
-    exploring: Tensor,
-    explored: Tensor,
-    factors: tuple[float, float],
-    is_open: bytearray,
-) -> bool:
-    """Take exploring entries out of float32 values in one pass, if that is compiled; return whether it was done.
-
-    `explored` becomes the values at the flat indices `exploring` (sorted) times the first factor, and `values` become 0
-    there and where `members` (int8) is 0; elsewhere they are multiplied by the second factor. `is_open` (one
-    byte) becomes 0 within the same call, so that nothing can happen in between.
-    """
-    passes = _passes(values, members, exploring, explored)
-    if passes is None or {values.dtype, explored.dtype} != {torch.float32} or not _is_like(values, members):
-        return False
-    both, threads = values.new_tensor(factors, dtype=torch.float64), torch.get_num_threads()
-    flag = ctypes.addressof(ctypes.c_byte.from_buffer(is_open))
-    passes("close", values, members, values.numel(), exploring, explored, exploring.numel(), both, flag, threads)
-    _written(values)
-    _written(explored)
-    return True
-
-
 def magnitudes(alpha: Tensor, latent: Tensor, exploring: Tensor, explored: Tensor) -> Tensor:
     """Return |alpha + latent|, but |explored| at the flat indices `exploring` (sorted); float32, contiguous, on CPU."""
     result = empty(alpha.numel(), torch.float32).view(alpha.shape)

@@ -14,6 +14,7 @@ from lightning_topkast.method.penalty import Penalty
 from lightning_topkast.method.powerpropagation import Powerpropagation
 from lightning_topkast.method.selection import ACTIVE
 from lightning_topkast.method.structure import Structure, Unstructured
+from lightning_topkast.ops.step import Update
 from lightning_topkast.weights.orders import Orders
 from lightning_topkast.weights.shrinkage import Shrinkage
 from lightning_topkast.weights.state import problem_with
@@ -281,6 +282,19 @@ class SparseWeight(ABC):
         Args:
             lr: the current learning rate; 0 leaves the values unchanged.
         """
+
+    def step(self, update: Update, lr: float | Tensor, masks: bool) -> bool:
+        """Do at once what masking the gradient, `open`, the optimizer's update and `close` do, if that can be.
+
+        Args:
+            update: the optimizer's, which it must then leave out; its state changes.
+            lr: the current learning rate.
+            masks: whether the gradient was not masked yet.
+
+        Returns:
+            whether the step was taken; if not, nothing has changed.
+        """
+        return False
 
     @abstractmethod
     def recover(self) -> None:

@@ -21,7 +21,6 @@ from lightning_topkast.method.penalty import Total
 from lightning_topkast.method.selection import ACTIVE, EXPLORING, RESERVOIR
 from lightning_topkast.ops.flat import (
     changes,
-    close_,
     copied,
     count_outside,
     fill_,
@@ -34,6 +33,7 @@ from lightning_topkast.ops.flat import (
     tiers_of,
     where,
 )
+from lightning_topkast.ops.step import Entries, Update, close_, step_
 from lightning_topkast.weights.base import Before, EntryState, SparseWeight, Traits
 from lightning_topkast.weights.loading import best_fit, replace
 
@@ -345,10 +345,9 @@ class MaskedWeight(SparseWeight):
 
     def close(self, lr: float | Tensor) -> None:
         r"""Apply the penalty on B, store θ on B\A and make the parameter α again; see `SparseWeight.close`."""
-        alpha, factors = self._alpha, self.shrinkage.factors(lr)
+        alpha, parts = self._alpha, self._parts(lr)
         self._put_theta(alpha)
-        parts = alpha, self._mask, self._exploring, self._explored
-        if factors is None or not close_(*parts, factors, self._open):
+        if parts is None or not close_(parts, self._open):
             entries = flat(alpha)
             explored = take(entries, self._exploring)
             if self.is_exploring:
@@ -358,6 +357,23 @@ class MaskedWeight(SparseWeight):
             fill_(entries, self._exploring, 0)
             mask_outside_(alpha, self._mask)
             self.shrinkage.apply_(alpha, False, lr, self._total)
+        self._finish_step()
+
+    def step(self, update: Update, lr: float | Tensor, masks: bool) -> bool:
+        """Take a whole step in one pass over memory, if that can be; see `SparseWeight.step`."""
+        self.match_layout()
+        gradient, parts = self._gradient(), self._parts(lr)
+        if gradient is None or parts is None or self.exponent != 1 or not step_(parts, gradient, masks, update):
+            return False
+        self._finish_step()
+        return True
+
+    def _parts(self, lr: float | Tensor) -> Entries | None:
+        """Return what a pass around the step needs, or None if the penalty is more than a factor."""
+        factors = self.shrinkage.factors(lr)
+        return None if factors is None else Entries(self._alpha, self._mask, self._exploring, self._explored, factors)
+
+    def _finish_step(self) -> None:
         self._settled = True
         self.orders.step()
         self.replaced.clear()

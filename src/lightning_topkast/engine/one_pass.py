@@ -1,0 +1,125 @@
+"""Steps of PyTorch's SGD, Adam and AdamW on masked weights that one compiled pass takes over, with the same bits."""
+
+import math
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from lightning_topkast.ops.step import Entries, Update, is_compiled_for, step_
+
+_CLASSES: tuple[type[Optimizer], ...] = SGD, Adam, AdamW
+_TRIAL = (1 << 16) + 7  # entries, so many that the pass is compiled; the last ones fill no vector
+
+
+def update_of(optimizer: Optimizer, group: dict[str, Any], parameter: nn.Parameter) -> Update | None:
+    """Return what the optimizer's next step does to a parameter; None if we may not take it over.
+
+    The optimizer must be one of PyTorch's own, without any option that changes more than numbers, and nobody else may
+    look on between its hooks. PyTorch rounds as its compiler and libraries decide, so once per process and kind of
+    update a trial shows whether the pass gives the same bits.
+
+    Args:
+        optimizer: whose step begins.
+        group: the parameter's.
+        parameter: with a gradient.
+    """
+    update = _update(optimizer, group, parameter) if is_compiled_for(parameter) else None
+    if update is None or _is_watched(optimizer) or not _gives_the_same(type(optimizer).__name__, *_kind(group)):
+        return None
+    return update
+
+
+def count_step(optimizer: Optimizer, parameter: nn.Parameter) -> None:
+    """Count a step of one parameter, as the optimizer does."""
+    state = optimizer.state.get(parameter, {})
+    if "step" in state:
+        state["step"] += 1
+
+
+def _is_watched(optimizer: Optimizer) -> bool:
+    """Return whether hooks of others would notice that the optimizer itself updates nothing."""
+    return len(optimizer._optimizer_step_pre_hooks) > 1 or len(optimizer._optimizer_step_post_hooks) > 1
+
+
+def _update(optimizer: Optimizer, group: dict[str, Any], parameter: nn.Parameter) -> Update | None:
+    cls, state = type(optimizer), optimizer.state.get(parameter, {})
+    options = ("foreach", "maximize", "differentiable", "capturable", "amsgrad")
+    scaled = any(getattr(optimizer, name, None) is not None for name in ("grad_scale", "found_inf"))
+    if cls not in _CLASSES or scaled or any(group.get(option) for option in options):
+        return None
+    names = ("lr", "weight_decay", "momentum", "dampening", "eps")
+    numbers = [group[name] for name in names if name in group] + [*group.get("betas", ())]
+    if not all(isinstance(number, float | int) for number in numbers):
+        return None
+    return _sgd(group, state) if cls is SGD else _adam(group, state, decoupled=cls is AdamW)
+
+
+def _sgd(group: dict[str, Any], state: dict[str, Any]) -> Update | None:
+    buffer = state.get("momentum_buffer")
+    is_new = bool(group["momentum"]) and buffer is None
+    if group.get("fused") or is_new:  # the fused one rounds the last entries otherwise
+        return None
+    options = group["weight_decay"], group["momentum"], 1 - group["dampening"], -group["lr"], float(group["nesterov"])
+    return Update("sgd", options, () if buffer is None or not group["momentum"] else (buffer,))
+
+
+def _adam(group: dict[str, Any], state: dict[str, Any], decoupled: bool) -> Update | None:
+    if not {"step", "exp_avg", "exp_avg_sq"} <= state.keys():
+        return None
+    lr, decay, (beta1, beta2), fused = group["lr"], group["weight_decay"], group["betas"], bool(group.get("fused"))
+    step = float(state["step"]) + 1
+    correction1, correction2 = 1 - beta1**step, 1 - beta2**step
+    root = math.sqrt(correction2) if fused else correction2**0.5
+    decoupled = group.get("decoupled_weight_decay", decoupled)
+    factor, added = (1 - lr * decay, 0.0) if decoupled else (1.0, decay)
+    options = factor, added, 1 - beta1, beta2, 1 - beta2, root, group["eps"], -(lr / correction1)
+    return Update("adam", options, (state["exp_avg"], state["exp_avg_sq"]), uses_mkl=not fused)
+
+
+def _kind(group: dict[str, Any]) -> tuple[bool, ...]:
+    """Return which operations the optimizer uses, whatever the numbers."""
+    momentum, nesterov = group.get("momentum"), group.get("nesterov")
+    small = 1 - group.get("betas", (1.0,))[0] < 0.5
+    return bool(group.get("fused")), bool(group["weight_decay"]), bool(momentum), bool(nesterov), small
+
+
+@cache
+def _gives_the_same(name: str, fused: bool, decays: bool, momentum: bool, nesterov: bool, small: bool) -> bool:
+    """Return whether the pass updates values and state to the same bits as the optimizer of this name."""
+    cls = next(each for each in _CLASSES if each.__name__ == name)
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn() -> Tensor:
+        """Return numbers of many magnitudes, down to denormal ones, and zeros."""
+        normal = torch.randn(3, _TRIAL, generator=generator, device="cpu", dtype=torch.float32)
+        return normal[0] * 10 ** (9 * normal[1] - 9).clamp(-42, 2) * (normal[2] < 1)
+
+    options: dict[str, Any] = {"lr": 3e-3, "weight_decay": 1e-2 if decays else 0.0, "fused": fused}
+    if cls is SGD:
+        options |= {"momentum": 0.9 if momentum else 0.0, "dampening": 0.0 if nesterov else 0.1, "nesterov": nesterov}
+    else:
+        options |= {"betas": (0.9 if small else 0.4, 0.99)}
+    parameter = nn.Parameter(drawn())
+    optimizer = cls([parameter], **options)
+    parameter.grad = drawn()
+    if cls is not SGD:
+        step = torch.tensor(6.0, device="cpu")
+        optimizer.state[parameter] = {"step": step, "exp_avg": drawn(), "exp_avg_sq": drawn().abs()}
+    elif momentum:
+        optimizer.state[parameter] = {"momentum_buffer": drawn()}
+    update = _update(optimizer, optimizer.param_groups[0], parameter)
+    if update is None:
+        return False
+    update = update._replace(state=tuple(each.clone() for each in update.state))
+    values, nothing = parameter.detach().clone(), torch.empty(0, device="cpu", dtype=torch.float32)
+    members = torch.full((_TRIAL,), -1, dtype=torch.int8, device="cpu")
+    entries = Entries(values, members, nothing.long(), nothing, (1.0, 1.0))
+    if not step_(entries, parameter.grad.clone(), False, update):
+        return False
+    optimizer.step()
+    state = [each for each in optimizer.state[parameter].values() if each.shape == parameter.shape]
+    pairs = zip([values, *update.state], [parameter.detach(), *state], strict=True)
+    return all(torch.equal(own.view(torch.int32), theirs.view(torch.int32)) for own, theirs in pairs)

@@ -80,6 +80,25 @@ def test_masking_moving_and_filling_are_the_same(size, dtype):
 
 
 @needs_compiler
+@given(size=st.sampled_from(SIZES), seed=st.integers(0, 99), threads=st.sampled_from([1, 3]))
+@settings(max_examples=60, deadline=None)
+def test_two_sorted_runs_of_places_are_passed_over_together(size, seed, threads):
+    tiers, _, second, theta = sets(size, seed, active=0.3 * (seed % 3 > 0), exploring=0.2 * (seed % 4 > 0))
+    first = (tiers == 2).nonzero().flatten()
+    places = torch.cat([first, second])
+
+    def passes():
+        written = flat.put_(theta.clone(), places, places.float(), first.numel())
+        return written, flat.take(theta, places, first.numel())
+
+    torch.set_num_threads(threads)
+    written, taken = both(passes)
+    torch.set_num_threads(1)
+    assert torch.equal(taken, theta[places])
+    assert torch.equal(written, torch.where(tiers > 0, torch.arange(size).float(), theta))
+
+
+@needs_compiler
 def test_a_gradient_in_another_memory_order_is_masked_entry_by_entry():
     gradient = torch.randn(6, 5, 3, 3).to(memory_format=torch.channels_last)
     members = -(torch.rand(6, 5, 3, 3) < 0.5).to(torch.int8)

@@ -3,6 +3,7 @@
 // fuse the two and round otherwise.
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -167,46 +168,85 @@ void update_adam(
   }
 }
 
-// Calls `function(place, k)` for places begin to end; `values` are what it reads or writes there.
-template <typename T, typename F>
-void at_places(const T* values, const int64_t* places, int64_t begin, int64_t end, const F& function) {
-  constexpr int64_t ahead = 48;
-  for (int64_t k = begin; k < end; ++k) {
-    if (k + ahead < end) {
-      __builtin_prefetch(values + places[k + ahead], 1);
+// One of the sorted runs of `places`, which is read block by block.
+struct Run {
+  const int64_t* places;
+  int64_t next, end;
+
+  // Calls `function(place - start, index)` for the places before start + `kBlock`.
+  template <typename F>
+  void block(int64_t start, const F& function) {
+    for (; next < end && places[next] < start + kBlock; ++next) {
+      function(places[next] - start, next);
     }
-    function(places[k], k);
   }
+};
+
+// Calls `function(place, k)` for all places; `values` are what it reads or writes there. From index `split` on the places
+// are a second sorted run, if `split` is not 0: both are passed over together, since they lie in the same cache lines.
+template <typename T, typename F>
+void at_places(
+    const T* values, int64_t size, const int64_t* places, int64_t split, int64_t count, int64_t threads,
+    const F& function) {
+  constexpr int64_t ahead = 48;
+  if (split == 0) {
+    parallel(count, threads, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) {
+        if (k + ahead < end) {
+          __builtin_prefetch(values + places[k + ahead], 1);
+        }
+        function(places[k], k);
+      }
+    });
+    return;
+  }
+  parallel(size, threads, [&](int64_t begin, int64_t end) {
+    const auto run = [&](int64_t from, int64_t to) {
+      const auto index = [&](int64_t place) { return std::lower_bound(places + from, places + to, place) - places; };
+      return Run{places, index(begin), index(end)};
+    };
+    Run runs[] = {run(0, split), run(split, count)};
+    for (int64_t start = begin; start < end; start += kBlock) {
+      for (Run& each : runs) {
+        each.block(start, [&](int64_t place, int64_t k) { function(start + place, k); });
+      }
+    }
+  });
 }
 
-// Writes the positions of the bytes of a block that are not zero, and returns how many there are. Without branches, which
-// nothing could predict: first the words that have any, then the bytes of these.
+// Returns one bit for each of eight bytes that are 0 or 1: the product moves each to its place in the last byte.
+inline uint64_t bits_of(const uint8_t* bytes) {
+  uint64_t word;
+  std::memcpy(&word, bytes, 8);
+  if constexpr (std::endian::native == std::endian::big) {
+    word = __builtin_bswap64(word);
+  }
+  return word * 0x0102040810204080 >> 56;
+}
+
+// Writes the positions of the bytes that are 1 in a block of zeros and ones, and returns how many there are.
 inline int64_t set_bytes(const uint8_t* bytes, int64_t count, int32_t* positions) {
-  int32_t words[kBlock / 8 + 1];
-  int64_t some = 0, members = 0;
-  for (int64_t i = 0; i + 8 <= count; i += 8) {
-    uint64_t word;
-    std::memcpy(&word, bytes + i, 8);
-    words[some] = static_cast<int32_t>(i);
-    some += word != 0;
-  }
-  const auto add = [&](int64_t i) {
-    positions[members] = static_cast<int32_t>(i); // never past i
-    members += bytes[i] != 0;
-  };
-  for (int64_t k = 0; k < some; ++k) {
-    for (int64_t i = words[k]; i < words[k] + 8; ++i) {
-      add(i);
+  int64_t members = 0, i = 0;
+  const auto add = [&](int64_t start, uint64_t bits) {
+    for (; bits != 0; bits &= bits - 1) {
+      positions[members++] = static_cast<int32_t>(start + std::countr_zero(bits));
     }
+  };
+  for (; i + 64 <= count; i += 64) { // one bit for each byte, so that a loop's end is mispredicted once in 64
+    uint64_t bits = 0;
+    for (int64_t j = 0; j < 8; ++j) {
+      bits |= bits_of(bytes + i + 8 * j) << 8 * j;
+    }
+    add(i, bits);
   }
-  for (int64_t i = count / 8 * 8; i < count; ++i) {
-    add(i);
+  for (; i < count; ++i) {
+    add(i, bytes[i]);
   }
   return members;
 }
 
-// For up to 64 scores, returns whether one is not finite; writes how many brackets each is above and inside, and adds to
-// how many scores are above each.
+// For up to 64 scores, returns whether one is not finite; writes how many brackets each is above and whether it is
+// inside any, and adds to how many scores are above each.
 inline bool compare(
     const float* scores, int64_t count, int64_t brackets, const float* low, const float* high, uint8_t* sums,
     uint8_t* flags, int64_t* above) {
@@ -231,7 +271,7 @@ inline bool compare(
     sums[i] = static_cast<uint8_t>(larger[i]);
   }
   for (int64_t i = 0; i < count; ++i) {
-    flags[i] = static_cast<uint8_t>(at_least[i] - larger[i]);
+    flags[i] = at_least[i] > larger[i];
   }
   return broken;
 }
@@ -260,20 +300,6 @@ int64_t second_run(const int64_t* places, int64_t count) {
   return std::min(k, count);
 }
 
-// One of the sorted runs of `places`, which is read block by block.
-struct Run {
-  const int64_t* places;
-  int64_t next, end;
-
-  // Calls `function(place - start, index)` for the places before start + `kBlock`.
-  template <typename F>
-  void block(int64_t start, const F& function) {
-    for (; next < end && places[next] < start + kBlock; ++next) {
-      function(places[next] - start, next);
-    }
-  }
-};
-
 } // namespace
 
 extern "C" {
@@ -285,13 +311,13 @@ void topkast_mask(int64_t width, void* values, const int8_t* members, int64_t si
   });
 }
 
+// Writes the entries to the places; for `split` see `at_places`.
 void topkast_put(
-    int64_t width, void* values, const int64_t* places, void* entries, int64_t count, int64_t threads) {
+    int64_t width, void* values, int64_t size, const int64_t* places, int64_t split, int64_t count, void* entries,
+    int64_t threads) {
   with_width(width, values, [&](auto* all) {
     const auto* given = static_cast<decltype(all)>(entries);
-    parallel(count, threads, [&](int64_t begin, int64_t end) {
-      at_places(all, places, begin, end, [&](int64_t place, int64_t k) { all[place] = given[k]; });
-    });
+    at_places(all, size, places, split, count, threads, [&](int64_t place, int64_t k) { all[place] = given[k]; });
   });
 }
 
@@ -300,19 +326,17 @@ void topkast_fill(
     int64_t width, void* values, const int64_t* places, void* value, int64_t count, int64_t threads) {
   with_width(width, values, [&](auto* all) {
     const auto same = *static_cast<decltype(all)>(value);
-    parallel(count, threads, [&](int64_t begin, int64_t end) {
-      at_places(all, places, begin, end, [&](int64_t place, int64_t) { all[place] = same; });
-    });
+    at_places(all, 0, places, 0, count, threads, [&](int64_t place, int64_t) { all[place] = same; });
   });
 }
 
+// Reads the entries at the places; for `split` see `at_places`.
 void topkast_take(
-    int64_t width, void* values, const int64_t* places, void* entries, int64_t count, int64_t threads) {
+    int64_t width, void* values, int64_t size, const int64_t* places, int64_t split, int64_t count, void* entries,
+    int64_t threads) {
   with_width(width, values, [&](auto* all) {
     auto* const taken = static_cast<decltype(all)>(entries);
-    parallel(count, threads, [&](int64_t begin, int64_t end) {
-      at_places(all, places, begin, end, [&](int64_t place, int64_t k) { taken[k] = all[place]; });
-    });
+    at_places(all, size, places, split, count, threads, [&](int64_t place, int64_t k) { taken[k] = all[place]; });
   });
 }
 
@@ -451,7 +475,7 @@ int64_t topkast_changes(
     const T* const values = static_cast<T*>(explored);
     T *const others = static_cast<T*>(latent), *out = static_cast<T*>(new_explored);
     uint8_t old[kBlock], flags[kBlock];
-    int32_t positions[kBlock];
+    int32_t different[kBlock], exploring_now[kBlock];
     T known[kBlock];
     int64_t next = 0;
     for (int64_t start = 0; start < size; start += kBlock) {
@@ -469,15 +493,19 @@ int64_t topkast_changes(
         known[exploring[next] - start] = values[next];
       }
       for (int64_t i = 0; i < count; ++i) {
-        flags[i] = old[i] ^ block[i];
+        flags[i] = old[i] != block[i];
       }
-      int64_t found = set_bytes(flags, count, positions);
+      const int64_t found = set_bytes(flags, count, different);
       for (int64_t k = 0; k < found; ++k) {
-        const int32_t i = positions[k];
+        const int32_t i = different[k];
         __builtin_prefetch((old[i] == 2 ? of_active : others) + start + i, 1);
       }
+      for (int64_t i = 0; i < count; ++i) { // while these are on their way
+        flags[i] = block[i] == 1;
+      }
+      const int64_t explore = set_bytes(flags, count, exploring_now);
       for (int64_t k = 0; k < found; ++k) {
-        const int32_t i = positions[k];
+        const int32_t i = different[k];
         if (old[i] == 1) {
           others[start + i] = known[i];
         } else if (block[i] == 1) {
@@ -490,16 +518,12 @@ int64_t topkast_changes(
         }
       }
       total += found;
-      for (int64_t i = 0; i < count; ++i) {
-        flags[i] = block[i] == 1;
+      for (int64_t k = 0; k < explore; ++k) {
+        new_exploring[k] = start + exploring_now[k];
+        out[k] = known[exploring_now[k]];
       }
-      found = set_bytes(flags, count, positions);
-      for (int64_t k = 0; k < found; ++k) {
-        new_exploring[k] = start + positions[k];
-        out[k] = known[positions[k]];
-      }
-      new_exploring += found;
-      out += found;
+      new_exploring += explore;
+      out += explore;
     }
   });
   return total;

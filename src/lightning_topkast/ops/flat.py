@@ -79,11 +79,15 @@ def mask_outside_(tensor: Tensor, members: Tensor) -> None:
         tensor.view(_BITS[tensor.element_size()]).bitwise_and_(members)
 
 
-def put_(values: Tensor, places: Tensor, entries: Tensor) -> Tensor:
-    """Write 1-D entries of the same type to the places (indices) of 1-D values, and return these."""
+def put_(values: Tensor, places: Tensor, entries: Tensor, split: int = 0) -> Tensor:
+    """Write 1-D entries of the same type to the places (indices) of 1-D values, and return these.
+
+    `split`: if not 0, where a second sorted run of places begins, which is then passed over together with the first.
+    """
     entries = entries.contiguous()
     if (passes := _passes(values, places, entries)) and values.dtype == entries.dtype and values.is_contiguous():
-        passes("put", values.element_size(), values, places, entries, places.numel(), torch.get_num_threads())
+        at = values, values.numel(), places, split, places.numel()
+        passes("put", values.element_size(), *at, entries, torch.get_num_threads())
         _written(values)
         return values
     return values.index_copy_(0, places, entries)
@@ -99,11 +103,12 @@ def fill_(values: Tensor, places: Tensor, value: float) -> None:
         values.index_fill_(0, places, value)
 
 
-def take(values: Tensor, places: Tensor) -> Tensor:
-    """Return the 1-D values at places (indices)."""
+def take(values: Tensor, places: Tensor, split: int = 0) -> Tensor:
+    """Return the 1-D values at places (indices); for `split` see `put_`."""
     if (passes := _passes(values, places)) and values.is_contiguous():
         taken = empty(places.numel(), values.dtype)
-        passes("take", values.element_size(), values, places, taken, places.numel(), torch.get_num_threads())
+        at = values, values.numel(), places, split, places.numel()
+        passes("take", values.element_size(), *at, taken, torch.get_num_threads())
         return taken
     return values.index_select(0, places)
 

@@ -36,8 +36,10 @@ def empty(size: int, dtype: torch.dtype) -> Tensor:
     PyTorch does not.
     """
     needed = max(size, 1) * dtype.itemsize
+    if needed < _LARGE or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return torch.empty(size, dtype=dtype, device="cpu")  # a trace cannot hold the view below
     # without waiting: a signal handler that saves may have interrupted the one who holds the lock
-    if needed >= _LARGE and _lock.acquire(blocking=False):
+    if _lock.acquire(blocking=False):
         try:
             memory = _used_again(needed)
         finally:

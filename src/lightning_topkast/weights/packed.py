@@ -15,7 +15,7 @@ from lightning_topkast.distributed import Sharding
 from lightning_topkast.method.selection import ACTIVE, RESERVOIR, NonFiniteScoresError
 from lightning_topkast.method.structure import Block, units_in_order
 from lightning_topkast.ops import CONV_KERNELS, MATRIX_KERNELS
-from lightning_topkast.ops.flat import indices, moved, padded, positions, put_, take
+from lightning_topkast.ops.flat import fill_, indices, moved, padded, positions, put_, take, where
 from lightning_topkast.ops.memory import empty
 from lightning_topkast.weights.base import Before, EntryState, SparseWeight, Traits
 from lightning_topkast.weights.layouts import Layout, Product, make_layout
@@ -65,8 +65,8 @@ class PackedWeight(SparseWeight):
         self._scores = self._scores_of(self._theta)
         # the parameter's stamp since `_theta` is up to date on B too
         self._updated: tuple[int, int, int] | None = None
-        # the writes of a refresh in progress: tensors and their new content, and the new sets
-        self._pending: tuple[list[tuple[Tensor, Tensor]], Tensor, Layout] | None = None
+        # the writes of a refresh in progress: tensors and their new content, the new sets, and the units entering A
+        self._pending: tuple[list[tuple[Tensor, Tensor]], Tensor, Layout, Tensor] | None = None
         # sets that the next `apply` is likely to receive, with their layout
         self._prepared: tuple[Tensor, Layout] | None = None
 
@@ -156,7 +156,7 @@ class PackedWeight(SparseWeight):
 
     def _update_theta(self) -> None:
         """Update θ on B in the host's copy."""
-        put_(self._theta, self._places(), self._values())
+        put_(self._theta, self._places(), self._values(), _second_run(self._layout))
         self._updated = stamp(self.parameter)
 
     def _update_scores(self) -> None:
@@ -191,12 +191,14 @@ class PackedWeight(SparseWeight):
             self._theta.masked_fill_(self.structure.tiers(forgotten, self.sharding).view(-1), 0)
             if self._scores is not None:
                 self._scores.masked_fill_(forgotten, 0)
-        writes = [(self.parameter.detach(), self._values_at(new_places))]
-        writes += self._moved(state, _units_of(self._layout, places), _units_of(layout, new_places))
-        promoted = torch.count_nonzero((tiers == ACTIVE) & (self._tiers != ACTIVE))
-        self.promoted = int(promoted) * self._unit_size
+        units, new_units = _units_of(self._layout, places), _units_of(layout, new_places)
+        writes = [(self.parameter.detach(), self._values_at(new_places, layout))]
+        writes += self._moved(state, units, new_units)
+        active = new_units[: layout.active_count // self._unit_size]
+        promoted = where(active, take(self._tiers.view(-1), active) != ACTIVE)
+        self.promoted = promoted.numel() * self._unit_size
         # Everything is prepared. Writing it twice does no harm, so an interrupted write is simply repeated.
-        self._pending = (writes, tiers, layout)
+        self._pending = (writes, tiers, layout, promoted)
         self._settle()
         self.replaced.clear()
         self.orders.refresh(unmoved)
@@ -227,17 +229,17 @@ class PackedWeight(SparseWeight):
             writes.append((tensor, content))
         return writes
 
-    def _values_at(self, places: Tensor) -> Tensor:
-        return padded(take(self._theta, places), self.parameter.numel(), 0)
+    def _values_at(self, places: Tensor, layout: Layout) -> Tensor:
+        return padded(take(self._theta, places, _second_run(layout)), self.parameter.numel(), 0)
 
     def _settle(self) -> None:
         pending = self._pending  # a signal handler may write it at any moment
         if pending is None:
             return
-        writes, self._tiers, self._layout = pending
+        writes, self._tiers, self._layout, promoted = pending
         self._updated = None
         self.version += 1
-        self._never_active &= self._tiers != ACTIVE
+        fill_(self._never_active.view(-1), promoted, False)
         for tensor, content in writes:
             tensor.copy_(content)
         self._pending = None
@@ -395,14 +397,20 @@ class PackedWeight(SparseWeight):
         self._scores = self._scores_of(self._theta)
         tiers = self._on_grid(tiers).clone()
         layout = self._pack(tiers)
-        values = self._values_at(layout.indices().long())
-        self._pending = ([(self.parameter.detach(), values)], tiers, layout)
+        places = layout.indices().cpu().long()
+        active = _units_of(layout, places)[: layout.active_count // self._unit_size]
+        self._pending = ([(self.parameter.detach(), self._values_at(places, layout))], tiers, layout, active)
         self._settle()
 
 
 def _units_of(layout: Layout, places: Tensor) -> Tensor:
     """Return the flat indices of the layout's units in the grid, which are `places` if the units are entries."""
     return places if layout.units is None else layout.units
+
+
+def _second_run(layout: Layout) -> int:
+    r"""Return where the places of B\A begin, if both runs are sorted, and else 0; see `put_`."""
+    return layout.active_count if layout.units is None else 0
 
 
 def _with_values(theta: Tensor, places: Tensor, values: Tensor) -> Tensor:

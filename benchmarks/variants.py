@@ -78,16 +78,7 @@ class Masked(Dense):
             update_every=EVERY,
         )
         super().prepare()
-        self.own = 0.0  # seconds that our hooks took in the last step
-        # Optimizer hooks run in the order they were registered, so these enclose ours.
-        self.optimizer.register_step_pre_hook(lambda *_: self._clock(-1, first=True))
-        self.optimizer.register_step_post_hook(lambda *_: self._clock(-1))
-        self.topkast.attach(self.optimizer)
-        self.optimizer.register_step_pre_hook(lambda *_: self._clock(+1))
-        self.optimizer.register_step_post_hook(lambda *_: self._clock(+1))
-
-    def _clock(self, sign: int, first: bool = False) -> None:
-        self.own = (0.0 if first else self.own) + sign * process_time()
+        self.topkast.attach(self.optimizer)  # with no hooks beside ours: for them a step would take several passes
 
     def refresh(self, batch: Batch) -> float | None:
         start = process_time()

@@ -279,25 +279,37 @@ Index index_of(at::IntArrayRef sizes, const Tensors& index) {
 Tensor ints(int64_t count) { return at::empty({count}, at::TensorOptions().dtype(at::kInt)); }
 Tensor shorts(int64_t count) { return at::empty({count}, at::TensorOptions().dtype(at::kShort)); }
 
-// Where an entry of the weight lies, by its flat index. The weight is (rows, channels / groups, taps), or transposed
-// (channels, rows, taps).
+// Where an entry of the weight lies. The weight is (rows, channels / groups, taps), or transposed (channels, rows, taps).
 struct Places {
-  int64_t taps, second_size, rows_of_group;
+  int64_t second_size, taps, rows_of_group;
   bool transposed;
-  int64_t first(int64_t flat) const { return flat / (second_size * taps); }
-  int64_t second(int64_t flat) const { return flat / taps % second_size; }
-  int64_t row(int64_t flat) const { return transposed ? second(flat) : first(flat); }
-  int64_t channel(int64_t flat) const {
-    return transposed ? first(flat) : first(flat) / rows_of_group * second_size + second(flat);
+  int64_t first_size() const { return second_size * taps; }
+
+  // Calls `function(i, row, channel, tap)` for the flat indices of entries, which increase.
+  template <typename F>
+  void for_entries(const Tensor& indices, const F& function) const {
+    taps == 1 ? for_entries<true>(indices, function) : for_entries<false>(indices, function);
   }
-  int64_t tap(int64_t flat) const { return flat % taps; }
-  int64_t flat(int64_t row, int64_t channel, int64_t tap) const {
-    return ((transposed ? channel : row) * second_size + (transposed ? row : channel % second_size)) * taps + tap;
+  template <bool OneTap, typename F>
+  void for_entries(const Tensor& indices, const F function) const {
+    const int64_t* const flat = indices.const_data_ptr<int64_t>();
+    const int64_t count = indices.numel(), size = first_size();
+    const auto width = static_cast<uint32_t>(taps);
+    int64_t i = 0;
+    for (int64_t first = 0; i < count; ++first) {
+      const int64_t begin = first * size, end = begin + size;
+      const int64_t group = transposed ? 0 : first / rows_of_group * second_size; // the first channel of the group
+      for (; i < count && flat[i] < end; ++i) {
+        const auto rest = static_cast<uint32_t>(flat[i] - begin);
+        const uint32_t second = OneTap ? rest : rest / width, tap = OneTap ? 0 : rest % width;
+        transposed ? function(i, second, first, tap) : function(i, first, group + second, tap);
+      }
+    }
   }
 };
 
 Places places_of(int64_t rows, int64_t channels, int64_t taps, int64_t groups, bool transposed) {
-  return {taps, transposed ? rows : channels / groups, rows / groups, transposed};
+  return {transposed ? rows : channels / groups, taps, rows / groups, transposed};
 }
 
 // Turns the number of entries of each bin into where the bin begins.
@@ -308,36 +320,66 @@ void cumulate(int32_t* bins, int64_t count) {
   }
 }
 
+// Refuses flat indices that are out of range or do not increase.
+void check_indices(const Tensor& indices, int64_t size) {
+  const int64_t *const flat = indices.const_data_ptr<int64_t>(), count = indices.numel();
+  bool increase = true;
+  for (int64_t i = 1; i < count; ++i) {
+    increase &= flat[i] > flat[i - 1];
+  }
+  TORCH_CHECK_VALUE(increase, "expected strictly increasing indices");
+  TORCH_CHECK_VALUE(
+      !count || (flat[0] >= 0 && flat[count - 1] < size), "expected indices below ", size, ", got ", flat[0],
+      " to ", flat[count - 1]);
+}
+
+// Which part of `size` each of `count` is in, and the first key of each in its part; tables are faster than divisions.
+struct Parts {
+  std::vector<int32_t> part, key;
+  Parts(int64_t count, int64_t size, int64_t taps) : part(count), key(count) {
+    for (int64_t i = 0; i < count; ++i) {
+      part[i] = static_cast<int32_t>(i / size);
+      key[i] = static_cast<int32_t>(i % size * taps);
+    }
+  }
+};
+
 std::vector<Tensor> make_index(
     const Tensor& active, const Tensor& exploring, int64_t rows, int64_t channels, int64_t taps, int64_t groups,
     bool transposed, int64_t block, int64_t panel) {
   const Places places = places_of(rows, channels, taps, groups, transposed);
   const int64_t blocks = parts(channels, block), panels = parts(rows, panel);
-  const int64_t *const first = active.const_data_ptr<int64_t>(), *const second = exploring.const_data_ptr<int64_t>();
   const int64_t count = active.numel(), both = count + exploring.numel();
+  for (const Tensor& indices : {active, exploring}) {
+    check_indices(indices, rows * channels / groups * taps);
+  }
 
   // A's entries lie in the order of rows, and of a row's blocks
+  const Parts of_channel(channels, block, taps), of_row(rows, panel, taps);
+  const int32_t *const block_of = of_channel.part.data(), *const key_of_channel = of_channel.key.data();
+  const int32_t *const panel_of = of_row.part.data(), *const key_of_row = of_row.key.data();
   const Tensor forward_cut = ints((blocks + 1) * rows), forward_keys = shorts(count);
   const Tensor forward_order = ints(transposed ? count : 0);
   int32_t *const cut = forward_cut.mutable_data_ptr<int32_t>(), *const from = forward_order.mutable_data_ptr<int32_t>();
   int16_t* const keys = forward_keys.mutable_data_ptr<int16_t>();
-  const auto bin_of = [&](int64_t flat) { return places.row(flat) * blocks + places.channel(flat) / block; };
-  std::vector<int32_t> bins(rows * blocks + 1);
-  for (int64_t i = 0; i < count; ++i) {
-    ++bins[bin_of(first[i])];
-  }
-  cumulate(bins.data(), rows * blocks);
+  std::vector<int32_t> bins_of(rows * blocks + 1);
+  int32_t* const bins = bins_of.data();
+  places.for_entries(active, [=](int64_t i, int64_t row, int64_t channel, int64_t tap) {
+    ++bins[row * blocks + block_of[channel]];
+    keys[i] = static_cast<int16_t>(key_of_channel[channel] + tap);
+  });
+  cumulate(bins, rows * blocks);
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t at = 0; at <= blocks; ++at) {
       cut[at * rows + row] = bins[row * blocks + at];
     }
   }
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t at = transposed ? bins[bin_of(first[i])]++ : i;
-    keys[at] = static_cast<int16_t>(places.channel(first[i]) % block * taps + places.tap(first[i]));
-    if (transposed) {
+  if (transposed) {
+    places.for_entries(active, [=](int64_t i, int64_t row, int64_t channel, int64_t tap) {
+      const int32_t at = bins[row * blocks + block_of[channel]]++;
+      keys[at] = static_cast<int16_t>(key_of_channel[channel] + tap);
       from[at] = static_cast<int32_t>(i);
-    }
+    });
   }
 
   const int64_t runs = panels * channels * 2;
@@ -346,19 +388,21 @@ std::vector<Tensor> make_index(
   int32_t* const starts = backward_cut.mutable_data_ptr<int32_t>();
   int16_t* const met = backward_keys.mutable_data_ptr<int16_t>();
   int32_t* const order = backward_order.mutable_data_ptr<int32_t>();
-  const auto run_of = [&](int64_t flat, int64_t set) {
-    return 2 * (places.row(flat) / panel * channels + places.channel(flat)) + set;
-  };
-  for (int64_t i = 0; i < both; ++i) {
-    ++starts[i < count ? run_of(first[i], 0) : run_of(second[i - count], 1)];
+  const Tensor sets[] = {active, exploring};
+  for (int set = 0; set < 2; ++set) {
+    places.for_entries(sets[set], [=](int64_t, int64_t row, int64_t channel, int64_t) {
+      ++starts[2 * (panel_of[row] * channels + channel) + set];
+    });
   }
   cumulate(starts, runs);
-  std::vector<int32_t> next(starts, starts + runs);
-  for (int64_t i = 0; i < both; ++i) {
-    const int64_t flat = i < count ? first[i] : second[i - count];
-    const int32_t at = next[run_of(flat, i >= count)]++;
-    met[at] = static_cast<int16_t>(places.row(flat) % panel * taps + places.tap(flat));
-    order[at] = static_cast<int32_t>(i);
+  std::vector<int32_t> next_of(starts, starts + runs);
+  int32_t* const next = next_of.data();
+  for (int set = 0; set < 2; ++set) {
+    places.for_entries(sets[set], [=](int64_t i, int64_t row, int64_t channel, int64_t tap) {
+      const int32_t at = next[2 * (panel_of[row] * channels + channel) + set]++;
+      met[at] = static_cast<int16_t>(key_of_row[row] + tap);
+      order[at] = static_cast<int32_t>(i + set * count);
+    });
   }
   std::vector<Tensor> index{forward_cut, forward_keys, backward_cut, backward_keys, backward_order};
   if (transposed) {
@@ -371,13 +415,19 @@ std::vector<Tensor> make_index(
 Tensor flat_indices(Tensors index_tensors, at::IntArrayRef sizes, int64_t groups, bool transposed) {
   const Index index = index_of(sizes, index_tensors);
   const Places places = places_of(index.rows, index.channels, index.taps, groups, transposed);
+  const int64_t by_row = transposed ? index.taps : places.first_size();
+  std::vector<int64_t> of_key(index.panel * index.taps); // in its panel and for the first channel
+  for (int64_t key = 0; key < static_cast<int64_t>(of_key.size()); ++key) {
+    of_key[key] = key / index.taps * by_row + key % index.taps;
+  }
   const Tensor result = at::empty({index.updated}, at::TensorOptions().dtype(at::kLong));
   int64_t* const flat = result.mutable_data_ptr<int64_t>();
   for (int64_t run = 0; run < index.panels() * index.channels; ++run) {
-    const int64_t panel = run / index.channels * index.panel, channel = run % index.channels;
+    const int64_t channel = run % index.channels, panel = run / index.channels * index.panel;
+    const int64_t first = panel * by_row +
+        (transposed ? channel * places.first_size() : channel % places.second_size * index.taps);
     for (int32_t entry = index.backward_cut[2 * run]; entry < index.backward_cut[2 * run + 2]; ++entry) {
-      const int64_t key = index.backward_keys[entry];
-      flat[index.backward_order[entry]] = places.flat(panel + key / index.taps, channel, key % index.taps);
+      flat[index.backward_order[entry]] = first + of_key[index.backward_keys[entry]];
     }
   }
   return result;

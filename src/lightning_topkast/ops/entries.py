@@ -96,11 +96,6 @@ class EntryPattern:
         Raises:
             ValueError: the indices are out of range or not strictly increasing.
         """
-        for indices in (active, exploring):
-            if indices.numel() and not (int(indices[0]) >= 0 and int(indices[-1]) < prod(shape)):
-                raise ValueError(f"expected indices below {prod(shape)}, got {int(indices[0])} to {int(indices[-1])}")
-            if not bool((indices.diff() > 0).all()):
-                raise ValueError("expected strictly increasing indices")
         updated = active.numel() + exploring.numel()
         rows, channels = _rows_and_channels(shape, groups, transposed)
         taps = shape[2] * shape[3]

@@ -22,9 +22,9 @@ from lightning_topkast.weights import MaskedWeight, PackedWeight, SparseWeight, 
 from lightning_topkast.weights.layouts import Product, can_multiply
 
 # Time of a packed product per entry, as a multiple of a dense product's, and the number of entries below which the
-# fixed cost of a layer outweighs the gain: measured on CPUs at batches of 128 and 256 (benchmarks/README.md, packed
-# mode).
-_COST_OF_ENTRY = {"torch": 5.0, "compiled": 3.2}
+# fixed cost of a layer outweighs the gain: the most that was measured on CPUs at batches of 32 to 512
+# (benchmarks/README.md, packed mode).
+_COST_OF_ENTRY = {"torch": 5.0, "compiled": 2.4}
 _LEAST_ENTRIES = 1 << 16
 _LEAST_ENTRIES_OF_CONV = 1 << 12  # each is used for every pixel
 

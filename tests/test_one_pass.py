@@ -1,13 +1,16 @@
 """Steps that one compiled pass takes in the optimizer's place: the same bits, and only where nobody can tell."""
 
 import sys
+from types import MethodType
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.optim import SGD, Adam, AdamW
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lightning_topkast import L1, TopKast
 from lightning_topkast.engine import one_pass
@@ -190,25 +193,124 @@ def test_a_pass_that_rounds_otherwise_than_pytorch_is_not_used(taken, monkeypatc
     assert not taken
 
 
-def test_a_step_that_fails_leaves_no_gradient_to_a_later_one(taken):
+def test_a_step_that_fails_gives_the_gradients_back_and_can_be_repeated(taken):
     model = net()
     topkast = TopKast(model, 0.9, 0.7, update_every=100)
-    optimizer = SGD(model.parameters(), lr=0.1)
+    optimizer = Adam(model.parameters())
     topkast.attach(optimizer)
     train(model, optimizer, 1)
-    weight = topkast.weights["2.weight"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules[SGD.__module__], "sgd", lambda *_, **__: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
+    weight, bias = topkast.weights["2.weight"], model[0].bias
+    for repeat in (False, True):
+        gradient = weight.parameter.grad
+        bias.grad = torch.ones(33).to_sparse()  # which the optimizer refuses
+        with pytest.raises(RuntimeError):
             optimizer.step()
-    topkast.recover()
-    before = weight.theta()
-    optimizer.zero_grad()
-    optimizer.step()  # nothing has a gradient
-    assert torch.equal(weight.theta(), before)
-    train(model, optimizer, 1)
-    assert len(taken) == 3
+        if not repeat:
+            topkast.recover()
+            assert weight.parameter.grad is gradient
+        bias.grad = torch.ones(33)
+        optimizer.step()
+        assert weight.parameter.grad is gradient
+        assert topkast.optimizer_steps == [2 + repeat]
     check_sparse(topkast)
+
+
+def test_saving_after_a_step_that_failed_is_no_step(taken):
+    model = net()
+    topkast = TopKast(model, 0.9, 0.7, update_every=100)
+    optimizer = SGD(model.parameters(), lr=0.1, weight_decay=0.1)
+    topkast.attach(optimizer)
+    train(model, optimizer, 1)
+    model[0].bias.grad = torch.ones(33).to_sparse()
+    with pytest.raises(RuntimeError):
+        optimizer.step()
+    assert len(taken) == 2
+    optimizer.zero_grad()
+    get_optimizer_state_dict(model, optimizer)  # which makes state by a step
+    assert topkast.optimizer_steps == [1]
+
+
+def replaced_step(optimizer):
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.sub_(parameter.grad, alpha=0.5)
+
+    optimizer.step = MethodType(Optimizer.profile_hook_step(torch.no_grad()(step)), optimizer)
+
+
+def one_count(optimizer):
+    states = [*optimizer.state.values()]
+    for state in states[1:]:
+        state["step"] = states[0]["step"]
+
+
+CHANGES = {
+    "another step": replaced_step,
+    "one count for all": one_count,
+    "no memory of gradients": lambda optimizer: optimizer.param_groups[0].update(betas=(0.0, 0.9)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_was_changed_in_a_run_takes_its_own_steps(change, taken):
+    after = []
+
+    def run():
+        model = net()
+        topkast = TopKast(model, 0.9, 0.7, update_every=4)
+        optimizer = Adam(model.parameters(), lr=0.01)
+        topkast.attach(optimizer)
+        train(model, optimizer, 3)
+        before = len(taken)
+        change(optimizer)
+        train(model, optimizer, 3, start=3)
+        after.append(len(taken) - before)
+        return [*model.state_dict().values()], topkast.state_dict()
+
+    both(run)
+    assert taken
+    assert after == [0, 0]
+
+
+def test_a_function_of_pytorch_that_was_replaced_is_used(taken, monkeypatch):
+    module = sys.modules[SGD.__module__]
+    original = module.sgd
+
+    def clamping(params, gradients, *rest, **options):
+        original(params, [each.clamp(-1e-4, 1e-4) for each in gradients], *rest, **options)
+
+    monkeypatch.setattr(module, "sgd", clamping)
+    both(lambda: trained(OPTIMIZERS["sgd"]))
+    assert not taken
+
+
+def test_denormal_numbers_that_only_some_threads_flush_are_left_to_pytorch(taken):
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor does not flush them")
+    try:
+        trained(OPTIMIZERS["sgd"], steps=2)
+        assert len(taken) == 2
+        torch.set_num_threads(2)
+        trained(OPTIMIZERS["sgd"], steps=2)
+        assert len(taken) == 2
+    finally:
+        torch.set_num_threads(1)
+        torch.set_flush_denormal(False)
+
+
+def test_the_trial_runs_no_hooks_of_others(taken):
+    seen = []
+    handle = register_optimizer_step_pre_hook(lambda optimizer, *_: seen.append(optimizer))
+    one_pass._gives_the_same.cache_clear()
+    try:
+        trained(OPTIMIZERS["sgd"], steps=2)
+    finally:
+        handle.remove()
+        one_pass._gives_the_same.cache_clear()
+    assert len(taken) == 2 == len(seen)
+    assert len(set(map(id, seen))) == 1
 
 
 def test_small_weights_need_no_pass_and_compile_nothing(monkeypatch):

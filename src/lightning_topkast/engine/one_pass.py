@@ -1,6 +1,8 @@
 """Steps of PyTorch's SGD, Adam and AdamW on masked weights that one compiled pass takes over, with the same bits."""
 
+import inspect
 import math
+import sys
 from functools import cache
 from typing import Any
 
@@ -10,45 +12,66 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lightning_topkast.ops.step import Entries, Update, is_compiled_for, step_
 
-_CLASSES: tuple[type[Optimizer], ...] = SGD, Adam, AdamW
+# class → module and name of the function with the update
+_FUNCTIONS: dict[type[Optimizer], tuple[str, str]] = {
+    SGD: (SGD.__module__, "sgd"),
+    Adam: (Adam.__module__, "adam"),
+    AdamW: (Adam.__module__, "adam"),
+}
+_SMALLEST = 5e-324  # a denormal number
 _TRIAL = (1 << 16) + 7  # entries, so many that the pass is compiled; the last ones fill no vector
 
 
-def update_of(optimizer: Optimizer, group: dict[str, Any], parameter: nn.Parameter) -> Update | None:
-    """Return what the optimizer's next step does to a parameter; None if we may not take it over.
+def is_plain(optimizer: Optimizer) -> bool:
+    """Return whether the optimizer's next step is PyTorch's own, and nobody else looks on between its hooks.
 
-    The optimizer must be one of PyTorch's own, without any option that changes more than numbers, and nobody else may
-    look on between its hooks. PyTorch rounds as its compiler and libraries decide, so once per process and kind of
-    update a trial shows whether the pass gives the same bits.
+    Its step must not be replaced, nor the function that it calls. No tensor may be there twice, such as the gradient of
+    two parameters, since then the order of the updates matters. Denormal numbers must not be flushed by some threads
+    only.
+    """
+    cls = type(optimizer)
+    if cls not in _ORIGINAL or len(optimizer._optimizer_step_pre_hooks) > 1:
+        return False
+    if len(optimizer._optimizer_step_post_hooks) > 1 or _now(optimizer) != _ORIGINAL[cls]:
+        return False
+    if _SMALLEST * 1.0 == 0.0 and torch.get_num_threads() > 1:
+        return False
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    tensors = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    for state in optimizer.state.values():
+        tensors += [value for value in state.values() if isinstance(value, Tensor)]
+    return len({*map(id, [*parameters, *tensors])}) == len(parameters) + len(tensors)
+
+
+def update_of(optimizer: Optimizer, group: dict[str, Any], parameter: nn.Parameter) -> Update | None:
+    """Return what a plain optimizer's next step does to a parameter; None if we may not take it over.
+
+    It must have no option that changes more than numbers. PyTorch rounds as its compiler and libraries decide, so once
+    per process and kind of update a trial shows whether the pass gives the same bits.
 
     Args:
-        optimizer: whose step begins.
+        optimizer: whose step begins; see `is_plain`.
         group: the parameter's.
         parameter: with a gradient.
     """
     update = _update(optimizer, group, parameter) if is_compiled_for(parameter) else None
-    if update is None or _is_watched(optimizer) or not _gives_the_same(type(optimizer).__name__, *_kind(group)):
+    if update is None or not _gives_the_same(type(optimizer).__name__, *_kind(group)):
         return None
     return update
 
 
-def count_step(optimizer: Optimizer, parameter: nn.Parameter) -> None:
-    """Count a step of one parameter, as the optimizer does."""
-    state = optimizer.state.get(parameter, {})
-    if "step" in state:
-        state["step"] += 1
-
-
-def _is_watched(optimizer: Optimizer) -> bool:
-    """Return whether hooks of others would notice that the optimizer itself updates nothing."""
-    return len(optimizer._optimizer_step_pre_hooks) > 1 or len(optimizer._optimizer_step_post_hooks) > 1
+def _now(optimizer: Any) -> tuple[Any, Any]:
+    """Return the functions that a step runs, without what Optimizer and learning rate schedulers wrap around them."""
+    module, name = _FUNCTIONS[type(optimizer) if isinstance(optimizer, Optimizer) else optimizer]
+    return inspect.unwrap(optimizer.step), getattr(sys.modules[module], name)
 
 
 def _update(optimizer: Optimizer, group: dict[str, Any], parameter: nn.Parameter) -> Update | None:
     cls, state = type(optimizer), optimizer.state.get(parameter, {})
     options = ("foreach", "maximize", "differentiable", "capturable", "amsgrad")
     scaled = any(getattr(optimizer, name, None) is not None for name in ("grad_scale", "found_inf"))
-    if cls not in _CLASSES or scaled or any(group.get(option) for option in options):
+    gradient_is_lazy = parameter.grad is not None and (parameter.grad.is_neg() or parameter.grad.is_conj())
+    if cls not in _FUNCTIONS or scaled or gradient_is_lazy or any(group.get(option) for option in options):
         return None
     names = ("lr", "weight_decay", "momentum", "dampening", "eps")
     numbers = [group[name] for name in names if name in group] + [*group.get("betas", ())]
@@ -69,14 +92,19 @@ def _sgd(group: dict[str, Any], state: dict[str, Any]) -> Update | None:
 def _adam(group: dict[str, Any], state: dict[str, Any], decoupled: bool) -> Update | None:
     if not {"step", "exp_avg", "exp_avg_sq"} <= state.keys():
         return None
+    step = state["step"]
+    if not isinstance(step, Tensor) or step.dtype != torch.float32 or step.device.type != "cpu" or step.numel() != 1:
+        return None
+    if group["betas"][0] == 0:  # where the last entries get another sign of a zero
+        return None
     lr, decay, (beta1, beta2), fused = group["lr"], group["weight_decay"], group["betas"], bool(group.get("fused"))
-    step = float(state["step"]) + 1
-    correction1, correction2 = 1 - beta1**step, 1 - beta2**step
+    count = float(step) + 1
+    correction1, correction2 = 1 - beta1**count, 1 - beta2**count
     root = math.sqrt(correction2) if fused else correction2**0.5
     decoupled = group.get("decoupled_weight_decay", decoupled)
     factor, added = (1 - lr * decay, 0.0) if decoupled else (1.0, decay)
     options = factor, added, 1 - beta1, beta2, 1 - beta2, root, group["eps"], -(lr / correction1)
-    return Update("adam", options, (state["exp_avg"], state["exp_avg_sq"]), uses_mkl=not fused)
+    return Update("adam", options, (state["exp_avg"], state["exp_avg_sq"]), step, uses_mkl=not fused)
 
 
 def _kind(group: dict[str, Any]) -> tuple[bool, ...]:
@@ -86,10 +114,13 @@ def _kind(group: dict[str, Any]) -> tuple[bool, ...]:
     return bool(group.get("fused")), bool(group["weight_decay"]), bool(momentum), bool(nesterov), small
 
 
+_ORIGINAL = {cls: _now(cls) for cls in _FUNCTIONS}
+
+
 @cache
 def _gives_the_same(name: str, fused: bool, decays: bool, momentum: bool, nesterov: bool, small: bool) -> bool:
     """Return whether the pass updates values and state to the same bits as the optimizer of this name."""
-    cls = next(each for each in _CLASSES if each.__name__ == name)
+    cls = next(each for each in _FUNCTIONS if each.__name__ == name)
     generator = torch.Generator().manual_seed(0)
 
     def drawn() -> Tensor:
@@ -113,13 +144,14 @@ def _gives_the_same(name: str, fused: bool, decays: bool, momentum: bool, nester
     update = _update(optimizer, optimizer.param_groups[0], parameter)
     if update is None:
         return False
-    update = update._replace(state=tuple(each.clone() for each in update.state))
+    update = update._replace(state=tuple(each.clone() for each in update.state), steps=None)
     values, nothing = parameter.detach().clone(), torch.empty(0, device="cpu", dtype=torch.float32)
     members = torch.full((_TRIAL,), -1, dtype=torch.int8, device="cpu")
     entries = Entries(values, members, nothing.long(), nothing, (1.0, 1.0))
     if not step_(entries, parameter.grad.clone(), False, update):
         return False
-    optimizer.step()
+    with torch.no_grad():
+        inspect.unwrap(cls.step)(optimizer)  # without hooks, which may be global
     state = [each for each in optimizer.state[parameter].values() if each.shape == parameter.shape]
     pairs = zip([values, *update.state], [parameter.detach(), *state], strict=True)
     return all(torch.equal(own.view(torch.int32), theirs.view(torch.int32)) for own, theirs in pairs)

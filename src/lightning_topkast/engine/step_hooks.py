@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_topkast.engine.one_pass import count_step, update_of
+from lightning_topkast.engine.one_pass import is_plain, update_of
 from lightning_topkast.engine.optimizer_state import OptimizerState
 from lightning_topkast.engine.optimizers import (
     calls_hooks,
@@ -72,7 +72,7 @@ class StepHooks:
         self._stepping: ref[Optimizer] | None = None  # the outermost optimizer whose step is in progress
         # gradients that were masked for the next step, and how they were left
         self._masked: dict[SparseWeight, tuple[Tensor, tuple[int, int, int]]] = {}
-        # weights whose step was taken as a whole, with their gradient, which the optimizer must not see
+        # weights whose step was taken as a whole, with their gradient, which the optimizer must not see in that step
         self._stepped: dict[SparseWeight, Tensor] = {}
         self._checked: list[ref[Optimizer]] = []  # those whose state was found to be known
         self._warned_of_overshoot = self._warned_of_empty = False
@@ -178,9 +178,15 @@ class StepHooks:
         self._watches.clear()
 
     def recover(self) -> None:
-        """Forget a step that was interrupted."""
+        """Forget a step that was interrupted, of which some weights may have been updated, as PyTorch's would be."""
         self._stepping = None
         self._masked.clear()
+        self._give_back_gradients()
+
+    def _give_back_gradients(self) -> None:
+        for weight, gradient in self._stepped.items():
+            if weight.parameter.grad is None:
+                weight.parameter.grad = gradient
         self._stepped.clear()
 
     def mask_gradients(self) -> None:
@@ -245,6 +251,8 @@ class StepHooks:
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled step calls it
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hook:
         """Open the weights now, or after the closure given to `step` has computed the gradients."""
+        if not self._is_inside_another(optimizer):
+            self._give_back_gradients()  # of a step that failed
         if _only_makes_state(optimizer, kwargs) or self._is_inside_another(optimizer):
             return None
         self._stepping = ref(optimizer)
@@ -281,15 +289,15 @@ class StepHooks:
 
     @torch.no_grad()
     def _open(self, optimizer: Optimizer) -> None:
-        self._stepped.clear()
         self._before_step_of(self._held_by(optimizer))
         if not self._masked:  # recording them after they were masked would be wrong
             self._record_gradients()
+        plain = is_plain(optimizer)
         for weight, group in self._weights_and_groups(optimizer):
             if weight.parameter.grad is None:  # like the optimizer, skip these
                 continue
             masks = not self._is_masked(weight)
-            if self._take_step(optimizer, weight, group, masks):
+            if plain and self._take_step(optimizer, weight, group, masks):
                 continue
             if masks:
                 weight.mask_gradient()
@@ -302,7 +310,6 @@ class StepHooks:
         update = None if weight.is_packed or weight.is_open else update_of(optimizer, group, parameter)
         if update is None or not weight.step(update, self._within_reach(weight, group["lr"]), masks):
             return False
-        count_step(optimizer, parameter)
         assert parameter.grad is not None
         self._stepped[weight], parameter.grad = parameter.grad, None
         return True
@@ -323,6 +330,7 @@ class StepHooks:
         for weight, group in self._weights_and_groups(optimizer):
             if weight in self._stepped:
                 weight.parameter.grad = self._stepped.pop(weight)
+                self._warn_of_empty(weight)
                 stepped = True
             elif weight.is_open:
                 weight.close(lr=0 if skipped else self._within_reach(weight, group["lr"]))

@@ -362,15 +362,18 @@ void topkast_sgd(
   });
 }
 
-// The same for `torch.optim.Adam` and `AdamW`; see `update_adam`.
+// The same for `torch.optim.Adam` and `AdamW`, whose count of steps grows unless it is null; see `update_adam`.
 void topkast_adam(
     float* values, const int8_t* members, int64_t size, const int64_t* exploring, float* explored, int64_t count,
     const double* factors, float* gradient, int64_t masks, const double* options, float* average, float* squares,
-    Root root, int64_t threads) {
+    float* count_of_steps, Root root, int64_t threads) {
   const Masked weight{values, members, size, exploring, explored, count, factors};
   weight.step(gradient, masks != 0, threads, [=](int64_t start, int64_t length) {
     update_adam(values + start, gradient + start, average + start, squares + start, length, options, root);
   });
+  if (count_of_steps != nullptr) {
+    *count_of_steps += 1;
+  }
 }
 
 // Writes |α + latent|, or |explored| at the sorted `exploring` places.

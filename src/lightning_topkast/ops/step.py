@@ -36,12 +36,14 @@ class Update(NamedTuple):
         pass_name: "sgd" or "adam".
         options: its numbers.
         state: the optimizer's tensors with a value for each entry.
+        steps: the optimizer's float32 tensor with the number of steps, or None.
         uses_mkl: whether PyTorch takes the square roots by MKL, if it has that, whose rounding differs.
     """
 
     pass_name: str
     options: tuple[float, ...]
     state: tuple[Tensor, ...]
+    steps: Tensor | None = None
     uses_mkl: bool = False
 
 
@@ -81,11 +83,12 @@ def step_(entries: Entries, gradient: Tensor, masks: bool, update: Update) -> bo
         return False
     options = torch.tensor(update.options, dtype=torch.float64, device="cpu")
     state: tuple[Tensor | int, ...] = update.state or (0,)  # a null pointer for a momentum that there is not
-    if update.pass_name == "adam":
-        state = *state, _mkl_root() if update.uses_mkl else 0
+    if update.pass_name == "adam":  # the step is counted within the same call, so that nothing can happen in between
+        state = *state, 0 if update.steps is None else update.steps, _mkl_root() if update.uses_mkl else 0
     passes(update.pass_name, *_arguments(entries), gradient, masks, options, *state, torch.get_num_threads())
-    for tensor in (entries.values, entries.explored, gradient, *update.state):
-        _written(tensor)
+    for tensor in (entries.values, entries.explored, gradient, *update.state, update.steps):
+        if tensor is not None:
+            _written(tensor)
     return True
 
 

@@ -1059,6 +1059,31 @@ def test_a_compressed_layer_computes_with_the_places_that_it_loads(kernels):
     torch.testing.assert_close(copy.deepcopy(layer)(x), F.linear(x, weights[1]))
 
 
+@needs_compiler
+def test_a_compressed_layer_says_what_of_a_state_dict_does_not_fit_it():
+    weight = torch.eye(6, 8)
+    layer = CsrLinear(weight)
+    fewer = CsrLinear(weight * (torch.arange(6) < 3)[:, None]).state_dict()
+    with pytest.raises(RuntimeError, match="size mismatch for col"):
+        layer.load_state_dict(fewer)
+    state = CsrLinear(weight).state_dict()
+    shifted, cut = {"col": state["col"] + 8}, {"crow": fewer["crow"]}
+    for wrong, message in ((shifted, "expected indices below 48"), (cut, "expected 3 columns, got 6")):
+        with pytest.raises(RuntimeError, match=f"crow and col are no compressed rows: {message}"):
+            CsrLinear(weight).load_state_dict(state | wrong)
+
+
+@needs_compiler
+def test_a_compressed_layer_that_was_saved_without_places_for_the_kernels_computes_with_them():
+    layer = CsrLinear(torch.eye(6, 8))
+    state = dict(layer.__dict__)
+    del state["_compiled"]
+    loaded = CsrLinear.__new__(CsrLinear)
+    loaded.__setstate__(state)
+    x = torch.randn(5, 8)
+    assert torch.equal(loaded(x), layer(x))
+
+
 def test_to_csr_leaves_dense_layers_alone():
     model = to_csr(mlp())
     assert all(type(layer) is nn.Linear for layer in model if not isinstance(layer, nn.Tanh))

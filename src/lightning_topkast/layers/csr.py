@@ -58,9 +58,24 @@ class CsrLinear(nn.Module):
         Pattern((self.out_features, self.in_features), self.crow, self.col, none, none, none).write_indices(places)
         return EntryPattern.from_flat(places, places[:0], (self.out_features, self.in_features, 1, 1))
 
-    def _load_from_state_dict(self, *arguments: Any) -> None:
-        super()._load_from_state_dict(*arguments)
-        self._compiled = self._for_compiled_kernels()
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        errors: list[str] = rest[-1]
+        known = len(errors)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        if len(errors) > known:  # such as sizes that do not fit
+            return
+        try:
+            if int(self.crow[-1]) != self.col.numel():
+                raise ValueError(f"expected {int(self.crow[-1])} columns, got {self.col.numel()}")
+            self._compiled = self._for_compiled_kernels()
+        except ValueError as error:
+            errors.append(f"{prefix}crow and {prefix}col are no compressed rows: {error}")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Load a layer, also one that was saved before it had places for the compiled kernels."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if "_compiled" not in state:
+            self._compiled = self._for_compiled_kernels()
 
     @property
     def weight(self) -> Tensor:

@@ -16,12 +16,18 @@ import torch
 from lightning_topkast import keep_freed_memory
 
 assert not sys.argv[1:] or keep_freed_memory()
-size = 64 << 20
-for _ in range(4):
-    torch.zeros(size, dtype=torch.uint8)
+size = 40 << 20
+
+
+def steps(count):
+    for _ in range(count):
+        held = [torch.zeros(size + (part << 16), dtype=torch.uint8) for part in range(6)]
+        del held
+
+
+steps(5)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(4):
-    torch.zeros(size, dtype=torch.uint8)
+steps(5)
 print("faults", resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
@@ -33,7 +39,7 @@ def faults(*arguments):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only glibc's malloc can")
 def test_memory_that_is_kept_is_not_mapped_anew():
-    assert faults() > 10 * (faults("keep") + 1)
+    assert faults() > 2 * (faults("keep") + 1)  # the pieces that are free may not fit at first
 
 
 def test_another_c_library_is_left_alone(monkeypatch):

@@ -53,6 +53,14 @@ def net():
     return nn.Sequential(nn.Linear(9, 33), nn.ReLU(), nn.Linear(33, 40), nn.ReLU(), nn.Linear(40, 3))
 
 
+def begun(make_optimizer, **arguments):
+    model = net()
+    topkast = TopKast(model, 0.9, 0.7, **arguments)
+    optimizer = make_optimizer(model.parameters())
+    topkast.attach(optimizer)
+    return model, topkast, optimizer
+
+
 def train(model, optimizer, steps, start=0):
     for turn in range(start, start + steps):
         optimizer.zero_grad()
@@ -62,10 +70,7 @@ def train(model, optimizer, steps, start=0):
 
 
 def trained(make_optimizer, steps=10, **arguments):
-    model = net()
-    topkast = TopKast(model, 0.9, 0.7, update_every=4, **arguments)
-    optimizer = make_optimizer(model.parameters())
-    topkast.attach(optimizer)
+    model, topkast, optimizer = begun(make_optimizer, update_every=4, **arguments)
     train(model, optimizer, steps)
     gradients = [parameter.grad for parameter in model.parameters()]
     state = [[*each.values()] for each in optimizer.state_dict()["state"].values()]
@@ -115,10 +120,7 @@ def test_the_pass_is_what_the_parts_of_a_step_do_one_by_one(size, seed, threads,
 
 
 def test_whoever_looks_after_the_step_sees_the_masked_gradient_and_the_count_of_steps(taken):
-    model = net()
-    topkast = TopKast(model, 0.9, 0.7, update_every=100)
-    optimizer = AdamW(model.parameters())
-    topkast.attach(optimizer)
+    model, topkast, optimizer = begun(lambda p: AdamW(p))
     train(model, optimizer, 3)
     weight = topkast.weights["2.weight"]
     assert len(taken) == 2
@@ -166,10 +168,7 @@ def test_neither_does_the_pass_replace_what_it_cannot_do(taken):
 
 
 def test_found_overflows_are_left_to_a_fused_optimizer(taken):
-    model = net()
-    topkast = TopKast(model, 0.9, 0.7)
-    optimizer = AdamW(model.parameters(), fused=True)
-    topkast.attach(optimizer)
+    model, topkast, optimizer = begun(lambda p: AdamW(p, fused=True))
     train(model, optimizer, 2)
     before = topkast.weights["2.weight"].theta()
     optimizer.found_inf, optimizer.grad_scale = torch.ones(()), torch.ones(())  # as a gradient scaler does
@@ -194,10 +193,7 @@ def test_a_pass_that_rounds_otherwise_than_pytorch_is_not_used(taken, monkeypatc
 
 
 def test_a_step_that_fails_gives_the_gradients_back_and_can_be_repeated(taken):
-    model = net()
-    topkast = TopKast(model, 0.9, 0.7, update_every=100)
-    optimizer = Adam(model.parameters())
-    topkast.attach(optimizer)
+    model, topkast, optimizer = begun(lambda p: Adam(p))
     train(model, optimizer, 1)
     weight, bias = topkast.weights["2.weight"], model[0].bias
     for repeat in (False, True):
@@ -216,10 +212,7 @@ def test_a_step_that_fails_gives_the_gradients_back_and_can_be_repeated(taken):
 
 
 def test_saving_after_a_step_that_failed_is_no_step(taken):
-    model = net()
-    topkast = TopKast(model, 0.9, 0.7, update_every=100)
-    optimizer = SGD(model.parameters(), lr=0.1, weight_decay=0.1)
-    topkast.attach(optimizer)
+    model, topkast, optimizer = begun(lambda p: SGD(p, lr=0.1, weight_decay=0.1))
     train(model, optimizer, 1)
     model[0].bias.grad = torch.ones(33).to_sparse()
     with pytest.raises(RuntimeError):
@@ -258,10 +251,7 @@ def test_what_was_changed_in_a_run_takes_its_own_steps(change, taken):
     after = []
 
     def run():
-        model = net()
-        topkast = TopKast(model, 0.9, 0.7, update_every=4)
-        optimizer = Adam(model.parameters(), lr=0.01)
-        topkast.attach(optimizer)
+        model, topkast, optimizer = begun(lambda p: Adam(p, lr=0.01), update_every=4)
         train(model, optimizer, 3)
         before = len(taken)
         change(optimizer)

@@ -71,7 +71,7 @@ def _update(optimizer: Optimizer, group: dict[str, Any], parameter: nn.Parameter
     options = ("foreach", "maximize", "differentiable", "capturable", "amsgrad")
     scaled = any(getattr(optimizer, name, None) is not None for name in ("grad_scale", "found_inf"))
     gradient_is_lazy = parameter.grad is not None and (parameter.grad.is_neg() or parameter.grad.is_conj())
-    if cls not in _FUNCTIONS or scaled or gradient_is_lazy or any(group.get(option) for option in options):
+    if scaled or gradient_is_lazy or any(group.get(option) for option in options):
         return None
     names = ("lr", "weight_decay", "momentum", "dampening", "eps")
     numbers = [group[name] for name in names if name in group] + [*group.get("betas", ())]

@@ -251,9 +251,10 @@ class StepHooks:
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled step calls it
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hook:
         """Open the weights now, or after the closure given to `step` has computed the gradients."""
-        if not self._is_inside_another(optimizer):
-            self._give_back_gradients()  # of a step that failed
-        if _only_makes_state(optimizer, kwargs) or self._is_inside_another(optimizer):
+        if self._is_inside_another(optimizer):
+            return None
+        self._give_back_gradients()  # of a step that failed
+        if _only_makes_state(optimizer, kwargs):
             return None
         self._stepping = ref(optimizer)
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
@@ -289,10 +290,11 @@ class StepHooks:
 
     @torch.no_grad()
     def _open(self, optimizer: Optimizer) -> None:
-        self._before_step_of(self._held_by(optimizer))
+        weights = self._held_by(optimizer)
+        self._before_step_of(weights)
         if not self._masked:  # recording them after they were masked would be wrong
             self._record_gradients()
-        plain = is_plain(optimizer)
+        plain = not all(weight.is_packed for weight in weights) and is_plain(optimizer)
         for weight, group in self._weights_and_groups(optimizer):
             if weight.parameter.grad is None:  # like the optimizer, skip these
                 continue

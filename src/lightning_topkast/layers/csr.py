@@ -43,19 +43,19 @@ class CsrLinear(nn.Module):
         kernels = MATRIX_KERNELS.choose(self.kernels, input.device)
         if kernels == "compiled" and self._compiled is not None:
             return sparse_linear(input, self.values, self.bias, self._compiled)
+        nothing = self._pattern(torch.zeros_like(self.crow), self.col[:0])
+        return sparse_linear(input, self.values, self.bias, CsrPattern(self._pattern(self.crow, self.col), nothing))
+
+    def _pattern(self, crow: Tensor, col: Tensor) -> Pattern:
         none = self.col[:0]
-        shape = self.out_features, self.in_features
-        active = Pattern(shape, self.crow, self.col, none, none, none)
-        nothing = Pattern(shape, torch.zeros_like(self.crow), none, none, none, none)
-        return sparse_linear(input, self.values, self.bias, CsrPattern(active, nothing))
+        return Pattern((self.out_features, self.in_features), crow, col, none, none, none)
 
     def _for_compiled_kernels(self) -> EntryPattern | None:
         """Return the places as the compiled kernels use them; None where they are not used."""
         if self.crow.device.type != "cpu" or MATRIX_KERNELS.choose(self.kernels, self.crow.device) == "torch":
             return None
-        none = self.col[:0]
         places = torch.empty(self.col.numel(), dtype=torch.int64)
-        Pattern((self.out_features, self.in_features), self.crow, self.col, none, none, none).write_indices(places)
+        self._pattern(self.crow, self.col).write_indices(places)
         return EntryPattern.from_flat(places, places[:0], (self.out_features, self.in_features, 1, 1))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:

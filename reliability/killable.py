@@ -20,6 +20,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from loader import Resumable
 from nouns import nouns
+from reliability.whole import whole
 from torch import Tensor, nn
 
 from lightning_topkast import AtomicCheckpointIO, StepBoundaryCheckpoint, TopKastCallback
@@ -147,8 +148,8 @@ def train(kind: Kind, folder: Path, rank: int, port: int, place: Place, target: 
     assert callback.topkast is not None
     result = {
         "model": model.state_dict(),
-        "θ": {name: weight.theta() for name, weight in callback.topkast.weights.items()},
-        "sets": callback.topkast.state_dict(),
+        "θ": {name: whole(weight.theta()) for name, weight in callback.topkast.weights.items()},
+        "sets": whole(callback.topkast.state_dict()),
         "optimizer": trainer.optimizers[0].state_dict(),
         "schedule": trainer.lr_scheduler_configs[0].scheduler.state_dict(),
         "steps": trainer.global_step,

@@ -11,8 +11,8 @@ from math import prod
 from typing import Any
 
 import torch
+from reliability.whole import whole
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_topkast.engine.optimizer_state import SETS
@@ -49,10 +49,6 @@ class Rules:
     units: tuple[str, tuple[int, int]] = ("entry", (1, 1))  # structure, and a block's shape
     strength: dict[str, float] = field(default_factory=dict)  # λ of each weight
     counts: dict[str, tuple[int, int]] = field(default_factory=dict)  # |A|, |B| of each weight
-
-
-def whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def naive_counts(shapes: Mapping[str, tuple[int, ...]], density: float, distribution: str) -> dict[str, float]:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy
+from reliability.whole import whole
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from lightning_topkast import MaskChange, Ramp, ReservoirActivation, Sparsity, TopKastError
@@ -53,7 +54,7 @@ class Note(Callback):
         self.folder, self.callback = folder, callback
 
     def on_train_end(self, trainer, pl_module):
-        state = self.callback.topkast.state_dict(), parameters_of(pl_module), self.callback.topkast.refresh_count
+        state = whole(self.callback.topkast.state_dict()), parameters_of(pl_module), self.callback.topkast.refresh_count
         torch.save((*state, _sizes), self.folder / f"trained-{trainer.global_rank}.pt")
 
 

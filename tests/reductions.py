@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from reliability.whole import whole
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -106,8 +107,8 @@ def train(
     weights = {name: weight for engine in engines for name, weight in engine.weights.items()}
     return {
         "parameters": {name: value.clone() for name, value in model.state_dict().items()},
-        "thetas": {name: weight.theta() for name, weight in weights.items()},
-        "tiers": {name: weight.tiers for name, weight in weights.items()},
+        "thetas": {name: whole(weight.theta()) for name, weight in weights.items()},
+        "tiers": {name: whole(weight.tiers) for name, weight in weights.items()},
         "norms": norms,
         "nonzero outside B": sum(outside),
         "steps": engines[0].step_count,

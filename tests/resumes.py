@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from lightning.pytorch import Callback
+from reliability.whole import whole
 
 from lightning_topkast import AtomicCheckpointIO, StepBoundaryCheckpoint
 from tests.helpers import Resumable, batches, make_callback, make_net, make_trainer, parameters_of
@@ -54,8 +55,8 @@ class Saves(Callback):
         state = {
             "steps": trainer.global_step,
             "parameters": parameters_of(pl_module),
-            "θ": {name: weight.theta() for name, weight in weights.items()},
-            "sets": self.callback.topkast.state_dict(),
+            "θ": {name: whole(weight.theta()) for name, weight in weights.items()},
+            "sets": whole(self.callback.topkast.state_dict()),
             "optimizer": trainer.optimizers[0].state_dict(),
         }
         torch.save(state, self.folder / f"trained-{trainer.global_rank}.pt")

@@ -18,6 +18,7 @@ import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
+from reliability.whole import whole
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -66,10 +67,6 @@ def shard(bag: Bag, mesh, placements_of) -> Bag:
         placements = placements_of(layer.weight.dim())
         layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, placements))
     return bag
-
-
-def whole(tensor):
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def gathered(topkast: TopKast) -> dict:

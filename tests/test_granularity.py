@@ -11,7 +11,7 @@ from torch import nn
 from lightning_topkast import Block, Magnitude, NonFiniteWeightError, Targets, TopKast, TopKastError
 from lightning_topkast.baselines import SET, RigL, Static
 from lightning_topkast.distributed import Sharding
-from lightning_topkast.method.structure import NOfM
+from lightning_topkast.method.structure import NOfM, units_in_order
 from lightning_topkast.weights.layouts import Product, make_layout
 from tests.helpers import MIDDLE, fit, make_callback, make_net, make_trainer, nouns
 
@@ -222,7 +222,7 @@ def test_packed_order_is_block_by_block(shape, block):
         expected += [places[where].flatten() for tier, where in zip(tiers, blocks, strict=True) if tier == wanted]
     assert torch.equal(units.order(units.units_of(dense), dense.shape), torch.cat(expected))
     for product in (None, Product()) if len(shape) == 2 else (None,):
-        packing = make_layout(tiers.view(units.grid(dense.shape)), dense.shape, units, product)
+        packing = make_layout(*units_in_order(tiers), dense.shape, units, product)
         assert torch.equal(packing.indices(), torch.cat(expected))
         counts = int((tiers == 2).sum()) * math.prod(block[-len(shape) :]), len(torch.cat(expected))
         assert (packing.active_count, packing.updated_count) == counts

@@ -67,10 +67,10 @@ class Run:
         return {name: weight.theta() for name, weight in self.topkast.weights.items()}
 
 
-def dense(weight, values, units=None):
+def dense(weight, values, sets=None):
     if values.shape == weight.shape:
         return values.clone()
-    order = weight.structure.order(weight.units if units is None else units, weight.shape)
+    order = (sets or weight.sets).indices().long()
     whole = torch.zeros(weight.size)
     whole[order] = values[: order.numel()]
     return whole.view(weight.shape)
@@ -209,10 +209,10 @@ def test_saving_changes_no_state_and_saves_what_fits(kind):
         each.train(4)  # a selection is under way
     backup = copy.deepcopy(run.model.state_dict())
     run.model.load_state_dict(run.other_weights())
-    momenta, units = dense(other.weight, other.optimizer.state[other.weight.parameter]["exp_avg"]), run.weight.units
+    momenta, sets = dense(other.weight, other.optimizer.state[other.weight.parameter]["exp_avg"]), run.weight.sets
     state = run.state()
     number = next(n for n, p in enumerate(run.model.parameters()) if p is run.weight.parameter)
-    saved = dense(run.weight, state["optimizer"]["state"][number]["exp_avg"], units)
+    saved = dense(run.weight, state["optimizer"]["state"][number]["exp_avg"], sets)
     assert torch.equal(saved, torch.where(run.weight.updated, momenta, 0))
     run.model.load_state_dict(backup)
     for each in (run, other):

@@ -291,7 +291,7 @@ def test_weight_reads_as_alpha_and_its_gradient_reaches_the_values(storage):
     assert torch.equal(layer.weight.detach(), weight.alpha())
     target = torch.randn_like(weight.alpha())
     (gradient,) = torch.autograd.grad((layer.weight * target).sum(), weight.parameter)
-    expected = target.flatten()[weight.structure.order(weight.units, weight.shape)]
+    expected = target.flatten()[weight.layout.indices().long()]
     assert torch.equal(gradient, expected)
 
 

@@ -318,7 +318,7 @@ class Run:
 
 
 def dense_order(weight):
-    return weight.structure.order(weight.units, weight.shape)
+    return weight.layout.indices().long()
 
 
 def dense(weight, values):

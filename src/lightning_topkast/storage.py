@@ -9,6 +9,7 @@ from lightning_topkast.errors import TopKastError
 AllReduce = Literal["dense", "sparse", "sparse_bf16", "sparse_fp16"]
 Kernels = Literal["auto", "torch", "compiled", "triton"]
 Products = Literal["sparse", "dense", "auto"]
+Theta = Literal["sharded", "replicated"]
 Unsupported = Literal["masked", "error"]
 
 
@@ -48,6 +49,8 @@ class Packed:
         products: "sparse" multiplies by the packed values in Linear, Conv1d, Conv2d, GPT-2's Conv1D and self-attention,
             and makes a dense weight for every pass of other layers; "dense" makes one for every layer; "auto"
             multiplies by packed values where that is expected to be faster.
+        theta: what each process keeps in host memory of θ and the sets if several train the same weights (DDP): a
+            share of the rows ("sharded"), or all of it ("replicated").
 
     Raises:
         TopKastError: a value that is not one of these.
@@ -56,11 +59,13 @@ class Packed:
     kernels: Kernels = "auto"
     unsupported: Unsupported = "masked"
     products: Products = "sparse"
+    theta: Theta = "sharded"
 
     def __post_init__(self) -> None:
         check_choice("kernels", self.kernels, Kernels)
         check_choice("unsupported", self.unsupported, Unsupported)
         check_choice("products", self.products, Products)
+        check_choice("theta", self.theta, Theta)
         if self.products == "dense" and self.kernels != "auto":
             raise TopKastError(f"products='dense' uses no sparse kernels: leave out kernels={self.kernels!r}")
 

@@ -584,7 +584,7 @@ class TopKast:
             "refresh_count": self.refresh_count,
             "shrinkage": self._strengths.shrinkage,
             "structure": str(self.settings.structure),
-            "selections": [selection.state_dict() for selection in self._refresher.selections],
+            "selections": [selection.state_dict(gathered) for selection in self._refresher.selections],
             "weights": {name: weight.state_dict(gathered) for name, weight in self._weights.items()},
         }
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from lightning_topkast.distributed import Sharding, from_rank_0_
+from lightning_topkast.distributed import Sharding, from_rank_0_, host_group
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.layers import SparseLayer, StackLayer, pack_layer, product_of, products_of, unpack_layer
 from lightning_topkast.method.density import Counts
@@ -77,6 +77,7 @@ def make_weights(
         TopKastError: a weight cannot be packed and unsupported="error", blocks do not divide a weight to be packed, or
             compiled kernels are not available.
     """
+    group = host_group() if isinstance(storage, Packed) and storage.theta == "sharded" else None
     weights: dict[str, SparseWeight] = {}
     choices: dict[str, StorageChoice] = {}
     for target in targets:
@@ -93,7 +94,7 @@ def make_weights(
                 "choose another block size, or train with storage='masked'"
             )
         from_rank_0_(target.parameter)
-        weights[target.name] = PackedWeight(target.name, target.parameter, active, updated, own, choice.product)
+        weights[target.name] = PackedWeight(target.name, target.parameter, active, updated, own, choice.product, group)
     for name, weight in weights.items():
         weight.storage_reason = choices[name].reason
     left_masked = [f"'{name}' ({choice.reason})" for name, choice in choices.items() if choice.name == "masked"]
@@ -197,8 +198,10 @@ def release(target: Target, weight: SparseWeight) -> None:
     if isinstance(weight, MaskedWeight):
         weight.release()
         return
-    parameter = weight.parameter
-    theta = weight.theta().to(parameter.device, parameter.dtype)
+    parameter, theta = weight.parameter, weight.theta()
+    if isinstance(theta, DTensor):
+        theta = theta.full_tensor()
+    theta = theta.to(parameter.device, parameter.dtype)
     target.parameter = nn.Parameter(theta, requires_grad=parameter.requires_grad)
     for module, name in target.owners:
         unpack_layer(module, name, target.parameter)

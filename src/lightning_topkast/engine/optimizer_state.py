@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_topkast.engine.optimizers import entry_states, start_of, state_of
 from lightning_topkast.weights import SparseWeight
-from lightning_topkast.weights.orders import fingerprint
+from lightning_topkast.weights.orders import Sets, fingerprint
 
 # Key in an optimizer's state of a packed weight: the fingerprint of the sets in whose order the state is. It is there
 # in what `state_dict` returns and while we do not act on the optimizer's steps, and goes wherever the state goes.
@@ -66,8 +66,8 @@ class OptimizerState:
         for weight in weights:
             state = state_of(optimizer, weight.parameter)
             if SETS in state or orders.get(weight) != weight.orders.present:
-                units = self._sets_of(optimizer, weight, state, weight.units)
-                if not _move(optimizer, weight, state, units):
+                sets = self._sets_of(optimizer, weight, state, weight.sets)
+                if not _move(optimizer, weight, state, sets):
                     anew.append(weight.name)
                 orders[weight] = weight.orders.present
         return anew
@@ -78,20 +78,18 @@ class OptimizerState:
         for weight in self._weights_of(optimizer):
             state = state_of(optimizer, weight.parameter)
             if state and SETS not in state and self._orders.get(optimizer, {}).get(weight) is not None:
-                known = self._sets_of(optimizer, weight, state, weight.units) is not None
+                known = self._sets_of(optimizer, weight, state, weight.sets) is not None
                 if known:
                     self.fit(optimizer, [weight])
                 if weight.is_packed:
-                    state[SETS] = fingerprint(weight.units) if known else _UNKNOWN
+                    state[SETS] = fingerprint(weight.sets) if known else _UNKNOWN
 
-    def _sets_of(
-        self, optimizer: Optimizer, weight: SparseWeight, state: dict[str, Any], units: Tensor
-    ) -> Tensor | None:
+    def _sets_of(self, optimizer: Optimizer, weight: SparseWeight, state: dict[str, Any], sets: Sets) -> Sets | None:
         if SETS in state:
-            return weight.orders.sets_with(state[SETS], units)
+            return weight.orders.sets_with(state[SETS], sets)
         order = self._orders.get(optimizer, {}).get(weight)
         # masked state is in no order
-        return weight.orders.sets_of(order if weight.is_packed else None, units)
+        return weight.orders.sets_of(order if weight.is_packed else None, sets)
 
     def _after_loading(self, optimizer: Optimizer) -> None:
         self._orders.pop(optimizer, None)
@@ -110,39 +108,39 @@ class OptimizerState:
             state = states.get(key)
             if not state or not isinstance(state, dict) or weight.was_loaded:  # its sets are not chosen yet
                 continue
-            units = weight.units
-            known = self._sets_of(optimizer, weight, state, units)
+            sets = weight.sets
+            known = self._sets_of(optimizer, weight, state, sets)
             if known is None:  # it may be later, if a fingerprint is with it
                 states[key] = {SETS: _UNKNOWN} | state
                 continue
             order = self._orders.get(optimizer, {}).get(weight)
-            if known is not units or (SETS not in state and order != weight.orders.present):
+            if known is not sets or (SETS not in state and order != weight.orders.present):
                 state = copy.deepcopy(state)
                 _move(optimizer, weight, state, known)
-            states[key] = state | {SETS: fingerprint(units)} if weight.is_packed else state
+            states[key] = state | {SETS: fingerprint(sets)} if weight.is_packed else state
         return {**saved, "state": states}
 
 
-def _move(optimizer: Optimizer, weight: SparseWeight, state: dict[str, Any], units: Tensor | None) -> bool:
+def _move(optimizer: Optimizer, weight: SparseWeight, state: dict[str, Any], sets: Sets | None) -> bool:
     """Move state to the present sets, or let it begin anew; return whether it was moved.
 
     Args:
         optimizer: whose state it is, or a copy.
         weight: to which it belongs.
         state: by the optimizer's names.
-        units: the tiers of the sets to which it belongs, or None if they are not known.
+        sets: those to which it belongs, or None if they are not known.
     """
     state.pop(SETS, None)
     for key, value in state.items():
         if isinstance(value, Tensor):
-            state[key] = weight.adopt(value, units, start_of(optimizer, weight.parameter, key))
+            state[key] = weight.adopt(value, sets, start_of(optimizer, weight.parameter, key))
     entries = list(entry_states(optimizer, weight.parameter, weight.name, state))
-    if units is not None:
-        weight.realign(entries, units)
+    if sets is not None:
+        weight.realign(entries, sets)
     else:
         for values, start in entries:
             values.fill_(start)
-    return units is not None or not entries
+    return sets is not None or not entries
 
 
 def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_topkast.distributed import check_ranks_agree
+from lightning_topkast.distributed import check_ranks_agree, mark_background, to_local
 from lightning_topkast.engine.choose import Choice, choose
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.method.density import SetSizes
@@ -24,7 +24,7 @@ _background: ThreadPoolExecutor
 
 def _begin_background() -> None:
     global _background
-    _background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="topkast-refresh")
+    _background = ThreadPoolExecutor(1, thread_name_prefix="topkast-refresh", initializer=mark_background)
 
 
 _begin_background()
@@ -88,9 +88,10 @@ class Selection:
         chosen = self.result()
         return self.__dict__ | {"_chosen": chosen}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the step and the sets: tensors and primitives only."""
-        tiers = {name: tiers.cpu() for name, tiers in self.result().items()}
+    def state_dict(self, gathered: bool = False) -> dict[str, Any]:
+        """Return the step and the sets: tensors and primitives only; see `SparseWeight.state_dict`."""
+        chosen = self.result()
+        tiers = {weight.name: weight.sharding.to_save(chosen[weight.name], gathered) for weight in self._loads}
         return {"step": self.step, "tiers": tiers, "valid": self.is_valid}
 
     @classmethod
@@ -106,17 +107,21 @@ class Selection:
         timed = isinstance(step, int) and step >= 0 and isinstance(valid, bool)
         if not isinstance(tiers, dict) or not named or not timed:
             raise TopKastError("the saved Top-KAST state is damaged: its next sets lack a step or name other weights")
+        parts: dict[str, Tensor] = {}
         for name, chosen in tiers.items():
             weight = weights[name]
-            counts = (weight.updated_count - weight.active_count, weight.active_count)
+            counts = [weight.updated_count - weight.active_count, weight.active_count]
             fits = isinstance(chosen, Tensor) and (chosen.dtype, chosen.shape) == (torch.uint8, weight.shape)
-            fits = fits and holds_values(chosen) and not bool((chosen > ACTIVE).any())
-            fits = fits and weight.structure.are_whole(chosen, weight.sharding)
-            sizes = tuple(int((chosen == tier).sum()) for tier in (EXPLORING, ACTIVE)) if fits else ()
+            fits = fits and holds_values(to_local(chosen))
+            if fits:
+                part = parts[name] = weight.sharding.to_local(chosen).contiguous()
+                counted = [torch.count_nonzero(each) for each in (part > ACTIVE, part == EXPLORING, part == ACTIVE)]
+                unknown, *sizes = weight.sharding.sum(torch.stack(counted)).tolist()
+                fits = not unknown and weight.structure.are_whole(part, weight.sharding)
             if not fits or (sizes != counts and not weight.sizes_change):
                 raise TopKastError(f"the saved Top-KAST state is damaged: the next sets of '{name}' do not fit it")
         selection = cls.__new__(cls)
-        selection.step, selection._chosen = step, {name: chosen.contiguous() for name, chosen in tiers.items()}
+        selection.step, selection._chosen = step, parts
         selection._loads = {weights[name]: weights[name].load_count if valid else -1 for name in tiers}
         return selection
 
@@ -257,7 +262,8 @@ class Refresher:
     def _apply(self, weights: Sequence[SparseWeight], chosen: Mapping[str, Tensor]) -> None:
         changed = [weight for weight in weights if weight.name in chosen]
         names = [weight.name for weight in changed]
-        check_ranks_agree(names, [chosen[name] for name in names], [weight.sharding for weight in changed])
+        compared = [weight.compared(chosen[weight.name]) for weight in changed]
+        check_ranks_agree(names, [tensor for tensor, _ in compared], [sharding for _, sharding in compared])
         states = [self._state_of(weight) for weight in changed]
         for weight, state in zip(changed, states, strict=True):
             weight.apply(chosen[weight.name], state)

@@ -175,6 +175,13 @@ class Block(Structure):
         sums = _sums_of_runs(rows, 1, rows.shape[1], _squares)
         return _sums_of_runs(sums, 2, self.inputs).view(-1).sqrt_()
 
+    def shared(self, scores: Tensor, sharding: Sharding) -> Tensor:
+        """Return the scores of all blocks from those of the whole blocks that this process has; a collective."""
+        whole = scores.new_zeros(self.grid(sharding.shape))
+        first = int(sharding.local_coordinates(0)[0]) // self._steps(sharding.shape)[0] if scores.numel() else 0
+        whole[first : first + len(scores)] = scores
+        return sharding.sum(whole)
+
     def members(self, members: Tensor, sharding: Sharding) -> Tensor:
         """Return which blocks contain a member."""
         return self._sums(to_local(members).float(), sharding) > 0

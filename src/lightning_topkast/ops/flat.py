@@ -125,11 +125,6 @@ def has_bits(tensor: Tensor, places: np.ndarray) -> bool:
     return bool(flat(tensor).view(_BITS[tensor.element_size()]).numpy()[places].any())
 
 
-def copied(tensor: Tensor) -> Tensor:
-    """Return a contiguous copy on CPU, so that a saved state does not change when training continues."""
-    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
-
-
 def indices(members: Tensor) -> Tensor:
     """Return the indices at which a 1-D bool tensor is true; on CPU with NumPy, which is five times as fast."""
     if members.device.type == "cpu":

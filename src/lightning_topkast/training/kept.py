@@ -88,10 +88,13 @@ class Handover:
         self._launcher = os.getpid()
 
     def leave(self, trainer: Trainer, state: Callable[[], dict[str, Any]]) -> None:
-        """Write the state of the process with rank 0, if the Trainer has launched it."""
-        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) and trainer.is_global_zero:
+        """Write the state of the process with rank 0, if the Trainer has launched it; `state` may be a collective."""
+        if not isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+            return
+        left = state()
+        if trainer.is_global_zero:
             self._folder.mkdir(mode=0o700, exist_ok=True)
-            torch.save(state(), self._folder / "new.pt")
+            torch.save(left, self._folder / "new.pt")
             os.replace(self._folder / "new.pt", self._folder / "state.pt")
 
     def fetch(self, begins: bool = False) -> dict[str, Any] | None:

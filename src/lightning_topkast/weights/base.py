@@ -15,7 +15,7 @@ from lightning_topkast.method.powerpropagation import Powerpropagation
 from lightning_topkast.method.selection import ACTIVE
 from lightning_topkast.method.structure import Structure, Unstructured
 from lightning_topkast.ops.step import Update
-from lightning_topkast.weights.orders import Orders
+from lightning_topkast.weights.orders import Orders, Sets
 from lightning_topkast.weights.shrinkage import Shrinkage
 from lightning_topkast.weights.state import problem_with
 from lightning_topkast.weights.writes import WriteWatch
@@ -243,6 +243,10 @@ class SparseWeight(ABC):
     def prepare(self, tiers: Tensor) -> None:  # noqa: B027  most need not
         """Do the work of `apply` for these sets that another thread can do in advance."""
 
+    def compared(self, tiers: Tensor) -> tuple[Tensor, Sharding]:
+        """Return what all processes must have alike before these sets are applied (uint8), and its sharding."""
+        return tiers, self.sharding
+
     @abstractmethod
     def apply(self, tiers: Tensor, state: Sequence[EntryState] = ()) -> None:
         """Change the sets: promoted entries enter A with their stored values, demoted entries keep their values.
@@ -410,7 +414,7 @@ class SparseWeight(ABC):
             like: `before` or one of `replaced`, if the sets and θ outside A are those of it, so that all else is too.
             was_written: whether `before` has their α.
         """
-        self.orders.replace(self.units)
+        self.orders.replace(self.sets)
         if like is not None:
             self._never_active = like.never_active.clone()
         self._put(theta, tiers)
@@ -480,26 +484,26 @@ class SparseWeight(ABC):
 
     @property
     @abstractmethod
-    def units(self) -> Tensor:
-        """The units' tiers, which determine the order of packed state; for a sharded weight this process' part."""
+    def sets(self) -> Sets:
+        """The present sets, of which the optimizer's state depends; see `Orders`."""
 
     @abstractmethod
-    def adopt(self, value: Tensor, units: Tensor | None, start: float = 0.0) -> Tensor:
+    def adopt(self, value: Tensor, sets: Any, start: float = 0.0) -> Tensor:
         """Return a tensor of the optimizer's state in the parameter's shape, converted if another storage saved it.
 
         Args:
             value: of any shape; others than those of a storage are left alone.
-            units: the tiers of the sets that it belongs to; None: not known, and `start` is returned if it is packed.
+            sets: those that it belongs to; None: not known, and `start` is returned if it is packed.
             start: the value of an entry that was never updated.
         """
 
     @abstractmethod
-    def realign(self, state: Sequence[EntryState], units: Tensor) -> None:
+    def realign(self, state: Sequence[EntryState], sets: Any) -> None:
         """Move the optimizer's state from other sets to the present ones.
 
         Args:
             state: in the parameter's shape.
-            units: the tiers of the sets that it belongs to.
+            sets: those that it belongs to.
         """
 
     @abstractmethod

@@ -1,6 +1,7 @@
 """Layouts: the places of a weight's packed values, and products with them."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,8 +9,11 @@ import torch
 from torch import Tensor
 
 from lightning_topkast.errors import TopKastError
-from lightning_topkast.method.structure import Block, Structure, units_in_order
+from lightning_topkast.method.selection import ACTIVE, EXPLORING
+from lightning_topkast.method.structure import Block, Structure
 from lightning_topkast.ops import BlockPattern, CsrPattern, EntryPattern, Pattern, block_sparse_linear, sparse_linear
+
+_CHUNK = 1 << 24  # units whose tiers are in memory at a time
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class Layout(ABC):
         shape: the weight's own shape.
         active_count: |A|.
         updated_count: |B|.
+        unit_size: number of entries of each unit.
         units: flat indices of B's units in the grid, in the same order, on CPU; None if the units are entries.
         pattern: the places on the device: flat indices, or what the kernels take.
     """
@@ -44,6 +49,7 @@ class Layout(ABC):
     shape: torch.Size
     active_count: int
     updated_count: int
+    unit_size: int
     units: Tensor | None
     pattern: Tensor | CsrPattern | EntryPattern | BlockPattern
 
@@ -64,6 +70,21 @@ class Layout(ABC):
     @abstractmethod
     def indices(self) -> Tensor:
         """Return the flat indices of the packed values."""
+
+    def units_in_order(self) -> Tensor:
+        r"""Return flat indices of A's units in the grid, then those of B\A, both sorted: int64, on CPU."""
+        return self.indices().cpu().long() if self.units is None else self.units
+
+    def tiers(self) -> Iterator[Tensor]:
+        """Yield the units' tiers in the order of the grid, many at a time: uint8, on CPU."""
+        units, active = self.units_in_order(), self.active_count // self.unit_size
+        runs, end = ((units[:active], ACTIVE), (units[active:], EXPLORING)), self.shape.numel() // self.unit_size
+        for begin in range(0, end, _CHUNK):
+            tiers = torch.zeros(min(_CHUNK, end - begin), dtype=torch.uint8)
+            for run, tier in runs:
+                first, last = torch.searchsorted(run, torch.tensor([begin, begin + tiers.numel()])).tolist()
+                tiers[run[first:last] - begin] = tier
+            yield tiers
 
     def product(self, input: Tensor, values: Tensor, bias: Tensor | None, batch_last: bool = False) -> Tensor:
         """Multiply the last dimension of `input` by A, as its `Product` says, and add `bias`.
@@ -117,7 +138,7 @@ class MatrixLayout(Layout):
             if kernels == "compiled"
             else CsrPattern.from_flat(active, exploring, (rows, columns), how.transposed)
         )
-        return cls(shape, active.numel(), active.numel() + exploring.numel(), None, pattern, how)
+        return cls(shape, active.numel(), active.numel() + exploring.numel(), 1, None, pattern, how)
 
     def to(self, device: torch.device) -> Layout:
         """Return the layout for another device; the compiled kernels compute on CPU, PyTorch's elsewhere."""
@@ -149,7 +170,7 @@ class ConvLayout(Layout):
         """Return a layout for another device, where the layer computes with the dense weight."""
         if device == self.device:
             return self
-        sets = (self.shape, self.active_count, self.updated_count, self.units)
+        sets = (self.shape, self.active_count, self.updated_count, self.unit_size, self.units)
         return FlatLayout(*sets, _narrowed(self.indices(), self.shape).to(device))
 
     def indices(self) -> Tensor:
@@ -183,32 +204,34 @@ class BsrLayout(Layout):
 
 
 def make_layout(
-    tiers: Tensor,
+    active: Tensor,
+    exploring: Tensor,
     shape: torch.Size,
     structure: Structure,
     product: Product | None,
     on_cpu: bool = True,
 ) -> Layout:
-    """Make the layout for these sets, on CPU.
+    r"""Make the layout for these sets, on CPU.
 
     Args:
-        tiers: uint8, on CPU, in the shape of the weight's grid of units.
+        active: int64, on CPU, sorted: flat indices of A's units in the weight's grid.
+        exploring: likewise, of those of B\A.
         shape: of the weight.
         structure: what the sets consist of; it divides the weight.
         product: how the layer multiplies by the packed values; None: it computes with the dense weight.
         on_cpu: whether it multiplies on CPU.
     """
-    active, exploring = units_in_order(tiers)
-    size = shape.numel() // max(tiers.numel(), 1)
-    updated = (active.numel() + exploring.numel()) * size
-    sets = (shape, active.numel() * size, updated, torch.cat([active, exploring]) if size > 1 else None)
+    grid = structure.grid(shape)
+    size = shape.numel() // max(grid.numel(), 1)
+    counts = (active.numel() * size, (active.numel() + exploring.numel()) * size)
+    sets = (shape, *counts, size, torch.cat([active, exploring]) if size > 1 else None)
     if product is None:
         return FlatLayout(*sets, _narrowed(structure.entries(torch.cat([active, exploring]), shape), shape))
     if product.groups is not None:
         return ConvLayout(*sets, EntryPattern.from_flat(active, exploring, as_kernel(shape), product.groups))
     if isinstance(structure, Block):
         sides = (structure.outputs, structure.inputs)
-        return BsrLayout(*sets, BlockPattern.from_flat(active, exploring, _as_matrix(tiers.shape), sides), product)
+        return BsrLayout(*sets, BlockPattern.from_flat(active, exploring, _as_matrix(grid), sides), product)
     return MatrixLayout.of(shape, active, exploring, product, product.kernels if on_cpu else "torch")
 
 

@@ -21,7 +21,6 @@ from lightning_topkast.method.penalty import Total
 from lightning_topkast.method.selection import ACTIVE, EXPLORING, RESERVOIR
 from lightning_topkast.ops.flat import (
     changes,
-    copied,
     count_outside,
     fill_,
     flat,
@@ -477,31 +476,25 @@ class MaskedWeight(SparseWeight):
         settled = self._as_settled()
         latent = settled._with_explored(settled._latent.clone())  # a copy: a signal handler may save at any moment
         parts = {"tiers": settled._tiers, "latent": latent, "never_active": settled._never_active}
-        if not self.sharding.is_dtensor:
-            whole = {key: copied(part) for key, part in parts.items()}
-        elif gathered:
-            whole = {key: self.sharding.full_tensor(part) for key, part in parts.items()}
-        else:
-            whole = {key: self.sharding.to_dtensor(part.clone()).cpu() for key, part in parts.items()}
-        return whole | self._counts()
+        return {key: self.sharding.to_save(part, gathered) for key, part in parts.items()} | self._counts()
 
     @property
-    def units(self) -> Tensor:
+    def sets(self) -> Tensor:
         """The units' tiers; for a sharded weight this process' part."""
         return self.structure.units_of(self._tiers)
 
-    def adopt(self, value: Tensor, units: Tensor | None, start: float = 0.0) -> Tensor:
+    def adopt(self, value: Tensor, sets: Any, start: float = 0.0) -> Tensor:
         """Return optimizer state in the parameter's shape; packed state is unpacked, with `start` outside B."""
         if value.shape == self.shape or value.shape != (self.updated_count,) or self.sharding.is_sharded:
             return value
         dense = value.new_full((self.size,), start)
-        if units is not None:
-            order = self.structure.order(units, self.shape).to(value.device)
+        if sets is not None:
+            order = self.structure.order(sets, self.shape).to(value.device)
             dense[order] = value[: order.numel()]
         # in the parameter's memory format, which fused optimizers expect
         return torch.empty_like(self._alpha, dtype=value.dtype, device=value.device).copy_(dense.view(self.shape))
 
-    def realign(self, state: Sequence[EntryState], units: Tensor) -> None:
+    def realign(self, state: Sequence[EntryState], sets: Any) -> None:
         """Reset the optimizer's state of entries outside B."""
         self._reset(state)
 
@@ -511,7 +504,7 @@ class MaskedWeight(SparseWeight):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load a state that `check_state` has accepted; the parameter already holds the saved α, or was given it."""
         self._alpha.copy_(self._in_model())
-        self.orders.replace(self.units)
+        self.orders.replace(self.sets)
         saved_tiers, latent, never_active = (
             self.sharding.to_local(state[key]) for key in ("tiers", "latent", "never_active")
         )
@@ -519,7 +512,7 @@ class MaskedWeight(SparseWeight):
         self._never_active = torch.empty_like(self._mask, dtype=torch.bool).copy_(never_active)
         self._count()
         self._load_counts(state)
-        self.orders.load(self.units)
+        self.orders.load(self.sets)
         self._before_loading = None
         self.replaced.clear()
 

@@ -1,7 +1,8 @@
 r"""A sparse weight stored as the values of its updated set B; a dense tensor is on the device only if a layer needs it.
 
 The parameter is 1-D: θ on A, then θ on B\A, so that gradient and optimizer state have the same small size. The
-reservoir, the sets and the telemetry are in host memory and are accessed only at a refresh.
+reservoir, the sets and the telemetry are in host memory and are accessed only at a refresh. Processes that train the
+same weight share that: each has some of its rows there, and public methods return DTensors or this process' part.
 """
 
 import dataclasses
@@ -11,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_topkast.distributed import Sharding
+from lightning_topkast.distributed import HostGroup, Sharding, to_local
 from lightning_topkast.method.selection import ACTIVE, RESERVOIR, NonFiniteScoresError
-from lightning_topkast.method.structure import Block, units_in_order
+from lightning_topkast.method.structure import Block
 from lightning_topkast.ops import CONV_KERNELS, MATRIX_KERNELS
 from lightning_topkast.ops.flat import fill_, indices, moved, padded, positions, put_, take, where
 from lightning_topkast.ops.memory import empty
 from lightning_topkast.weights.base import Before, EntryState, SparseWeight, Traits
+from lightning_topkast.weights.home import Home, Own, SharedHome
 from lightning_topkast.weights.layouts import Layout, Product, make_layout
 from lightning_topkast.weights.loading import replace
 from lightning_topkast.weights.writes import stamp
@@ -34,6 +36,7 @@ class PackedWeight(SparseWeight):
         traits: properties that all weights of the run share; the structure divides the weight.
         product: how the layer multiplies by the packed values (`storage` is "packed"); None: by a dense α that exists
             only as long as autograd needs it ("compact").
+        group: the processes that share the host's copy; None: each has all of it.
     """
 
     def __init__(
@@ -44,29 +47,35 @@ class PackedWeight(SparseWeight):
         updated_count: int,
         traits: Traits,
         product: Product | None,
+        group: HostGroup | None = None,
     ) -> None:
         values = nn.Parameter(dense.detach().new_zeros(updated_count), requires_grad=dense.requires_grad)
         values.__dict__.update(dense.__dict__)  # attributes that other code has set, such as "no weight decay"
-        super().__init__(name, values, Sharding(name, dense), active_count, updated_count, traits)
+        self._whole = self._home = Home(name, dense.shape, traits.structure)
+        if group is not None and dense.dim() > 1 and dense.numel():
+            self._home = SharedHome(name, dense.shape, traits.structure, group)
+        super().__init__(name, values, self._home.sharding, active_count, updated_count, traits)
         self.storage = "compact" if product is None else "packed"
         self._product = product
-        # In host memory. θ is up to date on C; on B the parameter holds it.
-        theta = dense.detach().cpu().contiguous().view(-1)
+        # In host memory, of the rows at home here. θ is up to date on C; on B the parameter holds it.
+        theta = self.sharding.to_local(dense.detach()).cpu().contiguous().view(-1)
         owns_all = theta.untyped_storage().nbytes() == theta.nbytes  # a slice would keep a larger storage alive
         self._theta = theta if owns_all else theta.clone()
         # Sets are stored per unit. At first all units are active and nothing is packed: only `apply` sets the layout.
-        grid = self.structure.grid(dense.shape)
-        self._tiers = torch.full(grid, ACTIVE, dtype=torch.uint8)
-        self._never_active = torch.zeros(grid, dtype=torch.bool)
-        self._layout = make_layout(torch.zeros_like(self._tiers), self.shape, self.structure, product)
-        self._unit_size = self.size // max(grid.numel(), 1)
+        self._tiers = torch.full(self._home.grid, ACTIVE, dtype=torch.uint8)
+        self._never_active = torch.zeros(self._home.grid, dtype=torch.bool)
+        self._never_count = 0
+        nothing = torch.empty(0, dtype=torch.int64)
+        self._layout = make_layout(nothing, nothing, self.shape, self.structure, product)
+        self._unit_size = self._home.unit_size
         # Scores of blocks: these are few, and those of C change only at a refresh. They are computed on the host, so
         # that a resumed run has the same bits.
         self._scores = self._scores_of(self._theta)
         # the parameter's stamp since `_theta` is up to date on B too
         self._updated: tuple[int, int, int] | None = None
         # the writes of a refresh in progress: tensors and their new content, the new sets, and the units entering A
-        self._pending: tuple[list[tuple[Tensor, Tensor]], Tensor, Layout, Tensor] | None = None
+        # with the number of those that have never been active after it
+        self._pending: tuple[list[tuple[Tensor, Tensor]], Tensor, Layout, Tensor, int] | None = None
         # sets that the next `apply` is likely to receive, with their layout
         self._prepared: tuple[Tensor, Layout] | None = None
 
@@ -96,7 +105,7 @@ class PackedWeight(SparseWeight):
     @property
     def tiers(self) -> Tensor:
         """uint8 in the weight's shape, on CPU: 0 reservoir, 1 exploring, 2 active."""
-        return self.structure.tiers(self._tiers.clone(), self.sharding)
+        return self.sharding.to_dtensor(self._entries_of(self._tiers.clone()))
 
     @property
     def active_entries(self) -> Tensor:
@@ -111,7 +120,7 @@ class PackedWeight(SparseWeight):
     @property
     def never_active_entries(self) -> Tensor:
         """Entries of the first reservoir that have never been active, a scalar tensor."""
-        return torch.count_nonzero(self._never_active) * self._unit_size
+        return torch.tensor(self._never_count * self._unit_size)
 
     @property
     def is_exploring(self) -> bool:
@@ -119,124 +128,174 @@ class PackedWeight(SparseWeight):
         return self._layout.updated_count > self._layout.active_count
 
     def alpha(self) -> Tensor:
-        """Return α, θ on A and zero elsewhere, dense, on CPU."""
+        """Return α, θ on A and zero elsewhere, dense and whole, on CPU."""
         self.match_layout()
-        alpha = torch.zeros_like(self._theta)
-        count = self._layout.active_count
-        alpha.index_copy_(0, self._places()[:count], self._values()[:count])
+        self._settle()
+        alpha, count = torch.zeros(self.size, dtype=self._theta.dtype), self._layout.active_count
+        alpha.index_copy_(0, self._layout.indices()[:count].cpu().long(), self._values()[:count])
         return alpha.view(self.shape)
 
     def theta(self) -> Tensor:
         """Return the stored θ, dense, a copy on CPU."""
-        self.match_layout()
-        return _with_values(self._theta, self._places(), self._values()).view(self.shape)
+        return self.sharding.to_dtensor(self._own_theta())
 
     def magnitudes(self) -> Tensor:
-        """Return |θ|, on CPU, in the weight's shape."""
-        return self.theta().abs_()
+        """Return |θ|, on CPU; of a shared weight the rows at home here."""
+        return self._own_theta().abs_()
 
     def scores(self) -> Tensor:
-        """Return the units' scores, on CPU, in the shape of their grid."""
+        """Return the units' scores, on CPU, in the shape of their grid; see `Structure.scores`."""
+        own = self._own()
         if self._scores is None:
-            self.match_layout()
-            self._update_theta()
-            shape, dtype = self.shape, self._theta.dtype
-            magnitudes = torch.abs(self._theta, out=empty(self.size, dtype)).view(shape)
-            return self.structure.scores(magnitudes, self.sharding)
-        self._update_scores()
-        return self._scores.clone()
+            self._update_theta(own)
+            magnitudes = torch.abs(self._theta, out=empty(self._theta.numel(), self._theta.dtype))
+            return self.structure.scores(magnitudes.view(self.sharding.local_shape), self.sharding)
+        self._update_scores(own)
+        return self._shared_scores(self._scores)
 
     def snapshot(self) -> Callable[[], Tensor]:
         """Return a function that gives the present `scores`; only B is copied, since C changes only at a refresh."""
         if self._scores is not None:
-            scores = self.scores()
-            return lambda: scores
-        places, values, theta, shape = self._places(), self._values().clone(), self._theta, self.shape
+            self._update_scores(self._own())
+            scores = self._scores.clone()
+            return lambda: self._shared_scores(scores)
+        own = self._own()
+        theta, places, values = self._theta, own.places, self._brought(own).clone()
+        shape = self.sharding.local_shape
         return lambda: self.structure.scores(_with_values(theta, places, values).view(shape).abs_(), self.sharding)
 
-    def _update_theta(self) -> None:
+    def _own(self) -> Own:
+        """Return what is at home here of the present sets."""
+        self.match_layout()
+        self._settle()
+        return self._home.own(self._layout)
+
+    def _brought(self, own: Own) -> Tensor:
+        """Return the values of `own`, as θ; a collective if the weight is shared."""
+        return self._home.bring(self._values(), self._layout, own)
+
+    def _own_theta(self) -> Tensor:
+        """Return θ of the rows at home here, a copy."""
+        own = self._own()
+        return _with_values(self._theta, own.places, self._brought(own)).view(self.sharding.local_shape)
+
+    def _own_alpha(self) -> Tensor:
+        """Return α of the rows at home here."""
+        return self._own_theta().masked_fill_(self._entries_of(self._tiers) != ACTIVE, 0)
+
+    def _entries_of(self, units: Tensor) -> Tensor:
+        """Return for each entry at home here what its unit has."""
+        return self.structure.tiers(units, self._home.rows)
+
+    def _update_theta(self, own: Own) -> None:
         """Update θ on B in the host's copy."""
-        put_(self._theta, self._places(), self._values(), _second_run(self._layout))
+        put_(self._theta, own.places, self._brought(own), own.split)
         self._updated = stamp(self.parameter)
 
-    def _update_scores(self) -> None:
+    def _update_scores(self, own: Own) -> None:
         """Update the scores of B's units."""
         if self._scores is not None:
             assert isinstance(self.structure, Block)
-            norms = self.structure.norms(self._values().view(-1, self._unit_size))
-            self._scores.view(-1).index_copy_(0, self._units(), norms)
+            norms = self.structure.norms(self._brought(own).view(-1, self._unit_size))
+            self._scores.view(-1).index_copy_(0, own.units, norms)
 
     def _scores_of(self, theta: Tensor) -> Tensor | None:
         if not isinstance(self.structure, Block):
             return None
-        return self.structure.scores(theta.view(self.shape), self.sharding)
+        return self.structure.scores(theta.view(self.sharding.local_shape), self._home.rows)
+
+    def _shared_scores(self, scores: Tensor) -> Tensor:
+        """Return the scores of all blocks, among which every process chooses, from those at home here; a copy."""
+        if not self.sharding.is_sharded:
+            return scores.clone()
+        assert isinstance(self.structure, Block)
+        return self.structure.shared(scores, self.sharding)
 
     def prepare(self, tiers: Tensor) -> None:
         """Make the layout of these sets, which takes longer than choosing them."""
         self._prepared = tiers, self._pack(self._on_grid(tiers))
 
+    def compared(self, tiers: Tensor) -> tuple[Tensor, Sharding]:
+        """Return the values that every process has, if each has chosen among some rows only, or else the sets."""
+        if self.sharding.is_sharded:
+            return self.parameter.detach().view(torch.uint8), self._whole.sharding
+        return super().compared(tiers)
+
     def apply(self, tiers: Tensor, state: Sequence[EntryState] = ()) -> None:
         """Change the sets: values of entries that stay in B are moved, others are exchanged with the host's copy."""
-        self.match_layout()
-        unmoved = self.units if self.was_trained and not state else None  # of an optimizer that is not attached
+        own = self._own()
+        unmoved = self._layout if self.was_trained and not state else None  # of an optimizer that is not attached
         prepared, self._prepared = self._prepared, None
         given, tiers = tiers, self._on_grid(tiers)
         layout = prepared[1] if prepared is not None and prepared[0] is given else self._pack(tiers)
-        self._update_scores()
+        self._update_scores(own)
         if self._updated != stamp(self.parameter):  # unless for the scores, just before
-            self._update_theta()
-        places, new_places = self._places(), layout.indices().long()
+            self._update_theta(own)
+        new = self._home.own(layout)
         if self.clears_dropped:
             forgotten = (tiers == RESERVOIR) & (self._tiers != RESERVOIR)
-            self._theta.masked_fill_(self.structure.tiers(forgotten, self.sharding).view(-1), 0)
+            self._theta.masked_fill_(self._entries_of(forgotten).view(-1), 0)
             if self._scores is not None:
                 self._scores.masked_fill_(forgotten, 0)
-        units, new_units = _units_of(self._layout, places), _units_of(layout, new_places)
-        writes = [(self.parameter.detach(), self._values_at(new_places, layout))]
-        writes += self._moved(state, units, new_units)
-        active = new_units[: layout.active_count // self._unit_size]
+        writes = [(self.parameter.detach(), self._values_at(new, layout))]
+        writes += self._moved(state, self._home, (self._layout, own), (layout, new))
+        active = new.units[: new.active]
         promoted = where(active, take(self._tiers.view(-1), active) != ACTIVE)
-        self.promoted = promoted.numel() * self._unit_size
+        first = torch.count_nonzero(take(self._never_active.view(-1), promoted))
+        moves = self.sharding.sum(torch.stack([torch.tensor(promoted.numel()), first])).tolist()
+        self.promoted = moves[0] * self._unit_size
         # Everything is prepared. Writing it twice does no harm, so an interrupted write is simply repeated.
-        self._pending = (writes, tiers, layout, promoted)
+        self._pending = (writes, tiers, layout, promoted, self._never_count - moves[1])
         self._settle()
         self.replaced.clear()
         self.orders.refresh(unmoved)
 
     def _pack(self, tiers: Tensor) -> Layout:
         on_cpu = self.parameter.device.type == "cpu"
-        return make_layout(tiers, self.shape, self.structure, self._product, on_cpu)
+        units = self._home.units_in_order(tiers)
+        return make_layout(*units, self.shape, self.structure, self._product, on_cpu)
 
     def _on_grid(self, tiers: Tensor) -> Tensor:
-        """Return the units' tiers."""
-        return self.structure.units_of(tiers.cpu()).contiguous()
+        """Return the tiers of the units at home here."""
+        return self.structure.units_of(to_local(tiers).cpu()).contiguous()
 
-    def _moved(self, state: Sequence[EntryState], before: Tensor, after: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Return each tensor of the state and its content for the new units: moved for units that stay, else anew."""
+    def _moved(
+        self, state: Sequence[EntryState], home: Home, before: tuple[Layout, Own], after: tuple[Layout, Own]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Return each tensor of the state and its content for other sets: moved for units that stay, else anew.
+
+        Args:
+            state: in the order of the sets before.
+            home: through which it moves.
+            before: the sets before, and what is at home here of them.
+            after: likewise.
+        """
         if not state:
             return []
-        sources = positions(before, after, self._tiers.numel())
+        sources = positions(before[1].units, after[1].units, home.grid.numel())
         writes = []
         for tensor, start in state:
+            values = home.bring(tensor, *before)
             if self._unit_size == 1:
-                content = padded(moved(tensor, sources.to(tensor.device), start), tensor.numel(), start)
+                content = moved(values, sources.to(values.device), start)
             else:
-                content = torch.full_like(tensor, start)
+                content = values.new_full((after[1].places.numel(),), start)
                 kept = indices(sources >= 0)
-                here, there = kept.to(tensor.device), sources.index_select(0, kept).to(tensor.device)
-                by_unit = tensor.view(-1, self._unit_size)
-                content.view_as(by_unit).index_copy_(0, here, by_unit.index_select(0, there))
-            writes.append((tensor, content))
+                here, there = kept.to(values.device), sources.index_select(0, kept).to(values.device)
+                taken = values.view(-1, self._unit_size).index_select(0, there)
+                content.view(-1, self._unit_size).index_copy_(0, here, taken)
+            writes.append((tensor, padded(home.send(content, *after), tensor.numel(), start)))
         return writes
 
-    def _values_at(self, places: Tensor, layout: Layout) -> Tensor:
-        return padded(take(self._theta, places, _second_run(layout)), self.parameter.numel(), 0)
+    def _values_at(self, own: Own, layout: Layout) -> Tensor:
+        values = self._home.send(take(self._theta, own.places, own.split), layout, own)
+        return padded(values, self.parameter.numel(), 0)
 
     def _settle(self) -> None:
         pending = self._pending  # a signal handler may write it at any moment
         if pending is None:
             return
-        writes, self._tiers, self._layout, promoted = pending
+        writes, self._tiers, self._layout, promoted, self._never_count = pending
         self._updated = None
         self.version += 1
         fill_(self._never_active.view(-1), promoted, False)
@@ -248,7 +307,11 @@ class PackedWeight(SparseWeight):
     def record_first_reservoir(self) -> None:
         """Record the present C; `never_active_entries` counts its entries that have not been active since."""
         self._never_active = self._tiers == RESERVOIR
+        self._never_count = self._count_never()
         self.first_reservoir = int(self.never_active_entries)
+
+    def _count_never(self) -> int:
+        return int(self.sharding.sum(torch.count_nonzero(self._never_active)))
 
     def match_layout(self) -> None:
         """Convert the other tensors to the parameter's device and dtype after the model was moved."""
@@ -256,14 +319,6 @@ class PackedWeight(SparseWeight):
         if self._theta.dtype != self.parameter.dtype:
             self._theta = self._theta.to(self.parameter.dtype)
             self._scores = self._scores_of(self._theta)
-
-    def _places(self) -> Tensor:
-        self._settle()
-        return self._layout.indices().cpu().long()
-
-    def _units(self) -> Tensor:
-        self._settle()
-        return self._layout.units if self._layout.units is not None else self._places()
 
     def _values(self) -> Tensor:
         self.match_layout()
@@ -317,15 +372,13 @@ class PackedWeight(SparseWeight):
     def _copy_sets(self, other: "PackedWeight") -> None:
         """Copy the other's sets and its θ; only entries that are active in both, and were before, keep their values."""
         if self._layout is not other._layout:
-            average = self.theta().view(-1)
-            stayed = (self.active & other.active).view(-1)
-            theta = other.theta().view(-1)
-            self._theta = torch.where(stayed, average, theta)
+            stayed = self._entries_of((self._tiers == ACTIVE) & (other._tiers == ACTIVE))
+            self._theta = torch.where(stayed, self._own_theta(), other._own_theta()).view(-1)
             self._scores = self._scores_of(self._theta)
             self._tiers, self._layout = other._tiers, other._layout
             self.parameter.detach().copy_(other.parameter.detach())
             count = self._layout.updated_count
-            self.parameter.detach()[:count] = self._theta[self._places()].to(self.parameter)
+            self.parameter.detach()[:count] = self._values_at(self._own(), self._layout)[:count].to(self.parameter)
         else:
             exploring = slice(self._layout.active_count, self._layout.updated_count)
             self.parameter.detach()[exploring] = other.parameter.detach()[exploring].to(self.parameter)
@@ -334,45 +387,48 @@ class PackedWeight(SparseWeight):
 
     def state_dict(self, gathered: bool = False) -> dict[str, Any]:
         """Return tiers and latent values (dense, contiguous), on CPU: tensors and primitives only."""
-        self._settle()
-        return {
-            "tiers": self.tiers,
-            "latent": self.theta().masked_fill_(self.active, 0),
-            "never_active": self.structure.tiers(self._never_active.clone(), self.sharding),
-        } | self._counts()
+        latent, tiers = self._own_theta(), self._entries_of(self._tiers)
+        latent.masked_fill_(tiers == ACTIVE, 0)
+        parts = {"tiers": tiers, "latent": latent, "never_active": self._entries_of(self._never_active)}
+        return {key: self.sharding.to_save(part, gathered) for key, part in parts.items()} | self._counts()
 
     @property
-    def units(self) -> Tensor:
-        """The units' tiers, on CPU."""
+    def sets(self) -> Layout:
+        """The layout of the present sets."""
         self._settle()
-        return self._tiers
+        return self._layout
 
-    def adopt(self, value: Tensor, units: Tensor | None, start: float = 0.0) -> Tensor:
+    def adopt(self, value: Tensor, sets: Any, start: float = 0.0) -> Tensor:
         """Return optimizer state in the parameter's shape; dense state is packed, its values on B."""
         if value.shape == self.parameter.shape or value.shape != self.shape:
             return value
-        order = self.structure.order(self.units if units is None else units, self.shape)
+        order = (self.sets if sets is None else sets).indices()
         packed = value.new_full(self.parameter.shape, start)
-        packed[: order.numel()] = value.reshape(-1)[order.to(value.device)]
+        packed[: order.numel()] = value.reshape(-1)[order.long().to(value.device)]
         return packed
 
-    def realign(self, state: Sequence[EntryState], units: Tensor) -> None:
+    def realign(self, state: Sequence[EntryState], sets: Any) -> None:
         """Move the optimizer's state to the order of the present sets; that of entries that were not in B is new."""
-        if units is not self.units:
-            for tensor, content in self._moved(state, torch.cat(units_in_order(units)), self._units()):
+        if sets is not self.sets:
+            moves = ((each, self._whole.own(each)) for each in (sets, self.sets))
+            for tensor, content in self._moved(state, self._whole, *moves):
                 tensor.copy_(content)
 
     def _in_model(self) -> Tensor:
-        return self.alpha()
+        return self._own_alpha()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load a state that `check_state` has accepted; the model already holds the saved α."""
-        self.orders.replace(self.units)
-        self._put(self.alpha() + state["latent"].cpu(), state["tiers"].cpu())
-        self._never_active = self._on_grid(state["never_active"]).clone()
+        self.orders.replace(self.sets)
+        tiers, latent, never_active = (
+            self.sharding.to_local(state[key]).cpu() for key in ("tiers", "latent", "never_active")
+        )
+        self._put(self._own_alpha() + latent, tiers)
+        self._never_active = self._on_grid(never_active).clone()
+        self._never_count = self._count_never()
         self._load_counts(state)
         self.is_open = False
-        self.orders.load(self.units)
+        self.orders.load(self.sets)
         self.replaced.clear()
 
     def load_alpha(self, alpha: Tensor) -> None:
@@ -381,15 +437,16 @@ class PackedWeight(SparseWeight):
         Raises:
             NonFiniteScoresError: the weights hold NaN or infinity.
         """
-        alpha = alpha.detach().cpu().to(self._theta.dtype).contiguous()
-        if not bool(torch.isfinite(alpha).all()):
+        alpha = self.sharding.to_local(alpha.detach()).cpu().to(self._theta.dtype).contiguous()
+        if int(self.sharding.sum(torch.count_nonzero(~torch.isfinite(alpha)))):
             raise NonFiniteScoresError("weights must be finite")
         replace(self, alpha, self.before())
 
     def before(self) -> Before:
         """Return what is needed to put back the present values, a copy."""
         never = self._never_active.clone()
-        return Before(self.theta(), self.tiers, never, self.first_reservoir, self.orders.present, self.load_count)
+        sets = self._own_theta(), self._entries_of(self._tiers.clone()), never
+        return Before(*sets, self.first_reservoir, self.orders.present, self.load_count)
 
     def _put(self, theta: Tensor, tiers: Tensor) -> None:
         """Replace θ and the sets."""
@@ -397,20 +454,12 @@ class PackedWeight(SparseWeight):
         self._scores = self._scores_of(self._theta)
         tiers = self._on_grid(tiers).clone()
         layout = self._pack(tiers)
-        places = layout.indices().cpu().long()
-        active = _units_of(layout, places)[: layout.active_count // self._unit_size]
-        self._pending = ([(self.parameter.detach(), self._values_at(places, layout))], tiers, layout, active)
+        active = indices(tiers.view(-1) == ACTIVE)
+        values = self._values_at(self._home.own(layout), layout)
+        never = torch.count_nonzero(self._never_active & (tiers != ACTIVE))
+        writes = [(self.parameter.detach(), values)]
+        self._pending = (writes, tiers, layout, active, int(self.sharding.sum(never)))
         self._settle()
-
-
-def _units_of(layout: Layout, places: Tensor) -> Tensor:
-    """Return the flat indices of the layout's units in the grid, which are `places` if the units are entries."""
-    return places if layout.units is None else layout.units
-
-
-def _second_run(layout: Layout) -> int:
-    r"""Return where the places of B\A begin, if both runs are sorted, and else 0; see `put_`."""
-    return layout.active_count if layout.units is None else 0
 
 
 def _with_values(theta: Tensor, places: Tensor, values: Tensor) -> Tensor:

@@ -146,6 +146,17 @@ class Sharding:
         whole = self.to_dtensor(part).full_tensor()  # type: ignore[attr-defined]
         return whole.cpu() if dist.get_rank() == 0 else whole.new_empty(0, device="cpu")
 
+    def to_save(self, part: Tensor, gathered: bool) -> Tensor:
+        """Return what a saved state has of a tensor of which `part` is this process' part: a contiguous copy on CPU.
+
+        Args:
+            part: in the shape of this process' part.
+            gathered: return the whole tensor of a sharded weight on rank 0, a collective, rather than a DTensor.
+        """
+        if not self.is_dtensor:
+            return torch.empty(part.shape, dtype=part.dtype).copy_(part)
+        return self.full_tensor(part) if gathered else self.to_dtensor(part.clone()).cpu()
+
 
 def to_local(tensor: Tensor) -> Tensor:
     """Return this process' part of a DTensor, sharing its memory; return any other tensor itself."""
@@ -164,7 +175,7 @@ def check_ranks_agree(names: Sequence[str], tiers: Sequence[Tensor], shardings: 
 
     Args:
         names: of the weights.
-        tiers: tiers of each weight; for a sharded weight this rank's part.
+        tiers: uint8, tiers of each weight, or the bytes that these follow from; for a sharded weight this rank's part.
         shardings: the sharding of each weight, if any is sharded. The digest covers the whole weight, so replicas must
             agree however they are sharded, even if their ranks share no process group.
 
@@ -177,7 +188,8 @@ def check_ranks_agree(names: Sequence[str], tiers: Sequence[Tensor], shardings: 
     for i, sharding in enumerate(shardings):
         if sharding.is_sharded:
             digests[i] = sharding.sum(_digest_of_part(tiers[i], sharding))
-    own = torch.stack(digests)
+    own = torch.stack([digest.cpu() for digest in digests])
+    own = own.cuda() if dist.get_backend() == "nccl" else own
     lowest, highest = own.clone(), own.clone()
     dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
     dist.all_reduce(highest, op=dist.ReduceOp.MAX)

@@ -1,4 +1,4 @@
-"""Run by test_homes.py in a process of its own, which forks the ranks: `python homes.py FOLDER WORLD`.
+"""Run by test_homes.py in a process of its own, which forks the ranks: `python homes.py FOLDER WORLD...`.
 
 Every check compares packed weights whose θ is shared by the host memory of the ranks with a copy on the same rank that
 shares nothing; each rank writes down what it found.
@@ -6,6 +6,7 @@ shares nothing; each rank writes down what it found.
 
 import copy
 import faulthandler
+import os
 import sys
 import tracemalloc
 import warnings
@@ -13,17 +14,26 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from reliability.nouns import nouns
 from reliability.whole import whole
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
-from lightning_topkast import NonFiniteWeightError, TopKast, TopKastError
+from lightning_topkast import NonFiniteWeightError, TopKast, TopKastCallback, TopKastError
 from lightning_topkast.baselines import SET, Static
-from lightning_topkast.distributed import RowSharding, Shares, exchange, host_group
+from lightning_topkast.distributed import RowSharding, Shares, exchange, host_group, to_local
 from lightning_topkast.layers import packed_weights
-from tests.helpers import OPTIMIZERS, same
+from lightning_topkast.training.sharded_checkpoint import consolidate
+from tests.helpers import OPTIMIZERS, Batches, SaveAfter, make_trainer, same
 
 OPTIONS = {
     "forward_sparsity": 0.75, "backward_sparsity": 0.5, "keep_first_dense": False, "keep_last_dense": False,
@@ -56,6 +66,9 @@ RUNS = {
 }
 
 
+KINDS = ["sharded", "slices", "copies"]
+
+
 class Bag(nn.Module):
     """Weights of several shapes, which the tests give gradients to."""
 
@@ -74,10 +87,13 @@ def gradients(topkast: TopKast, step: int) -> None:
     """Give every weight a gradient that depends on the step alone."""
     generator = torch.Generator().manual_seed(1000 + step)
     for weight in topkast.weights.values():
-        dense = torch.randn(weight.shape, generator=generator).view(-1)
-        values = dense if weight.storage == "masked" else dense[weight.layout.indices().long()]
-        weight.parameter.grad = torch.zeros_like(weight.parameter)
-        weight.parameter.grad.view(-1)[: values.numel()] = values
+        dense, parameter = torch.randn(weight.shape, generator=generator).view(-1), weight.parameter
+        values = dense[weight.layout.indices().long()]
+        gradient = torch.zeros(parameter.shape)
+        gradient[: values.numel()] = values
+        if isinstance(parameter, DTensor):
+            gradient = distribute_tensor(gradient, parameter.device_mesh, parameter.placements)
+        parameter.grad = gradient
 
 
 def train(topkast: TopKast, optimizer, steps: int, first: int = 0) -> None:
@@ -86,10 +102,22 @@ def train(topkast: TopKast, optimizer, steps: int, first: int = 0) -> None:
         optimizer.step()
 
 
-def run(theta: str, steps: int, optimizer: str = "adamw", ties: bool = False, seed: int = 0, shapes=None, **options):
+def mesh_of(kind: str):
+    """Of all ranks in a line, or of two copies."""
+    world = dist.get_world_size()
+    return init_device_mesh(
+        "cpu", (2, world // 2) if kind == "copies" else (world,), mesh_dim_names=("a", "b")[: 1 + (kind == "copies")]
+    )
+
+
+def run(kind: str, steps: int, optimizer: str = "adamw", ties: bool = False, seed: int = 0, shapes=None, **options):
+    """Train; θ is "replicated", "sharded", or the values are too: in "slices", or in two "copies" of slices."""
     shapes = shapes or (BLOCKS if "block" in options else SHAPES)
     options = {key: value for key, value in (OPTIONS | options).items() if value is not None}
+    theta = "replicated" if kind == "replicated" else "sharded"
     topkast = TopKast(Bag(shapes, seed, ties), **nouns(theta=theta, **options))
+    if kind in ("slices", "copies"):
+        fully_shard(topkast.model, mesh=mesh_of(kind))
     fused = {"fused": lambda parameters, lr: torch.optim.AdamW(parameters, lr=lr, fused=True)}
     made = (OPTIMIZERS | fused)[optimizer](topkast.model.parameters(), 0.05)
     topkast.attach(made)
@@ -101,14 +129,15 @@ def everything(topkast: TopKast, optimizer) -> dict:
     """What both runs must have alike, whole; a collective."""
     weights = {
         name: (
-            whole(weight.theta()), whole(weight.tiers), weight.alpha(), weight.parameter.detach(), weight.promoted,
+            whole(weight.theta()), whole(weight.tiers), whole(weight.alpha()), whole(weight.parameter.detach()),
+            weight.promoted,
             int(weight.active_entries), int(weight.updated_entries), int(weight.never_active_entries),
             weight.first_reservoir, weight.is_exploring,
         )
         for name, weight in topkast.weights.items()
     }  # fmt: skip
     state = whole(topkast.state_dict())
-    return copy.deepcopy({"weights": weights, "optimizer": optimizer.state_dict(), "state": state})
+    return copy.deepcopy({"weights": weights, "optimizer": whole(optimizer.state_dict()), "state": state})
 
 
 def shares_theta(topkast: TopKast) -> bool:
@@ -118,9 +147,211 @@ def shares_theta(topkast: TopKast) -> bool:
 def check_runs(steps: int) -> dict:
     found = {}
     for name, options in RUNS.items():
-        sharded, whole_ones = (run(theta, steps, **options) for theta in ("sharded", "replicated"))
-        found[name] = same(everything(*sharded), everything(*whole_ones))
-        found[f"{name}, shared"] = shares_theta(sharded[0])
+        expected = everything(*run("replicated", steps, **options))
+        for kind in KINDS if dist.get_world_size() == 4 else KINDS[:2]:
+            topkast, optimizer = run(kind, steps, **options)
+            got = everything(topkast, optimizer)
+            # of slices a norm is summed in another order, and a fused optimizer rounds their ends otherwise
+            alike = close if name in ("norm", "fused") else same
+            found[f"{name}, {kind}"] = alike(got, expected)
+            found[f"{name}, {kind}, shared"] = shares_theta(topkast)
+            sliced = [isinstance(weight.parameter, DTensor) for weight in topkast.weights.values()]
+            found[f"{name}, {kind}, sliced"] = all(sliced) if kind in KINDS[1:] else not any(sliced)
+    return found
+
+
+def close(one, other) -> bool:
+    """Whether sets, counts and structure are the same, and numbers nearly."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(close(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(close, one, other))
+    if isinstance(one, torch.Tensor) and one.is_floating_point():
+        return torch.allclose(one, other, rtol=1e-4, atol=1e-6)
+    return same(one, other)
+
+
+FSDP2 = {
+    "plain": {},
+    "blocks": {"block": (4, 4)},
+    "compiled": {"kernels": "auto"},
+    "compact": {"storage": "compact", "kernels": None},
+    "delayed": {"delay": 1},
+    "power": {"powerpropagation": 2.0},
+    "accumulated": {"accumulate": 2},
+    "clipped": {"clip": 0.05},
+    "checkpointed": {"checkpointed": True},
+    "kept gathered": {"reshard_after_forward": False},
+    "copies": {"kind": "copies"},
+    "bf16": {"bf16": True},
+}
+
+
+class Net(nn.Module):
+    def __init__(self, checkpointed: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 16)) for _ in range(2))
+        self.head = nn.Linear(16, 4)
+        self.checkpointed = checkpointed
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + (checkpoint(block, x, use_reentrant=False) if self.checkpointed else block(x))
+        return self.head(x)
+
+
+def fit(alone: bool, accumulate=1, clip=None, checkpointed=False, kind="slices", bf16=False, steps=13, **options):
+    """Train a network on its ranks' shares of batches, or alone on all of them."""
+    more = {"reshard_after_forward": options.pop("reshard_after_forward", True)}
+    if bf16:
+        more["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    settings = {
+        key: value for key, value in (OPTIONS | {"keep_last_dense": True} | options).items() if value is not None
+    }
+    model = Net(checkpointed)
+    topkast = TopKast(model, **nouns(theta="replicated" if alone else "sharded", **settings))
+    if not alone:
+        for module in (*model.blocks, model):
+            fully_shard(module, mesh=mesh_of(kind), **more)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    with torch.no_grad():
+        model(torch.zeros(2, 16))  # after which FSDP2 leaves the root's weights gathered
+    topkast.attach(optimizer)
+    generator, rank, world = torch.Generator().manual_seed(1), dist.get_rank(), dist.get_world_size()
+    norms = []
+    for _ in range(steps):
+        for turn in range(accumulate):
+            x, y = (torch.randn(8, size, generator=generator) for size in (16, 4))
+            if not alone:
+                x, y = x.chunk(world)[rank], y.chunk(world)[rank]
+                model.set_requires_gradient_sync(turn == accumulate - 1)
+            nn.functional.mse_loss(model(x).float(), y).backward()
+        if clip is not None:
+            topkast.mask_gradients()
+            norms.append(float(whole(nn.utils.clip_grad_norm_(model.parameters(), clip))))
+        optimizer.step()
+        optimizer.zero_grad()
+    return topkast, optimizer, norms
+
+
+def check_fsdp2() -> dict:
+    """Forward and backward passes under FSDP2, beside one process on all data."""
+    found = {}
+    for name, options in FSDP2.items():
+        if options.get("kind") == "copies" and dist.get_world_size() < 4:
+            continue
+        topkast, _, norms = fit(False, **options)
+        alone, _, expected = fit(True, **{key: value for key, value in options.items() if key != "kind"})
+        weights = [(topkast.weights[key], weight) for key, weight in alone.weights.items()]
+        tolerance = {"rtol": 0.1, "atol": 0.1} if name == "bf16" else {"rtol": 1e-3, "atol": 1e-5}
+        tiers = [(whole(one.tiers), other.tiers) for one, other in weights]
+        if name == "bf16":  # in which the products differ
+            overlap = [float(((one == 2) & (other == 2)).sum() / (other == 2).sum()) for one, other in tiers]
+            found[f"fsdp2, {name}: sets"] = min(overlap) > 0.9
+        else:
+            found[f"fsdp2, {name}: sets"] = all(same(*pair) for pair in tiers)
+        close_thetas = [torch.allclose(whole(one.theta()), other.theta(), **tolerance) for one, other in weights]
+        found[f"fsdp2, {name}: θ"] = all(close_thetas)
+        found[f"fsdp2, {name}: sliced"] = all(isinstance(one.parameter, DTensor) for one, _ in weights)
+        found[f"fsdp2, {name}: norms"] = all(abs(a - b) < 1e-3 * b for a, b in zip(norms, expected, strict=True))
+        # what other code sees is zero outside A
+        alpha = {key: whole(value) for key, value in topkast.model.state_dict().items()}
+        active = {key: whole(weight.active) for key, weight in topkast.weights.items()}
+        found[f"fsdp2, {name}: α"] = all(same(alpha[key] != 0, members) for key, members in active.items())
+        found[f"fsdp2, {name}: penalty"] = close(topkast.penalty(), alone.penalty()) or name == "bf16"
+    return found
+
+
+class Sharded(LightningModule):
+    """The network with its layers built at first, and sharded where Lightning wants it."""
+
+    def __init__(self, shards: bool) -> None:
+        super().__init__()
+        self.net, self.shards = Net(False), shards
+
+    def configure_model(self):
+        if self.shards and not isinstance(self.net, FSDPModule):
+            for module in (*self.net.blocks, self.net):
+                fully_shard(module, mesh=self.device_mesh["data_parallel"])
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.mse_loss(self.net(batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.training_step(batch, batch_idx))
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=0.02)
+
+
+def fit_with_lightning(folder: Path, world: int, *others, kind="fsdp2", ckpt_path=None, one_file=False, **options):
+    settings = {key: value for key, value in (OPTIONS | options).items() if value is not None}
+    callback = TopKastCallback(**nouns(**settings))
+    trainer = make_trainer(
+        folder, callback, *others, max_epochs=4, num_sanity_val_steps=1, use_distributed_sampler=False, devices=world,
+        strategy=ModelParallelStrategy(world, 1, save_distributed_checkpoint=not one_file)
+        if kind == "fsdp2"
+        else DDPStrategy(),
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(3)
+    data = [(torch.randn(8, 16, generator=generator), torch.randn(8, 4, generator=generator)) for _ in range(4)]
+    rank = dist.get_rank()
+    share = Batches((x.chunk(world)[rank], y.chunk(world)[rank]) for x, y in data)
+    trainer.fit(Sharded(kind == "fsdp2"), share, share, ckpt_path=ckpt_path)
+    topkast = callback.topkast
+    assert topkast is not None
+    logged = {key: value.float() for key, value in trainer.callback_metrics.items() if key.startswith("topkast")}
+    return everything(topkast, trainer.optimizers[0]), logged
+
+
+def check_lightning(folder: Path, world: int, rank: int) -> dict:
+    """With Trainers: checkpoints in shards are resumed bit for bit, and once consolidated by masked runs and DDP."""
+    os.environ |= {"TORCHELASTIC_RUN_ID": "tests", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    found = {}
+    for name, options in {
+        "entries": {},
+        "blocks": {"block": (4, 4)},
+        "delayed": {"delay": 2, "update_every": 4},
+    }.items():
+        half, file = folder / f"half-{name}.ckpt", folder / f"half-{name}-file.ckpt"
+        whole_run, logged = fit_with_lightning(folder, world, SaveAfter(half, epoch=1), **options)
+        resumed, _ = fit_with_lightning(folder, world, ckpt_path=half, **options)
+        found[f"lightning, {name}: resumed"] = same(resumed, whole_run)
+        ddp, logged_by_ddp = fit_with_lightning(folder, world, kind="ddp", **options)
+        found[f"lightning, {name}: as DDP"] = close(whole_run["weights"], ddp["weights"])
+        found[f"lightning, {name}: logged"] = close(logged, logged_by_ddp)
+        if rank == 0:
+            consolidate(half, file)
+        dist.barrier()
+        later, _ = fit_with_lightning(folder, world, kind="ddp", ckpt_path=file, **options)
+        found[f"lightning, {name}: consolidated, DDP"] = close(later["weights"], ddp["weights"])
+        if name == "entries":
+            masked = options | {"storage": "masked", "kernels": None}
+            later, _ = fit_with_lightning(folder, world, kind="ddp", ckpt_path=file, **masked)
+            alike = [close(later["weights"][key][:2], ddp["weights"][key][:2]) for key in ddp["weights"]]
+            found[f"lightning, {name}: consolidated, masked"] = all(alike)
+    return found
+
+
+def check_distributed_checkpoints(folder: Path, world: int, others=()) -> dict:
+    """What is saved in shards goes on bit for bit in as many ranks, and with the same sets in others and in one."""
+    found = {}
+    for name, options in {"entries": {}, "blocks": {"block": (4, 4)}}.items():
+        topkast, optimizer, _ = fit(False, steps=7, **options)
+        state = {"topkast": topkast.state_dict()}
+        state["model"], state["optimizer"] = get_state_dict(topkast.model, optimizer)
+        dcp.save(state, checkpoint_id=folder / f"{name}-{world}")
+        end = everything(topkast, optimizer)
+        for source in (world, *others):
+            resumed, again, _ = fit(False, steps=1, **options)
+            new = {"topkast": resumed.state_dict()}
+            new["model"], new["optimizer"] = get_state_dict(resumed.model, again)
+            dcp.load(new, checkpoint_id=folder / f"{name}-{source}")
+            set_state_dict(resumed.model, again, model_state_dict=new["model"], optim_state_dict=new["optimizer"])
+            resumed.load_state_dict(new["topkast"])
+            got = everything(resumed, again)
+            found[f"{name} from {source}"] = close(got, end) if source != world else same(got, end)
     return found
 
 
@@ -275,28 +506,32 @@ def check_memory() -> dict:
     """What each rank keeps, and the largest it ever allocates in steps and refreshes."""
     found = {}
     for name, options in {"entries": {}, "blocks": {"block": (16, 16)}}.items():
-        kept, largest = {}, {}
-        for theta in ("sharded", "replicated"):
+        host, device, largest = {}, {}, {}
+        for kind in ("replicated", "sharded", "slices"):
             setting = {"forward_sparsity": 0.95, "backward_sparsity": 0.9, "update_every": 2}
-            topkast, optimizer = run(theta, 2, shapes=[(1024, 768)], **setting, **options)
+            topkast, optimizer = run(kind, 2, shapes=[(1024, 768)], **setting, **options)
             (weight,) = topkast.weights.values()
-            host = [weight._theta, weight._tiers, weight._never_active, weight._scores]
-            kept[theta] = sum(each.untyped_storage().nbytes() for each in host if each is not None)
+            kept = [weight._theta, weight._tiers, weight._never_active, weight._scores]
+            host[kind] = sum(each.untyped_storage().nbytes() for each in kept if each is not None)
+            gradients(topkast, 2)
+            moments = [value for value in optimizer.state[weight.parameter].values() if value.numel() > 1]
+            held = [to_local(each.detach()) for each in (weight.parameter, weight.parameter.grad, *moments)]
+            device[kind] = sum(each.numel() * each.element_size() for each in held)
             for step in range(2, 6):
                 gradients(topkast, step)
                 tracemalloc.start()
                 with Largest() as mode:
                     optimizer.step()
-                largest[theta] = max(largest.get(theta, 0), mode.bytes, tracemalloc.get_traced_memory()[1])
+                largest[kind] = max(largest.get(kind, 0), mode.bytes, tracemalloc.get_traced_memory()[1])
                 tracemalloc.stop()
-        dense = 4 * 1024 * 768
-        found[f"kept, {name}"] = kept["sharded"] / kept["replicated"]
-        found[f"largest, {name}"] = largest["sharded"] / dense
-        found[f"largest replicated, {name}"] = largest["replicated"] / dense
+        for kind in largest:
+            found[f"host, {name}, {kind}"] = host[kind] / host["replicated"]
+            found[f"device, {name}, {kind}"] = device[kind] / device["replicated"]
+            found[f"largest, {name}, {kind}"] = largest[kind] / (4 * 1024 * 768)
     return found
 
 
-def ranks(rank: int, folder: Path, world: int) -> None:
+def ranks(rank: int, folder: Path, world: int, others: list[int]) -> None:
     faulthandler.dump_traceback_later(600, exit=True)  # a rank that waits for another says where
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -306,12 +541,18 @@ def ranks(rank: int, folder: Path, world: int) -> None:
     found |= check_states(folder, rank)
     found |= check_other_values()
     found |= check_refusals(rank, world)
+    found |= check_fsdp2()
+    found |= check_distributed_checkpoints(folder.parent, world, others)
+    found |= check_lightning(folder, world, rank)
     found |= check_memory()
     torch.save(found, folder / f"found-{rank}.pt")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    folder, world = Path(sys.argv[1]), int(sys.argv[2])
     torch.set_num_threads(1)
-    mp.start_processes(ranks, (folder, world), nprocs=world, start_method="fork")
+    worlds = [int(each) for each in sys.argv[2:]]
+    for number, world in enumerate(worlds):
+        folder = Path(sys.argv[1], str(world))
+        folder.mkdir()
+        mp.start_processes(ranks, (folder, world, worlds[:number]), nprocs=world, start_method="fork")

@@ -1,8 +1,7 @@
-"""Packed weights whose θ several processes share in their host memory train as if each had all of it."""
+"""Packed weights that several processes share, in host memory and by FSDP2, train as in one process."""
 
 import os
 import sys
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 
 from tests import processes
 from tests.helpers import plain_path
-from tests.homes import RUNS
+from tests.homes import FSDP2, KINDS, RUNS
 
 pytestmark = pytest.mark.slow
 WORLDS = [2, 4]
@@ -19,28 +18,57 @@ STATES = ["adamw", "blocks", "blocks, delayed", "delayed", "2:4"]
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """Gives what homes.py has found on every rank of so many; it runs once for each number."""
+    """Gives what homes.py has found on every rank of so many."""
     if not hasattr(os, "fork"):
         pytest.skip("ranks are forked")
+    folder = tmp_path_factory.mktemp("homes")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(plain_path()), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, Path(__file__).with_name("homes.py"), folder, *WORLDS]
+    done = processes.run(command, env=environment, cwd=folder)
+    assert done.returncode == 0, done.stderr
 
-    @cache
     def found(world: int) -> list[dict]:
-        folder = tmp_path_factory.mktemp("homes")
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(plain_path()), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, Path(__file__).with_name("homes.py"), folder, str(world)]
-        done = processes.run(command, env=environment, cwd=folder)
-        assert done.returncode == 0, done.stderr
-        return [torch.load(folder / f"found-{rank}.pt", weights_only=True) for rank in range(world)]
+        return [torch.load(folder / f"{world}/found-{rank}.pt", weights_only=True) for rank in range(world)]
 
     return found
 
 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("name", RUNS)
-def test_shared_theta_trains_bit_for_bit_as_replicated_theta(found, world, name):
+def test_processes_that_share_a_weight_train_it_as_one_does(found, world, name):
+    """Bit for bit, with θ shared; the values too in slices (FSDP2), and in two copies of slices (HSDP)."""
     for rank in found(world):
-        assert rank[name]
-        assert rank[f"{name}, shared"]
+        for kind in KINDS if world == 4 else KINDS[:2]:
+            assert rank[f"{name}, {kind}"]
+            assert rank[f"{name}, {kind}, shared"]
+            assert rank[f"{name}, {kind}, sliced"]
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("name", FSDP2)
+def test_fsdp2_computes_as_one_process_on_all_data(found, world, name):
+    for rank in found(world):
+        if name != "copies" or world == 4:
+            own = {key: value for key, value in rank.items() if key.startswith(f"fsdp2, {name}: ")}
+            assert len(own) == 6
+            assert all(own.values()), own
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("name", ["entries", "blocks"])
+def test_distributed_checkpoints_go_on_in_as_many_ranks_and_in_others(found, world, name):
+    for rank in found(world):
+        assert rank[f"{name} from {world}"]
+        assert world == 2 or rank[f"{name} from 2"]
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("name", ["entries", "blocks", "delayed"])
+def test_trainers_resume_and_consolidate_packed_weights_under_fsdp2(found, world, name):
+    for rank in found(world):
+        own = {key: value for key, value in rank.items() if key.startswith(f"lightning, {name}: ")}
+        assert len(own) == 4 + (name == "entries")
+        assert all(own.values()), own
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -87,10 +115,12 @@ def test_a_state_that_is_damaged_on_one_rank_is_refused_on_all(found, world, key
 
 
 @pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("kind", ["entries", "blocks"])
-def test_no_rank_keeps_or_makes_more_than_its_share(found, world, kind):
-    """The aim on four ranks is 0.27 of what one process keeps; the largest allocation may add a little per entry."""
+@pytest.mark.parametrize("sets", ["entries", "blocks"])
+def test_no_rank_keeps_or_makes_more_than_its_share(found, world, sets):
+    """The aims on four ranks: 0.27 of the host memory of one process, 0.26 of its device's."""
     for rank in found(world):
-        assert rank[f"kept, {kind}"] <= 1 / world + 0.02
-        assert rank[f"largest, {kind}"] <= 1 / world + 0.1
-        assert rank[f"largest replicated, {kind}"] >= 1  # so the measurement sees dense tensors
+        for kind in ("sharded", "slices"):
+            assert rank[f"host, {sets}, {kind}"] <= 1 / world + 0.02
+            assert rank[f"largest, {sets}, {kind}"] <= 1 / world + 0.1  # a little per entry that moves
+        assert rank[f"device, {sets}, slices"] <= 1 / world + 0.01
+        assert rank[f"largest, {sets}, replicated"] >= 1  # so dense tensors are seen

@@ -1,10 +1,11 @@
 """`TopKastCallback`, which maps Lightning's hooks to the engine."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.call import _call_configure_model
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
@@ -90,12 +91,15 @@ class TopKastCallback(Callback):
             return
         if self._new is not None and self._new.model is pl_module:
             return
-        # `configure_model` may be called twice, as Lightning itself calls it for every stage
-        _call_configure_model(trainer)
+        shards = isinstance(trainer.strategy, ModelParallelStrategy)
+        if not shards:  # in `configure_model`, where there are packed layers to shard then
+            # it may be called twice, as Lightning itself calls it for every stage
+            _call_configure_model(trainer)
         if next(pl_module.parameters(), None) is None:
+            where = "setup, and shard them in configure_model" if shards else "setup or configure_model"
             raise TopKastError(
                 f"storage='{self.settings.storage.name}' replaces layers after LightningModule.setup, but the module "
-                "has no layers yet; build them in __init__, setup or configure_model"
+                f"has no layers yet; build them in __init__, {where}"
             )
         self._new, self._is_loaded = self._build(trainer, pl_module), False
         copy_again(trainer, pl_module)
@@ -315,7 +319,8 @@ class TopKastCallback(Callback):
         """End an interrupted step, since other callbacks may save a checkpoint and no teardown follows."""
         undo_after_setup(pl_module)
         if self._new is not None:  # training was refused, so the model becomes what it was
-            self._new.release()
+            with suppress(TopKastError):  # it stays packed if FSDP2 has sharded it already
+                self._new.release()
             self._new = None
         if self.topkast is not None:
             self.topkast.detach()

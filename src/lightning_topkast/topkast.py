@@ -30,7 +30,7 @@ from lightning_topkast.method.schedule import Timeline, in_words, moments
 from lightning_topkast.method.targets import FROZEN, Target, find_targets
 from lightning_topkast.settings import Settings, takes_settings
 from lightning_topkast.storage import Masked
-from lightning_topkast.weights import EntryState, MaskedWeight, SparseWeight, Traits
+from lightning_topkast.weights import EntryState, MaskedWeight, PackedWeight, SparseWeight, Traits
 
 _engines: WeakSet["TopKast"] = WeakSet()  # that no later one has released
 
@@ -93,7 +93,7 @@ class TopKast:
 
         if settings.storage.name != "masked":
             materialize(model)
-        _reshard(model)
+        reshard(model)
         self._targets = find_targets(model, settings.targets)
         warn_if_little(self._targets, settings.targets)
         sparse = [target for target in self._targets if target.sparse]
@@ -112,7 +112,7 @@ class TopKast:
             settings.powerpropagation, settings.seed, resets_state,
         )  # fmt: skip
         self._weights = make_weights(sparse, sizes.final, settings.storage, traits)
-        self._by_parameter: dict[Tensor, SparseWeight] = {weight.parameter: weight for weight in self._weights.values()}
+        self._by_parameter: dict[Tensor, SparseWeight] = {}
         self._strengths = Strengths(settings.penalty, self._weights)
         self._set_strength()
         if not settings.needs_length:
@@ -222,9 +222,20 @@ class TopKast:
     @property
     def _gone(self) -> list[str]:
         """Names of the sparse weights whose parameters the model no longer holds."""
-        _reshard(self.model)
+        self._reshard()
         held = {id(parameter) for parameter in self.model.parameters()}
         return [name for name, weight in self._weights.items() if id(weight.parameter) not in held]
+
+    def _reshard(self) -> None:
+        """Reshard the model under FSDP2, and go on with the parameters that it has made of packed ones."""
+        reshard(self.model)
+        for target in self._targets:
+            weight = self._weights.get(target.name)
+            if isinstance(weight, PackedWeight):
+                module, name = target.owners[0]
+                weight.follow(module._parameters.get(name))
+                target.parameter = weight.parameter
+        self._by_parameter = {weight.parameter: weight for weight in self._weights.values()}
 
     def check_held(self) -> None:
         """Refuse to go on if the model no longer holds a sparse weight's parameter.
@@ -296,6 +307,7 @@ class TopKast:
             raise TopKastError(
                 "this TopKast was released, or a later one has taken over its weights; attach that one, or make another"
             )
+        self._reshard()
         self.accept_writes()
         if total_steps is not None or not self._refresher.sizes.is_planned:
             self.plan(total_steps)
@@ -355,7 +367,7 @@ class TopKast:
     def release(self) -> None:
         """Put every stored θ back into the model, which is dense afterwards; this engine cannot be used again."""
         self._let_go()
-        _reshard(self.model)
+        self._reshard()
         for target in self._targets:
             if target.name in self._weights:
                 release(target, self._weights[target.name])
@@ -401,7 +413,7 @@ class TopKast:
 
     def exclude(self, names: Collection[str]) -> None:
         """Make the named weights dense again; they stay dense."""
-        _reshard(self.model)
+        self._reshard()
         for target in self._targets:
             if target.name in names:
                 release(target, self._weights.pop(target.name))
@@ -442,7 +454,7 @@ class TopKast:
             NonFiniteWeightError: a weight holds NaN or infinity; no weight's sets were changed.
             TopKastError: the ranks disagree.
         """
-        _reshard(self.model)
+        self._reshard()
         self.recover()
         self.accept_writes()
         self._attached.fit_state()
@@ -458,7 +470,7 @@ class TopKast:
 
     def restore_sparsity(self) -> None:
         """Make every parameter zero outside A again after other code wrote to it; θ outside A is kept."""
-        _reshard(self.model)
+        self._reshard()
         for weight in self._weights.values():
             weight.restore_sparsity()
 
@@ -535,7 +547,7 @@ class TopKast:
 
     def _look_for_zeros(self) -> None:
         """Count zeros here, on every rank, since only one of them may ask for the summary."""
-        _reshard(self.model)
+        self._reshard()
         self._zeros = {name: weight.count_zeros() for name, weight in self._weights.items()}
 
     def _before_step(self, weights: Sequence[SparseWeight]) -> None:
@@ -572,6 +584,7 @@ class TopKast:
                 `torch.distributed.checkpoint` saves; every rank must call it then. Every rank can load the DTensors,
                 and the whole tensors once it has read or received them.
         """
+        self._reshard()
         self.accept_writes(closely=True)
         own = self._refresher.own_sizes
         plans = {
@@ -602,7 +615,7 @@ class TopKast:
                 the model does not hold the saved α. Nothing was overwritten then.
         """
         saved = SavedState.read(state, self.settings.structure, self._weights, len(self._attached) or None)
-        _reshard(self.model)
+        self._reshard()
         for name, weight in self._weights.items():
             weight.check_state(saved.weights[name])
         selections = [Selection.from_state(each, self._weights) for each in saved.selections]
@@ -622,7 +635,7 @@ class TopKast:
         self._follow_schedule()
 
 
-def _reshard(model: nn.Module) -> None:
+def reshard(model: nn.Module) -> None:
     """Reshard a model under FSDP2, which stays unsharded after a forward pass without a backward pass.
 
     The next forward pass would not see what is written into the shards either.

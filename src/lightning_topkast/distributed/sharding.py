@@ -175,7 +175,7 @@ def check_ranks_agree(names: Sequence[str], tiers: Sequence[Tensor], shardings: 
 
     Args:
         names: of the weights.
-        tiers: uint8, tiers of each weight, or the bytes that these follow from; for a sharded weight this rank's part.
+        tiers: of each weight, or other integers that these follow from; for a sharded weight this rank's part.
         shardings: the sharding of each weight, if any is sharded. The digest covers the whole weight, so replicas must
             agree however they are sharded, even if their ranks share no process group.
 
@@ -204,7 +204,7 @@ def check_ranks_agree(names: Sequence[str], tiers: Sequence[Tensor], shardings: 
 
 def _digest(tiers: Tensor) -> Tensor:
     """Return a 64-bit digest of `tiers` as an int64 scalar on its device: a weighted sum that wraps around."""
-    flat = tiers.contiguous().view(-1)
+    flat = tiers.contiguous().view(-1).view(torch.uint8)
     words = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(torch.int64)
     return (words * _multipliers(torch.arange(words.numel(), device=words.device))).sum()
 

@@ -55,10 +55,16 @@ def check_targets(sparse: Sequence[Target], settings: Settings, taken: Collectio
                 f"'{target.name}' is sharded over devices (FSDP2 or tensor parallel), which distribution='global' does "
                 "not support; use distribution='uniform' or 'erk'"
             )
-        if settings.storage.name != "masked" or settings.schedule.delay:
+        if settings.storage.name != "masked":
             raise TopKastError(
-                f"'{target.name}' is sharded over devices (FSDP2 or tensor parallel): expected storage='masked' and "
-                f"delay=0, got '{settings.storage.name}' and {settings.schedule.delay}; packed weights train with DDP"
+                f"'{target.name}' is sharded over devices already (FSDP2 or tensor parallel), and storage="
+                f"'{settings.storage.name}' replaces it: make TopKast before fully_shard (with Lightning, build the "
+                "layers in __init__ or setup and shard them in configure_model), or use storage='masked'"
+            )
+        if settings.schedule.delay:
+            raise TopKastError(
+                f"'{target.name}' is sharded over devices (FSDP2 or tensor parallel): expected delay=0 with "
+                f"storage='masked', got {settings.schedule.delay}"
             )
 
 
@@ -198,6 +204,11 @@ def release(target: Target, weight: SparseWeight) -> None:
     if isinstance(weight, MaskedWeight):
         weight.release()
         return
+    if isinstance(weight.parameter, DTensor):
+        raise TopKastError(
+            f"'{weight.name}' is packed and sharded by FSDP2, which keeps its parameter: it cannot become dense in "
+            "this model; save a checkpoint and load it into a dense one"
+        )
     parameter, theta = weight.parameter, weight.theta()
     if isinstance(theta, DTensor):
         theta = theta.full_tensor()

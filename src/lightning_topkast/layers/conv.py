@@ -27,7 +27,8 @@ class ProductConv(ProductLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """`input` (batch, in, ...), or without the batch → the same with `out` channels."""
-        layout, sides = self.packed_weights["weight"].layout, len(self.kernel_size)
+        values = cast(Tensor, self._parameters["weight"])
+        layout, sides = self.packed_weights["weight"].layout_for(values), len(self.kernel_size)
         if isinstance(layout, FlatLayout) or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             return cast(Tensor, super().forward(input))
         if not isinstance(layout, ConvLayout):

@@ -22,9 +22,9 @@ class ProductLayer(SparseLayer):
         values = cast(Tensor, self._parameters[name])
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             # a picture of the network is made of it; a trace does not hold our operators
-            matrix = weight.layout.unpack(values).flatten(1)
+            matrix = weight.layout_for(values).unpack(values).flatten(1)
             return F.linear(input, matrix.t() if self.transposed else matrix, bias)
-        return weight.layout.product(input, values, bias, self.batch_last)
+        return weight.layout_for(values).product(input, values, bias, self.batch_last)
 
 
 class ProductLinear(ProductLayer):

@@ -3,10 +3,11 @@
 import warnings
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.method.selection import NonFiniteScoresError
@@ -26,6 +27,7 @@ class SparseLayer(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, weight in self.packed_weights.items():
+            weight.follow(self._parameters[name])
             destination[prefix + name] = weight.alpha()
 
     def _load_from_state_dict(
@@ -40,6 +42,7 @@ class SparseLayer(nn.Module):
     ) -> None:
         rest = dict(state_dict)
         for name, weight in self.packed_weights.items():
+            weight.follow(self._parameters[name])
             dense = rest.pop(prefix + name, None)
             if dense is None:
                 missing_keys.extend([prefix + name] if strict else [])
@@ -184,11 +187,14 @@ def _make_class(plain: type[nn.Module], kind: type[SparseLayer], names: tuple[st
 
 def _weight_property(name: str) -> property:
     def read(self: SparseLayer) -> Tensor:
+        values = cast(Tensor, self._parameters[name])
+        if isinstance(values, DTensor):
+            return values  # FSDP2 looks here for its share
         # what was read without gradients must not be used with them
         made: dict[tuple[str, bool], Tensor] = self.__dict__.get("unpacked", {})
         key = name, torch.is_grad_enabled()
         if key not in made:
-            made[key] = self.packed_weights[name].layout.unpack(self._parameters[name])  # type: ignore[arg-type]
+            made[key] = self.packed_weights[name].layout_for(values).unpack(values)
         return made[key]
 
     return property(read, doc="α, dense, computed at each access; its gradient reaches the packed values.")

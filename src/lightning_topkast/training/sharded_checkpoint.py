@@ -5,7 +5,7 @@ including the callbacks' states, to a small file of rank 0. The tensors of shard
 optimizer state, and any number of processes can load their shards from it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -40,7 +40,11 @@ def move_shards_out(checkpoint: dict[str, Any], state_key: str) -> None:
         name: {key: value for key, value in weight.items() if key not in tensors[name]}
         for name, weight in state["weights"].items()
     }
-    checkpoint["callbacks"][state_key] = state | {"weights": rest, _MARK: f"optimizer_{len(others)}"}
+    for tiers, name, key in _next_sets(state):
+        tensors[name][key] = tiers[name]
+    named = [selection | {"tiers": dict.fromkeys(selection["tiers"])} for selection in state["selections"]]
+    moved = {"weights": rest, "selections": named, _MARK: f"optimizer_{len(others)}"}
+    checkpoint["callbacks"][state_key] = state | moved
     others.append(tensors)
 
 
@@ -70,6 +74,9 @@ def with_shards(state: dict[str, Any], topkast: TopKast, folder: Any) -> dict[st
     if not isinstance(saved, dict) or own.keys() != saved.keys():
         return state  # it is refused later, with the names
     tensors = {name: _tensors(weight) for name, weight in own.items()}
+    for _, name, key in _next_sets(state):
+        if name in tensors:
+            tensors[name][key] = tensors[name]["tiers"].clone()
     try:
         check_distributed(Path(folder))
         load_shards({state[_MARK]: tensors}, checkpoint_id=Path(folder))
@@ -125,7 +132,19 @@ def _merge(state: dict[str, Any], tensors: Any) -> None:
     weights = state.get("weights")
     if not (_nested(weights) and _nested(tensors) and weights.keys() == tensors.keys()):
         raise TopKastError("the saved Top-KAST state is damaged: its shards belong to other weights")
+    for tiers, name, key in _next_sets(state):
+        tiers[name] = tensors.get(name, {}).pop(key, None)
     state["weights"] = {name: weight | dict(tensors[name]) for name, weight in weights.items()}
+
+
+def _next_sets(state: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], str, str]]:
+    """Yield the names of weights whose next sets are chosen already: with the dict of these, and the tensor's key."""
+    selections = state.get("selections")
+    for number, selection in enumerate(selections if isinstance(selections, list) else []):
+        tiers = selection.get("tiers") if isinstance(selection, dict) else None
+        if isinstance(tiers, dict):
+            for name in tiers:
+                yield tiers, name, f"next_{number}"
 
 
 def _nested(value: Any) -> TypeGuard[dict[str, dict[str, Any]]]:

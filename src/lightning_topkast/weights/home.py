@@ -1,11 +1,15 @@
 """Where a packed weight's θ and sets are in host memory, and how values come there and leave."""
 
+import copy
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from lightning_topkast.distributed import HostGroup, RowSharding, Sharding, Shares, exchange
+from lightning_topkast.errors import TopKastError
+from lightning_topkast.method.penalty import Total
 from lightning_topkast.method.structure import Structure, units_in_order
 from lightning_topkast.weights.layouts import Layout
 
@@ -33,6 +37,56 @@ class Own(NamedTuple):
         return self.active if self.places is self.units else 0
 
 
+class Copies:
+    """The packed values where every process has a copy of all."""
+
+    begin = 0  # of this process' part
+    sharding: Sharding | None = None
+    total: Total = None  # sums over all parts
+
+    def shares(self, count: int, group: HostGroup) -> Shares:
+        """Return which of so many values each process has."""
+        processes = range(group.size)
+        return Shares([[(0, count)] for _ in processes], replicas=processes)
+
+
+class Slices(Copies):
+    """The packed values where FSDP2 gives every process a slice of them.
+
+    Args:
+        name: of the weight.
+        parameter: 1-D.
+        group: the processes.
+
+    Raises:
+        TopKastError: it is not sharded once, as FSDP2 does, over all processes of the run.
+    """
+
+    def __init__(self, name: str, parameter: DTensor, group: HostGroup) -> None:
+        self.sharding = Sharding(name, parameter)
+        self.total = self.sharding.sum
+        mesh, placements = parameter.device_mesh, parameter.placements
+        dims = [dim for dim, placement in enumerate(placements) if not placement.is_replicate()]
+        if len(dims) != 1 or mesh.size() != group.size:
+            raise TopKastError(
+                f"expected the packed values of '{name}' to be sharded once, over all {group.size} processes of the "
+                f"run (with copies or without), got {placements} over {mesh.size()} of them: call fully_shard with "
+                "one mesh of all processes"
+            )
+        copies = mesh.mesh.movedim(dims[0], -1).reshape(-1, mesh.size(dims[0]))
+        self._chunk = -(-parameter.numel() // copies.shape[1])
+        self._starts, self._replicas = [0] * group.size, [0] * group.size
+        for number, processes in enumerate(copies.tolist()):
+            for at, process in enumerate(processes):
+                self._starts[process], self._replicas[process] = at * self._chunk, number
+        self.begin = min(self._starts[group.rank], parameter.numel())
+
+    def shares(self, count: int, group: HostGroup) -> Shares:
+        """Return which of so many values each process has."""
+        ranges = [[(min(start, count), min(start + self._chunk, count))] for start in self._starts]
+        return Shares(ranges, self._replicas)
+
+
 class Home:
     """The host memory of a process, which has all rows of the weight.
 
@@ -43,6 +97,7 @@ class Home:
     """
 
     sharding: Sharding
+    values: Copies = Copies()
 
     def __init__(self, name: str, shape: torch.Size, structure: Structure) -> None:
         self._structure = structure
@@ -119,12 +174,16 @@ class SharedHome(Home):
 
     def bring(self, values: Tensor, layout: Layout, own: Own) -> Tensor:
         """Return those of a layout's values that are at home here, on CPU; a collective."""
-        values = values[: layout.updated_count].cpu()
-        return exchange(values, self._everywhere(layout.updated_count), own.shares, self._group)
+        shares = self._shares(layout)
+        count = sum(end - begin for begin, end in shares.ranges[self._group.rank])
+        return exchange(values[:count].cpu(), shares, own.shares, self._group)
 
     def send(self, values: Tensor, layout: Layout, own: Own) -> Tensor:
         """Return a layout's values that the parameter has here, from those at home; a collective."""
-        return exchange(values, own.shares, self._everywhere(layout.updated_count), self._group)
+        return exchange(values, own.shares, self._shares(layout), self._group)
+
+    def _shares(self, layout: Layout) -> Shares:
+        return self.values.shares(layout.updated_count, self._group)
 
     def units_in_order(self, tiers: Tensor) -> tuple[Tensor, Tensor]:
         r"""Return flat indices of A's units and of those of B\A in the whole weight; a collective."""
@@ -138,11 +197,12 @@ class SharedHome(Home):
             boundaries = [0, *ends[:, number].tolist()]
             is_narrow = int(self._boundaries[-1]) <= torch.iinfo(torch.int32).max
             sent = (units + self._boundaries[rank]).to(torch.int32 if is_narrow else torch.int64)
-            everywhere = self._everywhere(boundaries[-1])
+            everywhere = Copies().shares(boundaries[-1], self._group)
             found.append(exchange(sent, Shares.between(boundaries), everywhere, self._group).long())
         return found[0], found[1]
 
-    def _everywhere(self, count: int) -> Shares:
-        """Return what processes have that each have a copy of all."""
-        processes = range(self._group.size)
-        return Shares([[(0, count)] for _ in processes], replicas=processes)
+    def with_slices(self, name: str, parameter: DTensor) -> "SharedHome":
+        """Return the same home for values of which each process has a slice from now on; see `Slices`."""
+        home = copy.copy(self)
+        home.values = Slices(name, parameter, self._group)
+        return home

@@ -7,12 +7,14 @@ same weight share that: each has some of its rows there, and public methods retu
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lightning_topkast.distributed import HostGroup, Sharding, to_local
+from lightning_topkast.errors import TopKastError
 from lightning_topkast.method.selection import ACTIVE, RESERVOIR, NonFiniteScoresError
 from lightning_topkast.method.structure import Block
 from lightning_topkast.ops import CONV_KERNELS, MATRIX_KERNELS
@@ -100,6 +102,49 @@ class PackedWeight(SparseWeight):
         self.match_layout()
         return self._layout
 
+    def layout_for(self, values: Tensor) -> Layout:
+        """Return the places of `values`, with which a layer computes, on their device.
+
+        Raises:
+            TopKastError: they are sharded, so that the layer computes outside of FSDP2.
+        """
+        if isinstance(values, DTensor):
+            raise TopKastError(
+                f"'{self.name}' is sharded by FSDP2, and its layer would compute with a share of the values: call the "
+                "module to which fully_shard was applied, not a layer of it"
+            )
+        self._layout = self._layout.to(values.device)
+        return self._layout
+
+    def follow(self, parameter: Tensor | None) -> None:
+        """Go on with the parameter that the layer holds, if FSDP2 has sharded it since.
+
+        Raises:
+            TopKastError: it is not sharded over all processes, or θ is not shared by them.
+        """
+        if parameter is self.parameter or not isinstance(parameter, DTensor):
+            return
+        if isinstance(self._home, SharedHome):
+            self._home = self._home.with_slices(self.name, parameter)
+        elif parameter.device_mesh.size() > 1:
+            raise TopKastError(
+                f"'{self.name}' is sharded over {parameter.device_mesh.size()} processes, but its θ is not: pack the "
+                "model after init_process_group, with Packed(theta='sharded'), and exclude weights of one dimension"
+            )
+        self.parameter = cast(nn.Parameter, parameter)
+        self._note_own_write()
+
+    @property
+    def _local(self) -> Tensor:
+        """What this process has of the parameter."""
+        return to_local(self.parameter.detach())
+
+    def _runs(self) -> tuple[Tensor, Tensor, Tensor]:
+        r"""Return this process' values of A, of B\A, and those that are not used."""
+        values, begin = self._local, self._home.values.begin
+        active, updated = (max(count - begin, 0) for count in (self._layout.active_count, self._layout.updated_count))
+        return values[:active], values[active:updated], values[updated:]
+
     # --- the sets -------------------------------------------------------------------------------------------------
 
     @property
@@ -128,9 +173,11 @@ class PackedWeight(SparseWeight):
         return self._layout.updated_count > self._layout.active_count
 
     def alpha(self) -> Tensor:
-        """Return α, θ on A and zero elsewhere, dense and whole, on CPU."""
+        """Return α, θ on A and zero elsewhere, dense, on CPU; a DTensor only if the parameter is one."""
         self.match_layout()
         self._settle()
+        if isinstance(self.parameter, DTensor):
+            return self.sharding.to_dtensor(self._own_alpha())
         alpha, count = torch.zeros(self.size, dtype=self._theta.dtype), self._layout.active_count
         alpha.index_copy_(0, self._layout.indices()[:count].cpu().long(), self._values()[:count])
         return alpha.view(self.shape)
@@ -217,9 +264,10 @@ class PackedWeight(SparseWeight):
 
     def compared(self, tiers: Tensor) -> tuple[Tensor, Sharding]:
         """Return the values that every process has, if each has chosen among some rows only, or else the sets."""
-        if self.sharding.is_sharded:
-            return self.parameter.detach().view(torch.uint8), self._whole.sharding
-        return super().compared(tiers)
+        if not self.sharding.is_sharded:
+            return super().compared(tiers)
+        values = self._local.view(torch.int32 if self._local.element_size() == 4 else torch.int16)
+        return values, self._home.values.sharding or self._whole.sharding
 
     def apply(self, tiers: Tensor, state: Sequence[EntryState] = ()) -> None:
         """Change the sets: values of entries that stay in B are moved, others are exchanged with the host's copy."""
@@ -237,7 +285,7 @@ class PackedWeight(SparseWeight):
             self._theta.masked_fill_(self._entries_of(forgotten).view(-1), 0)
             if self._scores is not None:
                 self._scores.masked_fill_(forgotten, 0)
-        writes = [(self.parameter.detach(), self._values_at(new, layout))]
+        writes = [(self._local, self._values_at(new, layout))]
         writes += self._moved(state, self._home, (self._layout, own), (layout, new))
         active = new.units[: new.active]
         promoted = where(active, take(self._tiers.view(-1), active) != ACTIVE)
@@ -274,7 +322,8 @@ class PackedWeight(SparseWeight):
             return []
         sources = positions(before[1].units, after[1].units, home.grid.numel())
         writes = []
-        for tensor, start in state:
+        for each, start in state:
+            tensor = to_local(each)
             values = home.bring(tensor, *before)
             if self._unit_size == 1:
                 content = moved(values, sources.to(values.device), start)
@@ -289,7 +338,7 @@ class PackedWeight(SparseWeight):
 
     def _values_at(self, own: Own, layout: Layout) -> Tensor:
         values = self._home.send(take(self._theta, own.places, own.split), layout, own)
-        return padded(values, self.parameter.numel(), 0)
+        return padded(values, self._local.numel(), 0)
 
     def _settle(self) -> None:
         pending = self._pending  # a signal handler may write it at any moment
@@ -322,7 +371,8 @@ class PackedWeight(SparseWeight):
 
     def _values(self) -> Tensor:
         self.match_layout()
-        return self._as_theta(self.parameter.detach())[: self._layout.updated_count].to(self._theta)
+        active, exploring, _ = self._runs()
+        return self._as_theta(self._local)[: active.numel() + exploring.numel()].to(self._theta)
 
     # --- around the optimizer's step ------------------------------------------------------------------------------
 
@@ -333,17 +383,17 @@ class PackedWeight(SparseWeight):
         """Mark the weight as open; the parameter is already θ on B."""
         self.is_open = True
         self._updated = None
-        self._put_phi(self.parameter.detach(), self.parameter.grad)
+        gradient = self.parameter.grad
+        self._put_phi(self._local, None if gradient is None else to_local(gradient))
 
     def close(self, lr: float | Tensor) -> None:
         """Apply the penalty on B; see `SparseWeight.close`."""
-        values, layout = self.parameter.detach(), self._layout
-        self._put_theta(values)
-        self.shrinkage.apply_(values[: layout.active_count], False, lr)
-        exploring = values[layout.active_count : layout.updated_count]
-        if exploring.numel():
-            self.shrinkage.apply_(exploring, True, lr)
-        values[layout.updated_count :].zero_()
+        self._put_theta(self._local)
+        (active, exploring, unused), total = self._runs(), self._home.values.total
+        self.shrinkage.apply_(active, False, lr, total)
+        if self.is_exploring:
+            self.shrinkage.apply_(exploring, True, lr, total)
+        unused.zero_()
         self.is_open = False
         self.orders.step()
         self.replaced.clear()
@@ -352,18 +402,19 @@ class PackedWeight(SparseWeight):
     def recover(self) -> None:
         """Finish an interrupted step or refresh; a penalty that was not applied yet is skipped."""
         self._settle()
-        self._put_theta(self.parameter.detach())
+        self._put_theta(self._local)
         self.is_open = False
 
     def penalty(self) -> Tensor:
         """Return the value of the exploration penalty, a scalar tensor."""
-        values, layout = self.parameter.detach(), self._layout
-        return self.shrinkage.value(values[: layout.active_count], values[layout.active_count : layout.updated_count])
+        active, exploring, _ = self._runs()
+        return self.shrinkage.value(active, exploring, self._home.values.total)
 
     @property
     def nonzero_entries(self) -> Tensor:
         """Non-zero values of A, counted now; a scalar tensor."""
-        return torch.count_nonzero(self.parameter.detach()[: self._layout.active_count])
+        count, total = torch.count_nonzero(self._runs()[0]), self._home.values.total
+        return count if total is None else total(count)
 
     def sparsify_average(self, average: Any, active_before: Tensor) -> None:
         """Give a running average, a `PackedWeight`, the sets of this weight; see `SparseWeight.sparsify_average`."""
@@ -410,8 +461,10 @@ class PackedWeight(SparseWeight):
     def realign(self, state: Sequence[EntryState], sets: Any) -> None:
         """Move the optimizer's state to the order of the present sets; that of entries that were not in B is new."""
         if sets is not self.sets:
-            moves = ((each, self._whole.own(each)) for each in (sets, self.sets))
-            for tensor, content in self._moved(state, self._whole, *moves):
+            # without a collective where every process has all values, since one may save alone
+            home = self._home if isinstance(self.parameter, DTensor) else self._whole
+            moves = ((each, home.own(each)) for each in (sets, self.sets))
+            for tensor, content in self._moved(state, home, *moves):
                 tensor.copy_(content)
 
     def _in_model(self) -> Tensor:
@@ -457,7 +510,7 @@ class PackedWeight(SparseWeight):
         active = indices(tiers.view(-1) == ACTIVE)
         values = self._values_at(self._home.own(layout), layout)
         never = torch.count_nonzero(self._never_active & (tiers != ACTIVE))
-        writes = [(self.parameter.detach(), values)]
+        writes = [(self._local, values)]
         self._pending = (writes, tiers, layout, active, int(self.sharding.sum(never)))
         self._settle()
 

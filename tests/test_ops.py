@@ -1,6 +1,7 @@
 """The packed linear operators against dense float64 references, and the building of the compiled kernels."""
 
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from lightning_topkast.errors import TopKastError
 from lightning_topkast.ops import MATRIX_KERNELS, CsrPattern, EntryPattern, Pattern, compiled, sparse_linear
 from lightning_topkast.ops.csr.linear import _batch_last
 from tests.helpers import has_compiler, needs_compiler
-from tests.processes import started
+from tests.processes import run, started
 
 CPU = torch.device("cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -792,3 +793,19 @@ def test_other_devices_run_by_torch():
 def test_unknown_operators_are_refused():
     with pytest.raises(TopKastError, match="one of auto, torch, compiled"):
         MATRIX_KERNELS.choose("fast", CPU)
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="no such instructions")
+@pytest.mark.parametrize("tests", ["test_ops.py", "test_conv.py"])
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_kernels_for_older_processors_pass_the_same_tests(capability, tests, tmp_path):
+    """PyTorch has a variable for the instructions that it and its vectors use, for which we compile too."""
+    path = Path(__file__).with_name(tests)
+    building = "not built and not compilers and not damaged and not libraries and not cache"  # needs no kernels
+    command = [sys.executable, "-m", "pytest", "-m", "not slow", "-k", building, "-p", "no:cacheprovider", path]
+    variables = {"ATEN_CPU_CAPABILITY": capability, "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    done = run(command, env=os.environ | variables, cwd=path.parents[1])
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert [*tmp_path.rglob("*_kernels_*.so")], "nothing was built"

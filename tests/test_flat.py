@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_topkast import L1, L2, Norm, Targets, TopKast
-from lightning_topkast.ops import flat, memory, step
+from lightning_topkast.ops import flat, memory, passes, step
 from lightning_topkast.ops.compiled import Compiled
+from lightning_topkast.ops.csr.rows import compressed_rows, flat_indices, transposed
 from tests.helpers import has_compiler, needs_compiler, same
 from tests.processes import run
 
@@ -34,10 +35,10 @@ class Neither:
 def both(function, *arguments):
     """What a function returns with the compiled functions, after checking that it is the same without them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flat, "_MANY", 0)
-        assert flat._passes(torch.zeros(1)) is not None
+        patch.setattr(passes, "MANY", 0)
+        assert passes.passes_over(torch.zeros(1)) is not None
         compiled = function(*arguments)
-        patch.setattr(flat, "_COMPILED", Neither())
+        patch.setattr(passes, "COMPILED", Neither())
         plain = function(*arguments)
     assert same(bits(compiled), bits(plain))
     return compiled
@@ -118,7 +119,7 @@ def test_autograd_hears_of_what_is_written():
     weight, members = torch.ones(8, requires_grad=True), torch.zeros(8, dtype=torch.int8)
     product = weight.square().sum()
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(flat, "_MANY", 0)
+        patch.setattr(passes, "MANY", 0)
         flat.mask_outside_(weight.detach(), members)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         product.backward()
@@ -138,7 +139,7 @@ def test_closing_in_one_pass_is_what_the_steps_do_one_by_one(size, seed, threads
     taken, is_open = torch.zeros_like(explored), bytearray([1])
     torch.set_num_threads(threads)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flat, "_MANY", 0)
+        patch.setattr(passes, "MANY", 0)
         assert step.close_(step.Entries(values, members, places, taken, factors), is_open)
     torch.set_num_threads(1)
     assert same(bits([values, taken]), bits([expected, explored]))
@@ -190,18 +191,12 @@ def test_rows_and_their_transpose_are_the_same(shape, density):
     entries = (torch.rand(rows * columns) < density).nonzero().flatten()
 
     def pattern():
-        crow, col = flat.compressed_rows(entries, rows, columns)
+        crow, col = compressed_rows(entries, rows, columns)
         back = torch.empty_like(entries)
-        flat.flat_indices(crow, col, columns, out=back)
-        return crow, col, *flat.transposed(crow, col, columns), back
+        flat_indices(crow, col, columns, out=back)
+        return crow, col, *transposed(crow, col, columns), back
 
     assert torch.equal(both(pattern)[-1], entries)
-
-
-@needs_compiler
-def test_indices_that_do_not_increase_are_no_rows():
-    for entries in ([1, 1], [2, 0], [0, 3, 2]):
-        assert both(flat.compressed_rows, torch.tensor(entries), 2, 3) is None
 
 
 @needs_compiler
@@ -242,9 +237,9 @@ def test_a_run_has_the_same_bits_without_a_compiler(storage, penalty):
 def test_without_a_compiler_nothing_is_said(monkeypatch, tmp_path, caplog, recwarn):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setenv("CXX", "/no/such/compiler")
-    monkeypatch.setattr(flat, "_COMPILED", Compiled(flat._COMPILED.source, "large weights"))
-    values = torch.ones(flat._MANY)
-    flat.mask_outside_(values, torch.zeros(flat._MANY, dtype=torch.int8))
+    monkeypatch.setattr(passes, "COMPILED", Compiled(passes.COMPILED.source, "large weights"))
+    values = torch.ones(passes.MANY)
+    flat.mask_outside_(values, torch.zeros(passes.MANY, dtype=torch.int8))
     assert not values.any()
     assert not [record for record in caplog.records if record.levelname != "DEBUG"]
     assert not recwarn
@@ -255,7 +250,7 @@ def test_small_weights_compile_nothing(monkeypatch):
         def functions(self):
             raise AssertionError("compiled for a small weight")
 
-    monkeypatch.setattr(flat, "_COMPILED", Refuses())
+    monkeypatch.setattr(passes, "COMPILED", Refuses())
     flat.mask_outside_(torch.ones(100), torch.zeros(100, dtype=torch.int8))
 
 
@@ -263,7 +258,7 @@ def test_small_weights_compile_nothing(monkeypatch):
 def test_a_refresh_resets_state_of_entries_that_leave_or_enter_b_and_all_of_state_that_it_does_not_know(
     monkeypatch, compiled
 ):
-    monkeypatch.setattr(flat, "_MANY", 0 if compiled else 1 << 60)
+    monkeypatch.setattr(passes, "MANY", 0 if compiled else 1 << 60)
     torch.manual_seed(0)
     model = nn.Linear(40, 40, bias=False)
     topkast = TopKast(model, 0.9, 0.8, targets=Targets(keep_first_dense=False, keep_last_dense=False))
@@ -290,7 +285,7 @@ def test_a_refresh_resets_state_of_entries_that_leave_or_enter_b_and_all_of_stat
 
 @needs_compiler
 def test_steps_and_refreshes_on_cpu_know_no_default_device(monkeypatch):
-    monkeypatch.setattr(flat, "_MANY", 0)
+    monkeypatch.setattr(passes, "MANY", 0)
     model = nn.Sequential(nn.Linear(40, 40))
     topkast = TopKast(model, 0.8, 0.5, update_every=2, targets=Targets(keep_first_dense=False, keep_last_dense=False))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -340,9 +335,9 @@ def test_no_more_memory_is_kept_than_the_limit(monkeypatch):
 
 
 @needs_compiler
-@pytest.mark.parametrize("busy", [memory, flat._COMPILED], ids=["memory", "kernels"])
+@pytest.mark.parametrize("busy", [memory, passes.COMPILED], ids=["memory", "kernels"])
 def test_a_signal_handler_that_saves_need_not_wait_for_whom_it_interrupts(busy, monkeypatch):
-    monkeypatch.setattr(flat._COMPILED, "_functions", None)
+    monkeypatch.setattr(passes.COMPILED, "_functions", None)
     done = threading.Event()
 
     def interrupted():
@@ -411,8 +406,8 @@ def test_compiled_functions_stay_within_their_tensors(tests, source, tmp_path):
 def test_a_wrong_access_is_noticed(tmp_path):
     program = """
         import torch
-        from lightning_topkast.ops import flat
-        flat._MANY = 0
+        from lightning_topkast.ops import flat, passes
+        passes.MANY = 0
         flat.take(torch.zeros(1000), torch.tensor([1000]))
         """
     done = run([sys.executable, "-c", textwrap.dedent(program)], env=sanitized(tmp_path))

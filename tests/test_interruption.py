@@ -11,7 +11,6 @@ from torch import nn
 
 from lightning_topkast import L2, Schedule, Targets, TopKast, TopKastError
 from lightning_topkast.method.selection import nested_top_k
-from lightning_topkast.ops import flat
 from lightning_topkast.ops.step import Update
 from lightning_topkast.weights import MaskedWeight, PackedWeight, Traits
 from tests.helpers import (
@@ -32,7 +31,7 @@ from tests.helpers import (
 @pytest.fixture(params=[pytest.param(0, marks=needs_compiler, id="compiled"), pytest.param(1 << 60, id="plain")])
 def passes(request, monkeypatch):
     """The weight's entries are passed over by compiled functions, in which nothing is interrupted, or by PyTorch's."""
-    monkeypatch.setattr(flat, "_MANY", request.param)
+    monkeypatch.setattr("lightning_topkast.ops.passes.MANY", request.param)
 
 
 def weight_in_training() -> MaskedWeight:
@@ -115,7 +114,7 @@ def test_interrupted_refresh_of_a_rule_that_clears_what_it_drops_leaves_nothing_
 
 @needs_compiler
 def test_interrupted_step_in_one_pass_is_taken_or_not(monkeypatch):
-    monkeypatch.setattr(flat, "_MANY", 0)
+    monkeypatch.setattr("lightning_topkast.ops.passes.MANY", 0)
     line, update = 0, Update("sgd", (0.0, 0.0, 1.0, -0.5, 0.0), ())
     while True:
         line += 1

@@ -14,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lightning_topkast import L1, TopKast
 from lightning_topkast.engine import one_pass
-from lightning_topkast.ops import flat, step
+from lightning_topkast.ops import flat, passes, step
 from lightning_topkast.weights import masked
 from tests.helpers import check_sparse, needs_compiler, same
 from tests.test_flat import SIZES, Neither, bits, both, sets
@@ -43,7 +43,7 @@ def taken(monkeypatch):
         names.extend([update.pass_name] * done)
         return done
 
-    monkeypatch.setattr(flat, "_MANY", 0)
+    monkeypatch.setattr(passes, "MANY", 0)
     monkeypatch.setattr(masked, "step_", counting)
     return names
 
@@ -106,7 +106,7 @@ def test_the_pass_is_what_the_parts_of_a_step_do_one_by_one(size, seed, threads,
     entries, change, moments = parts()
     torch.set_num_threads(threads)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flat, "_MANY", 0)
+        patch.setattr(passes, "MANY", 0)
         assert step.step_(entries, change, masks, step.Update("adam", options, moments))
         torch.set_num_threads(1)
         one_by_one, masked_change, others = parts()
@@ -308,14 +308,14 @@ def test_small_weights_need_no_pass_and_compile_nothing(monkeypatch):
         def functions(self):
             raise AssertionError("compiled for a small weight")
 
-    monkeypatch.setattr(flat, "_COMPILED", Refuses())
+    monkeypatch.setattr(passes, "COMPILED", Refuses())
     trained(OPTIMIZERS["adamw"])
 
 
 def test_a_run_without_a_compiler_does_not_forget_that_there_is_one(monkeypatch, taken):
     one_pass._gives_the_same.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flat, "_COMPILED", Neither())
+        patch.setattr(passes, "COMPILED", Neither())
         trained(OPTIMIZERS["adamw"])
     assert not taken
     trained(OPTIMIZERS["adamw"])

@@ -320,19 +320,6 @@ void cumulate(int32_t* bins, int64_t count) {
   }
 }
 
-// Refuses flat indices that are out of range or do not increase.
-void check_indices(const Tensor& indices, int64_t size) {
-  const int64_t *const flat = indices.const_data_ptr<int64_t>(), count = indices.numel();
-  bool increase = true;
-  for (int64_t i = 1; i < count; ++i) {
-    increase &= flat[i] > flat[i - 1];
-  }
-  TORCH_CHECK_VALUE(increase, "expected strictly increasing indices");
-  TORCH_CHECK_VALUE(
-      !count || (flat[0] >= 0 && flat[count - 1] < size), "expected indices below ", size, ", got ", flat[0],
-      " to ", flat[count - 1]);
-}
-
 // Which part of `size` each of `count` is in, and the first key of each in its part; tables are faster than divisions.
 struct Parts {
   std::vector<int32_t> part, key;
@@ -344,15 +331,13 @@ struct Parts {
   }
 };
 
+// Makes the index of flat indices that increase strictly and are within the weight.
 std::vector<Tensor> make_index(
     const Tensor& active, const Tensor& exploring, int64_t rows, int64_t channels, int64_t taps, int64_t groups,
     bool transposed, int64_t block, int64_t panel) {
   const Places places = places_of(rows, channels, taps, groups, transposed);
   const int64_t blocks = parts(channels, block), panels = parts(rows, panel);
   const int64_t count = active.numel(), both = count + exploring.numel();
-  for (const Tensor& indices : {active, exploring}) {
-    check_indices(indices, rows * channels / groups * taps);
-  }
 
   // A's entries lie in the order of rows, and of a row's blocks
   const Parts of_channel(channels, block, taps), of_row(rows, panel, taps);

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lightning_topkast.ops.flat import check_indices
 from lightning_topkast.ops.library import LIBRARY
 
 _LARGEST = torch.iinfo(torch.int32).max
@@ -99,6 +100,8 @@ class EntryPattern:
         updated = active.numel() + exploring.numel()
         rows, channels = _rows_and_channels(shape, groups, transposed)
         taps = shape[2] * shape[3]
+        for indices in (active, exploring):
+            check_indices(indices, prod(shape))
         sides = _sides(shape, groups, transposed, active.numel(), updated)
         index = torch.ops.topkast.entry_index(active, exploring, rows, channels, taps, groups, transposed, *sides)
         return cls(shape, groups, transposed, active.numel(), updated, *sides, *index)

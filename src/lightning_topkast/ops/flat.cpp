@@ -566,24 +566,18 @@ void topkast_move(
   });
 }
 
-// Splits strictly increasing indices into rows and columns: compressed rows (CSR). Returns whether the indices are
-// increasing and within the matrix.
-int64_t topkast_rows(
+// Splits strictly increasing indices within the matrix into rows and columns: compressed rows (CSR).
+void topkast_rows(
     const int64_t* indices, int64_t count, int64_t rows, int64_t columns, int32_t* crow, int32_t* col) {
-  int64_t k = 0, previous = -1;
+  int64_t k = 0;
   for (int64_t row = 0; row < rows; ++row) {
     crow[row] = static_cast<int32_t>(k);
     const int64_t start = row * columns;
     for (; k < count && indices[k] < start + columns; ++k) {
-      if (indices[k] <= previous) {
-        return 0;
-      }
-      previous = indices[k];
-      col[k] = static_cast<int32_t>(previous - start);
+      col[k] = static_cast<int32_t>(indices[k] - start);
     }
   }
   crow[rows] = static_cast<int32_t>(k);
-  return k == count;
 }
 
 // Transposes compressed rows, by counting; see `Pattern`.

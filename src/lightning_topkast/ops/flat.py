@@ -4,59 +4,21 @@ On a CPU large weights are passed over by the compiled functions of `flat.cpp`. 
 and NumPy do the same, bit for bit, in several passes.
 """
 
-import ctypes
 import math
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_topkast.ops.compiled import Compiled
 from lightning_topkast.ops.memory import empty
+from lightning_topkast.ops.passes import passes_over, written
 
 # an integer type for every size of a floating-point entry
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-_COMPILED = Compiled(Path(__file__).with_name("flat.cpp"), "large weights")
-# Number of entries from which the compiled functions are used; a run without such a weight never compiles them.
-_MANY = 1 << 16
 # Number of entries that NumPy processes at a time, so that temporaries stay in the L2 cache.
 _CHUNK = 1 << 16
-
-
-def _passes(*tensors: Tensor) -> "_Passes | None":
-    """Return the compiled functions, if these tensors are plain ones on CPU and one of them is large."""
-    largest = 0
-    for tensor in tensors:
-        if type(tensor) not in (Tensor, nn.Parameter) or tensor.device.type != "cpu":
-            return None
-        largest = max(largest, tensor.numel())
-    functions = _COMPILED.functions() if largest >= _MANY else None
-    return None if functions is None else _Passes(functions)
-
-
-class _Passes:
-    """The compiled functions, which take integers and tensors on CPU, whatever PyTorch's default device."""
-
-    def __init__(self, functions: ctypes.CDLL) -> None:
-        self._functions = functions
-
-    def __call__(self, name: str, *arguments: Any) -> int:
-        function = getattr(self._functions, f"topkast_{name}")
-        function.restype = ctypes.c_int64
-        return function(
-            *(
-                ctypes.c_void_p(each.data_ptr()) if isinstance(each, Tensor) else ctypes.c_int64(each)
-                for each in arguments
-            )
-        )
-
-
-def _written(tensor: Tensor) -> None:
-    """Tell autograd that a compiled function has written to a tensor, as PyTorch's own operators do."""
-    torch.autograd.graph.increment_version(tensor)
 
 
 def flat(tensor: Tensor) -> Tensor:
@@ -64,7 +26,7 @@ def flat(tensor: Tensor) -> Tensor:
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
-def _is_like(tensor: Tensor, other: Tensor) -> bool:
+def is_like(tensor: Tensor, other: Tensor) -> bool:
     """Return whether the entries of two tensors have the same places in memory, without gaps."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return (tensor.shape, tensor.stride(), last) == (other.shape, other.stride(), tensor.numel() - 1)
@@ -72,9 +34,9 @@ def _is_like(tensor: Tensor, other: Tensor) -> bool:
 
 def mask_outside_(tensor: Tensor, members: Tensor) -> None:
     """Zero `tensor` where `members` (int8) is 0, and keep it where all bits are 1."""
-    if (passes := _passes(tensor, members)) and _is_like(tensor, members):
+    if (passes := passes_over(tensor, members)) and is_like(tensor, members):
         passes("mask", tensor.element_size(), tensor, members, tensor.numel(), torch.get_num_threads())
-        _written(tensor)
+        written(tensor)
     else:
         tensor.view(_BITS[tensor.element_size()]).bitwise_and_(members)
 
@@ -85,27 +47,27 @@ def put_(values: Tensor, places: Tensor, entries: Tensor, split: int = 0) -> Ten
     `split`: if not 0, where a second sorted run of places begins, which is then passed over together with the first.
     """
     entries = entries.contiguous()
-    if (passes := _passes(values, places, entries)) and values.dtype == entries.dtype and values.is_contiguous():
+    if (passes := passes_over(values, places, entries)) and values.dtype == entries.dtype and values.is_contiguous():
         at = values, values.numel(), places, split, places.numel()
         passes("put", values.element_size(), *at, entries, torch.get_num_threads())
-        _written(values)
+        written(values)
         return values
     return values.index_copy_(0, places, entries)
 
 
 def fill_(values: Tensor, places: Tensor, value: float) -> None:
     """Write a value to the places (indices) of 1-D values."""
-    if (passes := _passes(values, places)) and values.is_contiguous():
+    if (passes := passes_over(values, places)) and values.is_contiguous():
         one, threads = values.new_full((1,), value), torch.get_num_threads()
         passes("fill", values.element_size(), values, places, one, places.numel(), threads)
-        _written(values)
+        written(values)
     else:
         values.index_fill_(0, places, value)
 
 
 def take(values: Tensor, places: Tensor, split: int = 0) -> Tensor:
     """Return the 1-D values at places (indices); for `split` see `put_`."""
-    if (passes := _passes(values, places)) and values.is_contiguous():
+    if (passes := passes_over(values, places)) and values.is_contiguous():
         taken = empty(places.numel(), values.dtype)
         at = values, values.numel(), places, split, places.numel()
         passes("take", values.element_size(), *at, taken, torch.get_num_threads())
@@ -139,9 +101,22 @@ def where(entries: Tensor, members: Tensor) -> Tensor:
     return entries[members]
 
 
+def check_indices(indices: Tensor, size: int) -> None:
+    """Refuse flat indices (int64, 1-D, on CPU) that do not increase strictly, or are not those of `size` entries.
+
+    Raises:
+        ValueError: they do not, or are not.
+    """
+    places = indices.numpy()
+    if not (places[1:] > places[:-1]).all():
+        raise ValueError("expected strictly increasing indices")
+    if places.size and not (places[0] >= 0 and places[-1] < size):
+        raise ValueError(f"expected indices below {size}, got {places[0]} to {places[-1]}")
+
+
 def indices_of(tiers: Tensor, tier: int) -> Tensor:
     """Return the indices at which a 1-D uint8 tensor has this value."""
-    if (passes := _passes(tiers)) and tiers.is_contiguous():
+    if (passes := passes_over(tiers)) and tiers.is_contiguous():
         found = empty(passes("count", tiers, tiers.numel(), tier), torch.int64)
         passes("find", tiers, tiers.numel(), tier, found)
         return found
@@ -179,7 +154,7 @@ def changes(
         explored: their values.
         tiers: uint8, those after.
     """
-    passes = _passes(alpha, latent, members, exploring, explored, tiers)
+    passes = passes_over(alpha, latent, members, exploring, explored, tiers)
     if passes is None:
         put_(latent, exploring, explored)
         before, now = tiers_of(members, exploring), indices_of(tiers, 1)
@@ -194,7 +169,7 @@ def changes(
         places, before, after = empty(room, torch.int64), empty(room, torch.uint8), empty(room, torch.uint8)
         given = members, exploring, explored, exploring.numel(), tiers, tiers.numel(), alpha, latent
         count = passes("changes", alpha.element_size(), *given, places, before, after, room, now, values)
-    _written(latent)
+    written(latent)
     return Changes(places[:count], before[:count], after[:count], now, values)
 
 
@@ -208,7 +183,7 @@ def tiers_of(members: Tensor, exploring: Tensor) -> Tensor:
 def magnitudes(alpha: Tensor, latent: Tensor, exploring: Tensor, explored: Tensor) -> Tensor:
     """Return |alpha + latent|, but |explored| at the flat indices `exploring` (sorted); float32, contiguous, on CPU."""
     result = empty(alpha.numel(), torch.float32).view(alpha.shape)
-    if passes := _passes(alpha, latent, exploring, explored):
+    if passes := passes_over(alpha, latent, exploring, explored):
         count, threads = exploring.numel(), torch.get_num_threads()
         passes("magnitudes", alpha, latent, exploring, explored, count, result, alpha.numel(), threads)
         return result
@@ -233,7 +208,7 @@ class Scan(NamedTuple):
 
 def scan(scores: Tensor, brackets: Sequence[tuple[float, float]]) -> Scan | None:
     """Compare 1-D scores on CPU with brackets, in one pass; None if a score is NaN or infinite."""
-    if scores.dtype != torch.float32 or not scores.is_contiguous() or not (passes := _passes(scores)):
+    if scores.dtype != torch.float32 or not scores.is_contiguous() or not (passes := passes_over(scores)):
         return _scan(scores.numpy(), brackets)
     size, sets = scores.numel(), len(brackets)
     low, high = scores.new_tensor(brackets).view(sets, 2).t().contiguous()
@@ -278,7 +253,7 @@ def positions(before: Tensor, after: Tensor, size: int) -> Tensor:
         after: likewise.
         size: a number above all places.
     """
-    if passes := _passes(before, after):
+    if passes := passes_over(before, after):
         result = empty(after.numel(), torch.int64)
         passes("positions", before, before.numel(), after, after.numel(), size, result)
         return result
@@ -289,7 +264,7 @@ def positions(before: Tensor, after: Tensor, size: int) -> Tensor:
 
 def moved(values: Tensor, sources: Tensor, start: float) -> Tensor:
     """Return 1-D values at these indices, and `start` where an index is -1."""
-    if (passes := _passes(values, sources)) and values.is_contiguous():
+    if (passes := passes_over(values, sources)) and values.is_contiguous():
         result, first = empty(sources.numel(), values.dtype), values.new_full((1,), start)
         count, threads = sources.numel(), torch.get_num_threads()
         passes("move", values.element_size(), values, sources, first, result, count, threads)
@@ -304,46 +279,3 @@ def padded(values: Tensor, size: int, end: float) -> Tensor:
     """Return 1-D values, and `end` as often as there are fewer than `size` of them."""
     missing = size - values.numel()
     return torch.cat([values, values.new_full((missing,), end)]) if missing else values
-
-
-def compressed_rows(entries: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor] | None:
-    """Return `Pattern.crow` and `Pattern.col` of flat indices (int64, 1-D), or None if these do not increase strictly.
-
-    They are at least 0 and below rows · columns, if they increase.
-    """
-    if passes := _passes(entries):
-        crow, col = entries.new_empty(rows + 1, dtype=torch.int32), empty(entries.numel(), torch.int32)
-        increase = passes("rows", entries, entries.numel(), rows, columns, crow, col)
-        return (crow, col) if increase else None
-    places = entries.numpy()
-    if not (places[1:] > places[:-1]).all():
-        return None
-    starts = np.arange(rows + 1, dtype=np.int64) * columns
-    crow = torch.from_numpy(np.searchsorted(places, starts).astype(np.int32))
-    return crow, torch.from_numpy(places - starts[_rows_of(crow).numpy()]).int()
-
-
-def transposed(crow: Tensor, col: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return `Pattern.t_crow`, `t_col` and `t_order` of compressed rows."""
-    if passes := _passes(crow, col):
-        t_crow = crow.new_empty(columns + 1)
-        t_col, t_order = empty(col.numel(), torch.int32), empty(col.numel(), torch.int32)
-        passes("transpose", crow, col, crow.numel() - 1, columns, t_crow, t_col, t_order)
-        return t_crow, t_col, t_order
-    # a stable sort by column keeps the rows in order; PyTorch uses a radix sort
-    sorted_columns, order = torch.sort(col, stable=True)
-    t_crow = torch.searchsorted(sorted_columns, torch.arange(columns + 1, dtype=torch.int32), out_int32=True)
-    return t_crow, _rows_of(crow)[order], order.int()
-
-
-def flat_indices(crow: Tensor, col: Tensor, columns: int, out: Tensor) -> None:
-    """Write the flat indices (int64) of compressed rows into `out`."""
-    if passes := _passes(crow, col, out):
-        passes("flat", crow, col, crow.numel() - 1, columns, out)
-    else:
-        torch.add(_rows_of(crow).long() * columns, col, out=out)
-
-
-def _rows_of(crow: Tensor) -> Tensor:
-    rows = torch.arange(crow.numel() - 1, dtype=torch.int32, device=crow.device)
-    return torch.repeat_interleave(rows, crow.diff())

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_topkast.ops.flat import _is_like, _passes, _written
+from lightning_topkast.ops.flat import is_like
+from lightning_topkast.ops.passes import passes_over, written
 
 
 class Entries(NamedTuple):
@@ -54,19 +55,19 @@ def close_(entries: Entries, is_open: bytearray) -> bool:
     `members`; elsewhere they are multiplied by the second factor. `is_open` (one byte) becomes 0 within the same call,
     so that nothing can happen in between.
     """
-    passes = _passes(*entries[:4])
+    passes = passes_over(*entries[:4])
     if passes is None or not _fit(entries, entries.values):
         return False
     flag = ctypes.addressof(ctypes.c_byte.from_buffer(is_open))
     passes("close", *_arguments(entries), flag, torch.get_num_threads())
-    _written(entries.values)
-    _written(entries.explored)
+    written(entries.values)
+    written(entries.explored)
     return True
 
 
 def is_compiled_for(values: Tensor) -> bool:
     """Return whether there are compiled passes for these values of a weight."""
-    return _passes(values) is not None
+    return passes_over(values) is not None
 
 
 def step_(entries: Entries, gradient: Tensor, masks: bool, update: Update) -> bool:
@@ -78,7 +79,7 @@ def step_(entries: Entries, gradient: Tensor, masks: bool, update: Update) -> bo
         masks: whether the gradient is not yet zero outside `members`, and becomes so.
         update: the optimizer's.
     """
-    passes = _passes(*entries[:4], gradient, *update.state)
+    passes = passes_over(*entries[:4], gradient, *update.state)
     if passes is None or not _fit(entries, entries.values, gradient, *update.state):
         return False
     options = torch.tensor(update.options, dtype=torch.float64, device="cpu")
@@ -88,14 +89,14 @@ def step_(entries: Entries, gradient: Tensor, masks: bool, update: Update) -> bo
     passes(update.pass_name, *_arguments(entries), gradient, masks, options, *state, torch.get_num_threads())
     for tensor in (entries.values, entries.explored, gradient, *update.state, update.steps):
         if tensor is not None:
-            _written(tensor)
+            written(tensor)
     return True
 
 
 def _fit(entries: Entries, *tensors: Tensor) -> bool:
     """Return whether all are float32, and these tensors in the memory order of the weight."""
     types = {each.dtype for each in (entries.explored, *tensors)}
-    return types == {torch.float32} and all(_is_like(each, entries.members) for each in tensors)
+    return types == {torch.float32} and all(is_like(each, entries.members) for each in tensors)
 
 
 def _arguments(entries: Entries) -> tuple[Tensor | int, ...]:

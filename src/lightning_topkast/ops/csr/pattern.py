@@ -6,7 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_topkast.ops.flat import compressed_rows, flat_indices, transposed
+from lightning_topkast.ops.csr.rows import compressed_rows, flat_indices, transposed
+from lightning_topkast.ops.flat import check_indices
 
 _LARGEST = torch.iinfo(torch.int32).max
 
@@ -46,14 +47,8 @@ class Pattern:
         rows, columns = shape
         if not cls.fits(shape, indices.numel()):
             raise ValueError(f"{indices.numel()} entries in {rows} × {columns} exceed the int32 limit of {_LARGEST}")
-        if indices.numel() and not (indices[0] >= 0 and indices[-1] < rows * columns):
-            raise ValueError(
-                f"expected indices for {rows} × {columns} entries, got {int(indices[0])} to {int(indices[-1])}"
-            )
-        compressed = compressed_rows(indices, rows, columns)
-        if compressed is None:
-            raise ValueError("expected strictly increasing indices")
-        crow, col = compressed
+        check_indices(indices, rows * columns)
+        crow, col = compressed_rows(indices, rows, columns)
         nothing = torch.empty(0, dtype=torch.int32)
         of_transpose = transposed(crow, col, columns) if transpose else (nothing, nothing, nothing)
         return cls((rows, columns), crow, col, *of_transpose)

@@ -161,6 +161,25 @@ def test_what_is_not_plain_takes_its_own_steps(make_optimizer, taken):
     assert not taken
 
 
+@pytest.mark.parametrize("make_optimizer", [SGD, Adam, AdamW])
+def test_an_option_that_the_pass_does_not_know_is_left_to_the_optimizer(make_optimizer, taken):
+    model, _, optimizer = begun(lambda p: make_optimizer(p, lr=0.01))
+    train(model, optimizer, 2)
+    before = len(taken)
+    assert before
+    for options in (optimizer.defaults, *optimizer.param_groups):  # as in an optimizer of a newer PyTorch
+        options["of_tomorrow"] = False
+    train(model, optimizer, 2, start=2)
+    assert len(taken) == before
+
+
+def test_what_others_note_in_a_group_is_no_option(taken):
+    model, _, optimizer = begun(lambda p: SGD(p, lr=0.01))
+    optimizer.param_groups[0]["initial_lr"] = 0.1  # as learning rate schedulers do
+    train(model, optimizer, 2)
+    assert len(taken) == 2
+
+
 def test_neither_does_the_pass_replace_what_it_cannot_do(taken):
     both(lambda: trained(OPTIMIZERS["adamw"], penalty=L1(strength=1e-3)))
     both(lambda: trained(OPTIMIZERS["adamw"], powerpropagation=2.0))

@@ -3,6 +3,7 @@
 import inspect
 import math
 import sys
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lightning_topkast.ops.step import Entries, Update, is_compiled_for, step_
+from lightning_topkast.weights import SparseWeight
 
 # class → module and name of the function with the update
 _FUNCTIONS: dict[type[Optimizer], tuple[str, str]] = {
@@ -18,8 +20,58 @@ _FUNCTIONS: dict[type[Optimizer], tuple[str, str]] = {
     Adam: (Adam.__module__, "adam"),
     AdamW: (Adam.__module__, "adam"),
 }
+# what their steps depend on: numbers, variants of the update that the pass has too, and options that it has not
+_NUMBERS = frozenset({"lr", "weight_decay", "momentum", "dampening", "eps", "betas"})
+_VARIANTS = frozenset({"nesterov", "fused", "decoupled_weight_decay"})
+_REFUSED = frozenset({"foreach", "maximize", "differentiable", "capturable", "amsgrad"})
 _SMALLEST = 5e-324  # a denormal number
 _TRIAL = (1 << 16) + 7  # entries, so many that the pass is compiled; the last ones fill no vector
+
+
+class OnePass:
+    """Steps of weights that are taken in the place of the optimizer, which skips what has no gradient."""
+
+    def __init__(self) -> None:
+        self._gradients: dict[SparseWeight, Tensor] = {}  # of the weights whose step was taken
+
+    def take(
+        self,
+        optimizer: Optimizer,
+        weight: SparseWeight,
+        group: dict[str, Any],
+        masks: bool,
+        limited: Callable[[float | Tensor], float | Tensor],
+    ) -> bool:
+        """Take the step of a weight and hide its gradient, if that can be; return whether it was done.
+
+        Args:
+            optimizer: whose step begins; see `is_plain`.
+            weight: with a gradient.
+            group: the optimizer's, of its parameter.
+            masks: whether the gradient was not masked yet.
+            limited: returns the learning rate, after a look at what the penalty does with it.
+        """
+        parameter = weight.parameter
+        update = None if weight.is_packed or weight.is_open else update_of(optimizer, group, parameter)
+        if update is None or not weight.step(update, limited(group["lr"]), masks):
+            return False
+        assert parameter.grad is not None
+        self._gradients[weight], parameter.grad = parameter.grad, None
+        return True
+
+    def end(self, weight: SparseWeight) -> bool:
+        """Give the gradient of a weight back after the optimizer's step; return whether its step was taken here."""
+        if weight not in self._gradients:
+            return False
+        weight.parameter.grad = self._gradients.pop(weight)
+        return True
+
+    def recover(self) -> None:
+        """Give back the gradients of a step that failed, unless there are new ones."""
+        for weight, gradient in self._gradients.items():
+            if weight.parameter.grad is None:
+                weight.parameter.grad = gradient
+        self._gradients.clear()
 
 
 def is_plain(optimizer: Optimizer) -> bool:
@@ -68,13 +120,12 @@ def _now(optimizer: Any) -> tuple[Any, Any]:
 
 def _update(optimizer: Optimizer, group: dict[str, Any], parameter: nn.Parameter) -> Update | None:
     cls, state = type(optimizer), optimizer.state.get(parameter, {})
-    options = ("foreach", "maximize", "differentiable", "capturable", "amsgrad")
     scaled = any(getattr(optimizer, name, None) is not None for name in ("grad_scale", "found_inf"))
     gradient_is_lazy = parameter.grad is not None and (parameter.grad.is_neg() or parameter.grad.is_conj())
-    if scaled or gradient_is_lazy or any(group.get(option) for option in options):
+    is_unknown = not optimizer.defaults.keys() <= _NUMBERS | _VARIANTS | _REFUSED  # as of a newer PyTorch
+    if scaled or gradient_is_lazy or is_unknown or any(group.get(option) for option in _REFUSED):
         return None
-    names = ("lr", "weight_decay", "momentum", "dampening", "eps")
-    numbers = [group[name] for name in names if name in group] + [*group.get("betas", ())]
+    numbers = [group[name] for name in _NUMBERS & group.keys() - {"betas"}] + [*group.get("betas", ())]
     if not all(isinstance(number, float | int) for number in numbers):
         return None
     return _sgd(group, state) if cls is SGD else _adam(group, state, decoupled=cls is AdamW)

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_topkast.engine.one_pass import is_plain, update_of
+from lightning_topkast.engine.one_pass import OnePass, is_plain
 from lightning_topkast.engine.optimizer_state import OptimizerState
 from lightning_topkast.engine.optimizers import (
     calls_hooks,
@@ -72,8 +73,7 @@ class StepHooks:
         self._stepping: ref[Optimizer] | None = None  # the outermost optimizer whose step is in progress
         # gradients that were masked for the next step, and how they were left
         self._masked: dict[SparseWeight, tuple[Tensor, tuple[int, int, int]]] = {}
-        # weights whose step was taken as a whole, with their gradient, which the optimizer must not see in that step
-        self._stepped: dict[SparseWeight, Tensor] = {}
+        self._one_pass = OnePass()
         self._checked: list[ref[Optimizer]] = []  # those whose state was found to be known
         self._warned_of_overshoot = self._warned_of_empty = False
         self._handles: WeakKeyDictionary[Optimizer, list[RemovableHandle]] = WeakKeyDictionary()
@@ -181,13 +181,7 @@ class StepHooks:
         """Forget a step that was interrupted, of which some weights may have been updated, as PyTorch's would be."""
         self._stepping = None
         self._masked.clear()
-        self._give_back_gradients()
-
-    def _give_back_gradients(self) -> None:
-        for weight, gradient in self._stepped.items():
-            if weight.parameter.grad is None:
-                weight.parameter.grad = gradient
-        self._stepped.clear()
+        self._one_pass.recover()
 
     def mask_gradients(self) -> None:
         """Zero the gradients outside B, after recording them if the next sets depend on them."""
@@ -253,7 +247,7 @@ class StepHooks:
         """Open the weights now, or after the closure given to `step` has computed the gradients."""
         if self._is_inside_another(optimizer):
             return None
-        self._give_back_gradients()  # of a step that failed
+        self._one_pass.recover()  # from a step that failed
         if _only_makes_state(optimizer, kwargs):
             return None
         self._stepping = ref(optimizer)
@@ -299,22 +293,13 @@ class StepHooks:
             if weight.parameter.grad is None:  # like the optimizer, skip these
                 continue
             masks = not self._is_masked(weight)
-            if plain and self._take_step(optimizer, weight, group, masks):
+            limited = partial(self._within_reach, weight)
+            if plain and self._one_pass.take(optimizer, weight, group, masks, limited):
                 continue
             if masks:
                 weight.mask_gradient()
             if not weight.is_open:
                 weight.open()
-
-    def _take_step(self, optimizer: Optimizer, weight: SparseWeight, group: dict[str, Any], masks: bool) -> bool:
-        """Take the optimizer's step of a weight in its place, if that can be; it skips what has no gradient."""
-        parameter = weight.parameter
-        update = None if weight.is_packed or weight.is_open else update_of(optimizer, group, parameter)
-        if update is None or not weight.step(update, self._within_reach(weight, group["lr"]), masks):
-            return False
-        assert parameter.grad is not None
-        self._stepped[weight], parameter.grad = parameter.grad, None
-        return True
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
@@ -330,8 +315,7 @@ class StepHooks:
         skipped = found_inf is not None and bool(found_inf)
         stepped = False
         for weight, group in self._weights_and_groups(optimizer):
-            if weight in self._stepped:
-                weight.parameter.grad = self._stepped.pop(weight)
+            if self._one_pass.end(weight):
                 self._warn_of_empty(weight)
                 stepped = True
             elif weight.is_open:

@@ -222,7 +222,7 @@ def test_packed_order_is_block_by_block(shape, block):
         expected += [places[where].flatten() for tier, where in zip(tiers, blocks, strict=True) if tier == wanted]
     assert torch.equal(units.order(units.units_of(dense), dense.shape), torch.cat(expected))
     for product in (None, Product()) if len(shape) == 2 else (None,):
-        packing = make_layout(*units_in_order(tiers), dense.shape, units, product)
+        packing = make_layout(*units_in_order(tiers), dense.shape, units, product, torch.device("cpu"))
         assert torch.equal(packing.indices(), torch.cat(expected))
         counts = int((tiers == 2).sum()) * math.prod(block[-len(shape) :]), len(torch.cat(expected))
         assert (packing.active_count, packing.updated_count) == counts

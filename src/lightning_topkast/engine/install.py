@@ -162,31 +162,18 @@ def choose_storage(
         return StorageChoice("masked", reason=obstacle)
     if storage.products == "dense":
         return StorageChoice("compact")
-    # a parameter on the meta device will be initialized on the CPU
-    device = torch.device("cpu") if target.parameter.is_meta else target.parameter.device
-    first, *others = [products_of(*owner) for owner in target.owners]
-    reason = "its layer has no product with packed values"
-    for product in first:
-        if not all(product in products for products in others):
-            continue
-        if not can_multiply(target.shape, active, updated, structure, product):
-            reason = "the indices do not fit the kernels"
-            continue
-        kernels = _kernels_for(product, structure, storage, device)
-        if not kernels:
-            reason = "there are no kernels for its product"
-            continue
-        packed = StorageChoice("packed", replace(product, kernels=kernels))
-        if storage.products == "sparse":
-            return packed
-        least = _LEAST_ENTRIES if product.groups is None else _LEAST_ENTRIES_OF_CONV
-        if target.shape.numel() < least:
-            return StorageChoice("compact", reason=f"fewer than {least:,} entries")
-        # of three dense products, two with A and one on B
-        speed = 3 * target.shape.numel() / max(_cost(structure, kernels) * (2 * active + updated), 1)
-        reason = f"packed products should take {1 / speed:.2g} times as long as dense ones"
-        return replace(packed if speed > 1 else StorageChoice("compact"), reason=reason)
-    return StorageChoice("compact", reason=reason)
+    product = _packed_product(target, active, updated, storage, structure)
+    if isinstance(product, str):
+        return StorageChoice("compact", reason=product)
+    if storage.products == "sparse":
+        return StorageChoice("packed", product)
+    entries, least = target.shape.numel(), _LEAST_ENTRIES if product.groups is None else _LEAST_ENTRIES_OF_CONV
+    if entries < least:
+        return StorageChoice("compact", reason=f"fewer than {least:,} entries")
+    # of three dense products, two with A and one on B
+    speed = 3 * entries / max(_cost(structure, product.kernels) * (2 * active + updated), 1)
+    reason = f"packed products should take {1 / speed:.2g} times as long as dense ones"
+    return StorageChoice("packed", product, reason) if speed > 1 else StorageChoice("compact", reason=reason)
 
 
 def install(target: Target, weight: SparseWeight) -> None:
@@ -231,6 +218,28 @@ def _obstacle(target: Target) -> str:
         if name not in module._parameters or getattr(type(module), name, None) is not None:
             return f"{type(module).__name__} computes its '{name}' itself"
     return ""
+
+
+def _packed_product(target: Target, active: int, updated: int, storage: Packed, structure: Structure) -> Product | str:
+    """Return the fastest way in which all layers of a weight can multiply by its packed values, or why there is none.
+
+    Raises:
+        TopKastError: kernels="compiled" and compiled kernels are not available.
+    """
+    # a parameter on the meta device will be initialized on the CPU
+    device = torch.device("cpu") if target.parameter.is_meta else target.parameter.device
+    first, *others = [products_of(*owner) for owner in target.owners]
+    obstacle = "its layer has no product with packed values"
+    for product in first:
+        if not all(product in products for products in others):
+            continue
+        if not can_multiply(target.shape, active, updated, structure, product):
+            obstacle = "the indices do not fit the kernels"
+        elif kernels := _kernels_for(product, structure, storage, device):
+            return replace(product, kernels=kernels)
+        else:
+            obstacle = "there are no kernels for its product"
+    return obstacle
 
 
 def _kernels_for(product: Product, structure: Structure, storage: Packed, device: torch.device) -> str:

@@ -30,6 +30,10 @@ class Product:
     transposed: bool = False
     kernels: str = "torch"
 
+    def kernels_on(self, device: torch.device) -> str:
+        """Return the kernels that multiply by single entries on a device; compiled ones compute on CPU only."""
+        return self.kernels if device.type == "cpu" else "torch"
+
 
 @dataclass(frozen=True, eq=False)
 class Layout(ABC):
@@ -144,7 +148,7 @@ class MatrixLayout(Layout):
         """Return the layout for another device; the compiled kernels compute on CPU, PyTorch's elsewhere."""
         if device == self.device:
             return self
-        kernels = self.how.kernels if device.type == "cpu" else "torch"
+        kernels = self.how.kernels_on(device)
         if isinstance(self.pattern, CsrPattern) and kernels == "torch":
             return replace(self, pattern=self.pattern.to(device))
         indices = self.indices().cpu()
@@ -209,9 +213,9 @@ def make_layout(
     shape: torch.Size,
     structure: Structure,
     product: Product | None,
-    on_cpu: bool = True,
+    device: torch.device,
 ) -> Layout:
-    r"""Make the layout for these sets, on CPU.
+    r"""Make the layout for these sets, on CPU, in the form for a device.
 
     Args:
         active: int64, on CPU, sorted: flat indices of A's units in the weight's grid.
@@ -219,7 +223,7 @@ def make_layout(
         shape: of the weight.
         structure: what the sets consist of; it divides the weight.
         product: how the layer multiplies by the packed values; None: it computes with the dense weight.
-        on_cpu: whether it multiplies on CPU.
+        device: where it multiplies.
     """
     grid = structure.grid(shape)
     size = shape.numel() // max(grid.numel(), 1)
@@ -232,7 +236,7 @@ def make_layout(
     if isinstance(structure, Block):
         sides = (structure.outputs, structure.inputs)
         return BsrLayout(*sets, BlockPattern.from_flat(active, exploring, _as_matrix(grid), sides), product)
-    return MatrixLayout.of(shape, active, exploring, product, product.kernels if on_cpu else "torch")
+    return MatrixLayout.of(shape, active, exploring, product, product.kernels_on(device))
 
 
 def can_multiply(shape: torch.Size, active: int, updated: int, structure: Structure, product: Product) -> bool:

@@ -68,7 +68,7 @@ class PackedWeight(SparseWeight):
         self._never_active = torch.zeros(self._home.grid, dtype=torch.bool)
         self._never_count = 0
         nothing = torch.empty(0, dtype=torch.int64)
-        self._layout = make_layout(nothing, nothing, self.shape, self.structure, product)
+        self._layout = make_layout(nothing, nothing, self.shape, self.structure, product, self.parameter.device)
         self._unit_size = self._home.unit_size
         # Scores of blocks: these are few, and those of C change only at a refresh. They are computed on the host, so
         # that a resumed run has the same bits.
@@ -299,9 +299,8 @@ class PackedWeight(SparseWeight):
         self.orders.refresh(unmoved)
 
     def _pack(self, tiers: Tensor) -> Layout:
-        on_cpu = self.parameter.device.type == "cpu"
         units = self._home.units_in_order(tiers)
-        return make_layout(*units, self.shape, self.structure, self._product, on_cpu)
+        return make_layout(*units, self.shape, self.structure, self._product, self.parameter.device)
 
     def _on_grid(self, tiers: Tensor) -> Tensor:
         """Return the tiers of the units at home here."""

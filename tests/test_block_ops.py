@@ -123,6 +123,11 @@ def layer_of_48_by_64():
     return {"input": torch.ones(2, 64), "values": torch.ones(6, 16, 32), "bias": torch.ones(48), "pattern": pattern}
 
 
+def test_on_the_meta_device_there_are_shapes():
+    arguments = {name: each.to("meta") for name, each in layer_of_48_by_64().items()}
+    assert block_sparse_linear(**arguments).shape == (2, 48)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

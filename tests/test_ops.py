@@ -536,6 +536,15 @@ def test_misfits_are_refused(kernels, change, message):
         sparse_linear(**(arguments | change))
 
 
+def test_on_the_meta_device_there_are_shapes():
+    layer = make_layer()
+    input, values = (tensor.detach().to("meta").requires_grad_() for tensor in (random(3, 7), layer.values))
+    output = sparse_linear(input, values, layer.bias.detach().to("meta"), layer.pattern("torch").to("meta"))
+    output.sum().backward()
+    assert (output.shape, input.grad.shape, values.grad.shape) == ((3, 9), (3, 7), layer.values.shape)
+    assert output.device.type == "meta"
+
+
 def test_a_pattern_without_transpose_serves_inference_only():
     layer = make_layer()
     pattern = CsrPattern(

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_topkast import Block, Packed, Targets, TopKast, TopKastError, to_csr, to_dense
+from lightning_topkast import Block, Packed, Targets, TopKast, TopKastError, dense_copy, to_csr, to_dense
 from lightning_topkast.engine import install, refresh
 from lightning_topkast.engine.materialize import materialize
 from lightning_topkast.layers import packed_weights
@@ -42,6 +42,9 @@ def mlp() -> nn.Module:
     return nn.Sequential(
         nn.Linear(12, 40), nn.Tanh(), nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 24), nn.Tanh(), nn.Linear(24, 4)
     )
+
+
+csr_kernels = pytest.mark.parametrize("kernels", ["torch", pytest.param("compiled", marks=needs_compiler)])
 
 
 UNITS = {"entry": {}, "block": {"structure": "block", "block": (2, 2)}}
@@ -418,6 +421,31 @@ def test_a_trace_computes_what_the_layers_do(kind):
     x, other = torch.randn(2, 4, *inputs, dtype=torch.float64)
     traced = torch.jit.trace(run.model, x)
     torch.testing.assert_close(traced(other), run.model(other))
+
+
+@executions
+@pytest.mark.parametrize("kernels", ["torch", "auto"])
+@pytest.mark.parametrize("many", [0, 1 << 60])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace")
+def test_a_trace_holds_no_operators_of_ours_and_calls_no_functions(kernels, many, storage, monkeypatch):
+    monkeypatch.setattr("lightning_topkast.ops.passes.MANY", many)
+    run = Run(storage, kernels=kernels)
+    traced = torch.jit.trace(run.model, torch.randn(5, 12, dtype=torch.float64))
+    assert "topkast::" not in str(traced.inlined_graph)
+    x = torch.randn(3, 12, dtype=torch.float64)
+    torch.testing.assert_close(traced(x), run.model(x))
+
+
+@executions
+def test_the_meta_device_is_refused_and_a_dense_copy_goes_there(storage):
+    run = Run(storage)
+    run.step(2)
+    before = list(run.model.parameters())
+    with pytest.raises(TopKastError, match=r"holds packed weights, .* move dense_copy"):
+        run.model[2].to("meta")
+    assert [*map(id, run.model.parameters())] == [*map(id, before)]
+    assert dense_copy(run.model).to("meta")(torch.empty(3, 12, dtype=torch.float64, device="meta")).shape == (3, 4)
+    run.step(2)
 
 
 def test_release_gives_theta_back():
@@ -1046,7 +1074,7 @@ def test_to_csr_keeps_layers_shared_and_weights_readable():
         to_csr(layer)
 
 
-@pytest.mark.parametrize("kernels", ["torch", pytest.param("compiled", marks=needs_compiler)])
+@csr_kernels
 def test_a_compressed_layer_computes_with_the_places_that_it_loads(kernels):
     weights = [torch.zeros(6, 8), torch.zeros(6, 8)]
     for seed, weight in enumerate(weights):
@@ -1059,29 +1087,103 @@ def test_a_compressed_layer_computes_with_the_places_that_it_loads(kernels):
     torch.testing.assert_close(copy.deepcopy(layer)(x), F.linear(x, weights[1]))
 
 
-@needs_compiler
-def test_a_compressed_layer_says_what_of_a_state_dict_does_not_fit_it():
+@csr_kernels
+def test_a_compressed_layer_says_what_of_a_state_dict_does_not_fit_it(kernels):
     weight = torch.eye(6, 8)
-    layer = CsrLinear(weight)
+    layer = CsrLinear(weight, kernels=kernels)
     fewer = CsrLinear(weight * (torch.arange(6) < 3)[:, None]).state_dict()
     with pytest.raises(RuntimeError, match="size mismatch for col"):
         layer.load_state_dict(fewer)
     state = CsrLinear(weight).state_dict()
     shifted, cut = {"col": state["col"] + 8}, {"crow": fewer["crow"]}
-    for wrong, message in ((shifted, "expected indices below 48"), (cut, "expected 3 columns, got 6")):
+    falling, double = (
+        {"crow": torch.tensor([0, 9, 2, 3, 4, 5, 6])},
+        {"crow": state["crow"].clone(), "col": state["col"] * 0},
+    )
+    double["crow"][1:] = 6
+    for wrong, message in (
+        (shifted, "expected columns below 8, got 8 to 13"),
+        (cut, "expected 3 columns in 6 rows, got 6"),
+        (falling, "expected 6 columns in 6 rows, got 6"),
+        (double, "expected strictly increasing indices"),
+    ):
         with pytest.raises(RuntimeError, match=f"crow and col are no compressed rows: {message}"):
-            CsrLinear(weight).load_state_dict(state | wrong)
+            CsrLinear(weight, kernels=kernels).load_state_dict(state | wrong)
 
 
-@needs_compiler
-def test_a_compressed_layer_that_was_saved_without_places_for_the_kernels_computes_with_them():
-    layer = CsrLinear(torch.eye(6, 8))
-    state = dict(layer.__dict__)
-    del state["_compiled"]
-    loaded = CsrLinear.__new__(CsrLinear)
-    loaded.__setstate__(state)
+def compressed(seed, kernels):
+    weight = torch.zeros(6, 8)
+    weight.view(-1)[torch.randperm(48, generator=torch.Generator().manual_seed(seed))[:9]] = torch.arange(1.0, 10)
+    return weight, CsrLinear(weight, kernels=kernels)
+
+
+@csr_kernels
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_a_compressed_layer_computes_with_what_was_written_to_its_places(kernels, copied):
+    (_, layer), (weight, other) = compressed(0, kernels), compressed(1, kernels)
     x = torch.randn(5, 8)
-    assert torch.equal(loaded(x), layer(x))
+    layer(x)
+    for name in ("crow", "col", "values"):
+        getattr(layer, name).copy_(getattr(other, name))
+    for each in (copied(layer), layer):  # the copy of one that does not know yet
+        torch.testing.assert_close(each(x), F.linear(x, weight))
+    layer.crow, layer.col, layer.values = (
+        getattr(compressed(2, kernels)[1], name) for name in ("crow", "col", "values")
+    )
+    torch.testing.assert_close(layer(x), F.linear(x, compressed(2, kernels)[0]))
+    layer.col[0] = 8
+    with pytest.raises(ValueError, match="expected columns below 8"):
+        layer(x)
+
+
+@csr_kernels
+def test_a_compressed_layer_follows_moves(kernels):
+    weight, layer = compressed(0, kernels)
+    x = torch.randn(5, 8)
+    torch.testing.assert_close(layer.double()(x.double()), F.linear(x.double(), weight.double()))
+    assert layer.float()(x).dtype == torch.float32
+    state = {name: buffer.clone() for name, buffer in layer.state_dict().items()}
+    layer.to("meta")
+    if kernels == "torch":
+        assert layer(x.to("meta")).shape == (5, 6)
+    layer.to_empty(device="cpu")
+    for buffer in layer.buffers():
+        buffer.fill_(9)
+    for each in (layer, copy.deepcopy(layer)):
+        with pytest.raises(ValueError, match="expected 9 columns"):
+            each(x)
+    layer.load_state_dict(state)
+    torch.testing.assert_close(layer(x), F.linear(x, weight))
+
+
+@csr_kernels
+@pytest.mark.slow
+def test_a_compiled_graph_follows_the_state_dict_of_a_compressed_layer(kernels):
+    (_, layer), (weight, other) = compressed(0, kernels), compressed(1, kernels)
+    x = torch.randn(5, 8)
+    graph = torch.compile(layer, fullgraph=True)
+    graph(x)
+    layer.load_state_dict(other.state_dict())
+    torch.testing.assert_close(graph(x), F.linear(x, weight))
+
+
+@csr_kernels
+def test_a_compressed_layer_that_is_made_for_inference_only_computes(kernels):
+    x = torch.randn(5, 8)
+    with torch.inference_mode():
+        weight, layer = compressed(0, kernels)
+        torch.testing.assert_close(layer(x), F.linear(x, weight))
+    torch.testing.assert_close(layer(x), F.linear(x, weight))
+
+
+@csr_kernels
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace")
+def test_a_trace_of_a_compressed_layer_holds_no_operators_of_ours(kernels):
+    weight, layer = compressed(0, kernels)
+    traced = torch.jit.trace(layer, torch.randn(5, 8))
+    assert "topkast::" not in str(traced.inlined_graph)
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(traced(x), F.linear(x, weight))
 
 
 def test_to_csr_leaves_dense_layers_alone():

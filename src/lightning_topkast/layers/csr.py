@@ -1,9 +1,11 @@
 """Linear layers with CSR weights, for inference."""
 
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.layers.sparse_layer import to_dense
@@ -23,6 +25,8 @@ class CsrLinear(nn.Module):
     col: Tensor
     values: Tensor
     bias: Tensor | None
+    _pattern: CsrPattern | EntryPattern
+    _made_of: list[tuple[Tensor, int]] | None  # the buffers that the pattern was made of, with their versions
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, kernels: Kernels = "auto") -> None:
         super().__init__()
@@ -35,28 +39,57 @@ class CsrLinear(nn.Module):
         self.register_buffer("col", pattern.col.to(weight.device))
         self.register_buffer("values", flat[places].to(weight.device))
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
-        self._compiled = self._for_compiled_kernels()
+        self._make_pattern()
 
     @torch.no_grad()
     def forward(self, input: Tensor) -> Tensor:
         """`input` (..., in) → (..., out)."""
-        kernels = MATRIX_KERNELS.choose(self.kernels, input.device)
-        if kernels == "compiled" and self._compiled is not None:
-            return sparse_linear(input, self.values, self.bias, self._compiled)
-        nothing = self._pattern(torch.zeros_like(self.crow), self.col[:0])
-        return sparse_linear(input, self.values, self.bias, CsrPattern(self._pattern(self.crow, self.col), nothing))
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            return F.linear(input, self.weight, self.bias)  # a trace does not hold our operators
+        # a graph of torch.compile cannot look at versions: it follows moves and state dicts, not other writes
+        if not torch.compiler.is_compiling() and not self._is_current():
+            self._make_pattern()
+        return sparse_linear(input, self.values, self.bias, self._pattern)
 
-    def _pattern(self, crow: Tensor, col: Tensor) -> Pattern:
+    def _make_pattern(self) -> None:
+        """Make the places of the values as the kernels take them.
+
+        Raises:
+            ValueError: `crow` and `col` are no compressed rows.
+            TopKastError: kernels="compiled" and compiled kernels are not available.
+        """
+        self._made_of = None
         none = self.col[:0]
-        return Pattern((self.out_features, self.in_features), crow, col, none, none, none)
+        shape = self.out_features, self.in_features
+        places = Pattern(shape, self.crow, self.col, none, none, none)
+        if self.crow.device.type == "cpu":
+            places.check()
+        if MATRIX_KERNELS.choose(self.kernels, self.crow.device) == "compiled":
+            entries = torch.empty(self.col.numel(), dtype=torch.int64, device="cpu")
+            places.write_indices(entries)
+            self._pattern = EntryPattern.from_flat(entries, entries[:0], (*shape, 1, 1))
+        else:
+            nothing = Pattern(shape, torch.zeros_like(self.crow), none, none, none, none)
+            self._pattern = CsrPattern(places, nothing)
+        self._made_of = [(tensor, _version(tensor)) for tensor in (self.crow, self.col)]
 
-    def _for_compiled_kernels(self) -> EntryPattern | None:
-        """Return the places as the compiled kernels use them; None where they are not used."""
-        if self.crow.device.type != "cpu" or MATRIX_KERNELS.choose(self.kernels, self.crow.device) == "torch":
-            return None
-        places = torch.empty(self.col.numel(), dtype=torch.int64)
-        self._pattern(self.crow, self.col).write_indices(places)
-        return EntryPattern.from_flat(places, places[:0], (self.out_features, self.in_features, 1, 1))
+    def _renew_pattern(self) -> None:
+        """Make the pattern if that can be: what `to_empty` leaves are no places, and the forward pass says so."""
+        with suppress(ValueError, TopKastError):
+            self._make_pattern()
+
+    def _is_current(self) -> bool:
+        """Return whether the pattern is that of the present buffers, and nobody has written to them since."""
+        made_of = self._made_of
+        return made_of is not None and all(
+            tensor is before and _version(tensor) == version
+            for tensor, (before, version) in zip((self.crow, self.col), made_of, strict=True)
+        )
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "CsrLinear":
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        self._renew_pattern()
+        return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         errors: list[str] = rest[-1]
@@ -65,28 +98,34 @@ class CsrLinear(nn.Module):
         if len(errors) > known:  # such as sizes that do not fit
             return
         try:
-            if int(self.crow[-1]) != self.col.numel():
-                raise ValueError(f"expected {int(self.crow[-1])} columns, got {self.col.numel()}")
-            self._compiled = self._for_compiled_kernels()
+            self._make_pattern()
         except ValueError as error:
             errors.append(f"{prefix}crow and {prefix}col are no compressed rows: {error}")
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy needs; it makes its own pattern."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_pattern", "_made_of")}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Load a layer, also one that was saved before it had places for the compiled kernels."""
+        """Make the pattern for the kernels that are available in this process."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if "_compiled" not in state:
-            self._compiled = self._for_compiled_kernels()
+        self._renew_pattern()
 
     @property
     def weight(self) -> Tensor:
         """The weight (out × in), dense, computed at each access."""
-        shape = (self.out_features, self.in_features)
-        return torch.sparse_csr_tensor(self.crow, self.col, self.values, shape, check_invariants=False).to_dense()
+        rows = torch.repeat_interleave(torch.arange(self.out_features, device=self.crow.device), self.crow.diff())
+        dense = self.values.new_zeros(self.out_features, self.in_features)
+        return dense.index_put((rows, self.col.long()), self.values)
 
     def extra_repr(self) -> str:
         """Return sizes and density as text."""
         density = self.values.numel() / (self.in_features * self.out_features)
         return f"in_features={self.in_features}, out_features={self.out_features}, density={density:.4f}"
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def to_csr(model: nn.Module, max_density: float = 0.5, kernels: Kernels = "auto") -> nn.Module:

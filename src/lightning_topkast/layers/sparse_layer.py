@@ -69,6 +69,23 @@ class SparseLayer(nn.Module):
             self._parameters.clear()
             self._parameters.update({name: loaded.get(name, value) for name, value in parameters.items()})
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """Move or convert the layer; its parameters must stay the same objects, as `nn.Module.to` usually leaves them.
+
+        Raises:
+            TopKastError: PyTorch has replaced a packed parameter, as it does on the meta device.
+        """
+        parameters, buffers = dict(self._parameters), dict(self._buffers)
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        if any(self._parameters[name] is not parameters[name] for name in self.packed_weights):
+            self._parameters.update(parameters)
+            self._buffers.update(buffers)
+            raise TopKastError(
+                f"{type(self).__name__} holds packed weights, whose parameters PyTorch would replace here, as on the "
+                "meta device; move dense_copy(model), which has ordinary layers"
+            )
+        return self
+
     def reset_parameters(self) -> None:
         """Raise an error, since this would write into a dense copy of the weight."""
         raise TopKastError(

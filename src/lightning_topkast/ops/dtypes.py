@@ -1,9 +1,14 @@
-"""The dtypes in which products with single entries are computed."""
+"""The dtypes in which products are computed."""
 
 import torch
 from torch import Tensor
 
 from lightning_topkast.errors import TopKastError
+
+
+def is_autocast(device: str) -> bool:
+    """Return whether autocast is on for this type of device; the meta device has none."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def dtypes_of(input: Tensor, values: Tensor, bias: Tensor | None) -> tuple[torch.dtype, torch.dtype]:
@@ -14,7 +19,7 @@ def dtypes_of(input: Tensor, values: Tensor, bias: Tensor | None) -> tuple[torch
     """
     computed = torch.float64 if values.dtype == torch.float64 else torch.float32
     device = input.device.type
-    if torch.is_autocast_enabled(device) and computed != torch.float64:
+    if is_autocast(device) and computed != torch.float64:
         return computed, torch.get_autocast_dtype(device)
     if not (values.dtype == input.dtype and (bias is None or bias.dtype == input.dtype)):
         raise TopKastError(

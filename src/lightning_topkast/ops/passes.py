@@ -15,7 +15,12 @@ MANY = 1 << 16
 
 
 def passes_over(*tensors: Tensor) -> "Passes | None":
-    """Return the compiled functions, if these tensors are plain ones on CPU and one of them is large."""
+    """Return the compiled functions, if these tensors are plain ones on CPU and one of them is large.
+
+    Not while `torch.jit.trace` records: it would not see what they compute, and takes sizes for tensors.
+    """
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return None
     largest = 0
     for tensor in tensors:
         if type(tensor) not in (Tensor, nn.Parameter) or tensor.device.type != "cpu":

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -100,7 +101,8 @@ class Layout(ABC):
     def unpack(self, values: Tensor) -> Tensor:
         """Return α, dense, in the weight's shape; differentiable, with a gradient for all of B."""
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-            active = self.indices()[: self.active_count].long()
+            with ThreadPoolExecutor(1) as other:  # of which the trace records nothing: it cannot hold our operators
+                active = other.submit(self.indices).result()[: self.active_count].long()
             zeros = values.new_zeros(self.shape.numel())
             return zeros.index_copy(0, active, values[: self.active_count]).view(self.shape)
         dense: Tensor = _Unpack.apply(values, self)  # type: ignore[no-untyped-call]

@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.ops.blocks import library
 from lightning_topkast.ops.blocks.pattern import BlockPattern
+from lightning_topkast.ops.dtypes import is_autocast
 
 
 def block_sparse_linear(
@@ -39,7 +40,7 @@ def block_sparse_linear(
         TopKastError: shapes, dtypes or devices do not fit, or Triton's kernels are not available.
     """
     device = input.device.type
-    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
+    if is_autocast(device) and input.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         input, values = input.to(dtype), values.to(dtype)
         bias = None if bias is None else bias.to(dtype)

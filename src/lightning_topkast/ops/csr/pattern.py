@@ -58,6 +58,22 @@ class Pattern:
         """Return whether int32 can hold the indices of this many entries of a matrix."""
         return max(*shape, entries) <= _LARGEST
 
+    def check(self) -> None:
+        """Refuse what are no compressed rows of this shape, on CPU; `from_flat` makes only such that are.
+
+        Raises:
+            ValueError: they are not.
+        """
+        rows, columns = self.shape
+        count = int(self.crow[-1])
+        if int(self.crow[0]) or count != self.nnz or not bool((self.crow.diff() >= 0).all()):
+            raise ValueError(f"expected {count} columns in {rows} rows, got {self.nnz}")
+        if self.nnz and not (int(self.col.min()) >= 0 and int(self.col.max()) < columns):
+            raise ValueError(f"expected columns below {columns}, got {int(self.col.min())} to {int(self.col.max())}")
+        entries = torch.empty(self.nnz, dtype=torch.int64, device="cpu")
+        self.write_indices(entries)
+        check_indices(entries, rows * columns)
+
     def to(self, device: torch.device | str) -> "Pattern":
         """Return the same pattern on another device."""
         return Pattern(self.shape, *(tensor.to(device) for tensor in self._tensors()))

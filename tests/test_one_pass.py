@@ -119,6 +119,22 @@ def test_the_pass_is_what_the_parts_of_a_step_do_one_by_one(size, seed, threads,
     assert same(bits([*entries[:4], change, *moments]), bits([*one_by_one[:4], masked_change, *others]))
 
 
+def test_tensors_in_another_memory_order_are_left_to_the_optimizer(monkeypatch):
+    monkeypatch.setattr(passes, "MANY", 0)
+    values, gradient, momentum = torch.ones(3, 4, 5, 3, 3).unbind()
+    members, nothing = torch.full((4, 5, 3, 3), -1, dtype=torch.int8), torch.empty(0)
+    entries = step.Entries(values, members, nothing.long(), nothing, (1.0, 1.0))
+    options = (0.0, 0.9, 1.0, -0.1, 0.0)
+    for which in (0, 1, None):
+        others = [
+            each.contiguous(memory_format=torch.channels_last if at == which else torch.contiguous_format)
+            for at, each in enumerate((gradient, momentum))
+        ]
+        done = step.step_(entries, others[0], False, step.Update("sgd", options, (others[1],)))
+        assert done == (which is None)
+        assert torch.equal(values, torch.ones_like(values)) != done
+
+
 def test_whoever_looks_after_the_step_sees_the_masked_gradient_and_the_count_of_steps(taken):
     model, topkast, optimizer = begun(lambda p: AdamW(p))
     train(model, optimizer, 3)
@@ -281,6 +297,19 @@ def test_what_was_changed_in_a_run_takes_its_own_steps(change, taken):
     both(run)
     assert taken
     assert after == [0, 0]
+
+
+def test_a_gradient_that_two_parameters_share_is_left_to_the_optimizer(taken):
+    model = net()
+    other = nn.Parameter(torch.zeros_like(model[2].weight))
+    topkast = TopKast(model, 0.9, 0.7)
+    optimizer = SGD([*model.parameters(), other], lr=0.1)
+    topkast.attach(optimizer)
+    for shares in (False, True):
+        model(torch.ones(2, 9)).sum().backward()
+        other.grad = model[2].weight.grad if shares else torch.ones_like(other)
+        optimizer.step()
+        assert len(taken) == 1
 
 
 def test_a_function_of_pytorch_that_was_replaced_is_used(taken, monkeypatch):

@@ -181,6 +181,17 @@ def test_compiled_patterns_hold_the_entries_and_know_their_size_before(data):
     assert pattern.nbytes == EntryPattern.bytes_of((rows, columns, 1, 1), 1, transposed, *sets)
 
 
+@needs_compiler
+def test_blocks_and_panels_hold_as_many_entries_as_are_worth_loading():
+    MATRIX_KERNELS.choose("compiled", CPU)
+    nothing = torch.empty(0, dtype=torch.int64)
+    sides = {
+        every: EntryPattern.from_flat(torch.arange(0, 600 * 600, every), nothing, (600, 600, 1, 1))
+        for every in (2, 20, 90)
+    }
+    assert [(each.block, each.panel) for each in sides.values()] == [(64, 64), (240, 500), (600, 600)]
+
+
 # Values and gradients
 
 

@@ -27,7 +27,7 @@ def run(monkeypatch, tmp_path, capsys, name, *arguments):
 def test_every_example_is_run_here():
     names = {str(path.relative_to(EXAMPLES)) for path in EXAMPLES.rglob("*.py")}
     run_here = {"callback.py", "plain_loop.py", "cli/main.py", "transformer.py", "read_checkpoint.py"}
-    run_here |= {"plot_curves.py", "plot_masks.py", "packed.py", "fsdp2.py"}
+    run_here |= {"plot_curves.py", "plot_masks.py", "packed.py", "fsdp2.py", "fsdp2_packed.py"}
     assert names == run_here
 
 
@@ -55,6 +55,14 @@ def test_two_processes_shard_weights_and_masks(tmp_path):
     output = processes.run(command, env=environment, cwd=tmp_path, check=True)
     expected = "rank 0 holds 15,000 of 30,000 entries of net.2.weight; 3,000 are in use, 3,000 were asked for"
     assert expected in output.stdout
+
+
+@pytest.mark.slow
+def test_two_processes_hold_slices_of_packed_weights(tmp_path):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(plain_path()), "OMP_NUM_THREADS": "1"}
+    output = processes.run([sys.executable, EXAMPLES / "fsdp2_packed.py"], env=environment, cwd=tmp_path, check=True)
+    assert "of the 360,000 entries of net.2.weight rank 0 holds 18,000 values" in output.stdout
+    assert "180,000 in host memory" in output.stdout
 
 
 def test_lightning_cli_builds_the_callback_from_yaml(monkeypatch, tmp_path, capsys, caplog):

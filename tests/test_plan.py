@@ -363,22 +363,19 @@ def test_fsdp2_gathers_twice_and_scatters_once_a_batch():
 
 def test_strategies_are_what_each_would_plan_as_its_own_run():
     run = plan_of(Mixed, IMAGES, optimizer=torch.optim.Adam, parallel=Parallel(4, "ddp", all_reduce="sparse"))
-    assert list(run.strategies) == ["dense_ddp", "masked_ddp", "packed_ddp", "dense_fsdp2", "masked_fsdp2"]
+    storages = ("dense", "masked", "packed")
+    assert list(run.strategies) == [f"{storage}_{kind}" for kind in ("ddp", "fsdp2") for storage in storages]
     assert run.strategies["masked_ddp"] == run.bytes
     for name, options in {
         "dense_ddp": {"dense": True, "parallel": Parallel(4, "ddp")},
         "packed_ddp": {"storage": "packed", "kernels": "auto", "parallel": Parallel(4, "ddp")},
         "masked_fsdp2": {"parallel": Parallel(4, "fsdp2")},
+        "packed_fsdp2": {"storage": "packed", "kernels": "auto", "parallel": Parallel(4, "fsdp2")},
     }.items():
         assert run.strategies[name] == plan_of(Mixed, IMAGES, optimizer=torch.optim.Adam, **options).bytes
 
 
 # --- refusals -----------------------------------------------------------------------------------------------------
-
-
-def test_packed_weights_cannot_be_sharded():
-    with pytest.raises(TopKastError, match="fsdp2 shards dense parameters and does not support storage='packed'"):
-        plan_of(Mixed, IMAGES, storage="packed", parallel=Parallel(2, "fsdp2"))
 
 
 def test_model_that_does_not_fit_its_input_is_refused_by_shape():

@@ -91,6 +91,7 @@ class Held:
         trains: whether it requires a gradient.
         structure: what its sets consist of.
         product: how the layer multiplies by a packed weight.
+        shares: whether processes share θ of a packed weight in their host memory.
     """
 
     shape: tuple[int, ...]
@@ -102,6 +103,7 @@ class Held:
     trains: bool = True
     structure: Structure = field(default_factory=Unstructured)
     product: Product | None = None
+    shares: bool = False
 
     @property
     def packs(self) -> bool:
@@ -157,7 +159,7 @@ class OptimizerState:
 
 def bytes_of(held: Held, optimizer: OptimizerState, parallel: Parallel) -> Bytes:
     """Return the bytes of a parameter on the device with the largest part, between two refreshes, and its traffic."""
-    shape = (held.updated,) if held.packs else _shard(held.shape, parallel)
+    shape = _shard((held.updated,) if held.packs else held.shape, parallel)
     entries, itemsize = prod(shape), held.dtype.itemsize
     found = Bytes(weights=entries * itemsize)
     if held.trains:
@@ -173,7 +175,7 @@ def bytes_of(held: Held, optimizer: OptimizerState, parallel: Parallel) -> Bytes
             indices += _INT64 * held.present  # those of B, which the communication hook keeps
         found += Bytes(masks=2 * entries, latent=entries * itemsize, indices=indices)
     elif held.packs:
-        found += Bytes(indices=_packing(held), host=itemsize * prod(held.shape) + _sets(held))
+        found += Bytes(indices=_packing(held), host=_at_home(held, parallel))
     return found + _traffic(held, parallel)
 
 
@@ -200,13 +202,14 @@ def _packing(held: Held) -> int:
     return _INT32 * (2 * (rows + 1) + (columns + 1) + 3 * held.active + (held.present - held.active))
 
 
-def _sets(held: Held) -> int:
-    """Return bytes of the sets and, for blocks, of their scores and of the indices of those in B."""
-    units = prod(held.structure.grid(torch.Size(held.shape)))
-    if not isinstance(held.structure, Block):
-        return 2 * units
-    score = torch.float64.itemsize
-    return (2 + score) * units + _INT64 * held.present * units // prod(held.shape)
+def _at_home(held: Held, parallel: Parallel) -> int:
+    """Return bytes of θ, the sets, and for blocks their scores and places of B in a process' host memory."""
+    grid, score = held.structure.grid(torch.Size(held.shape)), torch.float64.itemsize
+    units, size = prod(grid), prod(held.shape) // max(prod(grid), 1)
+    shared = -(-grid[0] // parallel.devices) * prod(grid[1:]) if held.shares else units
+    is_block = isinstance(held.structure, Block)
+    places = _INT64 * held.present // size if size > 1 else 0
+    return shared * (held.dtype.itemsize * size + 2 + (score if is_block else 0)) + places
 
 
 def _traffic(held: Held, parallel: Parallel) -> Bytes:
@@ -215,7 +218,7 @@ def _traffic(held: Held, parallel: Parallel) -> Bytes:
     if parallel.strategy == "fsdp2":
         # parameters for the forward and again for the backward pass, then gradients; for each batch
         rounds = (3 if held.trains else 2) * parallel.accumulate
-        payload = rounds * whole * itemsize
+        payload = rounds * (held.updated if held.packs else whole) * itemsize
         return Bytes(payload=payload, sent=payload * (devices - 1) // devices)
     if parallel.strategy == "single" or not held.trains:
         return Bytes()

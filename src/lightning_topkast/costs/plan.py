@@ -10,7 +10,6 @@ from torch import nn
 from lightning_topkast.costs.flops import Products, count_products
 from lightning_topkast.costs.memory import Bytes, Held, OptimizerState, Parallel, bytes_of
 from lightning_topkast.engine.install import choose_storage, refuse_or_warn
-from lightning_topkast.errors import TopKastError
 from lightning_topkast.method.density import Counts, SetSizes
 from lightning_topkast.method.targets import Target, find_targets
 from lightning_topkast.settings import Settings
@@ -159,11 +158,6 @@ def make_plan(
     """
     targets, counts, means = _sets(model, settings, total_steps)
     storage = None if settings is None else settings.storage
-    if parallel.strategy == "fsdp2" and isinstance(storage, Packed):
-        raise TopKastError(
-            f"fsdp2 shards dense parameters and does not support storage='{storage.name}'; train with "
-            "storage='masked', or with ddp"
-        )
     products, of_activations = count_products(model, inputs, {t.name: t.parameter for t in targets})
     examples, buffers = len(inputs[0]), Bytes(weights=sum(buffer.nbytes for buffer in model.buffers()))
     layers, obstacles = [], []
@@ -216,7 +210,9 @@ def _held(
     structure = target.structure(settings.structure)
     choice = choose_storage(target, active, updated, storage, structure)
     present = active if settings.schedule.stop_exploring_at == 0 else updated  # no exploration from the first step on
-    return Held(shape, dtype, choice.name, active, updated, present, trains, structure, choice.product), choice.reason
+    shares = isinstance(storage, Packed) and storage.theta == "sharded"
+    held = Held(shape, dtype, choice.name, active, updated, present, trains, structure, choice.product, shares)
+    return held, choice.reason
 
 
 def _layer(
@@ -246,7 +242,7 @@ def _alternatives(settings: Settings | None, parallel: Parallel) -> Iterator[tup
         yield "masked", replicated
         yield "packed", replace(replicated, all_reduce="dense")
     if not alone:
-        for storage in ("dense",) if settings is None else ("dense", "masked"):
+        for storage in ("dense",) if settings is None else ("dense", "masked", "packed"):
             yield storage, replace(parallel, strategy="fsdp2")
 
 

@@ -252,6 +252,11 @@ def to_dense(model: nn.Module) -> nn.Module:
     for _, weight, module, name in list(_packed_places(model, remove_duplicate=False)):
         if id(weight) not in dense:
             parameter = weight.parameter
+            if isinstance(parameter, DTensor):
+                raise TopKastError(
+                    f"'{weight.name}' is sharded by FSDP2, which keeps its parameter: save a distributed checkpoint, "
+                    "and load what topkast-consolidate makes of it into a dense model"
+                )
             alpha = weight.alpha().to(parameter.device, parameter.dtype)
             dense[id(weight)] = nn.Parameter(alpha, requires_grad=parameter.requires_grad)
         unpack_layer(module, name, dense[id(weight)])

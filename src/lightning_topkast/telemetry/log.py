@@ -43,6 +43,10 @@ class Telemetry:
                 if show is not None:
                     self._shows[logger] = guard_of(logger), show
                     guard_of(logger).call("settings", show.log_settings, settings)
+        # other processes take part in the pictures of weights that are sharded
+        draws = any(kind.serves(logger) for logger in trainer.loggers for kind in kinds)
+        sharded = any(weight.sharding.is_sharded for each in engines for weight in each.weights.values())
+        self._draws = bool(self._shows) or (draws and sharded)
         # weights whose curves are not logged
         self._hidden = {name for each in engines if not each.settings.weight_curves for name in each.weights}
         self._media = Media(self._hidden)
@@ -74,7 +78,7 @@ class Telemetry:
             own = self._shows.get(logger)
             log = logger.log_metrics if own is None else own[1].log_metrics
             guard_of(logger).call("metrics", log, shown, step=self._step)
-        if refreshed and self._shows:
+        if refreshed and self._draws:
             self._show(self._media.at_refresh(self._engines, values, self._step))
         if force or not self._is_followed:
             self._end_rows()
@@ -82,7 +86,7 @@ class Telemetry:
     def finish(self) -> None:
         """Log the last values and the media of the whole run."""
         self.log(force=True)
-        if self._shows:
+        if self._draws:
             self._show(self._media.at_end(self._engines))
         self._end_rows()
 

@@ -88,7 +88,10 @@ class MaskDynamics(Callback):
         if not weights:
             raise AppError("callbacks=mask_dynamics needs a sparse run: use sparsity=topkast, or other callbacks")
         if any(weight.sharding.is_sharded for weight in weights):
-            raise AppError("callbacks=mask_dynamics does not support sharded masks: use trainer=ddp or a single device")
+            raise AppError(
+                "callbacks=mask_dynamics does not support sharded masks: use a single device, or trainer=ddp with "
+                "masked storage or Packed(theta='replicated')"
+            )
         return weights
 
 

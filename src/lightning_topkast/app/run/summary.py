@@ -29,8 +29,11 @@ def count_weights(model: nn.Module) -> list[WeightCount]:
     counts = []
     packed = packed_weights(model)
     for name, parameter in model.named_parameters():
+        if name in packed:
+            weight = packed[name]
+            counts.append(WeightCount(name, tuple(weight.shape), weight.size, int(weight.nonzero_entries)))
+            continue
         whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-        whole = packed[name].alpha() if name in packed else whole
         counts.append(WeightCount(name, tuple(whole.shape), whole.numel(), int(whole.count_nonzero())))
     return counts
 

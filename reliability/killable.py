@@ -149,7 +149,7 @@ def train(kind: Kind, folder: Path, rank: int, port: int, place: Place, target: 
     result = {
         "model": model.state_dict(),
         "θ": {name: whole(weight.theta()) for name, weight in callback.topkast.weights.items()},
-        "sets": whole(callback.topkast.state_dict()),
+        "sets": whole(callback.topkast.state_dict(gathered=False)),
         "optimizer": trainer.optimizers[0].state_dict(),
         "schedule": trainer.lr_scheduler_configs[0].scheduler.state_dict(),
         "steps": trainer.global_step,

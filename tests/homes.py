@@ -7,6 +7,7 @@ shares nothing; each rank writes down what it found.
 import copy
 import faulthandler
 import os
+import pickle
 import sys
 import tracemalloc
 import warnings
@@ -25,7 +26,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -139,7 +140,7 @@ def everything(topkast: TopKast, optimizer) -> dict:
         )
         for name, weight in topkast.weights.items()
     }  # fmt: skip
-    state = whole(topkast.state_dict())
+    state = whole(topkast.state_dict(gathered=False))
     return copy.deepcopy({"weights": weights, "optimizer": whole(optimizer.state_dict()), "state": state})
 
 
@@ -393,18 +394,35 @@ def check_lightning(folder: Path, world: int, rank: int) -> dict:
     return found
 
 
+def check_load_after_forward() -> dict:
+    """Weights are loaded where FSDP2 has left the values gathered, since no backward pass followed."""
+    model = nn.Sequential(nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 8))
+    topkast = TopKast(model, **nouns(**OPTIONS))
+    for module in (model[0], model[2], model):
+        fully_shard(module, mesh=mesh_of("slices"), reshard_after_forward=False)
+    other = {key: whole(value) + 1.0 * (whole(value) != 0) for key, value in model.state_dict().items()}
+    with torch.no_grad():
+        model(torch.zeros(2, 16))
+    mesh = mesh_of("slices")
+    loaded = {key: distribute_tensor(value, mesh, [Shard(0)]) for key, value in other.items()}
+    model.load_state_dict(loaded)
+    got = {key: whole(value) for key, value in model.state_dict().items()}
+    followed = [isinstance(weight.parameter, DTensor) for weight in topkast.weights.values()]
+    return {"loaded after a forward pass": same(got, other) and all(followed)}
+
+
 def check_distributed_checkpoints(folder: Path, world: int, others=()) -> dict:
     """What is saved in shards goes on bit for bit in as many ranks, and with the same sets in others and in one."""
     found = {}
     for name, options in {"entries": {}, "blocks": {"structure": "block", "block": (4, 4)}}.items():
         topkast, optimizer, _ = fit(False, steps=7, **options)
-        state = {"topkast": topkast.state_dict()}
+        state = {"topkast": topkast.state_dict(gathered=False)}
         state["model"], state["optimizer"] = get_state_dict(topkast.model, optimizer)
         dcp.save(state, checkpoint_id=folder / f"{name}-{world}")
         end = everything(topkast, optimizer)
         for source in (world, *others):
             resumed, again, _ = fit(False, steps=1, **options)
-            new = {"topkast": resumed.state_dict()}
+            new = {"topkast": resumed.state_dict(gathered=False)}
             new["model"], new["optimizer"] = get_state_dict(resumed.model, again)
             dcp.load(new, checkpoint_id=folder / f"{name}-{source}")
             set_state_dict(resumed.model, again, model_state_dict=new["model"], optim_state_dict=new["optimizer"])
@@ -467,7 +485,10 @@ def check_states(folder: Path, rank: int) -> dict:
         if rank == 0:
             torch.save(gathered, folder / "whole.pt")
         dist.barrier()
-        states = {"whole": torch.load(folder / "whole.pt", weights_only=True), "shards": trained.state_dict()}
+        states = {
+            "whole": torch.load(folder / "whole.pt", weights_only=True),
+            "shards": trained.state_dict(gathered=False),
+        }
         train(trained, optimizer, 8, first=7)
         expected = everything(trained, optimizer)
         for kind, theta in (("whole", "sharded"), ("whole", "replicated"), ("shards", "sharded")):
@@ -535,8 +556,16 @@ def check_refusals(rank: int, world: int) -> dict:
     found["drift"] = refusal(topkast.refresh)
 
     topkast, _ = run("sharded", 4)
+    found["one rank would save its part"] = refusal(topkast.state_dict)
+    found["pickle"] = refusal(lambda: pickle.dumps(topkast.model))
+    sliced, optimizer = run("slices", 4)
+    found["release"] = refusal(sliced.release)
+    found["exclude"] = refusal(lambda: sliced.exclude(["layer1.weight"]))
+    train(sliced, optimizer, 4, first=4)
+    found["neither has changed anything"] = same(everything(sliced, optimizer), everything(*run("replicated", 8)))
+
     for key, value in {"tiers": 3, "latent": torch.nan, "never_active": None}.items():
-        damaged = topkast.state_dict()
+        damaged = topkast.state_dict(gathered=False)
         weight = damaged["weights"]["layer1.weight"]
         if value is None:
             weight[key] = weight[key].to_local()[:1]
@@ -564,7 +593,12 @@ class Largest(TorchDispatchMode):
 def check_memory() -> dict:
     """What each rank keeps, and the largest it ever allocates in steps and refreshes."""
     found = {}
-    for name, options in {"entries": {}, "blocks": {"structure": "block", "block": (16, 16)}}.items():
+    kinds = {
+        "entries": {},
+        "random": {"exploration": "random"},
+        "blocks": {"structure": "block", "block": (16, 16)},
+    }
+    for name, options in kinds.items():
         host, device, largest = {}, {}, {}
         for kind in ("replicated", "sharded", "slices"):
             setting = {"forward_sparsity": 0.95, "backward_sparsity": 0.9, "update_every": 2}
@@ -602,6 +636,7 @@ def ranks(rank: int, folder: Path, world: int, others: list[int]) -> None:
     found |= check_refusals(rank, world)
     found |= check_fsdp2()
     found |= check_distributed_checkpoints(folder.parent, world, others)
+    found |= check_load_after_forward()
     found |= check_plan(world)
     found |= check_lightning(folder, world, rank)
     found |= check_memory()

@@ -54,7 +54,11 @@ class Note(Callback):
         self.folder, self.callback = folder, callback
 
     def on_train_end(self, trainer, pl_module):
-        state = whole(self.callback.topkast.state_dict()), parameters_of(pl_module), self.callback.topkast.refresh_count
+        state = (
+            whole(self.callback.topkast.state_dict(gathered=False)),
+            parameters_of(pl_module),
+            self.callback.topkast.refresh_count,
+        )
         torch.save((*state, _sizes), self.folder / f"trained-{trainer.global_rank}.pt")
 
 

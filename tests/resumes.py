@@ -56,7 +56,7 @@ class Saves(Callback):
             "steps": trainer.global_step,
             "parameters": parameters_of(pl_module),
             "θ": {name: whole(weight.theta()) for name, weight in weights.items()},
-            "sets": whole(self.callback.topkast.state_dict()),
+            "sets": whole(self.callback.topkast.state_dict(gathered=False)),
             "optimizer": trainer.optimizers[0].state_dict(),
         }
         torch.save(state, self.folder / f"trained-{trainer.global_rank}.pt")

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lightning_topkast.method import selection
 from lightning_topkast.method.selection import (
     SAMPLE,
     NonFiniteScoresError,
@@ -227,6 +228,14 @@ def test_drawn_numbers_follow_from_seed_step_and_name_alone():
     others += [drawn(12, 3, "w", (40, 50)), drawn(1, 2, "3w", (40, 50))]  # also where the digits are the same
     for other in others:
         assert (other == numbers).float().mean() < 0.01
+
+
+def test_rows_of_drawn_numbers_are_those_of_all(monkeypatch):
+    monkeypatch.setattr(selection, "_CHUNK", 7)
+    for shape in ((40, 5), (9,), (6, 3, 2)):
+        numbers = drawn(1, 23, "w", shape)
+        for rows in ((0, shape[0]), (0, 4), (3, 6), (5, 5), (4, shape[0])):
+            assert torch.equal(drawn(1, 23, "w", shape, rows), numbers[slice(*rows)])
 
 
 def test_drawn_numbers_are_uniform_and_below_one():

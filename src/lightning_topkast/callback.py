@@ -157,7 +157,7 @@ class TopKastCallback(Callback):
     def _attach(self, topkast: TopKast, trainer: Trainer) -> None:
         if topkast is self._new:
             # another callback may have frozen weights after we packed them; those of an earlier fit stay sparse
-            topkast.exclude([name for name, weight in topkast.weights.items() if not weight.parameter.requires_grad])
+            topkast.exclude(topkast.frozen)
             if not topkast.weights:
                 raise TopKastError("all weights chosen to be sparse are frozen; unfreeze some, or include others")
         state, self._saved_state = self._saved_state, None

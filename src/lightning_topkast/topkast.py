@@ -9,11 +9,12 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_topkast.engine.attached import Attached
-from lightning_topkast.engine.install import check_targets, install, make_weights, release
+from lightning_topkast.engine.install import check_release, check_targets, install, make_weights, release
 from lightning_topkast.engine.materialize import materialize
 from lightning_topkast.engine.notices import Notices
 from lightning_topkast.engine.refresh import Refresher, Selection
@@ -200,6 +201,12 @@ class TopKast:
         return self._attached.left_out(self._weights)
 
     @property
+    def frozen(self) -> list[str]:
+        """Names of sparse weights that require no gradient."""
+        self._reshard()
+        return [name for name, weight in self._weights.items() if not weight.parameter.requires_grad]
+
+    @property
     def is_attached(self) -> bool:
         """Whether this engine is attached to an optimizer."""
         return len(self._attached) > 0
@@ -365,9 +372,14 @@ class TopKast:
             weight.is_trained = False
 
     def release(self) -> None:
-        """Put every stored θ back into the model, which is dense afterwards; this engine cannot be used again."""
-        self._let_go()
+        """Put every stored θ back into the model, which is dense afterwards; this engine cannot be used again.
+
+        Raises:
+            TopKastError: a weight is packed and sharded by FSDP2; nothing has changed.
+        """
         self._reshard()
+        check_release(self._weights.values())
+        self._let_go()
         for target in self._targets:
             if target.name in self._weights:
                 release(target, self._weights[target.name])
@@ -412,8 +424,13 @@ class TopKast:
         return bool(earlier or packed)
 
     def exclude(self, names: Collection[str]) -> None:
-        """Make the named weights dense again; they stay dense."""
+        """Make the named weights dense again; they stay dense.
+
+        Raises:
+            TopKastError: one of them is packed and sharded by FSDP2; nothing has changed.
+        """
         self._reshard()
+        check_release(weight for name, weight in self._weights.items() if name in names)
         for target in self._targets:
             if target.name in names:
                 release(target, self._weights.pop(target.name))
@@ -576,15 +593,27 @@ class TopKast:
 
     # --- state ----------------------------------------------------------------------------------------------------
 
-    def state_dict(self, gathered: bool = False) -> dict[str, Any]:
+    def state_dict(self, gathered: bool | None = None) -> dict[str, Any]:
         """Return sets, latent values and step counts: tensors and primitives only, loadable with `weights_only=True`.
 
         Args:
             gathered: return the whole tensors of sharded weights, on rank 0 only, instead of the DTensors that
                 `torch.distributed.checkpoint` saves; every rank must call it then. Every rank can load the DTensors,
-                and the whole tensors once it has read or received them.
+                and the whole tensors once it has read or received them. None: DTensors, but not where only θ of packed
+                weights is shared (DDP), of which one rank might save its own part.
+
+        Raises:
+            TopKastError: `gathered` is None and θ is shared.
         """
         self._reshard()
+        for weight in self._weights.values() if gathered is None else ():
+            if weight.sharding.is_sharded and not isinstance(weight.parameter, DTensor):
+                raise TopKastError(
+                    f"the processes share θ of the packed weight '{weight.name}': call state_dict(gathered=True) in "
+                    "all of them and save what rank 0 gets (gathered=False is for torch.distributed.checkpoint), or "
+                    "make TopKast with Packed(theta='replicated')"
+                )
+        gathered = bool(gathered)
         self.accept_writes(closely=True)
         own = self._refresher.own_sizes
         plans = {

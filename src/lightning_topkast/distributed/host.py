@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from lightning_topkast.distributed.sharding import Sharding, to_local
+from lightning_topkast.errors import TopKastError
 
 
 class HostGroup:
@@ -25,6 +26,13 @@ class HostGroup:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._own, self._background = (dist.new_group(backend="gloo") for _ in range(2))
         self.mesh = DeviceMesh.from_group(self._own, "cpu")
+
+    def __reduce__(self) -> Any:
+        """Refuse to be pickled, in words."""
+        raise TopKastError(
+            "a packed model cannot be pickled while processes share its θ: save model.state_dict() and "
+            "topkast.state_dict(gathered=True), or make TopKast with Packed(theta='replicated')"
+        )
 
     @property
     def of_thread(self) -> Any:
@@ -153,6 +161,11 @@ class RowSharding(Sharding):
         begin, end = self.boundaries[group.rank : group.rank + 2]
         self._coordinates = {0: torch.arange(begin, end)}
         self.local_shape = torch.Size((end - begin, *shape[1:]))
+
+    @property
+    def rows(self) -> tuple[int, int] | None:
+        """The first row of this process' part, and the one after its last."""
+        return self.boundaries[self._group.rank], self.boundaries[self._group.rank + 1]
 
     def sum(self, value: Tensor) -> Tensor:
         """Return `value` summed over all parts; a collective."""

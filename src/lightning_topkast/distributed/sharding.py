@@ -73,6 +73,11 @@ class Sharding:
         return bool(self._coordinates)
 
     @property
+    def rows(self) -> tuple[int, int] | None:
+        """The first row of this process' part, and the one after its last; None if it is not known to be such rows."""
+        return None
+
+    @property
     def local_sizes(self) -> list[int]:
         """Sizes of this process' part in each dimension; FSDP2 gives an empty part another shape."""
         return [len(self._coordinates.get(dim, range(size))) for dim, size in enumerate(self.shape)]

@@ -148,5 +148,5 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
 
 def _drawn(weight: SparseWeight, choice: Choice) -> Tensor:
     """Return the numbers drawn for the units of which this process chooses."""
-    numbers = drawn(choice.seed, choice.step, weight.name, weight.structure.grid(weight.shape))
-    return weight.structure.part_of(numbers, weight.sharding).to(to_local(weight.parameter).device)
+    draw = partial(drawn, choice.seed, choice.step, weight.name, weight.structure.grid(weight.shape))
+    return weight.structure.drawn(draw, weight.sharding).to(to_local(weight.parameter).device)

@@ -41,21 +41,7 @@ class SparseLayer(nn.Module):
         error_msgs: list[str],
     ) -> None:
         rest = dict(state_dict)
-        for name, weight in self.packed_weights.items():
-            weight.follow(self._parameters[name])
-            dense = rest.pop(prefix + name, None)
-            if dense is None:
-                missing_keys.extend([prefix + name] if strict else [])
-            elif dense.shape != weight.shape:
-                error_msgs.append(
-                    f"size mismatch for {prefix + name}: expected {tuple(weight.shape)}, the dense shape of the packed "
-                    f"weight, got {tuple(dense.shape)}"
-                )
-            else:
-                try:
-                    weight.load_alpha(dense)
-                except NonFiniteScoresError:
-                    error_msgs.append(f"{prefix + name} holds NaN or infinity")
+        given = {name: rest.pop(prefix + name, None) for name in self.packed_weights}
         # hide the parameters, which super() would copy into or, with assign=True, replace; their order is kept
         parameters = dict(self._parameters)
         for name in self.packed_weights:
@@ -68,6 +54,23 @@ class SparseLayer(nn.Module):
             loaded = dict(self._parameters)
             self._parameters.clear()
             self._parameters.update({name: loaded.get(name, value) for name, value in parameters.items()})
+        for name in given:  # FSDP2 puts the parameters back meanwhile
+            missing_keys[:] = [key for key in missing_keys if key != prefix + name]
+        for name, weight in self.packed_weights.items():
+            weight.follow(self._parameters[name])
+            dense = given[name]
+            if dense is None:
+                missing_keys.extend([prefix + name] if strict else [])
+            elif dense.shape != weight.shape:
+                error_msgs.append(
+                    f"size mismatch for {prefix + name}: expected {tuple(weight.shape)}, the dense shape of the packed "
+                    f"weight, got {tuple(dense.shape)}"
+                )
+            else:
+                try:
+                    weight.load_alpha(dense)
+                except NonFiniteScoresError:
+                    error_msgs.append(f"{prefix + name} holds NaN or infinity")
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         """Move or convert the layer; its parameters must stay the same objects, as `nn.Module.to` usually leaves them.

@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_topkast.ops.flat import Scan, scan
 
 RESERVOIR, EXPLORING, ACTIVE = 0, 1, 2
+_CHUNK = 1 << 22  # numbers that are drawn at a time only to reach those that are asked for
 
 # Number of entries from which the bounds of a threshold are estimated.
 SAMPLE = 1 << 16
@@ -73,7 +74,7 @@ def nested_top_k(
     return tiers.view(scores.shape)
 
 
-def drawn(seed: int, step: int, name: str, shape: Sequence[int]) -> Tensor:
+def drawn(seed: int, step: int, name: str, shape: Sequence[int], rows: tuple[int, int] | None = None) -> Tensor:
     """Return numbers in [0, 1) for a weight, the same on all ranks and in a resumed run, so that no state is saved.
 
     Args:
@@ -81,9 +82,15 @@ def drawn(seed: int, step: int, name: str, shape: Sequence[int]) -> Tensor:
         step: number of optimizer steps taken.
         name: of the weight.
         shape: of the weight's grid of units.
+        rows: the first row of the grid to return and the one after the last; None: all.
     """
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{step}/{name}".encode()))
-    return torch.rand(torch.Size(shape), generator=generator)
+    if rows is None:
+        return torch.rand(torch.Size(shape), generator=generator)
+    length = math.prod(shape[1:])
+    for begin in range(0, rows[0] * length, _CHUNK):  # one number after the other, whatever is asked for at a time
+        torch.rand(min(_CHUNK, rows[0] * length - begin), generator=generator)
+    return torch.rand((rows[1] - rows[0], *shape[1:]), generator=generator)
 
 
 def top_k_then_random(

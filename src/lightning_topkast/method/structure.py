@@ -66,6 +66,15 @@ class Structure(ABC):
         """Return the part of a tensor in the shape of the grid that this process needs for its selection."""
         return sharding.to_local(grid)
 
+    def drawn(self, draw: Callable[[tuple[int, int] | None], Tensor], sharding: Sharding) -> Tensor:
+        """Return the numbers drawn for the units of which this process chooses.
+
+        Args:
+            draw: returns the numbers of some rows of the grid, or of all.
+            sharding: of the weight.
+        """
+        return self.part_of(draw(None), sharding) if sharding.rows is None else draw(sharding.rows)
+
     def tiers(self, chosen: Tensor, sharding: Sharding) -> Tensor:
         """Return the entries' tiers from the units' tiers; for a sharded weight this process' part."""
         return chosen
@@ -189,6 +198,10 @@ class Block(Structure):
     def part_of(self, grid: Tensor, sharding: Sharding) -> Tensor:
         """Return the whole grid, since every process chooses among all blocks."""
         return grid
+
+    def drawn(self, draw: Callable[[tuple[int, int] | None], Tensor], sharding: Sharding) -> Tensor:
+        """Return the numbers of the whole grid."""
+        return draw(None)
 
     def tiers(self, chosen: Tensor, sharding: Sharding) -> Tensor:
         """Return each entry's tier, which is that of its block."""

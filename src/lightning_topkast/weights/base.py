@@ -244,7 +244,7 @@ class SparseWeight(ABC):
         """Do the work of `apply` for these sets that another thread can do in advance."""
 
     def compared(self, tiers: Tensor) -> tuple[Tensor, Sharding]:
-        """Return what all processes must have alike before these sets are applied (uint8), and its sharding."""
+        """Return integers that all processes must have alike before these sets are applied, and their sharding."""
         return tiers, self.sharding
 
     @abstractmethod

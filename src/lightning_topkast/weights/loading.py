@@ -1,6 +1,7 @@
 """The sets of values that other code has written or loaded in place of those that the sets were chosen for."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -64,8 +65,8 @@ def _sets_of(weight: SparseWeight, values: Tensor, before: Before) -> tuple[Tens
     active, updated = (_units_in(weight, members) for members in (was_active, before.tiers != RESERVOIR))
 
     def draw() -> Tensor:
-        numbers = drawn(weight.seed, 0, weight.name, structure.grid(weight.shape))
-        return structure.part_of(numbers, sharding).to(values.device)
+        numbers = partial(drawn, weight.seed, 0, weight.name, structure.grid(weight.shape))
+        return structure.drawn(numbers, sharding).to(values.device)
 
     select = structure.selection(sharding, draw)
     first = select(structure.scores(values.abs(), sharding), (active,)).bool()

@@ -149,7 +149,7 @@ class PackedWeight(SparseWeight):
 
     @property
     def tiers(self) -> Tensor:
-        """uint8 in the weight's shape, on CPU: 0 reservoir, 1 exploring, 2 active."""
+        """uint8 in the weight's shape, on CPU: 0 reservoir, 1 exploring, 2 active; see `theta`."""
         return self.sharding.to_dtensor(self._entries_of(self._tiers.clone()))
 
     @property
@@ -183,7 +183,7 @@ class PackedWeight(SparseWeight):
         return alpha.view(self.shape)
 
     def theta(self) -> Tensor:
-        """Return the stored θ, dense, a copy on CPU."""
+        """Return the stored θ, dense, a copy on CPU; a DTensor where processes share it, which is a collective."""
         return self.sharding.to_dtensor(self._own_theta())
 
     def magnitudes(self) -> Tensor:

@@ -90,7 +90,8 @@ def memory_table(plan: Plan) -> Table:
     many = f"each of {parallel.devices} devices" if parallel.devices > 1 else "one device"
     table = Table(title=f"Memory and communication of {many}", title_justify="left", box=box.SIMPLE_HEAD, padding=0)
     table.add_column("")
-    columns = {"this run": plan.bytes, **{name.replace("_", ", "): taken for name, taken in plan.strategies.items()}}
+    others = {name.replace("_", ", "): taken for name, taken in plan.strategies.items() if taken != plan.bytes}
+    columns = {"this run": plan.bytes, **others}
     for name in columns:
         table.add_column(name, justify="right", style="bold" if name == "this run" else "")
     for kind, name in _KINDS.items():

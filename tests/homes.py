@@ -625,7 +625,7 @@ def check_memory() -> dict:
 
 
 def ranks(rank: int, folder: Path, world: int, others: list[int]) -> None:
-    faulthandler.dump_traceback_later(600, exit=True)  # a rank that waits for another says where
+    faulthandler.dump_traceback_later(1500, exit=True)  # a rank that waits for another says where
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from tests import processes
 from tests.helpers import plain_path
@@ -18,14 +19,20 @@ STATES = ["adamw", "blocks", "blocks, delayed", "delayed", "2:4"]
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """Gives what homes.py has found on every rank of so many."""
+    """Gives what homes.py has found on every rank of so many; it takes minutes, so it runs once for all workers."""
     if not hasattr(os, "fork"):
         pytest.skip("ranks are forked")
-    folder = tmp_path_factory.mktemp("homes")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(plain_path()), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, Path(__file__).with_name("homes.py"), folder, *WORLDS]
-    done = processes.run(command, env=environment, cwd=folder)
-    assert done.returncode == 0, done.stderr
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "homes"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "ended").exists():
+            folder.mkdir()
+            environment = os.environ | {"PYTHONPATH": os.pathsep.join(plain_path()), "OMP_NUM_THREADS": "1"}
+            command = [sys.executable, Path(__file__).with_name("homes.py"), folder, *WORLDS]
+            done = processes.run(command, env=environment, cwd=folder)
+            (folder / "ended").write_text(done.stderr if done.returncode else "")
+    failure = (folder / "ended").read_text()
+    assert not failure, failure
 
     def found(world: int) -> list[dict]:
         return [torch.load(folder / f"{world}/found-{rank}.pt", weights_only=True) for rank in range(world)]

@@ -20,8 +20,8 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from loader import Resumable
 from nouns import nouns
-from reliability.whole import whole
 from torch import Tensor, nn
+from whole import whole
 
 from lightning_topkast import AtomicCheckpointIO, StepBoundaryCheckpoint, TopKastCallback
 from lightning_topkast.engine.refresh import Refresher

@@ -11,9 +11,9 @@ from math import prod
 from typing import Any
 
 import torch
-from reliability.whole import whole
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from whole import whole
 
 from lightning_topkast.engine.optimizer_state import SETS
 from lightning_topkast.reference import Reference, Sets, draw, largest, mask

@@ -35,6 +35,7 @@ from lightning_topkast.baselines import SET, Static
 from lightning_topkast.costs import OptimizerState, Parallel, make_plan
 from lightning_topkast.distributed import RowSharding, Shares, exchange, host_group, to_local
 from lightning_topkast.layers import packed_weights
+from lightning_topkast.method import selection
 from lightning_topkast.settings import Settings
 from lightning_topkast.training.sharded_checkpoint import consolidate
 from tests.helpers import OPTIMIZERS, Batches, SaveAfter, make_trainer, same
@@ -592,6 +593,7 @@ class Largest(TorchDispatchMode):
 
 def check_memory() -> dict:
     """What each rank keeps, and the largest it ever allocates in steps and refreshes."""
+    selection._CHUNK = 1 << 14  # as little beside this weight as it is beside a large one
     found = {}
     kinds = {
         "entries": {},

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_topkast.engine.attached import Attached
-from lightning_topkast.engine.install import check_release, check_targets, install, make_weights, release
+from lightning_topkast.engine.install import check_targets, install, make_weights, release
 from lightning_topkast.engine.materialize import materialize
 from lightning_topkast.engine.notices import Notices
 from lightning_topkast.engine.refresh import Refresher, Selection
@@ -378,7 +378,8 @@ class TopKast:
             TopKastError: a weight is packed and sharded by FSDP2; nothing has changed.
         """
         self._reshard()
-        check_release(self._weights.values())
+        for weight in self._weights.values():
+            weight.check_release()
         self._let_go()
         for target in self._targets:
             if target.name in self._weights:
@@ -430,7 +431,8 @@ class TopKast:
             TopKastError: one of them is packed and sharded by FSDP2; nothing has changed.
         """
         self._reshard()
-        check_release(weight for name, weight in self._weights.items() if name in names)
+        for name in self._weights.keys() & set(names):
+            self._weights[name].check_release()
         for target in self._targets:
             if target.name in names:
                 release(target, self._weights.pop(target.name))

@@ -181,9 +181,7 @@ class RowSharding(Sharding):
 
     def to_dtensor(self, part: Tensor) -> Tensor:
         """Return a tensor in the weight's shape of which `part` is this process' part."""
-        part = self._exchanged(part, self._own, self._of_dtensor).view(-1, *self.shape[1:])
-        strides = torch.empty(self.shape, device="meta").stride()
-        return DTensor.from_local(part, self._mesh, self._placements, run_check=False, shape=self.shape, stride=strides)
+        return self._as_dtensor(self._exchanged(part, self._own, self._of_dtensor).view(-1, *self.shape[1:]))
 
     def full_tensor(self, part: Tensor) -> Tensor:
         """Return the whole tensor of which `part` is this process' part, on the host; see `Sharding.full_tensor`."""

@@ -130,16 +130,12 @@ class Sharding:
 
     def to_dtensor(self, part: Tensor) -> Tensor:
         """Return a tensor in the weight's shape of which `part` is this process' part; no collective."""
-        if self._mesh is None:
-            return part
+        return part if self._mesh is None else self._as_dtensor(part.reshape(self.local_sizes))
+
+    def _as_dtensor(self, local: Tensor) -> Tensor:
         strides = torch.empty(self.shape, device="meta").stride()
         return DTensor.from_local(
-            part.reshape(self.local_sizes),
-            self._mesh,
-            self._placements,
-            run_check=False,
-            shape=self.shape,
-            stride=strides,
+            local, self._mesh, self._placements, run_check=False, shape=self.shape, stride=strides
         )
 
     def full_tensor(self, part: Tensor) -> Tensor:

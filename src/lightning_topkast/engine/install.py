@@ -1,7 +1,7 @@
 """Choosing the storage of each sparse weight, and putting weights into the model and out again."""
 
 import warnings
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, cast
 
@@ -184,16 +184,6 @@ def install(target: Target, weight: SparseWeight) -> None:
         kind = product_of(module, name) if weight.storage == "packed" else None
         pack_layer(module, name, weight, kind or (StackLayer if target.is_stack else SparseLayer))
     target.parameter = weight.parameter
-
-
-def check_release(weights: Iterable[SparseWeight]) -> None:
-    """Refuse to put θ back into layers whose parameters FSDP2 keeps."""
-    for weight in weights:
-        if weight.is_packed and isinstance(weight.parameter, DTensor):
-            raise TopKastError(
-                f"'{weight.name}' is packed and sharded by FSDP2, which keeps its parameter: it cannot become dense in "
-                "this model; save a checkpoint and load it into a dense one"
-            )
 
 
 def release(target: Target, weight: SparseWeight) -> None:

@@ -252,14 +252,12 @@ def to_dense(model: nn.Module) -> nn.Module:
         the model.
     """
     dense: dict[int, nn.Parameter] = {}
-    for _, weight, module, name in list(_packed_places(model, remove_duplicate=False)):
+    places = list(_packed_places(model, remove_duplicate=False))
+    for _, weight, _, _ in places:
+        weight.check_release()
+    for _, weight, module, name in places:
         if id(weight) not in dense:
             parameter = weight.parameter
-            if isinstance(parameter, DTensor):
-                raise TopKastError(
-                    f"'{weight.name}' is sharded by FSDP2, which keeps its parameter: save a distributed checkpoint, "
-                    "and load what topkast-consolidate makes of it into a dense model"
-                )
             alpha = weight.alpha().to(parameter.device, parameter.dtype)
             dense[id(weight)] = nn.Parameter(alpha, requires_grad=parameter.requires_grad)
         unpack_layer(module, name, dense[id(weight)])

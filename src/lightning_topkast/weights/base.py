@@ -243,6 +243,13 @@ class SparseWeight(ABC):
     def prepare(self, tiers: Tensor) -> None:  # noqa: B027  most need not
         """Do the work of `apply` for these sets that another thread can do in advance."""
 
+    def check_release(self) -> None:  # noqa: B027  masked weights always can
+        """Refuse to put θ back into the layers as an ordinary dense weight, if that cannot be.
+
+        Raises:
+            TopKastError: the weight is packed and sharded by FSDP2.
+        """
+
     def compared(self, tiers: Tensor) -> tuple[Tensor, Sharding]:
         """Return integers that all processes must have alike before these sets are applied, and their sharding."""
         return tiers, self.sharding

@@ -134,6 +134,15 @@ class PackedWeight(SparseWeight):
         self.parameter = cast(nn.Parameter, parameter)
         self._note_own_write()
 
+    def check_release(self) -> None:
+        """Refuse if FSDP2 keeps the parameter; see `SparseWeight.check_release`."""
+        if isinstance(self.parameter, DTensor):
+            raise TopKastError(
+                f"'{self.name}' is packed and sharded by FSDP2, which keeps its parameter: it cannot become dense in "
+                "this model; save a distributed checkpoint, and load what topkast-consolidate makes of it into a dense "
+                "one"
+            )
+
     @property
     def _local(self) -> Tensor:
         """What this process has of the parameter."""
@@ -192,21 +201,19 @@ class PackedWeight(SparseWeight):
 
     def scores(self) -> Tensor:
         """Return the units' scores, on CPU, in the shape of their grid; see `Structure.scores`."""
-        own = self._own()
+        self._update_home(self._own())
         if self._scores is None:
-            self._update_theta(own)
             magnitudes = torch.abs(self._theta, out=empty(self._theta.numel(), self._theta.dtype))
             return self.structure.scores(magnitudes.view(self.sharding.local_shape), self.sharding)
-        self._update_scores(own)
         return self._shared_scores(self._scores)
 
     def snapshot(self) -> Callable[[], Tensor]:
         """Return a function that gives the present `scores`; only B is copied, since C changes only at a refresh."""
+        own = self._own()
         if self._scores is not None:
-            self._update_scores(self._own())
+            self._update_home(own)
             scores = self._scores.clone()
             return lambda: self._shared_scores(scores)
-        own = self._own()
         theta, places, values = self._theta, own.places, self._brought(own).clone()
         shape = self.sharding.local_shape
         return lambda: self.structure.scores(_with_values(theta, places, values).view(shape).abs_(), self.sharding)
@@ -234,17 +241,14 @@ class PackedWeight(SparseWeight):
         """Return for each entry at home here what its unit has."""
         return self.structure.tiers(units, self._home.rows)
 
-    def _update_theta(self, own: Own) -> None:
-        """Update θ on B in the host's copy."""
-        put_(self._theta, own.places, self._brought(own), own.split)
-        self._updated = stamp(self.parameter)
-
-    def _update_scores(self, own: Own) -> None:
-        """Update the scores of B's units."""
+    def _update_home(self, own: Own) -> None:
+        """Update θ on B in the host's copy, and the scores of B's blocks; a collective if the weight is shared."""
+        values = self._brought(own)
+        put_(self._theta, own.places, values, own.split)
         if self._scores is not None:
             assert isinstance(self.structure, Block)
-            norms = self.structure.norms(self._brought(own).view(-1, self._unit_size))
-            self._scores.view(-1).index_copy_(0, own.units, norms)
+            self._scores.view(-1).index_copy_(0, own.units, self.structure.norms(values.view(-1, self._unit_size)))
+        self._updated = stamp(self.parameter)
 
     def _scores_of(self, theta: Tensor) -> Tensor | None:
         if not isinstance(self.structure, Block):
@@ -276,9 +280,8 @@ class PackedWeight(SparseWeight):
         prepared, self._prepared = self._prepared, None
         given, tiers = tiers, self._on_grid(tiers)
         layout = prepared[1] if prepared is not None and prepared[0] is given else self._pack(tiers)
-        self._update_scores(own)
         if self._updated != stamp(self.parameter):  # unless for the scores, just before
-            self._update_theta(own)
+            self._update_home(own)
         new = self._home.own(layout)
         if self.clears_dropped:
             forgotten = (tiers == RESERVOIR) & (self._tiers != RESERVOIR)

@@ -22,6 +22,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from reliability.nouns import nouns
 from reliability.whole import whole
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -162,6 +163,9 @@ def check_runs(steps: int) -> dict:
             found[f"{name}, {kind}, shared"] = shares_theta(topkast)
             sliced = [isinstance(weight.parameter, DTensor) for weight in topkast.weights.values()]
             found[f"{name}, {kind}, sliced"] = all(sliced) if kind in KINDS[1:] else not any(sliced)
+            shown = [each for w in topkast.weights.values() for each in (w.theta(), w.alpha(), w.tiers)]
+            dtensors = [isinstance(each, DTensor) for each in shown]
+            found[f"{name}, {kind}, shown"] = all(dtensors) if kind in KINDS[1:] else not any(dtensors)
     return found
 
 
@@ -379,7 +383,11 @@ def check_lightning(folder: Path, world: int, rank: int) -> dict:
         whole_run, logged = fit_with_lightning(folder, world, SaveAfter(half, epoch=1), logger=logger, **options)
         resumed, _ = fit_with_lightning(folder, world, ckpt_path=half, **options)
         found[f"lightning, {name}: resumed"] = same(resumed, whole_run)
-        ddp, logged_by_ddp = fit_with_lightning(folder, world, kind="ddp", **options)
+        logger = TensorBoardLogger(folder / "ddp") if name == "blocks" else False
+        ddp, logged_by_ddp = fit_with_lightning(folder, world, kind="ddp", logger=logger, **options)
+        if logger and rank == 0:
+            images = EventAccumulator(logger.log_dir).Reload().Tags()["images"]
+            found[f"lightning, {name}: masks are drawn"] = any("topkast/masks" in image for image in images)
         found[f"lightning, {name}: as DDP"] = close(whole_run["weights"], ddp["weights"])
         found[f"lightning, {name}: logged"] = close(logged, logged_by_ddp)
         if rank == 0:

@@ -9,7 +9,6 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -609,7 +608,7 @@ class TopKast:
         """
         self._reshard()
         for weight in self._weights.values() if gathered is None else ():
-            if weight.sharding.is_sharded and not isinstance(weight.parameter, DTensor):
+            if weight.sharding.is_sharded and not weight.is_dtensor:
                 raise TopKastError(
                     f"the processes share θ of the packed weight '{weight.name}': call state_dict(gathered=True) in "
                     "all of them and save what rank 0 gets (gathered=False is for torch.distributed.checkpoint), or "

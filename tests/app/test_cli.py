@@ -65,12 +65,15 @@ def test_typo_exits_with_code_2_and_one_line(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_share_one_run_folder(tmp_path):
-    result = topkast_train("trainer=ddp_cpu", *QUICK, folder=tmp_path)
+@pytest.mark.parametrize("storage", ["masked", "packed"])
+def test_two_processes_share_one_run_folder(tmp_path, storage):
+    storage = f"sparsity.storage={storage}"
+    result = topkast_train("trainer=ddp_cpu", "callbacks=mask_dynamics", storage, *QUICK, folder=tmp_path)
     assert "MEMBER: 2/2" in result.stderr + result.stdout
     assert result.stdout.count("Realised sparsity") == 1
     (folder,) = tmp_path.glob("outputs/*/*")
     assert (folder / "checkpoints" / "best.ckpt").is_file()
+    assert (folder / "masks.json").is_file()
     assert len(list((folder / "wandb").glob("offline-run-*"))) == 1
 
 

@@ -183,11 +183,11 @@ class RowSharding(Sharding):
         """Return a tensor in the weight's shape of which `part` is this process' part."""
         return self._as_dtensor(self._exchanged(part, self._own, self._of_dtensor).view(-1, *self.shape[1:]))
 
-    def full_tensor(self, part: Tensor) -> Tensor:
-        """Return the whole tensor of which `part` is this process' part, on the host; see `Sharding.full_tensor`."""
-        on_rank_0 = Shares([[(0, self.shape.numel())], *([] for _ in self.boundaries[2:])])
-        whole = self._exchanged(part, self._own, on_rank_0)
-        return whole.view(self.shape) if self._group.rank == 0 else whole
+    def full_tensor(self, part: Tensor, everywhere: bool = False) -> Tensor:
+        """Return the whole tensor, on the host; see `Sharding.full_tensor`."""
+        whole, size, rank = [(0, self.shape.numel())], self._group.size, self._group.rank
+        found = self._exchanged(part, self._own, Shares([whole if everywhere or to == 0 else [] for to in range(size)]))
+        return found.view(self.shape) if everywhere or rank == 0 else found
 
     def _exchanged(self, part: Tensor, before: Shares, after: Shares) -> Tensor:
         return exchange(part.cpu().contiguous().view(-1), before, after, self._group)

@@ -138,14 +138,15 @@ class Sharding:
             local, self._mesh, self._placements, run_check=False, shape=self.shape, stride=strides
         )
 
-    def full_tensor(self, part: Tensor) -> Tensor:
+    def full_tensor(self, part: Tensor, everywhere: bool = False) -> Tensor:
         """Return the whole tensor of which `part` is this process' part, on the host; a collective.
 
-        Returns:
-            the tensor in the weight's shape on rank 0, an empty tensor on the other ranks to save memory.
+        Args:
+            part: in the shape of this process' part.
+            everywhere: on every rank, rather than on rank 0 and empty on the other ranks, to save memory.
         """
         whole = self.to_dtensor(part).full_tensor()  # type: ignore[attr-defined]
-        return whole.cpu() if dist.get_rank() == 0 else whole.new_empty(0, device="cpu")
+        return whole.cpu() if everywhere or dist.get_rank() == 0 else whole.new_empty(0, device="cpu")
 
     def to_save(self, part: Tensor, gathered: bool) -> Tensor:
         """Return what a saved state has of a tensor of which `part` is this process' part: a contiguous copy on CPU.

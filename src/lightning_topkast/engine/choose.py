@@ -11,7 +11,7 @@ from lightning_topkast.distributed import Sharding, to_local
 from lightning_topkast.errors import NonFiniteWeightError
 from lightning_topkast.method.density import Counts
 from lightning_topkast.method.rule import Candidates, Rule
-from lightning_topkast.method.selection import NonFiniteScoresError, drawn
+from lightning_topkast.method.selection import ACTIVE, NonFiniteScoresError, drawn
 from lightning_topkast.method.stack import Stack
 from lightning_topkast.method.structure import Structure
 from lightning_topkast.weights import SparseWeight
@@ -74,7 +74,7 @@ def choose(
         scores=join(scores),
         active_count=sum(active for active, _ in counts),
         updated_count=sum(updated for _, updated in counts),
-        active=lambda: join([weight.structure.members(weight.active, weight.sharding) for weight in weights]),
+        active=lambda: join([w.structure.members(w.own_tiers == ACTIVE, w.sharding) for w in weights]),
         draw=draw,
         gradient=join([w.structure.scores(values, w.sharding) for w, values in zip(weights, gradients, strict=True)])
         if len(gradients) == len(weights)

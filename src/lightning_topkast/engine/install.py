@@ -192,8 +192,6 @@ def release(target: Target, weight: SparseWeight) -> None:
         weight.release()
         return
     parameter, theta = weight.parameter, weight.theta()
-    if isinstance(theta, DTensor):
-        theta = theta.full_tensor()
     theta = theta.to(parameter.device, parameter.dtype)
     target.parameter = nn.Parameter(theta, requires_grad=parameter.requires_grad)
     for module, name in target.owners:

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from lightning_topkast.distributed import to_local
 from lightning_topkast.telemetry.pictures import heatmap, histogram_picture, mask_picture, on_white
 from lightning_topkast.topkast import TopKast
 from lightning_topkast.weights import SparseWeight
@@ -100,7 +99,7 @@ class Media:
                 continue
             image = histogram_picture(groups, {name: _least(groups[name]) for name in groups if name != "reservoir"})
             media[f"topkast/thresholds/{weight.name}"] = Picture(image, "magnitudes by set, and where the sets meet")
-            if not weight.sharding.is_sharded:
+            if not weight.is_dtensor:
                 picture = on_white(mask_picture(weight.tiers.cpu().numpy()))
                 media[f"topkast/masks/{weight.name}"] = Picture(picture, _KEY)
         return media
@@ -147,8 +146,8 @@ def split_histogram(weight: SparseWeight) -> dict[str, Histogram]:
 
     For a sharded weight only this process' part is counted.
     """
-    magnitudes = to_local(weight.theta()).abs().float().cpu().flatten()
-    tiers = to_local(weight.tiers).cpu().flatten()
+    magnitudes = weight.own_theta().abs().float().cpu().flatten()
+    tiers = weight.own_tiers.cpu().flatten()
     finite = magnitudes.isfinite()  # a run may have diverged since its last refresh, which refuses non-finite values
     magnitudes, tiers = magnitudes[finite], tiers[finite]
     groups = {name: magnitudes[tiers == tier] for name, tier in (("active", 2), ("exploring", 1), ("reservoir", 0))}

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_topkast.layers import packed_weights
 from lightning_topkast.topkast import TopKast
@@ -28,7 +28,7 @@ class SparseAverages:
     def __init__(self, trainer: Trainer, topkast: TopKast) -> None:
         self._trainer = trainer
         self._topkast = topkast
-        self._active = {name: weight.active for name, weight in topkast.weights.items()}
+        self._active = self._masks()
         self._refreshes = topkast.refresh_count
 
     @staticmethod
@@ -45,10 +45,13 @@ class SparseAverages:
             }
             packed = packed_weights(average)
             for name, weight in self._topkast.weights.items():
-                weight.sparsify_average(packed.get(name, parameters[name]), self._active[name])
+                weight.sparsify_average(packed.get(name, parameters[name]), self._active.get(name))
         if self._refreshes != self._topkast.refresh_count:
             self._refreshes = self._topkast.refresh_count
-            self._active = {name: weight.active for name, weight in self._topkast.weights.items()}
+            self._active = self._masks()
+
+    def _masks(self) -> dict[str, Tensor]:
+        return {name: weight.active for name, weight in self._topkast.weights.items() if not weight.is_packed}
 
 
 def copy_again(trainer: Trainer, pl_module: LightningModule) -> None:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lightning_topkast.distributed import Sharding, to_local
 from lightning_topkast.errors import TopKastError
@@ -156,9 +157,19 @@ class SparseWeight(ABC):
         return self.shape.numel()
 
     @property
+    def is_dtensor(self) -> bool:
+        """Whether the parameter is a DTensor, so that `theta()`, `alpha()`, `tiers`, `active` and `updated` are."""
+        return isinstance(self.parameter, DTensor)
+
+    @property
     @abstractmethod
     def tiers(self) -> Tensor:
         """uint8 in the weight's shape: 0 reservoir, 1 exploring, 2 active."""
+
+    @property
+    @abstractmethod
+    def own_tiers(self) -> Tensor:
+        """`tiers` of this process' part, as `own_theta`."""
 
     @property
     def active(self) -> Tensor:
@@ -218,6 +229,10 @@ class SparseWeight(ABC):
     def theta(self) -> Tensor:
         """Return the stored θ, dense, a copy."""
 
+    def own_theta(self) -> Tensor:
+        """Return θ of this process' part of the weight, all of it unless `sharding` says otherwise; a copy."""
+        return to_local(self.theta())
+
     @abstractmethod
     def magnitudes(self) -> Tensor:
         """Return |θ|, contiguous, a copy; for a sharded weight this process' part."""
@@ -225,8 +240,8 @@ class SparseWeight(ABC):
     @torch.no_grad()
     def count_zeros(self) -> tuple[int, int]:
         """Return the number of zeros in θ, and of those outside B; a collective for a sharded weight."""
-        zero = to_local(self.theta()) == 0
-        outside = zero & (to_local(self.tiers) == 0).to(zero.device)
+        zero = self.own_theta() == 0
+        outside = zero & (self.own_tiers == 0).to(zero.device)
         counts = torch.stack([torch.count_nonzero(zero), torch.count_nonzero(outside)])
         whole, reservoir = self.sharding.sum(counts).tolist()
         return whole, reservoir
@@ -514,13 +529,13 @@ class SparseWeight(ABC):
         """
 
     @abstractmethod
-    def sparsify_average(self, average: Any, active_before: Tensor) -> None:
+    def sparsify_average(self, average: Any, active_before: Tensor | None) -> None:
         """Make a running average of α zero outside A, and restart it at θ for entries that have entered A.
 
         Args:
             average: the average in its own model: a `Tensor` in the weight's shape, or the `SparseWeight` of a packed
                 layer.
-            active_before: A at the previous call.
+            active_before: A at the previous call; not needed for packed weights.
         """
 
     @abstractmethod

@@ -131,6 +131,10 @@ class Home:
         """Return a layout's values that the parameter has here, from those at home; a collective if shared."""
         return values
 
+    def shown(self, part: Tensor) -> Tensor:
+        """Return a whole tensor, a DTensor if the values are one, from what is at home here; a collective if shared."""
+        return part
+
     def units_in_order(self, tiers: Tensor) -> tuple[Tensor, Tensor]:
         r"""Return flat indices of A's units and of those of B\A in the whole weight; a collective if shared.
 
@@ -184,6 +188,12 @@ class SharedHome(Home):
 
     def _shares(self, layout: Layout) -> Shares:
         return self.values.shares(layout.updated_count, self._group)
+
+    def shown(self, part: Tensor) -> Tensor:
+        """Return a whole tensor, a DTensor if the values are one, from what is at home here; a collective."""
+        if self.values.sharding is not None:
+            return self.sharding.to_dtensor(part)
+        return self.sharding.full_tensor(part, everywhere=True)
 
     def units_in_order(self, tiers: Tensor) -> tuple[Tensor, Tensor]:
         r"""Return flat indices of A's units and of those of B\A in the whole weight; a collective."""

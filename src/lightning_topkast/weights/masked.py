@@ -95,7 +95,7 @@ class MaskedWeight(SparseWeight):
     @property
     def tiers(self) -> Tensor:
         """uint8 in the weight's shape: 0 reservoir, 1 exploring, 2 active."""
-        return self.sharding.to_dtensor(self._tiers)
+        return self.sharding.to_dtensor(self.own_tiers)
 
     @property
     def updated(self) -> Tensor:
@@ -128,7 +128,8 @@ class MaskedWeight(SparseWeight):
         return to_local(self.parameter.detach())
 
     @property
-    def _tiers(self) -> Tensor:
+    def own_tiers(self) -> Tensor:
+        """`tiers` of this process' part."""
         return tiers_of(self._mask, self._exploring)
 
     @property
@@ -145,7 +146,7 @@ class MaskedWeight(SparseWeight):
     def alpha(self) -> Tensor:
         """Return α, θ on A and zero elsewhere, even in the middle of a step; dense, a copy."""
         settled = self._as_settled()
-        return self.sharding.to_dtensor(settled._alpha.masked_fill(settled._tiers != ACTIVE, 0))
+        return self.sharding.to_dtensor(settled._alpha.masked_fill(settled.own_tiers != ACTIVE, 0))
 
     def theta(self) -> Tensor:
         """Return the stored θ, dense, a copy."""
@@ -254,7 +255,7 @@ class MaskedWeight(SparseWeight):
         alpha, latent = self._alpha, self._latent
         if (latent.device, latent.dtype, latent.stride()) == (alpha.device, alpha.dtype, alpha.stride()):
             return
-        tiers = self._tiers
+        tiers = self.own_tiers
         self._latent = torch.empty_like(alpha).copy_(self._with_explored(latent))
         self._mask = torch.empty_like(alpha, dtype=torch.int8).copy_(self._mask)
         tiers = torch.empty_like(self._mask, dtype=torch.uint8).copy_(tiers)
@@ -263,7 +264,7 @@ class MaskedWeight(SparseWeight):
         self.version += 1
         if self._latent.stride() != alpha.stride():
             raise TopKastError(f"'{self.name}': other code gave its parameter memory with gaps; make it contiguous")
-        self._writes.look_at(self._tiers)
+        self._writes.look_at(self.own_tiers)
 
     def _find_exploring(self, tiers: Tensor) -> None:
         """Take the exploring entries from their tiers, and their values from the latent ones."""
@@ -435,11 +436,11 @@ class MaskedWeight(SparseWeight):
         if not self.replaced or self.sharding.is_sharded or not bool(self._alpha.any()):
             return False
         like = best_fit(self, self._alpha, self.replaced)
-        return like is not None and not torch.equal(like.tiers == ACTIVE, self._tiers == ACTIVE)
+        return like is not None and not torch.equal(like.tiers == ACTIVE, self.own_tiers == ACTIVE)
 
     def before(self) -> Before:
         """Return what is needed to put back the present values, a copy."""
-        tiers = self._tiers
+        tiers = self.own_tiers
         theta = self._with_explored(torch.where(tiers == ACTIVE, self._alpha, self._latent))
         return Before(
             theta, tiers, self._never_active.clone(), self.first_reservoir, self.orders.present, self.load_count
@@ -452,7 +453,7 @@ class MaskedWeight(SparseWeight):
 
     def restore_sparsity(self) -> None:
         """Zero the parameter outside A after other code (an average copied into the model) wrote to it."""
-        active = -(self._tiers == ACTIVE).to(torch.int8)
+        active = -(self.own_tiers == ACTIVE).to(torch.int8)
         mask_outside_(self._alpha, active)
         mask_outside_(self._latent, ~active)
         self._note_own_write()
@@ -462,8 +463,9 @@ class MaskedWeight(SparseWeight):
         r"""Whether B\A has entries at present."""
         return (self._counted[1] if self.sharding.is_sharded else self._exploring.numel()) > 0
 
-    def sparsify_average(self, average: Any, active_before: Tensor) -> None:
+    def sparsify_average(self, average: Any, active_before: Tensor | None) -> None:
         """Make a running average, a `Tensor`, zero outside A; see `SparseWeight.sparsify_average`."""
+        assert active_before is not None
         active = self.active
         average.mul_(active.to(average.device))
         entered = active & ~active_before
@@ -475,13 +477,13 @@ class MaskedWeight(SparseWeight):
         """Return tiers and latent values (dense, contiguous), on CPU: tensors and primitives only."""
         settled = self._as_settled()
         latent = settled._with_explored(settled._latent.clone())  # a copy: a signal handler may save at any moment
-        parts = {"tiers": settled._tiers, "latent": latent, "never_active": settled._never_active}
+        parts = {"tiers": settled.own_tiers, "latent": latent, "never_active": settled._never_active}
         return {key: self.sharding.to_save(part, gathered) for key, part in parts.items()} | self._counts()
 
     @property
     def sets(self) -> Tensor:
         """The units' tiers; for a sharded weight this process' part."""
-        return self.structure.units_of(self._tiers)
+        return self.structure.units_of(self.own_tiers)
 
     def adopt(self, value: Tensor, sets: Any, start: float = 0.0) -> Tensor:
         """Return optimizer state in the parameter's shape; packed state is unpacked, with `start` outside B."""
@@ -527,5 +529,5 @@ class MaskedWeight(SparseWeight):
         self.version += 1
         self.is_open = False
         self._settled = True
-        self._writes.look_at(self._tiers)
+        self._writes.look_at(self.own_tiers)
         self._note_own_write()

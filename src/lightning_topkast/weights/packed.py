@@ -2,7 +2,7 @@ r"""A sparse weight stored as the values of its updated set B; a dense tensor is
 
 The parameter is 1-D: θ on A, then θ on B\A, so that gradient and optimizer state have the same small size. The
 reservoir, the sets and the telemetry are in host memory and are accessed only at a refresh. Processes that train the
-same weight share that: each has some of its rows there, and public methods return DTensors or this process' part.
+same weight share that: each has some of its rows there.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_topkast.distributed import HostGroup, Sharding, to_local
 from lightning_topkast.errors import TopKastError
-from lightning_topkast.method.selection import ACTIVE, RESERVOIR, NonFiniteScoresError
+from lightning_topkast.method.selection import ACTIVE, EXPLORING, RESERVOIR, NonFiniteScoresError
 from lightning_topkast.method.structure import Block
 from lightning_topkast.ops import CONV_KERNELS, MATRIX_KERNELS
 from lightning_topkast.ops.flat import fill_, indices, moved, padded, positions, put_, take, where
@@ -136,7 +136,7 @@ class PackedWeight(SparseWeight):
 
     def check_release(self) -> None:
         """Refuse if FSDP2 keeps the parameter; see `SparseWeight.check_release`."""
-        if isinstance(self.parameter, DTensor):
+        if self.is_dtensor:
             raise TopKastError(
                 f"'{self.name}' is packed and sharded by FSDP2, which keeps its parameter: it cannot become dense in "
                 "this model; save a distributed checkpoint, and load what topkast-consolidate makes of it into a dense "
@@ -158,8 +158,20 @@ class PackedWeight(SparseWeight):
 
     @property
     def tiers(self) -> Tensor:
-        """uint8 in the weight's shape, on CPU: 0 reservoir, 1 exploring, 2 active; see `theta`."""
-        return self.sharding.to_dtensor(self._entries_of(self._tiers.clone()))
+        """uint8 in the weight's shape, on CPU: 0 reservoir, 1 exploring, 2 active; a DTensor as `theta`."""
+        if self.is_dtensor or self._home is self._whole:
+            return self._home.shown(self.own_tiers)
+        # from the places that every process has, so that no other process is needed
+        tiers, units = torch.zeros(self._whole.grid, dtype=torch.uint8), self.sets.units_in_order().cpu()
+        active = self._layout.active_count // self._unit_size
+        tiers.view(-1)[units[:active]] = ACTIVE
+        tiers.view(-1)[units[active:]] = EXPLORING
+        return self.structure.tiers(tiers, self._whole.rows)
+
+    @property
+    def own_tiers(self) -> Tensor:
+        """`tiers` of this process' part."""
+        return self._entries_of(self._tiers.clone())
 
     @property
     def active_entries(self) -> Tensor:
@@ -185,19 +197,19 @@ class PackedWeight(SparseWeight):
         """Return α, θ on A and zero elsewhere, dense, on CPU; a DTensor only if the parameter is one."""
         self.match_layout()
         self._settle()
-        if isinstance(self.parameter, DTensor):
-            return self.sharding.to_dtensor(self._own_alpha())
+        if self.is_dtensor:
+            return self._home.shown(self._own_alpha())
         alpha, count = torch.zeros(self.size, dtype=self._theta.dtype), self._layout.active_count
         alpha.index_copy_(0, self._layout.indices()[:count].cpu().long(), self._values()[:count])
         return alpha.view(self.shape)
 
     def theta(self) -> Tensor:
-        """Return the stored θ, dense, a copy on CPU; a DTensor where processes share it, which is a collective."""
-        return self.sharding.to_dtensor(self._own_theta())
+        """Return the stored θ, dense, on CPU, a copy; a collective where processes share it."""
+        return self._home.shown(self.own_theta())
 
     def magnitudes(self) -> Tensor:
         """Return |θ|, on CPU; of a shared weight the rows at home here."""
-        return self._own_theta().abs_()
+        return self.own_theta().abs_()
 
     def scores(self) -> Tensor:
         """Return the units' scores, on CPU, in the shape of their grid; see `Structure.scores`."""
@@ -228,14 +240,14 @@ class PackedWeight(SparseWeight):
         """Return the values of `own`, as θ; a collective if the weight is shared."""
         return self._home.bring(self._values(), self._layout, own)
 
-    def _own_theta(self) -> Tensor:
+    def own_theta(self) -> Tensor:
         """Return θ of the rows at home here, a copy."""
         own = self._own()
         return _with_values(self._theta, own.places, self._brought(own)).view(self.sharding.local_shape)
 
     def _own_alpha(self) -> Tensor:
         """Return α of the rows at home here."""
-        return self._own_theta().masked_fill_(self._entries_of(self._tiers) != ACTIVE, 0)
+        return self.own_theta().masked_fill_(self._entries_of(self._tiers) != ACTIVE, 0)
 
     def _entries_of(self, units: Tensor) -> Tensor:
         """Return for each entry at home here what its unit has."""
@@ -418,7 +430,7 @@ class PackedWeight(SparseWeight):
         count, total = torch.count_nonzero(self._runs()[0]), self._home.values.total
         return count if total is None else total(count)
 
-    def sparsify_average(self, average: Any, active_before: Tensor) -> None:
+    def sparsify_average(self, average: Any, active_before: Tensor | None) -> None:
         """Give a running average, a `PackedWeight`, the sets of this weight; see `SparseWeight.sparsify_average`."""
         average._copy_sets(self)
 
@@ -426,7 +438,7 @@ class PackedWeight(SparseWeight):
         """Copy the other's sets and its θ; only entries that are active in both, and were before, keep their values."""
         if self._layout is not other._layout:
             stayed = self._entries_of((self._tiers == ACTIVE) & (other._tiers == ACTIVE))
-            self._theta = torch.where(stayed, self._own_theta(), other._own_theta()).view(-1)
+            self._theta = torch.where(stayed, self.own_theta(), other.own_theta()).view(-1)
             self._scores = self._scores_of(self._theta)
             self._tiers, self._layout = other._tiers, other._layout
             self.parameter.detach().copy_(other.parameter.detach())
@@ -440,7 +452,7 @@ class PackedWeight(SparseWeight):
 
     def state_dict(self, gathered: bool = False) -> dict[str, Any]:
         """Return tiers and latent values (dense, contiguous), on CPU: tensors and primitives only."""
-        latent, tiers = self._own_theta(), self._entries_of(self._tiers)
+        latent, tiers = self.own_theta(), self._entries_of(self._tiers)
         latent.masked_fill_(tiers == ACTIVE, 0)
         parts = {"tiers": tiers, "latent": latent, "never_active": self._entries_of(self._never_active)}
         return {key: self.sharding.to_save(part, gathered) for key, part in parts.items()} | self._counts()
@@ -464,7 +476,7 @@ class PackedWeight(SparseWeight):
         """Move the optimizer's state to the order of the present sets; that of entries that were not in B is new."""
         if sets is not self.sets:
             # without a collective where every process has all values, since one may save alone
-            home = self._home if isinstance(self.parameter, DTensor) else self._whole
+            home = self._home if self.is_dtensor else self._whole
             moves = ((each, home.own(each)) for each in (sets, self.sets))
             for tensor, content in self._moved(state, home, *moves):
                 tensor.copy_(content)
@@ -500,7 +512,7 @@ class PackedWeight(SparseWeight):
     def before(self) -> Before:
         """Return what is needed to put back the present values, a copy."""
         never = self._never_active.clone()
-        sets = self._own_theta(), self._entries_of(self._tiers.clone()), never
+        sets = self.own_theta(), self._entries_of(self._tiers.clone()), never
         return Before(*sets, self.first_reservoir, self.orders.present, self.load_count)
 
     def _put(self, theta: Tensor, tiers: Tensor) -> None:

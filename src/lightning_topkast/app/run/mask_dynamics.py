@@ -87,10 +87,9 @@ class MaskDynamics(Callback):
         weights = [weight for engine in engines_of(trainer) for weight in engine.weights.values()]
         if not weights:
             raise AppError("callbacks=mask_dynamics needs a sparse run: use sparsity=topkast, or other callbacks")
-        if any(weight.sharding.is_sharded for weight in weights):
+        if any(weight.is_dtensor for weight in weights):
             raise AppError(
-                "callbacks=mask_dynamics does not support sharded masks: use a single device, or trainer=ddp with "
-                "masked storage or Packed(theta='replicated')"
+                "callbacks=mask_dynamics does not support sharded masks: use a single device, or trainer=ddp"
             )
         return weights
 

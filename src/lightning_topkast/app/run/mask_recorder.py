@@ -51,7 +51,7 @@ class MaskRecorder(Callback):
         """Record the first masks, which the sparsity callback, an earlier one, has selected by now."""
         self._engines = engines_of(trainer) if trainer.is_global_zero else []
         weights = [weight for engine in self._engines for weight in engine.weights.values()]
-        self._weights = spread([weight for weight in weights if not weight.sharding.is_sharded], MOST_WEIGHTS)
+        self._weights = spread([weight for weight in weights if not weight.is_dtensor], MOST_WEIGHTS)
         self._every, self._moments = 1, []
         if trainer.global_step:
             self._continue()

@@ -233,3 +233,17 @@ def test_giant_trains_and_says_what_it_holds(tmp_path):
 def test_gpu_takes_only_the_parts_that_are_asked_for(tmp_path):
     run_benchmark("gpu.py", "--rehearse", "--parts", "semi", "--json", tmp_path / "figures.json")
     assert list(json.loads((tmp_path / "figures.json").read_text())["parts"]) == ["semi"]
+
+
+def test_largest_lets_packed_transformers_grow_beyond_dense_ones():
+    sizes = ("--width", "1024", "--device-gb", "8", "--activations-gb", "1", "--host-gb", "60")
+    lines = run_benchmark("largest.py", *sizes).stdout.splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
+    found = {row[0]: row for row in rows if row[3] in ("devices", "host memory")}
+    assert len(found) == 7
+    assert float(found["90% / 80%, blocks"][1]) > 3 * float(found["dense"][1])
+    assert found["dense"][3] == "devices"
+    assert found["98% / 95%, blocks"][3] == "host memory"
+    for row in found.values():
+        assert float(row[4]) <= 7
+        assert float(row[5]) <= 60

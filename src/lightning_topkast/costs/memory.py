@@ -36,6 +36,7 @@ class Bytes:
         host: θ, sets and flags of packed and compact weights in host memory, per process.
         payload: data of the collectives per step.
         sent: data that the device sends for these collectives, with ring algorithms.
+        refresh: data that a process sends at a refresh, from host memory.
     """
 
     weights: int = 0
@@ -48,6 +49,7 @@ class Bytes:
     host: int = 0
     payload: int = 0
     sent: int = 0
+    refresh: int = 0
 
     def __add__(self, other: "Bytes") -> "Bytes":
         return Bytes(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
@@ -55,7 +57,7 @@ class Bytes:
     @property
     def device(self) -> int:
         """Memory on the device in total."""
-        return sum(astuple(replace(self, host=0, payload=0, sent=0)))
+        return sum(astuple(replace(self, host=0, payload=0, sent=0, refresh=0)))
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,9 @@ def bytes_of(held: Held, optimizer: OptimizerState, parallel: Parallel) -> Bytes
         found += Bytes(masks=2 * entries, latent=entries * itemsize, indices=indices)
     elif held.packs:
         found += Bytes(indices=_packing(held), host=_at_home(held, parallel))
+        if held.shares:
+            state = optimizer.nbytes((held.updated,), held.dtype) if held.trains else 0
+            found += Bytes(refresh=_refresh(held, parallel, held.dtype.itemsize * held.present + state))
     return found + _traffic(held, parallel)
 
 
@@ -210,6 +215,43 @@ def _at_home(held: Held, parallel: Parallel) -> int:
     is_block = isinstance(held.structure, Block)
     places = _INT64 * held.present // size if size > 1 else 0
     return shared * (held.dtype.itemsize * size + 2 + (score if is_block else 0)) + places
+
+
+def _refresh(held: Held, parallel: Parallel, moved: int) -> int:
+    """Return what the process that sends most sends at a refresh of a packed weight whose θ is shared.
+
+    Args:
+        held: the weight.
+        parallel: the distribution over devices.
+        moved: bytes of B's values and of their optimizer state.
+    """
+    devices, grid = parallel.devices, held.structure.grid(torch.Size(held.shape))
+    units, size = prod(grid), prod(held.shape) // max(prod(grid), 1)
+    place = _INT32 if units <= _LARGEST_INT32 else _INT64
+    ring = (devices - 1) / devices
+    # its share of the places, and of blocks' scores, to all others
+    sent = place * (held.present // size) * ring
+    if isinstance(held.structure, Block):
+        sent += 2 * torch.float64.itemsize * units * ring
+    if parallel.strategy == "fsdp2":  # its slice of the values goes home, and what is at home here goes to slices
+        return round(sent + 2 * moved * _leaving(held.active / max(held.present, 1), devices))
+    return round(sent + moved * ring)
+
+
+def _leaving(active: float, devices: int) -> float:
+    r"""Return the largest share of B's values that are in the slice of a device, but not at home there.
+
+    Args:
+        active: |A| / |B|. Of both A and B\A the first device has the first part at home.
+        devices: number of devices.
+    """
+
+    def stays(device: int) -> float:
+        begin, end = device / devices, (device + 1) / devices
+        runs = (active * begin, active * end), (active + (1 - active) * begin, active + (1 - active) * end)
+        return sum(max(min(end, last) - max(begin, first), 0) for first, last in runs)
+
+    return 1 / devices - min(map(stays, range(devices)))
 
 
 def _traffic(held: Held, parallel: Parallel) -> Bytes:

@@ -14,6 +14,7 @@ from lightning_topkast.method.density import Counts, SetSizes
 from lightning_topkast.method.targets import Target, find_targets
 from lightning_topkast.settings import Settings
 from lightning_topkast.storage import STORAGES, Masked, Packed
+from lightning_topkast.weights.home import can_share
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class Plan:
 def flat_bytes(taken: Bytes) -> dict[str, int]:
     """Return bytes by kind, with the names in rows and totals; also the device's total and its traffic."""
     kinds = asdict(taken)
-    traffic = {f"communication_{name}_bytes": kinds.pop(name) for name in ("payload", "sent")}
+    traffic = {f"communication_{name}_bytes": kinds.pop(name) for name in ("payload", "sent", "refresh")}
     return {f"{kind}_bytes": n for kind, n in kinds.items()} | {"device_bytes": taken.device} | traffic
 
 
@@ -210,7 +211,7 @@ def _held(
     structure = target.structure(settings.structure)
     choice = choose_storage(target, active, updated, storage, structure)
     present = active if settings.schedule.stop_exploring_at == 0 else updated  # no exploration from the first step on
-    shares = isinstance(storage, Packed) and storage.theta == "sharded"
+    shares = isinstance(storage, Packed) and storage.theta == "sharded" and can_share(target.shape)
     held = Held(shape, dtype, choice.name, active, updated, present, trains, structure, choice.product, shares)
     return held, choice.reason
 
@@ -290,8 +291,8 @@ def _notes(
             "scatters the gradients of every batch"
         )
     yield (
-        "not counted: activations, elementwise operations, refreshes, and what lives for a moment (layers gathered by "
-        "fsdp2, the dense weight of a compact layer, autocast's copies)"
+        "not counted: activations, elementwise operations, the work of refreshes, and what lives for a moment (layers "
+        "gathered by fsdp2, the dense weight of a compact layer, autocast's copies)"
     )
 
 

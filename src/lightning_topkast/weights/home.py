@@ -16,6 +16,11 @@ from lightning_topkast.weights.layouts import Layout
 _ALL = Shares([])  # of a process that shares nothing
 
 
+def can_share(shape: torch.Size) -> bool:
+    """Return whether processes can share a weight of this shape, row by row."""
+    return len(shape) > 1 and shape.numel() > 0
+
+
 class Own(NamedTuple):
     r"""What a process has at home of a layout: of A, then of B\A, both sorted by unit.
 

@@ -101,6 +101,8 @@ def memory_table(plan: Plan) -> Table:
     table.add_row("device", *(_n_bytes(taken.device) for taken in columns.values()))
     table.add_row("host, per process", *(_n_bytes(taken.host) for taken in columns.values()))
     table.add_row("sent per step", *(_n_bytes(taken.sent) for taken in columns.values()))
+    if any(taken.refresh for taken in columns.values()):
+        table.add_row("sent per refresh", *(_n_bytes(taken.refresh) for taken in columns.values()))
     return table
 
 
@@ -132,4 +134,4 @@ def _n_bytes(number: float) -> str:
     return formatting.n_bytes(number) if number else "-"
 
 
-assert set(_KINDS) | {"host", "payload", "sent"} == {field.name for field in fields(Bytes)}
+assert set(_KINDS) | {"host", "payload", "sent", "refresh"} == {field.name for field in fields(Bytes)}

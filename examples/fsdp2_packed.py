@@ -19,7 +19,8 @@ class Digits(L.LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(64, 600), nn.ReLU(), nn.Linear(600, 600), nn.ReLU(), nn.Linear(600, 10))
+        with torch.device("meta"):  # each process will draw its own rows
+            self.net = nn.Sequential(nn.Linear(64, 600), nn.ReLU(), nn.Linear(600, 600), nn.ReLU(), nn.Linear(600, 10))
 
     def configure_model(self):
         if self.device_mesh is not None and not isinstance(self.net, FSDPModule):

@@ -35,6 +35,7 @@ from lightning_topkast import NonFiniteWeightError, TopKast, TopKastCallback, To
 from lightning_topkast.baselines import SET, Static
 from lightning_topkast.costs import OptimizerState, Parallel, make_plan
 from lightning_topkast.distributed import RowSharding, Shares, exchange, host_group, to_local
+from lightning_topkast.engine import materialize
 from lightning_topkast.layers import packed_weights
 from lightning_topkast.method import selection
 from lightning_topkast.settings import Settings
@@ -200,6 +201,7 @@ FSDP2 = {
     "kept gathered": {"reshard_after_forward": False},
     "copies": {"kind": "copies"},
     "bf16": {"bf16": True},
+    "born on meta": {"device": "meta"},
 }
 
 
@@ -217,7 +219,10 @@ class Net(nn.Module):
         return self.head(x)
 
 
-def fit(alone: bool, accumulate=1, clip=None, checkpointed=False, kind="slices", bf16=False, steps=13, **options):
+def fit(
+    alone: bool, accumulate=1, clip=None, checkpointed=False, kind="slices", bf16=False, steps=13, device="cpu",
+    **options,
+):  # fmt: skip
     """Train a network on its ranks' shares of batches, or alone on all of them."""
     more = {"reshard_after_forward": options.pop("reshard_after_forward", True)}
     if bf16:
@@ -225,7 +230,9 @@ def fit(alone: bool, accumulate=1, clip=None, checkpointed=False, kind="slices",
     settings = {
         key: value for key, value in (OPTIONS | {"keep_last_dense": True} | options).items() if value is not None
     }
-    model = Net(checkpointed)
+    with torch.device("cpu" if alone else device):
+        model = Net(checkpointed)
+    torch.manual_seed(0)  # from which the network's weights are drawn
     topkast = TopKast(model, **nouns(theta="replicated" if alone else "sharded", **settings))
     if not alone:
         for module in (*model.blocks, model):
@@ -276,6 +283,62 @@ def check_fsdp2() -> dict:
         active = {key: whole(weight.active) for key, weight in topkast.weights.items()}
         found[f"fsdp2, {name}: α"] = all(same(alpha[key] != 0, members) for key, members in active.items())
         found[f"fsdp2, {name}: penalty"] = close(topkast.penalty(), alone.penalty()) or name == "bf16"
+    return found
+
+
+class Truncated(nn.Linear):
+    def reset_parameters(self):
+        nn.init.trunc_normal_(self.weight, std=0.02)
+        nn.init.zeros_(self.bias)
+
+
+class Orthogonal(nn.Linear):
+    """What it does cannot be done row by row."""
+
+    def reset_parameters(self):
+        nn.init.orthogonal_(self.weight)
+        nn.init.normal_(self.bias)
+
+
+class OneRow(nn.Linear):
+    """Writes to a view of its weight."""
+
+    def reset_parameters(self):
+        nn.init.normal_(self.weight)
+        with torch.no_grad():
+            self.weight[3].fill_(7.0)
+        nn.init.ones_(self.bias)
+
+
+def check_birth() -> dict:
+    """A network on the meta device is drawn as in one process, by rows, so that none has a dense weight."""
+    materialize._CHUNK = 64
+    found = {}
+    for name, options in {"entries": {}, "blocks": {"structure": "block", "block": (2, 2)}}.items():
+        options = OPTIONS | {"include": ["*.weight", "*.in_proj_weight"]} | options
+
+        def build(theta, options=options):
+            with torch.device("meta"):
+                model = nn.Sequential(
+                    nn.Linear(50, 42), nn.Conv2d(4, 18, 3), Truncated(38, 26), Orthogonal(12, 18), OneRow(20, 34),
+                    nn.Embedding(30, 34), nn.MultiheadAttention(16, 2), nn.Linear(6, 8), nn.Linear(30, 30),
+                    nn.Linear(30, 30), nn.LayerNorm(4),
+                )  # fmt: skip
+                model[8].weight = model[9].weight
+            torch.manual_seed(3)
+            topkast = TopKast(model, **nouns(theta=theta, **options))
+            values = [whole(each) for w in topkast.weights.values() for each in (w.theta(), w.alpha(), w.tiers)]
+            return values, [p.detach() for p in model.parameters()], torch.rand(2), shares_theta(topkast)
+
+        expected, got = build("replicated"), build("sharded")
+        found[f"born, {name}"] = same(got[:-1], expected[:-1]) and not any(each.is_meta for each in got[1])
+        found[f"born, {name}: shared"] = got[-1]
+    materialize._CHUNK = 1 << 14
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(1024, 768, bias=False), nn.Linear(768, 1024, bias=False))
+    with Largest() as mode:
+        TopKast(model, **nouns(**(OPTIONS | {"forward_sparsity": 0.95, "backward_sparsity": 0.9})))
+    found["born: largest"] = mode.bytes / (4 * 1024 * 768)
     return found
 
 
@@ -333,14 +396,15 @@ def check_plan(world: int) -> dict:
         settings |= {"structure": "block", "block": (8, 8)} if "blocks" in kind else {}
 
         def build():
-            return nn.Sequential(nn.Linear(64, 80, bias=False), nn.Tanh(), nn.Linear(80, 72, bias=False))
+            return nn.Sequential(nn.Linear(320, 384, bias=False), nn.Tanh(), nn.Linear(384, 320, bias=False))
 
         strategy = kind.split(",")[0]
         with torch.device("meta"):
             planned = make_plan(
-                build(), [torch.zeros(1, 64)], Settings(**nouns(**settings)), OptimizerState(torch.optim.Adam),
+                build(), [torch.zeros(1, 320)], Settings(**nouns(**settings)), OptimizerState(torch.optim.Adam),
                 Parallel(world, strategy, buckets=False),
             ).bytes  # fmt: skip
+        torch.manual_seed(0)
         model = build()
         topkast = TopKast(model, **nouns(**settings))
         if strategy == "fsdp2":
@@ -363,10 +427,43 @@ def check_plan(world: int) -> dict:
             sum(to_local(weight.parameter.grad).nbytes for weight in weights),
             sum(state), sum(weight.layout.nbytes for weight in weights), sum(host),
         ])  # fmt: skip
+        with SentBytes(min(weight.structure.grid(weight.shape).numel() for weight in weights)) as sent:
+            topkast.refresh()
+        own = torch.cat([own, torch.tensor([sent.count])])
         dist.all_reduce(own, op=dist.ReduceOp.MAX)
-        expected = [planned.weights, planned.gradients, planned.optimizer, planned.indices, planned.host]
+        expected = [
+            planned.weights, planned.gradients, planned.optimizer, planned.indices, planned.host, planned.refresh
+        ]  # fmt: skip
         found[f"plan, {kind}"] = list(zip(expected, own.tolist(), strict=True))
     return found
+
+
+class SentBytes:
+    """Counts what this rank sends to others by collectives on tensors; by an all-reduce of few entries: nothing.
+
+    Args:
+        least: number of entries of an all-reduce that counts.
+    """
+
+    def __init__(self, least: int) -> None:
+        self.count, self._least = 0, least
+
+    def __enter__(self) -> "SentBytes":
+        self._before = dist.all_to_all_single, dist.all_reduce
+        dist.all_to_all_single, dist.all_reduce = self._to_all, self._reduce
+        return self
+
+    def __exit__(self, *exception) -> None:
+        dist.all_to_all_single, dist.all_reduce = self._before
+
+    def _to_all(self, output, given, into, out, **options) -> None:
+        self.count += given.element_size() * (sum(out) - out[dist.get_rank()])
+        self._before[0](output, given, into, out, **options)
+
+    def _reduce(self, tensor, *arguments, **options) -> None:
+        if tensor.numel() >= self._least:
+            self.count += 2 * tensor.nbytes * (dist.get_world_size() - 1) // dist.get_world_size()
+        self._before[1](tensor, *arguments, **options)
 
 
 def check_lightning(folder: Path, world: int, rank: int) -> dict:
@@ -594,8 +691,8 @@ class Largest(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         made = func(*args, **(kwargs or {}))
         for each in made if isinstance(made, tuple | list) else [made]:
-            if isinstance(each, torch.Tensor):
-                self.bytes = max(self.bytes, each.untyped_storage().nbytes())
+            if isinstance(each, torch.Tensor) and not each.is_meta:
+                self.bytes = max(self.bytes, to_local(each).untyped_storage().nbytes())
         return made
 
 
@@ -648,6 +745,7 @@ def ranks(rank: int, folder: Path, world: int, others: list[int]) -> None:
     found |= check_distributed_checkpoints(folder.parent, world, others)
     found |= check_load_after_forward()
     found |= check_plan(world)
+    found |= check_birth()
     found |= check_lightning(folder, world, rank)
     found |= check_memory()
     torch.save(found, folder / f"found-{rank}.pt")

@@ -135,10 +135,21 @@ def test_a_state_that_is_damaged_on_one_rank_is_refused_on_all(found, world, key
 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("name", PLANNED)
-def test_plan_says_what_the_rank_with_the_largest_part_has(found, world, name):
+def test_plan_says_what_the_rank_with_the_largest_part_has_and_sends(found, world, name):
     for rank in found(world):
-        for planned, own in rank[f"plan, {name}"]:
+        *held, (planned_sent, sent) = rank[f"plan, {name}"]
+        for planned, own in held:
             assert own == pytest.approx(planned, rel=0.01)
+        assert sent == pytest.approx(planned_sent, rel=0.05)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("name", ["entries", "blocks"])
+def test_a_network_on_the_meta_device_is_born_as_in_one_process(found, world, name):
+    for rank in found(world):
+        assert rank[f"born, {name}"]
+        assert rank[f"born, {name}: shared"]
+        assert rank["born: largest"] <= 1 / world + 0.02
 
 
 @pytest.mark.parametrize("world", WORLDS)

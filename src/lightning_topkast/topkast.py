@@ -13,8 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_topkast.engine.attached import Attached
-from lightning_topkast.engine.install import check_targets, install, make_weights, release
-from lightning_topkast.engine.materialize import materialize
+from lightning_topkast.engine.install import check_targets, draw, install, make_weights, release
 from lightning_topkast.engine.notices import Notices
 from lightning_topkast.engine.refresh import Refresher, Selection
 from lightning_topkast.engine.state import STATE_VERSION, SavedState
@@ -91,8 +90,7 @@ class TopKast:
         self._notices = Notices(settings)
         self._zeros: dict[str, tuple[int, int]] = {}  # for the summary
 
-        if settings.storage.name != "masked":
-            materialize(model)
+        drawn = draw(model, settings)
         reshard(model)
         self._targets = find_targets(model, settings.targets)
         warn_if_little(self._targets, settings.targets)
@@ -104,6 +102,8 @@ class TopKast:
         if self._take_over_earlier(sparse):
             self._targets = find_targets(model, settings.targets)
             sparse = [target for target in self._targets if target.sparse]
+        for target in sparse:
+            target.parameter = drawn.get(target.parameter, target.parameter)
         self._refresher = Refresher(sizes, settings.rule, settings.seed, self._state_of)
         self._attached = self._unattached()
         resets_state = not isinstance(settings.storage, Masked) or settings.storage.reset_optimizer_state

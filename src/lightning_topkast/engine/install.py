@@ -9,16 +9,18 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from lightning_topkast.distributed import Sharding, from_rank_0_, host_group
+from lightning_topkast.distributed import HostGroup, Sharding, from_rank_0_, host_group
+from lightning_topkast.engine.materialize import materialize
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.layers import SparseLayer, StackLayer, pack_layer, product_of, products_of, unpack_layer
 from lightning_topkast.method.density import Counts
 from lightning_topkast.method.structure import Block, Structure
-from lightning_topkast.method.targets import Target
+from lightning_topkast.method.targets import Target, find_targets
 from lightning_topkast.ops import CONV_KERNELS, MATRIX_KERNELS, Kernels
 from lightning_topkast.settings import Settings
 from lightning_topkast.storage import Masked, Packed
 from lightning_topkast.weights import MaskedWeight, PackedWeight, SparseWeight, Traits
+from lightning_topkast.weights.home import can_share
 from lightning_topkast.weights.layouts import Product, can_multiply
 
 # Time of a packed product per entry, as a multiple of a dense product's, and the number of entries below which the
@@ -68,6 +70,28 @@ def check_targets(sparse: Sequence[Target], settings: Settings, taken: Collectio
             )
 
 
+def sharing(storage: Masked | Packed) -> HostGroup | None:
+    """Return the processes that share θ of packed weights; None if each has all of it."""
+    return host_group() if isinstance(storage, Packed) and storage.theta == "sharded" else None
+
+
+def draw(model: nn.Module, settings: Settings) -> dict[nn.Parameter, nn.Parameter]:
+    """Draw what is on the meta device; see `materialize`.
+
+    Returns:
+        parameter → its values, of those that stay on the meta device until they are packed, since processes share them.
+    """
+    if settings.storage.name == "masked":
+        return {}
+    group, shared = sharing(settings.storage), set()
+    if group is not None:
+        for target in find_targets(model, settings.targets):
+            dense = target.parameter
+            if target.sparse and dense.is_meta and can_share(dense.shape) and not _obstacle(target):
+                shared.add(dense)
+    return materialize(model, shared, group)
+
+
 def make_weights(
     targets: Sequence[Target], counts: Counts, storage: Masked | Packed, traits: Traits
 ) -> dict[str, SparseWeight]:
@@ -83,7 +107,7 @@ def make_weights(
         TopKastError: a weight cannot be packed and unsupported="error", blocks do not divide a weight to be packed, or
             compiled kernels are not available.
     """
-    group = host_group() if isinstance(storage, Packed) and storage.theta == "sharded" else None
+    group = sharing(storage)
     weights: dict[str, SparseWeight] = {}
     choices: dict[str, StorageChoice] = {}
     for target in targets:
@@ -99,7 +123,8 @@ def make_weights(
                 f"size of its updated set would change, which storage='{storage.name}' does not support: exclude it, "
                 "choose another block size, or train with storage='masked'"
             )
-        from_rank_0_(target.parameter)
+        if not isinstance(target.parameter, DTensor):  # of which no other process has the same rows
+            from_rank_0_(target.parameter)
         weights[target.name] = PackedWeight(target.name, target.parameter, active, updated, own, choice.product, group)
     for name, weight in weights.items():
         weight.storage_reason = choices[name].reason

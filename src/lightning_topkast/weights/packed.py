@@ -21,7 +21,7 @@ from lightning_topkast.ops import CONV_KERNELS, MATRIX_KERNELS
 from lightning_topkast.ops.flat import fill_, indices, moved, padded, positions, put_, take, where
 from lightning_topkast.ops.memory import empty
 from lightning_topkast.weights.base import Before, EntryState, SparseWeight, Traits
-from lightning_topkast.weights.home import Home, Own, SharedHome
+from lightning_topkast.weights.home import Home, Own, SharedHome, can_share
 from lightning_topkast.weights.layouts import Layout, Product, make_layout
 from lightning_topkast.weights.loading import replace
 from lightning_topkast.weights.writes import stamp
@@ -32,7 +32,7 @@ class PackedWeight(SparseWeight):
 
     Args:
         name: the parameter's name in the model.
-        dense: θ, dense; on CPU its memory becomes the host's copy.
+        dense: θ, dense; on CPU its memory becomes the host's copy. A DTensor: its parts are with the processes.
         active_count: |A|.
         updated_count: |B| while exploring, at least `active_count`.
         traits: properties that all weights of the run share; the structure divides the weight.
@@ -51,10 +51,11 @@ class PackedWeight(SparseWeight):
         product: Product | None,
         group: HostGroup | None = None,
     ) -> None:
-        values = nn.Parameter(dense.detach().new_zeros(updated_count), requires_grad=dense.requires_grad)
+        zeros = torch.zeros(updated_count, dtype=dense.dtype, device=dense.device)
+        values = nn.Parameter(zeros, requires_grad=dense.requires_grad)
         values.__dict__.update(dense.__dict__)  # attributes that other code has set, such as "no weight decay"
         self._whole = self._home = Home(name, dense.shape, traits.structure)
-        if group is not None and dense.dim() > 1 and dense.numel():
+        if group is not None and can_share(dense.shape):
             self._home = SharedHome(name, dense.shape, traits.structure, group)
         super().__init__(name, values, self._home.sharding, active_count, updated_count, traits)
         self.storage = "compact" if product is None else "packed"

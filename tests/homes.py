@@ -490,6 +490,10 @@ def check_lightning(folder: Path, world: int, rank: int) -> dict:
         if rank == 0:
             consolidate(half, file)
         dist.barrier()
+        try:
+            fit_with_lightning(folder, world, ckpt_path=file, **options)
+        except TopKastError as error:
+            found[f"lightning, {name}: file"] = "resume it with strategy='ddp'" in str(error)
         later, _ = fit_with_lightning(folder, world, kind="ddp", ckpt_path=file, **options)
         found[f"lightning, {name}: consolidated, DDP"] = close(later["weights"], ddp["weights"])
         if name == "entries":

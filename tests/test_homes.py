@@ -75,7 +75,7 @@ def test_distributed_checkpoints_go_on_in_as_many_ranks_and_in_others(found, wor
 def test_trainers_resume_and_consolidate_packed_weights_under_fsdp2(found, world, name):
     for number, rank in enumerate(found(world)):
         own = {key: value for key, value in rank.items() if key.startswith(f"lightning, {name}: ")}
-        assert len(own) == 4 + (name == "entries" or (name == "blocks" and number == 0))
+        assert len(own) == 5 + (name == "entries" or (name == "blocks" and number == 0))
         assert all(own.values()), own
 
 

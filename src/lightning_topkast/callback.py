@@ -24,7 +24,7 @@ from lightning_topkast.training.averages import SparseAverages, callbacks_of, co
 from lightning_topkast.training.kept import Handover, keep, kept_engine
 from lightning_topkast.training.module import after_setup, undo_after_setup, warn_of_packed_in_loss
 from lightning_topkast.training.run_length import RunLength, estimated_steps, warn_if_too_short, warn_if_unfinished
-from lightning_topkast.training.sharded_checkpoint import move_shards_out, saves_shards, with_shards
+from lightning_topkast.training.sharded_checkpoint import move_shards_out, need_shards, saves_shards, with_shards
 
 
 class TopKastCallback(Callback):
@@ -101,6 +101,8 @@ class TopKastCallback(Callback):
                 f"storage='{self.settings.storage.name}' replaces layers after LightningModule.setup, but the module "
                 f"has no layers yet; build them in __init__, {where}"
             )
+        if shards:
+            need_shards(trainer)
         self._new, self._is_loaded = self._build(trainer, pl_module), False
         copy_again(trainer, pl_module)
 

@@ -54,8 +54,10 @@ def run_sharded(folder, *overrides, trainer="fsdp2_sharded"):
 
 
 @pytest.mark.slow
-def test_two_processes_train_shards_of_a_sparse_network_and_go_on_from_them(tmp_path):
-    done = run_sharded(tmp_path, "trainer.max_epochs=2")
+@pytest.mark.parametrize("storage", ["masked", "packed"])
+def test_two_processes_train_shards_of_a_sparse_network_and_go_on_from_them(tmp_path, storage):
+    storage = f"sparsity.storage={storage}"
+    done = run_sharded(tmp_path, "trainer.max_epochs=2", storage)
     assert done.returncode == 0, done.stderr
     assert "90.00 %" in done.stdout
     checkpoints = tmp_path / "run" / "checkpoints"
@@ -63,7 +65,7 @@ def test_two_processes_train_shards_of_a_sparse_network_and_go_on_from_them(tmp_
     assert last.name == "last-step=8.ckpt"
     assert {path.name for path in last.iterdir()} == {".metadata", "meta.pt", "__0_0.distcp", "__1_0.distcp"}
 
-    done = run_sharded(tmp_path, "trainer.max_epochs=3", f"ckpt_path='{last}'", "hydra.run.dir=on")
+    done = run_sharded(tmp_path, "trainer.max_epochs=3", f"ckpt_path='{last}'", "hydra.run.dir=on", storage)
     assert done.returncode == 0, done.stderr
     assert "epoch 3/3:" in done.stdout
     assert "epoch 2/3:" not in done.stdout
@@ -78,3 +80,11 @@ def test_two_processes_end_a_run_whose_checkpoints_are_single_files(tmp_path):
     assert "90.00 %" in done.stdout
     assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
     assert (tmp_path / "run" / "report.html").is_file()
+
+
+@pytest.mark.slow
+def test_packed_layers_refuse_single_files_before_they_train(tmp_path):
+    done = run_sharded(tmp_path, "sparsity.storage=packed", trainer="fsdp2")
+    assert done.returncode != 0
+    assert "trainer=fsdp2_sharded" in done.stderr
+    assert "epoch 1" not in done.stdout

@@ -30,6 +30,33 @@ def saves_shards(trainer: Trainer) -> bool:
     return isinstance(strategy, ModelParallelStrategy) and strategy._save_distributed_checkpoint
 
 
+def need_shards(trainer: Trainer) -> None:
+    """Refuse single files for packed layers under FSDP2: ModelParallelStrategy loads them around state dicts.
+
+    From now on its `load_checkpoint` refuses them, since no hook is called before it.
+
+    Raises:
+        TopKastError: the Trainer saves single files.
+    """
+    if not saves_shards(trainer):
+        raise TopKastError(
+            "packed layers under FSDP2 cannot be loaded from the single files that this strategy saves: use "
+            "ModelParallelStrategy(save_distributed_checkpoint=True) (trainer=fsdp2_sharded), or storage='masked'"
+        )
+    load = trainer.strategy.load_checkpoint
+
+    def load_checkpoint(checkpoint_path: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
+        if Path(checkpoint_path).is_file():
+            raise TopKastError(
+                f"{checkpoint_path} is a single file, which ModelParallelStrategy cannot load into packed layers: "
+                "resume it with strategy='ddp', on one device or with storage='masked', or resume from a distributed "
+                "checkpoint"
+            )
+        return load(checkpoint_path, *arguments, **options)
+
+    trainer.strategy.load_checkpoint = load_checkpoint  # type: ignore[method-assign]
+
+
 def move_shards_out(checkpoint: dict[str, Any], state_key: str) -> None:
     """Move the tensors of a callback's state to the optimizers' states, before a distributed checkpoint is written."""
     state, others = checkpoint["callbacks"].get(state_key), checkpoint.get("optimizer_states")

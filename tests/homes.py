@@ -674,6 +674,10 @@ def check_refusals(rank: int, world: int) -> dict:
     train(sliced, optimizer, 4, first=4)
     found["neither has changed anything"] = same(everything(sliced, optimizer), everything(*run("replicated", 8)))
 
+    early, _ = run("sharded", 4)  # whose optimizer is attached
+    fully_shard(early.model, mesh=mesh_of("slices"))
+    found["attached before fully_shard"] = refusal(early._attached.optimizers[0].step)
+
     for key, value in {"tiers": 3, "latent": torch.nan, "never_active": None}.items():
         damaged = topkast.state_dict(gathered=False)
         weight = damaged["weights"]["layer1.weight"]

@@ -435,6 +435,18 @@ def test_replaced_parameter_is_refused_by_name(tmp_path, storage, what):
         fit(make_trainer(tmp_path, make_callback(), AtBatchEnd(replace, at=2)), make_net())
 
 
+def test_step_on_a_parameter_that_the_layer_has_lost_is_refused(storage):
+    model = make_net().layers
+    topkast = TopKast(model, 0.75, 0.5, storage=storage)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    topkast.attach(optimizer)
+    model[2]._parameters["weight"] = nn.Parameter(torch.zeros_like(model[2]._parameters["weight"]))
+    before = topkast.weights["2.weight"].theta()
+    with pytest.raises(TopKastError, match=r"the layer of '2\.weight' no longer holds the parameter"):
+        optimizer.step()
+    assert same(topkast.weights["2.weight"].theta(), before)
+
+
 # --- optimizers -------------------------------------------------------------------------------------------------------
 
 

@@ -121,6 +121,7 @@ def test_what_cannot_be_is_refused_and_changes_nothing(found, world):
     for rank in found(world):
         assert "call state_dict(gathered=True) in all" in rank["one rank would save its part"]
         assert "cannot be pickled while processes share its θ" in rank["pickle"]
+        assert "call fully_shard before the optimizer is made" in rank["attached before fully_shard"]
         assert "cannot become dense" in rank["release"]
         assert "cannot become dense" in rank["exclude"]
         assert rank["neither has changed anything"]

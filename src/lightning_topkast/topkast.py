@@ -256,6 +256,24 @@ class TopKast:
                 "instead, or replace layers between two fits"
             )
 
+    def _check_layers(self, weights: Sequence[SparseWeight]) -> None:
+        """Refuse a step on parameters that their layers have lost, since nothing would be trained.
+
+        FSDP2's own parameters are not looked for: a layer may hold gathered values.
+        """
+        trained = {weight.name: weight.parameter for weight in weights if not weight.is_dtensor}
+        for target in self._targets:
+            module, name = target.owners[0]
+            held, parameter = module._parameters.get(name), trained.get(target.name)
+            if held is None or parameter is None or held is parameter:  # None: other code has parametrized it since
+                continue
+            if all(each is not parameter for each in self.model.parameters()):
+                raise TopKastError(
+                    f"the layer of '{target.name}' no longer holds the parameter that this optimizer steps on, since "
+                    "fully_shard or other code has replaced it: call fully_shard before the optimizer is made and "
+                    "attached"
+                )
+
     @property
     def is_released(self) -> bool:
         """Whether a later engine, or `release`, has taken the weights from this one."""
@@ -569,6 +587,7 @@ class TopKast:
         self._zeros = {name: weight.count_zeros() for name, weight in self._weights.items()}
 
     def _before_step(self, weights: Sequence[SparseWeight]) -> None:
+        self._check_layers(weights)
         self.accept_writes(weights)
         if self._strengths.unknown(weights):  # an optimizer was given another group
             self._set_strength()

@@ -111,6 +111,11 @@ class Sharding:
         """Return flat indices in the whole weight for flat positions in this part: int64, ascending if those are."""
         if not self.is_sharded:
             return positions
+        rows = self._coordinates.get(0)
+        if len(self._coordinates) == 1 and rows is not None and rows.numel():
+            first = int(rows[0])
+            if int(rows[-1]) - first == rows.numel() - 1:  # consecutive rows, as FSDP2's are
+                return positions + first * self.shape[1:].numel()
         indices = torch.zeros_like(positions)
         for dim, size in reversed(list(enumerate(self.local_sizes))):
             coordinate = positions % max(size, 1)

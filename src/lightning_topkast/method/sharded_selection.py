@@ -104,22 +104,35 @@ def _narrowed(flat: Tensor, counts: Sequence[int], size: int, total: Total) -> N
 
 def _brackets(flat: Tensor, counts: Sequence[int], size: int, total: Total) -> list[tuple[float, float]]:
     """Return, for each count, bounds that very likely enclose the threshold and few scores, the same on every part."""
-    shift = 8 * flat.element_size() - 1 - _DIGIT
     # an odd stride, so that it includes every column of the usual widths; the scan finds non-finite values
     sample = _keys(flat[:: size // SAMPLE | 1])
-    at_least = _at_least(total(torch.bincount((sample >> shift) & (_BINS - 1), minlength=_BINS)))
-    drawn, brackets = at_least[0], []
+    shift = 8 * flat.element_size() - 1 - _DIGIT
+    firsts = sample >> shift & (_BINS - 1)
+    at_least = _at_least(total(torch.bincount(firsts, minlength=_BINS)))
+    drawn, ranks = at_least[0], []
     for count in counts:
         share = count / size
         margin = 4 * math.sqrt(drawn * share * (1 - share)) + 1  # four standard deviations of the rank
-        low, high = (
-            next(d for d in reversed(range(_BINS)) if at_least[d] >= min(max(drawn * share + off, 0), drawn))
-            for off in (margin, -margin)
-        )
-        edges = torch.tensor([low << shift, (high + 1 << shift) - 1], dtype=sample.dtype).view(flat.dtype).tolist()
-        low_edge = edges[0] if drawn * share + margin < drawn else EVERYTHING[0]
-        brackets.append((low_edge, edges[1] if drawn * share - margin > 0 else EVERYTHING[1]))
-    return brackets
+        ranks += [drawn * share + margin, drawn * share - margin]
+    digits = [_digit(at_least, min(max(rank, 0), drawn)) for rank in ranks]
+    # the digit after that one, of the keys that have it
+    seconds = [sample[firsts == digit] >> shift - _DIGIT & (_BINS - 1) for digit in digits]
+    counted = total(torch.stack([torch.bincount(each, minlength=_BINS) for each in seconds]))
+    edges = []
+    for histogram, digit, rank in zip(counted, digits, ranks, strict=True):
+        above = at_least[digit + 1] if digit + 1 < _BINS else 0
+        edges.append((digit << _DIGIT) + _digit(_at_least(histogram), min(rank, drawn) - above))
+    keys = [(edge + number % 2 << shift - _DIGIT) - number % 2 for number, edge in enumerate(edges)]
+    bounds = torch.tensor(keys, dtype=sample.dtype).view(flat.dtype).tolist()
+    return [
+        (low if ranks[0] < drawn else EVERYTHING[0], high if ranks[1] > 0 else EVERYTHING[1])
+        for low, high, ranks in zip(bounds[::2], bounds[1::2], zip(ranks[::2], ranks[1::2], strict=True), strict=True)
+    ]
+
+
+def _digit(at_least: Sequence[int], rank: float) -> int:
+    """Return the largest digit that so many candidates have, or a larger one; 0 if there are fewer."""
+    return next((digit for digit in reversed(range(_BINS)) if at_least[digit] >= rank), 0)
 
 
 def _keys(flat: Tensor) -> Tensor:
@@ -153,7 +166,7 @@ def _largest(keys: Tensor, count: int, bits: int, total: Total) -> tuple[Tensor,
         digits = (keys >> shift) & (_BINS - 1)
         histogram = total(torch.bincount(digits, minlength=_BINS))
         at_least = _at_least(histogram)
-        digit = max(d for d in range(_BINS) if at_least[d] >= count)
+        digit = _digit(at_least, count)
         larger = at_least[digit + 1] if digit + 1 < _BINS else 0
         chosen.append(positions[digits > digit])
         candidates = digits == digit

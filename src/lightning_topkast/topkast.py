@@ -8,11 +8,11 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_topkast.engine.attached import Attached
+from lightning_topkast.engine.held import check_trained, follow, reshard, without_parameter
 from lightning_topkast.engine.install import check_targets, draw, install, make_weights, release
 from lightning_topkast.engine.notices import Notices
 from lightning_topkast.engine.refresh import Refresher, Selection
@@ -29,7 +29,7 @@ from lightning_topkast.method.schedule import Timeline, in_words, moments
 from lightning_topkast.method.targets import FROZEN, Target, find_targets
 from lightning_topkast.settings import Settings, takes_settings
 from lightning_topkast.storage import Masked
-from lightning_topkast.weights import EntryState, MaskedWeight, PackedWeight, SparseWeight, Traits
+from lightning_topkast.weights import EntryState, MaskedWeight, SparseWeight, Traits
 
 _engines: WeakSet["TopKast"] = WeakSet()  # that no later one has released
 
@@ -229,18 +229,12 @@ class TopKast:
     def _gone(self) -> list[str]:
         """Names of the sparse weights whose parameters the model no longer holds."""
         self._reshard()
-        held = {id(parameter) for parameter in self.model.parameters()}
-        return [name for name, weight in self._weights.items() if id(weight.parameter) not in held]
+        return without_parameter(self.model, self._weights)
 
     def _reshard(self) -> None:
         """Reshard the model under FSDP2, and go on with the parameters that it has made of packed ones."""
         reshard(self.model)
-        for target in self._targets:
-            weight = self._weights.get(target.name)
-            if isinstance(weight, PackedWeight):
-                module, name = target.owners[0]
-                weight.follow(module._parameters.get(name))
-                target.parameter = weight.parameter
+        follow(self._targets, self._weights)
         self._by_parameter = {weight.parameter: weight for weight in self._weights.values()}
 
     def check_held(self) -> None:
@@ -255,24 +249,6 @@ class TopKast:
                 "code has replaced them or their layers during training; write new values into the parameters "
                 "instead, or replace layers between two fits"
             )
-
-    def _check_layers(self, weights: Sequence[SparseWeight]) -> None:
-        """Refuse a step on parameters that their layers have lost, since nothing would be trained.
-
-        FSDP2's own parameters are not looked for: a layer may hold gathered values.
-        """
-        trained = {weight.name: weight.parameter for weight in weights if not weight.is_dtensor}
-        for target in self._targets:
-            module, name = target.owners[0]
-            held, parameter = module._parameters.get(name), trained.get(target.name)
-            if held is None or parameter is None or held is parameter:  # None: other code has parametrized it since
-                continue
-            if all(each is not parameter for each in self.model.parameters()):
-                raise TopKastError(
-                    f"the layer of '{target.name}' no longer holds the parameter that this optimizer steps on, since "
-                    "fully_shard or other code has replaced it: call fully_shard before the optimizer is made and "
-                    "attached"
-                )
 
     @property
     def is_released(self) -> bool:
@@ -587,7 +563,8 @@ class TopKast:
         self._zeros = {name: weight.count_zeros() for name, weight in self._weights.items()}
 
     def _before_step(self, weights: Sequence[SparseWeight]) -> None:
-        self._check_layers(weights)
+        sparse = [weight for weight in weights if self._weights.get(weight.name) is weight]  # not excluded since
+        check_trained(self.model, self._targets, sparse)
         self.accept_writes(weights)
         if self._strengths.unknown(weights):  # an optimizer was given another group
             self._set_strength()
@@ -682,13 +659,3 @@ class TopKast:
             }
         self._look_for_zeros()
         self._follow_schedule()
-
-
-def reshard(model: nn.Module) -> None:
-    """Reshard a model under FSDP2, which stays unsharded after a forward pass without a backward pass.
-
-    The next forward pass would not see what is written into the shards either.
-    """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()

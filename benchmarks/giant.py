@@ -1,31 +1,38 @@
-"""A transformer far larger than dense training has room for takes steps with Adam on one device.
+"""A transformer far larger than dense training has room for takes steps with Adam, on one device or on several.
 
     python benchmarks/giant.py [--blocks 26] [--width 8192] [--pair 0.98 0.95] [--steps 10] [--json FILE]
+    torchrun --nproc-per-node N benchmarks/giant.py ...
 
 Weights are float32 and computed with in bfloat16; all of θ lies in host memory, and the device holds the updated set's
-blocks, their gradients and Adam's state. Dense training with Adam holds 16 bytes a parameter (weight, gradient and two
-moments in float32), which with nothing else in it bounds what a device's memory is enough for. Every step sees the same
-random tokens, so that a falling loss shows that it learns. The first weights are drawn on the device and brought to the
-host one at a time.
+blocks, their gradients and Adam's state. Of several ranks each has its share of both, by FSDP2, and trains on tokens of
+its own. Dense training with Adam holds 16 bytes a parameter (weight, gradient and two moments in float32), which with
+nothing else in it bounds what the devices' memory is enough for. Every step sees the same random tokens, so that a
+falling loss shows that it learns. The network is built on the meta device, so that of several ranks each draws its own
+rows of θ, and none has a dense weight.
 """
 
 import argparse
 import json
+import os
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from gpu_block import Block
 from gpu_timing import device_name
 from tables import Row, table
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.optim import Adam
 
 from lightning_topkast import Packed, Targets, TopKast
+from lightning_topkast.distributed import to_local
 from lightning_topkast.method import structure
 
 TOKENS = 256
@@ -49,24 +56,42 @@ class Transformer(nn.Module):
         return output
 
 
-@torch.no_grad()
-def draw(model: nn.Module, device: torch.device) -> None:
-    """Give a model on the meta device its first values, in host memory."""
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            values = torch.empty(parameter.shape, device=device)
-            if parameter.dim() == 1:
-                values.fill_(isinstance(module, nn.LayerNorm) and name == "weight")
-            else:
-                values.normal_(std=0.02)
-            module._parameters[name] = nn.Parameter(values.cpu())
+def build(arguments: argparse.Namespace, device: torch.device, mesh: DeviceMesh | None) -> tuple[nn.Module, TopKast]:
+    """Pack a transformer on the meta device, which draws it, and shard it over the mesh, if there is one."""
+    with torch.device("meta"):
+        model = Transformer(arguments.width, arguments.blocks, arguments.width // 128, arguments.time)
+    topkast = TopKast(
+        model,
+        *arguments.pair,
+        targets=Targets(include=["blocks.*"], keep_first_dense=False, keep_last_dense=False),
+        update_every=10**6,
+        penalty=None,
+        structure=structure.Block(arguments.side, arguments.side),
+        storage=Packed(unsupported="error"),
+    )
+    for module in (*model.blocks, model):
+        module.to(device)
+        if mesh is not None:
+            fully_shard(module, mesh=mesh)
+    return model, topkast
+
+
+def held(model: nn.Module, optimizer: Adam) -> Iterator[Tensor]:
+    """This rank's weights, gradients and optimizer state."""
+    for parameter in model.parameters():
+        yield parameter
+        if parameter.grad is not None:
+            yield parameter.grad
+    for state in optimizer.state.values():
+        yield from (value for value in state.values() if isinstance(value, Tensor))
 
 
 class Watch:
-    """Seconds of what is done, printed as it goes."""
+    """Seconds of what is done, printed as it goes by one rank."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, prints: bool) -> None:
         self.on_gpu = device.type == "cuda"
+        self.prints = prints
         self.seconds: dict[str, float] = {}
 
     def __call__(self, name: str, work: Callable[[], Any]) -> Any:
@@ -75,34 +100,23 @@ class Watch:
         if self.on_gpu:
             torch.cuda.synchronize()
         self.seconds[name] = perf_counter() - start
-        print(f"{name}: {self.seconds[name]:.1f} s", flush=True)
+        if self.prints:
+            print(f"{name}: {self.seconds[name]:.1f} s", flush=True)
         return done
 
 
-def run(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def run(arguments: argparse.Namespace, device: torch.device, mesh: DeviceMesh | None) -> dict[str, Any]:
     """Build, train, refresh, and train on."""
+    rank, world = (0, 1) if mesh is None else (mesh.get_rank(), mesh.size())
     torch.manual_seed(0)
-    watch = Watch(device)
-    with torch.device("meta"):
-        model = Transformer(arguments.width, arguments.blocks, arguments.width // 128, arguments.time)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{parameters / 1e9:.2f} B parameters", flush=True)
-    watch("drawing the weights", lambda: draw(model, device))
-    topkast = watch(
-        "choosing and packing",
-        lambda: TopKast(
-            model,
-            *arguments.pair,
-            targets=Targets(include=["blocks.*"], keep_first_dense=False, keep_last_dense=False),
-            update_every=10**6,
-            penalty=None,
-            structure=structure.Block(arguments.side, arguments.side),
-            storage=Packed(unsupported="error"),
-        ),
-    )
-    watch("moving to the device", lambda: model.to(device))
+    watch = Watch(device, prints=rank == 0)
+    model, topkast = watch("drawing, packing and sharding", lambda: build(arguments, device, mesh))
     optimizer = Adam(model.parameters(), lr=arguments.lr, fused=True)
     topkast.attach(optimizer)
+    weights = topkast.weights.values()
+    dense = sum(parameter.numel() for parameter in model.parameters()) - sum(w.parameter.numel() for w in weights)
+    parameters = dense + sum(weight.size for weight in weights)
+    torch.manual_seed(rank)
     tokens = torch.randint(TOKENS, (arguments.batch, arguments.time + 1), device=device)
 
     def step() -> float:
@@ -126,28 +140,32 @@ def run(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 
     steps(arguments.steps)
     watch("a refresh of all weights", topkast.refresh)
-    promoted = sum(weight.promoted for weight in topkast.weights.values())
+    promoted = sum(weight.promoted for weight in weights)
     steps(arguments.steps)
     on_gpu = device.type == "cuda"
     memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else 0
-    held = sum(p.nbytes + (0 if p.grad is None else p.grad.nbytes) for p in model.parameters())
-    held += sum(v.nbytes for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))
     row: Row = {
+        "rank": rank,
         "B parameters": parameters / 1e9,
         "sparsity": "{:.0%} / {:.0%}".format(*arguments.pair),
         "block": arguments.side,
-        "tokens a step": tokens[:, 1:].numel(),
-        "weights, gradients, Adam GB": held / 1e9,
+        "tokens a step": world * tokens[:, 1:].numel(),
+        "θ at home GB": sum(w.sharding.local_shape.numel() * w.parameter.element_size() for w in weights) / 1e9,
+        "weights, gradients, Adam GB": sum(to_local(each).nbytes for each in held(model, optimizer)) / 1e9,
         "peak GB": torch.cuda.max_memory_allocated() / 1e9 if on_gpu else None,
-        "dense Adam GB": DENSE_BYTES * parameters / 1e9,
-        "dense Adam's limit, B parameters": memory / DENSE_BYTES / 1e9 if on_gpu else None,
+        "dense Adam GB": DENSE_BYTES * parameters / 1e9 / world,
+        "dense Adam's limit, B parameters": world * memory / DENSE_BYTES / 1e9 if on_gpu else None,
         "host peak GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
         "ms a step": sorted(times)[len(times) // 2] * 1e3,
+        "s a refresh": watch.seconds["a refresh of all weights"],
         "promoted": promoted,
         "first loss": losses[0],
         "last loss": losses[-1],
     }
-    return {"row": row, "seconds": watch.seconds, "losses": losses, "step seconds": times}
+    rows = [row] * world
+    if mesh is not None:
+        dist.all_gather_object(rows, row)
+    return {"rows": rows, "seconds": watch.seconds, "losses": losses, "step seconds": times}
 
 
 def main() -> None:
@@ -163,11 +181,20 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write all figures to this file")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = run(arguments, device)
-    table(f"Training on {device_name(device) if device.type == 'cuda' else 'CPU'}", [found["row"]])
-    print("loss: " + " ".join(f"{loss:.3f}" for loss in found["losses"]))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(found | {"device": device_name(device)}, indent=1) + "\n")
+    mesh = None
+    if dist.is_torchelastic_launched():
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    found = run(arguments, device, mesh)
+    if mesh is None or mesh.get_rank() == 0:
+        table(f"Training on {device_name(device) if device.type == 'cuda' else 'CPU'}", found["rows"])
+        print("loss: " + " ".join(f"{loss:.3f}" for loss in found["losses"]))
+        if arguments.json:
+            arguments.json.write_text(json.dumps(found | {"device": device_name(device)}, indent=1) + "\n")
+    if mesh is not None:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ pytestmark = pytest.mark.slow
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
-def run_benchmark(name, *arguments):
-    run = processes.run([sys.executable, BENCHMARKS / name, *arguments], check=False)
+def run_benchmark(name, *arguments, launcher=()):
+    run = processes.run([sys.executable, *launcher, BENCHMARKS / name, *arguments], check=False)
     assert run.returncode == 0, run.stderr
     return run
 
@@ -228,15 +228,37 @@ def test_gpu_multiplies_by_2_to_4_weights_where_a_gpu_can(gpu_rehearsal):
     assert all("Only CUDA tensors" in row["failed"] for row in gpu_rehearsal["semi"])
 
 
+GIANT = ("--blocks", "2", "--width", "256", "--side", "16", "--batch", "1", "--time", "16", "--steps", "3")
+
+
 def test_giant_trains_and_says_what_it_holds(tmp_path):
-    size = ("--blocks", "1", "--width", "256", "--side", "16", "--batch", "1", "--time", "16", "--steps", "3")
-    run_benchmark("giant.py", *size, "--json", tmp_path / "figures.json")
+    run_benchmark("giant.py", *GIANT, "--json", tmp_path / "figures.json")
     figures = json.loads((tmp_path / "figures.json").read_text())
-    row = figures["row"]
-    assert row["B parameters"] * 1e9 == pytest.approx(12 * 256**2 + (256 + 16 + 256) * 256, rel=0.01)
-    assert row["weights, gradients, Adam GB"] < 0.3 * row["dense Adam GB"]
+    (row,) = figures["rows"]
+    assert row["B parameters"] * 1e9 == pytest.approx(2 * 12 * 256**2 + (256 + 16 + 256) * 256, rel=0.01)
+    assert row["θ at home GB"] * 1e9 == 4 * 2 * 12 * 256**2
+    assert row["weights, gradients, Adam GB"] < 0.2 * row["dense Adam GB"]
     assert row["last loss"] < row["first loss"]
     assert len(figures["losses"]) == 7
+
+
+def test_giant_trains_over_two_ranks_each_of_which_holds_half(tmp_path):
+    run_benchmark("giant.py", *GIANT, "--json", tmp_path / "alone.json")
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    out = run_benchmark("giant.py", *GIANT, "--json", tmp_path / "both.json", launcher=torchrun).stdout
+    (alone,), both = (json.loads((tmp_path / f"{name}.json").read_text())["rows"] for name in ("alone", "both"))
+    assert [row["rank"] for row in both] == [0, 1]
+    for row in both:
+        assert row["B parameters"] == alone["B parameters"]
+        assert row["θ at home GB"] == alone["θ at home GB"] / 2
+        held = row["weights, gradients, Adam GB"]
+        assert held == pytest.approx(alone["weights, gradients, Adam GB"] / 2, rel=1e-3)
+        assert row["ms a step"] > 0 < row["s a refresh"]
+        assert row["promoted"] == both[0]["promoted"] > 0
+        assert row["last loss"] < row["first loss"]
+    assert both[0]["first loss"] == pytest.approx(alone["first loss"]), "the network is the same"
+    assert both[0]["first loss"] != both[1]["first loss"], "each rank has tokens of its own"
+    assert out.count("Training on CPU") == 1
 
 
 def test_gpu_takes_only_the_parts_that_are_asked_for(tmp_path):

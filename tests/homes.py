@@ -11,6 +11,7 @@ import pickle
 import sys
 import tracemalloc
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -46,6 +47,7 @@ OPTIONS = {
     "forward_sparsity": 0.75, "backward_sparsity": 0.5, "keep_first_dense": False, "keep_last_dense": False,
     "update_every": 3, "strength": 0.1, "storage": "packed", "kernels": "torch",
 }  # fmt: skip
+TIMEOUT = timedelta(seconds=1000)
 # uneven over 2, 3 and 4 ranks, fewer rows than ranks, one dimension, and a convolution's
 SHAPES = [(7, 5), (16, 12), (3, 9), (13, 2), (40,), (6, 5, 3, 3)]
 BLOCKS = [(28, 8), (4, 12), (12, 4), (40,), (8, 4, 3, 3)]  # of 4 × 4
@@ -739,11 +741,19 @@ def check_memory() -> dict:
     return found
 
 
+def check_timeouts() -> dict:
+    """How long collectives on the host's memory wait for a rank that hangs."""
+    group = host_group()
+    groups = [group._own, group._background]
+    return {"timeouts": [each._get_backend(torch.device("cpu")).options._timeout == TIMEOUT for each in groups]}
+
+
 def ranks(rank: int, folder: Path, world: int, others: list[int]) -> None:
     faulthandler.dump_traceback_later(1500, exit=True)  # a rank that waits for another says where
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    store = f"file://{folder}/rendezvous"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=TIMEOUT)
     found = check_exchange(rank, world)
     found |= check_runs(steps=30 if world == 2 else 18)
     found |= check_states(folder, rank)
@@ -755,6 +765,7 @@ def ranks(rank: int, folder: Path, world: int, others: list[int]) -> None:
     found |= check_plan(world)
     found |= check_birth()
     found |= check_lightning(folder, world, rank)
+    found |= check_timeouts()
     found |= check_memory()
     torch.save(found, folder / f"found-{rank}.pt")
     dist.destroy_process_group()

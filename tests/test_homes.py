@@ -112,6 +112,11 @@ def test_nan_on_one_rank_is_an_error_on_all(found, world, name):
 
 
 @pytest.mark.parametrize("world", WORLDS)
+def test_ranks_wait_for_one_that_hangs_as_long_as_in_collectives_of_the_run(found, world):
+    assert all(rank["timeouts"] == [True, True] for rank in found(world))
+
+
+@pytest.mark.parametrize("world", WORLDS)
 def test_values_that_differ_between_ranks_are_noticed_at_the_refresh(found, world):
     assert all("the ranks chose different active sets for 'layer1.weight'" in rank["drift"] for rank in found(world))
 

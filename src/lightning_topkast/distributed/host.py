@@ -24,7 +24,7 @@ class HostGroup:
 
     def __init__(self) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self._own, self._background = (dist.new_group(backend="gloo") for _ in range(2))
+        self._own, self._background = (dist.new_group(backend="gloo", timeout=_timeout()) for _ in range(2))
         self.mesh = DeviceMesh.from_group(self._own, "cpu")
 
     def __reduce__(self) -> Any:
@@ -38,6 +38,14 @@ class HostGroup:
     def of_thread(self) -> Any:
         """The process group for collectives of this thread."""
         return self._background if getattr(_thread, "is_background", False) else self._own
+
+
+def _timeout() -> Any:
+    """Return how long the run's collectives wait, since torch gives further groups 30 minutes; None if unknown."""
+    world = dist.group.WORLD
+    assert world is not None
+    backend = world._get_backend(world._device_types[0])
+    return getattr(getattr(backend, "options", None), "_timeout", None)
 
 
 _thread = threading.local()

@@ -1,16 +1,18 @@
 """Run by test_homes.py in a process of its own, which forks the ranks: `python homes.py FOLDER WORLD...`.
 
 Every check compares packed weights whose θ is shared by the host memory of the ranks with a copy on the same rank that
-shares nothing; each rank writes down what it found.
+shares nothing; each rank writes down what it found. `--steps 200` only trains, so long, with a refresh every 10 steps,
+and prints how many of the runs ended alike.
 """
 
+import argparse
 import copy
 import faulthandler
 import os
 import pickle
-import sys
 import tracemalloc
 import warnings
+from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 
@@ -73,6 +75,15 @@ RUNS = {
     "erk": {"distribution": "erk"},
     "compact": {"storage": "compact", "kernels": None},
 }
+# for long
+LONG = {
+    f"{optimizer}, {sets}, {choice}": {"optimizer": optimizer, "update_every": 10} | structure | options
+    for optimizer in ("momentum", "adam", "fused")
+    for sets, structure in {"entries": {}, "blocks": {"structure": "block", "block": (4, 4)}}.items()
+    for choice, options in {
+        "l2": {}, "l1": {"penalty": "l1"}, "no penalty": {"strength": 0.0}, "random": {"exploration": "random"},
+    }.items()
+}  # fmt: skip
 
 
 KINDS = ["sharded", "slices", "copies"]
@@ -741,6 +752,23 @@ def check_memory() -> dict:
     return found
 
 
+def train_long(steps: int) -> None:
+    """Print how many runs end as one process does: bit for bit, with the same sets, and nearly."""
+    for kind in KINDS[: 2 + (dist.get_world_size() == 4)]:
+        counts, refreshes = Counter(), set()
+        for options in LONG.values():
+            topkast, optimizer = run(kind, steps, **options)
+            got, expected = everything(topkast, optimizer), everything(*run("replicated", steps, **options))
+            counts["bit for bit"] += same(got, expected)
+            counts["sets bit for bit"] += all(
+                torch.equal(weight[1], expected["weights"][name][1]) for name, weight in got["weights"].items()
+            )
+            counts["nearly"] += close(got, expected)
+            refreshes.add(topkast.refresh_count)
+        if dist.get_rank() == 0:
+            print(f"{dist.get_world_size()} ranks, {kind}: {len(LONG)} runs, refreshes {refreshes}, {dict(counts)}")
+
+
 def check_timeouts() -> dict:
     """How long collectives on the host's memory wait for a rank that hangs."""
     group = host_group()
@@ -748,12 +776,15 @@ def check_timeouts() -> dict:
     return {"timeouts": [each._get_backend(torch.device("cpu")).options._timeout == TIMEOUT for each in groups]}
 
 
-def ranks(rank: int, folder: Path, world: int, others: list[int]) -> None:
+def ranks(rank: int, folder: Path, world: int, others: list[int], steps: int | None) -> None:
     faulthandler.dump_traceback_later(1500, exit=True)  # a rank that waits for another says where
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     store = f"file://{folder}/rendezvous"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=TIMEOUT)
+    if steps is not None:
+        train_long(steps)
+        return
     found = check_exchange(rank, world)
     found |= check_runs(steps=30 if world == 2 else 18)
     found |= check_states(folder, rank)
@@ -773,8 +804,13 @@ def ranks(rank: int, folder: Path, world: int, others: list[int]) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    worlds = [int(each) for each in sys.argv[2:]]
-    for number, world in enumerate(worlds):
-        folder = Path(sys.argv[1], str(world))
-        folder.mkdir()
-        mp.start_processes(ranks, (folder, world, worlds[:number]), nprocs=world, start_method="fork")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("worlds", type=int, nargs="+")
+    parser.add_argument("--steps", type=int)
+    given = parser.parse_args()
+    for number, world in enumerate(given.worlds):
+        folder = given.folder / str(world)
+        folder.mkdir(parents=True)
+        arguments = folder, world, given.worlds[:number], given.steps
+        mp.start_processes(ranks, arguments, nprocs=world, start_method="fork")

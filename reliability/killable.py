@@ -17,13 +17,15 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from loader import Resumable
 from nouns import nouns
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from whole import whole
 
 from lightning_topkast import AtomicCheckpointIO, StepBoundaryCheckpoint, TopKastCallback
+from lightning_topkast.app.run_folder.folder import RunFolder
 from lightning_topkast.engine.refresh import Refresher
 from lightning_topkast.weights import MaskedWeight, PackedWeight
 
@@ -34,7 +36,7 @@ STUCK = timedelta(seconds=60)  # how long a rank waits for another
 class Moment(IntEnum):
     """What a process is doing."""
 
-    STARTING, TRAINING, REFRESHING, WRITING, ENDED = range(5)
+    STARTING, TRAINING, CHOOSING, REFRESHING, WRITING, ENDED = range(6)
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,14 @@ class Kind:
     ranks: int
     accumulate: int = 1
     delay: int = 0
+    strategy: str = "ddp"
     plugin: str = "ours"
 
     def __str__(self) -> str:
+        strategy = f", {self.strategy}" if self.ranks > 1 else ""
         delay = f", delay {self.delay}" if self.delay else ""
-        return f"{self.storage}, {self.ranks} rank{'s'[: self.ranks - 1]}, accumulate {self.accumulate}{delay}"
+        ranks = f"{self.ranks} rank{'s'[: self.ranks - 1]}"
+        return f"{self.storage}, {ranks}{strategy}, accumulate {self.accumulate}{delay}"
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,10 @@ class Net(LightningModule):
             nn.Linear(12, 96), nn.Tanh(), nn.Linear(96, 96), nn.Tanh(), nn.Linear(96, 48), nn.Tanh(), nn.Linear(48, 2)
         )
 
+    def configure_model(self) -> None:
+        if self.device_mesh is not None and not isinstance(self.layers, FSDPModule):
+            fully_shard(self.layers, mesh=self.device_mesh["data_parallel"])
+
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         return nn.functional.mse_loss(self.layers(batch[0]), batch[1])
 
@@ -129,33 +138,44 @@ def train(kind: Kind, folder: Path, rank: int, port: int, place: Place, target: 
     changes: dict[str, Any] = {}
     if kind.ranks > 1:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
-        changes["strategy"] = DDPStrategy(process_group_backend="gloo", timeout=STUCK)
+        if kind.strategy == "ddp":
+            changes["strategy"] = DDPStrategy(process_group_backend="gloo", timeout=STUCK)
+        else:
+            changes["strategy"] = ModelParallelStrategy(kind.ranks, 1, True, "gloo", STUCK)
     callback = TopKastCallback(
         0.8, 0.6, **nouns(update_every=4, delay=kind.delay, shrinkage=1e-3, storage=kind.storage, kernels="torch")
     )
-    saving = StepBoundaryCheckpoint(folder, "last", every_n_train_steps=SAVE_EVERY, enable_version_counter=False)
+    # a folder of shards would be half old and half new if it were written over
+    name = "{step}" if kind.strategy == "fsdp2" else "last"
+    saving = StepBoundaryCheckpoint(
+        folder / "checkpoints", name, every_n_train_steps=SAVE_EVERY, enable_version_counter=False
+    )
     trainer = Trainer(
         accelerator="cpu", devices=kind.ranks, max_epochs=EPOCHS, accumulate_grad_batches=kind.accumulate,
         callbacks=[Reports(place), callback, saving], use_distributed_sampler=False, default_root_dir=folder,
         plugins=[AtomicCheckpointIO() if kind.plugin == "ours" else TorchCheckpointIO()],
         logger=False, enable_progress_bar=False, enable_model_summary=False, **changes,
     )  # fmt: skip
-    last = folder / "last.ckpt"
-    resumed = last.exists()
-    model = Net(seed=7 if resumed else 0)
-    trainer.fit(model, Batches(rank, kind.ranks), ckpt_path=last if resumed else None, weights_only=True)
+    path, _ = newest_checkpoint(folder)
+    model = Net(seed=7 if path else 0)
+    trainer.fit(model, Batches(rank, kind.ranks), ckpt_path=path, weights_only=True)
     place.set_moment(rank, Moment.ENDED)
     assert callback.topkast is not None
     result = {
-        "model": model.state_dict(),
+        "model": whole(model.state_dict()),
         "θ": {name: whole(weight.theta()) for name, weight in callback.topkast.weights.items()},
         "sets": whole(callback.topkast.state_dict(gathered=False)),
-        "optimizer": trainer.optimizers[0].state_dict(),
+        "optimizer": whole(trainer.optimizers[0].state_dict()),
         "schedule": trainer.lr_scheduler_configs[0].scheduler.state_dict(),
         "steps": trainer.global_step,
     }
     with (folder / f"ended-{rank}.pt").open("wb") as file:
         torch.save(result, file)
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path | None, int]:
+    """The newest complete checkpoint, if there is one, and its step."""
+    return RunFolder(folder).newest_checkpoint(lambda _: None) or (None, 0)
 
 
 def report(place: Place, rank: int, target: Target | None) -> None:
@@ -200,6 +220,16 @@ def report(place: Place, rank: int, target: Target | None) -> None:
     MaskedWeight.apply = applying(MaskedWeight.apply)  # type: ignore[method-assign]
     PackedWeight.apply = applying(PackedWeight.apply)  # type: ignore[method-assign]
 
+    def choosing(method: Callable[..., None]) -> Callable[..., None]:
+        @wraps(method)
+        def wrapped(*arguments: Any) -> None:
+            reached(Moment.CHOOSING)  # in the background: other ranks wait for the places of this one's sets
+            method(*arguments)
+
+        return wrapped
+
+    PackedWeight.prepare = choosing(PackedWeight.prepare)  # type: ignore[method-assign]
+
     def writing(method: Callable[..., None]) -> Callable[..., None]:
         @wraps(method)
         def wrapped(*arguments: Any, **others: Any) -> None:
@@ -218,6 +248,9 @@ def report(place: Place, rank: int, target: Target | None) -> None:
         goal.write(data[len(data) // 2 :])
 
     def save_in_halves(content: Any, goal: Any) -> None:
+        if isinstance(goal, Path):  # of a folder of shards, the last file
+            reached(Moment.WRITING)
+            return save(content, goal)
         buffer = io.BytesIO()
         save(content, buffer)
         write_in_halves(buffer.getvalue(), goal, part=0)
@@ -231,8 +264,8 @@ def report(place: Place, rank: int, target: Target | None) -> None:
         replace(source, goal)
         reached(Moment.WRITING, 3)
 
-    for plugin in (AtomicCheckpointIO, TorchCheckpointIO):
-        plugin.save_checkpoint = writing(plugin.save_checkpoint)  # type: ignore[method-assign]
+    for writer in (AtomicCheckpointIO, TorchCheckpointIO, ModelParallelStrategy):
+        writer.save_checkpoint = writing(writer.save_checkpoint)  # type: ignore[method-assign]
     torch.save, os.fsync, os.replace = save_in_halves, sync, put_in_place  # type: ignore[assignment]
     # how Lightning's own plugin puts a file in place from another file system
     shutil._USE_CP_SENDFILE = False  # type: ignore[attr-defined]

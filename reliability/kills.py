@@ -21,21 +21,30 @@ import time
 import traceback
 import warnings
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from killable import STUCK, Kind, Moment, Place, Target, train
+from killable import STUCK, Kind, Moment, Place, Target, newest_checkpoint, train
 from torch import Tensor, nn
-
-from lightning_topkast.app.run_folder.checkpoint import Checkpoint
 
 Row = dict[str, Any]
 
+KINDS = [
+    Kind("masked", 1),
+    Kind("masked", 2),
+    Kind("masked", 2, strategy="fsdp2"),
+    Kind("packed", 1, accumulate=2, delay=1),
+    Kind("packed", 2),
+    Kind("packed", 2, accumulate=2, delay=1),
+    Kind("packed", 2, strategy="fsdp2"),
+    Kind("packed", 2, strategy="fsdp2", accumulate=2, delay=1),
+]
 KILLS_A_TRAINING = 8  # then it is left alone, so that it ends
 NAMES = {
-    Moment.STARTING: "starting", Moment.TRAINING: "in a step", Moment.REFRESHING: "in a refresh",
-    Moment.WRITING: "writing", Moment.ENDED: "ending",
+    Moment.STARTING: "starting", Moment.TRAINING: "in a step", Moment.CHOOSING: "choosing",
+    Moment.REFRESHING: "in a refresh", Moment.WRITING: "writing", Moment.ENDED: "ending",
 }  # fmt: skip
 
 
@@ -86,11 +95,10 @@ class Trial:
         for _ in range(10 * kills + 1):
             killed = self._start(folder, wanted=done < kills)
             done += killed
-            if (folder / "last.ckpt").exists():
-                now = Checkpoint(str(folder / "last.ckpt")).step
-                if now < step:
-                    raise RuntimeError(f"{self.kind}: the checkpoint went back from step {step} to {now}")
-                step = now
+            _, now = newest_checkpoint(folder)
+            if now < step:
+                raise RuntimeError(f"{self.kind}: the checkpoint went back from step {step} to {now}")
+            step = now
             if not killed:
                 break
         return [torch.load(folder / f"ended-{rank}.pt", weights_only=True) for rank in range(self.kind.ranks)]
@@ -122,7 +130,14 @@ class Trial:
             0
         ]
         if kind_of_kill == "in a refresh":
-            return Target(draw.randrange(self.kind.ranks), Moment.REFRESHING, draw.randint(1, 6)), 0, False
+            moment = draw.choice([Moment.REFRESHING, Moment.CHOOSING]) if self.kind.delay else Moment.REFRESHING
+            return Target(draw.randrange(self.kind.ranks), moment, draw.randint(1, 6)), 0, False
+        if kind_of_kill == "writing" and self.kind.strategy == "fsdp2":  # each rank writes a file, of many tensors
+            return (
+                Target(draw.randrange(self.kind.ranks), Moment.WRITING, draw.randint(1, 50), draw.randrange(2)),
+                0,
+                False,
+            )
         if kind_of_kill == "writing":
             return Target(0, Moment.WRITING, draw.randint(1, 3), draw.randrange(4)), 0, False
         return None, draw.uniform(0, 0.4), kind_of_kill == "from the first step"
@@ -135,8 +150,8 @@ class Trial:
             # before the ranks have met, only what has started them (srun, torchrun, Lightning) ends those left
             victims = list(processes.running)
         processes.kill(victims)
-        counted = target.rank if target and target.rank in victims else victims[0]
-        self.kills[NAMES[self.place.moment(counted)]] += 1
+        at_target = target is not None and target.rank in victims
+        self.kills[NAMES[target.moment if at_target else self.place.moment(victims[0])]] += 1
         self.victims["all" if len(victims) == self.kind.ranks else f"rank {victims[0]}"] += 1
         since = time.monotonic()
         while processes.poll(may_fail=True):
@@ -219,16 +234,18 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.optim.AdamW([nn.Parameter(torch.zeros(1))])  # imports much; autograd must not run before forking
     rows: list[Row] = []
-    for index, storage in enumerate(arguments.storage):
-        for ranks in arguments.ranks:
-            kind = Kind(storage, ranks, accumulate=1 + index, delay=index, plugin=arguments.plugin)
-            with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix="kills-") as folder:
-                trial = Trial(kind, Path(folder), random.Random(f"{arguments.seed} {kind}"))
-                try:
-                    rows.append(trial.run(arguments.kills))
-                    print(", ".join(f"{key}: {value}" for key, value in rows[-1].items()), flush=True)
-                except Exception as error:
-                    sys.exit(f"after {trial.kills.total()} kills ({dict(trial.kills)}): {error}")
+    for kind in KINDS:
+        if kind.storage not in arguments.storage or kind.ranks not in arguments.ranks:
+            continue
+        with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix="kills-") as folder:
+            trial = Trial(
+                replace(kind, plugin=arguments.plugin), Path(folder), random.Random(f"{arguments.seed} {kind}")
+            )
+            try:
+                rows.append(trial.run(arguments.kills))
+                print(", ".join(f"{key}: {value}" for key, value in rows[-1].items()), flush=True)
+            except Exception as error:
+                sys.exit(f"{kind}, after {trial.kills.total()} kills ({dict(trial.kills)}): {error}")
     print("every killed training ended with the uninterrupted one's weights, θ, sets and optimizer state")
     if arguments.json:
         arguments.json.write_text(json.dumps({"seed": arguments.seed, "rows": rows}, indent=1) + "\n")

@@ -64,11 +64,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cases", type=int, default=10**9, help="at most so many")
     parser.add_argument("--kind", choices=KINDS, help="cases of this kind only")
     chosen = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that children are ended too
     seed = int.from_bytes(os.urandom(4)) if chosen.seed is None else chosen.seed
     numbers = range(chosen.cases) if chosen.case is None else range(chosen.case, chosen.case + 1)
     print(f"soak: seed {seed}", flush=True)
@@ -84,5 +79,10 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if counts["failures"] or not counts["cases"] else 0
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # what holds for the whole process is set only where it is the soak's own
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that children are ended too
     sys.exit(main())

@@ -1,9 +1,11 @@
 """The soak: a slice of it, proof that its oracle sees broken code, and what it has found."""
 
 import copy
+import logging
 import os
 import pickle
 import resource
+import signal
 import sys
 import time
 import warnings
@@ -51,14 +53,6 @@ def test_a_few_cases_of_every_kind_break_no_rule():
     for kind in ("loop", "trainer", "killed", "sharded"):
         assert f" 0 {kind}" not in done.stdout
         assert f"(0 {kind}" not in done.stdout
-
-
-@pytest.fixture(autouse=True)
-def own_limit():
-    """The soak limits the memory of its process, which here goes on with other tests."""
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    yield
-    resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 @contextmanager
@@ -184,6 +178,20 @@ def test_the_oracle_sees_broken_code(soak, monkeypatch, capsys, breaks):
         counts = soak()
     assert counts["failures"] > 0
     assert "Violation" in capsys.readouterr().out
+
+
+def test_the_soak_leaves_its_process_as_it_was(monkeypatch):
+    monkeypatch.syspath_prepend(str(RELIABILITY))
+    from soak import main
+
+    def present():
+        level = logging.getLogger("lightning.pytorch").level
+        limit, handler = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGTERM)
+        return level, limit, handler, list(warnings.filters)
+
+    before = present()
+    main(["--seed", "0", "--case", "0", "--minutes", "0"])
+    assert present() == before
 
 
 @pytest.mark.slow

@@ -155,7 +155,7 @@ class Case:
     wandering_lr: bool = False
     events: dict[int, list[tuple[str, str]]] = field(default_factory=dict)  # step → what happens before it
     skips: dict[int, str] = field(default_factory=dict)  # step → "no gradient", "some without", "overflow"
-    cut: str = ""  # how weights are sharded
+    cut: str = ""  # how weights are sharded; of packed ones under "DDP" θ, the sets and the scores
 
     def describe(self) -> str:
         return "\n".join(f"    {key}: {value}" for key, value in asdict(self).items())
@@ -232,8 +232,8 @@ def _settings(rng: Random, kind: str) -> dict[str, Any]:
     settings |= _structure(Random(str(settings)), settings["backward_sparsity"])
     if ":" in settings.get("structure", ""):
         settings.pop("overrides", None)
-    if kind == "sharded":
-        settings |= {"storage": "masked", "delay": 0, "reset_optimizer_state": True}
+    if kind == "sharded" and settings["storage"] == "masked":
+        settings |= {"delay": 0, "reset_optimizer_state": True}
     return settings
 
 
@@ -276,8 +276,10 @@ def draw(kind: str | None, rng: Random) -> Case:
     if case.dtype == "bfloat16" and case.optimizer[0] == "SGD":
         case.optimizer[1].pop("fused", None)  # on CPU torch 2.13's computes something else, from 16 entries on
     if kind == "sharded":
-        case.optimizer[1].pop("fused", None)  # which torch has not for DTensors
-        case.cut = rng.choice(["Shard(0)", "Shard(1)", "Replicate", "FSDP2"])
+        packed = settings["storage"] != "masked"
+        case.cut = rng.choice(["DDP", "FSDP2"] if packed else ["Shard(0)", "Shard(1)", "Replicate", "FSDP2"])
+        if case.cut != "DDP":
+            case.optimizer[1].pop("fused", None)  # which torch has not for all DTensors
         if case.cut == "Shard(1)" and ":" in settings.get("structure", ""):
             settings["structure"] = "unstructured"  # needs whole rows
     if kind in ("loop", "killed"):

@@ -18,12 +18,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from loader import Resumable
 from nouns import nouns
 from soak_cases import Case
-from soak_oracle import Oracle, expect, spread
+from soak_oracle import Oracle, expect, order_of, spread
 from soak_run import Run, build_engine, check_equal, rules_of, stop_of
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from whole import whole
 
 from lightning_topkast import TopKastCallback
 
@@ -240,11 +241,15 @@ def _train_sharded(case: Case) -> str:
     mesh = init_device_mesh("cpu", (2,))
     model = case.build()
     plain = {name: value.detach().clone() for name, value in model.named_parameters()}
+    is_packed = case.settings["storage"] != "masked"
+    if is_packed:  # before FSDP2 slices the values
+        topkast = build_engine(case, model)
     if case.cut == "FSDP2":
         fully_shard(model, mesh=mesh)
-    else:
+    elif case.cut != "DDP":
         _shard(model, mesh, case.cut)
-    topkast = build_engine(case, model)
+    if not is_packed:
+        topkast = build_engine(case, model)
     optimizer = case.make_optimizer(dict(model.named_parameters()))
     topkast.attach(optimizer)
     oracle = Oracle(plain, rules_of(case, topkast), case.make_optimizer)
@@ -252,16 +257,20 @@ def _train_sharded(case: Case) -> str:
         generator = torch.Generator().manual_seed(case.seed + step)
         gradients: dict[str, Tensor | None] = {}
         for name, parameter in model.named_parameters():
-            given = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.dtype)
-            assert isinstance(parameter, DTensor)
-            parameter.grad = distribute_tensor(given.clone(), mesh, parameter.placements, src_data_rank=None)
+            shape = oracle.parameters[name].shape
+            given = torch.randn(shape, generator=generator, dtype=torch.float64).to(parameter.dtype)
             gradients[name] = given.masked_fill(~oracle.sets[name][1], 0) if name in oracle.sets else given
+            if parameter.shape != shape:
+                order = order_of(*oracle.sets[name], oracle.rules.units)
+                given = nn.functional.pad(given.flatten()[order], (0, parameter.numel() - order.numel()))
+            if isinstance(parameter, DTensor):
+                given = distribute_tensor(given.clone(), mesh, parameter.placements, src_data_rank=None)
+            parameter.grad = given
         optimizer.step()
         oracle.step_with(gradients, [group["lr"] for group in optimizer.param_groups])
-        values = {name: parameter.detach().full_tensor() for name, parameter in model.named_parameters()}  # type: ignore[attr-defined]
         # torch rounds bfloat16 otherwise where a vector register is not full, which depends on the part's size
-        exact = case.settings["penalty"] != "norm" and case.dtype != "bfloat16"
-        oracle.compare(topkast, optimizer, exact, values)
+        exact = not is_packed and case.settings["penalty"] != "norm" and case.dtype != "bfloat16"
+        oracle.compare(topkast, optimizer, exact, whole(model.state_dict()))
     return f"steps {topkast.step_count} {topkast.refresh_count}"
 
 

@@ -81,13 +81,19 @@ def block_of(shape: tuple[int, ...], units: tuple[str, tuple[int, int]]) -> Tens
     return number
 
 
-def spread(packed: Tensor, active: Tensor, updated: Tensor, units: tuple[str, tuple[int, int]]) -> Tensor:
-    r"""Dense entries of packed ones: first those of A, then of B\A, block by block, and in flat order in a block."""
+def order_of(active: Tensor, updated: Tensor, units: tuple[str, tuple[int, int]]) -> Tensor:
+    r"""Flat indices of packed entries: first those of A, then of B\A, block by block, and in flat order in a block."""
     members, blocks = updated.flatten().tolist(), block_of(tuple(active.shape), units).flatten().tolist()
     exploring = (updated & ~active).flatten().tolist()
     order = sorted((i for i, member in enumerate(members) if member), key=lambda i: (exploring[i], blocks[i], i))
+    return torch.tensor(order, dtype=torch.int64)
+
+
+def spread(packed: Tensor, active: Tensor, updated: Tensor, units: tuple[str, tuple[int, int]]) -> Tensor:
+    """Dense entries of packed ones."""
+    order = order_of(active, updated, units)
     dense = packed.new_zeros(active.numel())
-    dense[torch.tensor(order)] = packed[: len(order)]
+    dense[order] = packed[: len(order)]
     return dense.view(active.shape)
 
 

@@ -245,7 +245,7 @@ def main() -> None:
                 rows.append(trial.run(arguments.kills))
                 print(", ".join(f"{key}: {value}" for key, value in rows[-1].items()), flush=True)
             except Exception as error:
-                sys.exit(f"{kind}, after {trial.kills.total()} kills ({dict(trial.kills)}): {error}")
+                sys.exit(f"after {trial.kills.total()} kills ({dict(trial.kills)}): {error}")
     print("every killed training ended with the uninterrupted one's weights, θ, sets and optimizer state")
     if arguments.json:
         arguments.json.write_text(json.dumps({"seed": arguments.seed, "rows": rows}, indent=1) + "\n")

@@ -14,6 +14,7 @@ import tracemalloc
 import warnings
 from collections import Counter
 from datetime import timedelta
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -661,16 +662,17 @@ def refusal(act) -> str:
 def check_refusals(rank: int, world: int) -> dict:
     """What goes wrong on one rank is an error on all, and nothing has changed."""
     found = {}
-    for name in ("adamw", "blocks", "delayed"):
-        topkast, optimizer = run("sharded", 4, **RUNS[name])
+    for name, kind in product(("adamw", "blocks", "delayed"), KINDS[:2]):
+        topkast, optimizer = run(kind, 4, **RUNS[name])
         before = everything(topkast, optimizer)
         weight = topkast.weights["layer1.weight"]
-        weight.parameter.detach()[0] = torch.nan  # in the first row, which is at home on rank 0
+        if rank == 0:
+            to_local(weight.parameter.detach())[0] = torch.nan  # in the first row, which is at home here
         try:
             topkast.refresh()
         except NonFiniteWeightError as error:
-            found[f"{name}: NaN"] = str(error)
-        found[f"{name}: sets kept"] = same(
+            found[f"{name}, {kind}: NaN"] = str(error)
+        found[f"{name}, {kind}: sets kept"] = same(
             [whole(each.tiers) for each in topkast.weights.values()], [w[1] for w in before["weights"].values()]
         )
     topkast, _ = run("sharded", 4)

@@ -42,9 +42,9 @@ class HostGroup:
 
 def _timeout() -> Any:
     """Return how long the run's collectives wait, since torch gives further groups 30 minutes; None if unknown."""
-    world = dist.group.WORLD
-    assert world is not None
-    backend = world._get_backend(world._device_types[0])
+    world: Any = dist.group.WORLD
+    devices = getattr(world, "_device_types", ())  # torch has no public way to ask
+    backend = world._get_backend(devices[0]) if devices else None
     return getattr(getattr(backend, "options", None), "_timeout", None)
 
 

@@ -314,6 +314,16 @@ class Orthogonal(nn.Linear):
         nn.init.normal_(self.bias)
 
 
+class Scaled(nn.Linear):
+    """Computes with its weight."""
+
+    def reset_parameters(self):
+        nn.init.normal_(self.weight)
+        with torch.no_grad():
+            self.weight.div_(self.weight.abs().max())
+        nn.init.ones_(self.bias)
+
+
 class OneRow(nn.Linear):
     """Writes to a view of its weight."""
 
@@ -335,10 +345,11 @@ def check_birth() -> dict:
             with torch.device("meta"):
                 model = nn.Sequential(
                     nn.Linear(50, 42), nn.Conv2d(4, 18, 3), Truncated(38, 26), Orthogonal(12, 18), OneRow(20, 34),
+                    Scaled(22, 16),
                     nn.Embedding(30, 34), nn.MultiheadAttention(16, 2), nn.Linear(6, 8), nn.Linear(30, 30),
                     nn.Linear(30, 30), nn.LayerNorm(4),
                 )  # fmt: skip
-                model[8].weight = model[9].weight
+                model[-2].weight = model[-3].weight
             torch.manual_seed(3)
             topkast = TopKast(model, **nouns(theta=theta, **options))
             values = [whole(each) for w in topkast.weights.values() for each in (w.theta(), w.alpha(), w.tiers)]

@@ -447,6 +447,16 @@ def test_step_on_a_parameter_that_the_layer_has_lost_is_refused(storage):
     assert same(topkast.weights["2.weight"].theta(), before)
 
 
+def test_step_on_a_parameter_that_a_late_weight_norm_has_replaced_is_refused():
+    model = make_net().layers
+    topkast = TopKast(model, 0.75, 0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    topkast.attach(optimizer)
+    nn.utils.parametrizations.weight_norm(model[2])
+    with pytest.raises(TopKastError, match=r"the layer of '2\.weight' no longer holds the parameter"):
+        optimizer.step()
+
+
 # --- optimizers -------------------------------------------------------------------------------------------------------
 
 

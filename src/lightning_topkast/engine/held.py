@@ -51,10 +51,10 @@ def check_trained(model: nn.Module, targets: Sequence[Target], weights: Collecti
     """
     trained = {weight.name: weight.parameter for weight in weights if not weight.is_dtensor}
     for target in targets:
-        module, name = target.owners[0]
-        held, parameter = module._parameters.get(name), trained.get(target.name)
-        if held is None or parameter is None or held is parameter:  # None: other code has parametrized it since
+        (module, name), parameter = target.owners[0], trained.get(target.name)
+        if parameter is None or module._parameters.get(name) is parameter:
             continue
+        # a module that parametrizes or prunes it may hold it now
         if all(each is not parameter for each in model.parameters()):
             raise TopKastError(
                 f"the layer of '{target.name}' no longer holds the parameter that this optimizer steps on, since "

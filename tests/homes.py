@@ -334,6 +334,62 @@ class OneRow(nn.Linear):
         nn.init.ones_(self.bias)
 
 
+class Convolution(nn.Conv2d):
+    def reset_parameters(self):
+        nn.init.normal_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
+class Seeded(nn.Linear):
+    """Draws with a generator of its own, before and while it does what cannot be done by rows."""
+
+    generator = torch.Generator()
+
+    def reset_parameters(self):
+        nn.init.uniform_(self.bias, generator=self.generator)
+        nn.init.orthogonal_(self.weight, generator=self.generator)
+
+
+class Assigned(nn.Linear):
+    """Gives its weight other memory."""
+
+    def reset_parameters(self):
+        self.weight.data = torch.randn(self.weight.shape)
+        nn.init.zeros_(self.bias)
+
+
+class Caught(nn.Linear):
+    """Goes on after an error."""
+
+    def reset_parameters(self):
+        nn.init.zeros_(self.bias)
+        try:
+            nn.init.orthogonal_(self.weight)
+        except Exception:
+            nn.init.ones_(self.weight)
+
+
+class Parent(nn.Module):
+    """Draws the weights of its child, too."""
+
+    def __init__(self, draw) -> None:
+        super().__init__()
+        self.scale, self.child, self.draw = nn.Parameter(torch.empty(3)), nn.Linear(22, 20), draw
+
+    def reset_parameters(self):
+        nn.init.normal_(self.scale)
+        self.draw(self.child.weight)
+
+
+class Head(nn.Linear):
+    """Changes a row of a weight that another module has drawn."""
+
+    def reset_parameters(self):
+        nn.init.normal_(self.bias)
+        with torch.no_grad():
+            self.weight[0].fill_(2.0)
+
+
 def check_birth() -> dict:
     """A network on the meta device is drawn as in one process, by rows, so that none has a dense weight."""
     materialize._CHUNK = 64
@@ -345,12 +401,14 @@ def check_birth() -> dict:
             with torch.device("meta"):
                 model = nn.Sequential(
                     nn.Linear(50, 42), nn.Conv2d(4, 18, 3), Truncated(38, 26), Orthogonal(12, 18), OneRow(20, 34),
-                    Scaled(22, 16),
                     nn.Embedding(30, 34), nn.MultiheadAttention(16, 2), nn.Linear(6, 8), nn.Linear(30, 30),
-                    nn.Linear(30, 30), nn.LayerNorm(4),
+                    nn.Linear(30, 30), nn.LayerNorm(4), Seeded(12, 18), Assigned(20, 34), Caught(12, 18),
+                    Parent(nn.init.normal_), Parent(nn.init.orthogonal_), nn.Linear(30, 34), Head(30, 34),
+                    Convolution(4, 18, 4).to(memory_format=torch.channels_last), Scaled(22, 16),
                 )  # fmt: skip
-                model[-2].weight = model[-3].weight
+                model[8].weight, model[17].weight = model[9].weight, model[16].weight
             torch.manual_seed(3)
+            Seeded.generator.manual_seed(4)
             topkast = TopKast(model, **nouns(theta=theta, **options))
             values = [whole(each) for w in topkast.weights.values() for each in (w.theta(), w.alpha(), w.tiers)]
             return values, [p.detach() for p in model.parameters()], torch.rand(2), shares_theta(topkast)

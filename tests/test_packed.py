@@ -903,6 +903,30 @@ def test_meta_module_that_cannot_be_drawn_is_named():
         TopKast(model, 0.8, 0.6, storage="packed", include=["0.weight"])
 
 
+def test_an_error_of_a_reset_method_changes_nothing():
+    class Broken(nn.Linear):
+        def reset_parameters(self):
+            if not self.weight.is_meta:
+                raise ValueError("not today")
+
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(8, 8), Broken(8, 8), nn.BatchNorm1d(8))
+    tensors = [*model.parameters(), *model.buffers()]
+    with pytest.raises(ValueError, match="not today"):
+        TopKast(model, 0.8, 0.6, storage="packed", include=["0.weight"])
+    for before, after in zip(tensors, [*model.parameters(), *model.buffers()], strict=True):
+        assert after is before
+
+
+def test_a_draw_keeps_what_other_code_has_set_on_parameters():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(20, 8), nn.Linear(8, 8))
+    for parameter in model.parameters():
+        parameter.no_decay = True
+    TopKast(model, 0.8, 0.6, storage=Packed(kernels="torch"), include=["0.weight"])
+    assert all(parameter.no_decay for parameter in model.parameters())
+
+
 # --- choosing in the background ---------------------------------------------------------------------------------------
 
 

@@ -87,7 +87,8 @@ def draw(model: nn.Module, settings: Settings) -> dict[nn.Parameter, nn.Paramete
     if group is not None:
         for target in find_targets(model, settings.targets):
             dense = target.parameter
-            if target.sparse and dense.is_meta and can_share(dense.shape) and not _obstacle(target):
+            is_drawn = target.sparse and dense.is_meta and dense.is_contiguous()  # as numbers are drawn, in order
+            if is_drawn and can_share(dense.shape) and not _obstacle(target):
                 shared.add(dense)
     return materialize(model, shared, group)
 

@@ -1,13 +1,16 @@
 """Initial values for models that were built without memory."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from itertools import chain, pairwise
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lightning_topkast.distributed import HostGroup, RowSharding, to_local
 from lightning_topkast.errors import TopKastError
@@ -49,30 +52,42 @@ def materialize(
             drawn.append((module, reset))
     tied: dict[nn.Parameter, nn.Parameter] = {}
     fresh: set[int] = set()
+    replaced: list[tuple[dict[str, Any], str, Tensor]] = []
     for module, _ in drawn:
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.is_meta and parameter not in tied:
-                values = _empty(parameter, group if parameter in by_rows else None)
-                tied[parameter] = nn.Parameter(values, requires_grad=parameter.requires_grad)
-            module._parameters[name] = tied.get(parameter, parameter)
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                if parameter not in tied:
+                    values = _empty(parameter, group if parameter in by_rows else None)
+                    tied[parameter] = nn.Parameter(values, requires_grad=parameter.requires_grad)
+                    tied[parameter].__dict__.update(parameter.__dict__)  # such as "no weight decay"
+                replaced.append((module._parameters, name, parameter))
+                module._parameters[name] = tied[parameter]
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_meta:
+                replaced.append((module._buffers, name, buffer))
                 module._buffers[name] = torch.empty_like(buffer, device="cpu")
                 fresh.add(id(module._buffers[name]))
     fresh |= {id(parameter) for parameter in tied.values()}
-    in_rows = {values: parameter for parameter, values in tied.items() if parameter in by_rows}
+    filled: set[int] = set()
     try:
         for module, reset in drawn:
             own = chain(module.parameters(recurse=False), module.buffers(recurse=False))
             kept = [(tensor, tensor.detach().clone()) for tensor in own if id(tensor) not in fresh]
-            _reset(module, reset)
-            for tensor, values in kept:
-                tensor.detach().copy_(values)
-    finally:
-        for module, _ in drawn:
-            for name, parameter in module.named_parameters(recurse=False):
-                module._parameters[name] = in_rows.get(parameter, parameter)
-    return {parameter: values for values, parameter in in_rows.items()}
+            _reset(module, reset, kept, filled)
+            _restore(kept)
+    except BaseException:
+        for held, name, tensor in replaced:
+            held[name] = tensor
+        raise
+    for held, name, tensor in replaced:
+        if tensor in by_rows:
+            held[name] = tensor
+    return {parameter: values for parameter, values in tied.items() if parameter in by_rows}
+
+
+def _restore(kept: Iterable[tuple[Tensor, Tensor]]) -> None:
+    for tensor, values in kept:
+        tensor.detach().copy_(values)
 
 
 def _empty(parameter: Tensor, group: HostGroup | None) -> Tensor:
@@ -82,23 +97,55 @@ def _empty(parameter: Tensor, group: HostGroup | None) -> Tensor:
     return sharding.to_dtensor(torch.empty(sharding.local_shape, dtype=parameter.dtype))
 
 
-def _reset(module: nn.Module, reset: Callable[[], None]) -> None:
-    """Draw a module's values; a weight that its method cannot draw by rows is dense for this moment."""
-    parts: dict[str, Any] = {key: each for key, each in module._parameters.items() if isinstance(each, DTensor)}
-    if not parts:
+def _reset(
+    module: nn.Module, reset: Callable[[], None], kept: Iterable[tuple[Tensor, Tensor]], filled: set[int]
+) -> None:
+    """Draw a module's values; weights that its method cannot draw by rows are dense for this moment.
+
+    Args:
+        module: the module; its method may draw the weights of its children, too.
+        reset: its method.
+        kept: tensors of the module that keep their values, with these.
+        filled: the parts that have values; those of this module are added.
+    """
+    held: list[tuple[dict[str, Any], str, Any]] = [
+        (owner._parameters, name, part)
+        for owner in module.modules()
+        for name, part in owner._parameters.items()
+        if isinstance(part, DTensor)
+    ]
+    if not held:
         return reset()
-    before = torch.get_rng_state()
-    try:
-        with _ByRows():  # type: ignore[no-untyped-call]
-            return reset()
-    except _NotByRowsError:
-        torch.set_rng_state(before)
-    whole = {name: nn.Parameter(torch.empty(part.shape, dtype=part.dtype)) for name, part in parts.items()}
-    module._parameters.update(whole)
+    earlier = {part: part.detach().clone() for *_, part in held if _memory(part) in filled}
+    mode, states = _ByRows(filled), _collect_rng_states(include_cuda=False)
+    with suppress(Exception):  # what is wrong with dense weights, too, is raised below
+        with mode:
+            reset()
+        if not mode.refused and all(_memory(part) in filled for own, name, part in held if own is module._parameters):
+            return None
+    _set_rng_states(states)
+    for generator, state in mode.generators.items():
+        generator.set_state(state)
+    _restore(kept)
+    whole = {
+        part: nn.Parameter(
+            earlier[part].full_tensor() if part in earlier else torch.empty(part.shape, dtype=part.dtype),
+            requires_grad=part.requires_grad,
+        )
+        for *_, part in held
+    }
+    for own, name, part in held:
+        own[name] = whole[part]
     reset()
-    module._parameters.update(parts)
-    for name, part in parts.items():
-        to_local(part.detach()).copy_(whole[name].detach()[slice(*_rows(part))])
+    for own, name, part in held:
+        to_local(part.detach()).copy_(own[name].detach()[slice(*_rows(part))])
+        own[name] = part
+        filled.add(_memory(part))
+
+
+def _memory(weight: DTensor) -> int:
+    """Return what identifies a part: views of it share its memory."""
+    return to_local(weight.detach()).untyped_storage()._cdata
 
 
 class _NotByRowsError(Exception):
@@ -109,24 +156,39 @@ class _ByRows(TorchDispatchMode):
     """Lets methods that fill weights with numbers fill this process' rows of them.
 
     Anything else that they do to a weight is refused: a write to a view of it might be lost.
+
+    Args:
+        filled: to which the parts are added that are given values.
     """
+
+    def __init__(self, filled: set[int]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.refused = False  # also if a method goes on after the error
+        self.generators: dict[torch.Generator, Tensor] = {}  # with their states before
+        self._filled = filled
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        weights = [each for each in chain(args, kwargs.values()) if isinstance(each, DTensor)]
-        if not weights or func is torch.ops.aten.detach.default:
+        if (generator := kwargs.get("generator")) is not None:
+            self.generators.setdefault(generator, generator.get_state())
+        tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        if func is torch.ops.aten.detach.default or not any(isinstance(each, DTensor) for each in tensors):
             return func(*args, **kwargs)
-        weight, others = weights[0], [each for each in chain(args[1:], kwargs.values()) if isinstance(each, Tensor)]
-        changes_it = args[0] is weight and func._schema.arguments[0].is_write
-        if not changes_it or any(each.dim() for each in others):
-            raise _NotByRowsError
+        weight, *others = tensors
+        if args[0] is not weight or not func._schema.arguments[0].is_write or any(each.dim() for each in others):
+            self._refuse()
         if torch.Tag.nondeterministic_seeded in func.tags:
             _draw(weight, lambda numbers: func(numbers, *args[1:], **kwargs))
         elif torch.Tag.pointwise in func.tags or func in _IN_PLACE:
             func(to_local(weight), *args[1:], **kwargs)
         else:
-            raise _NotByRowsError
+            self._refuse()
+        self._filled.add(_memory(weight))
         return weight
+
+    def _refuse(self) -> NoReturn:
+        self.refused = True
+        raise _NotByRowsError
 
 
 def _draw(weight: DTensor, fill: Callable[[Tensor], Any]) -> None:

@@ -82,6 +82,8 @@ class TopKastCallback(Callback):
         self._saves_shards = saves_shards(trainer)
 
         if stage == "fit" and self.settings.storage.name != "masked":
+            if isinstance(trainer.strategy, ModelParallelStrategy):
+                need_shards(trainer)
             # Layers are replaced before the checkpoint is loaded and the optimizers are made, but after the module has
             # written what it wants into them.
             after_setup(pl_module, lambda: self._pack(trainer, pl_module))
@@ -101,8 +103,6 @@ class TopKastCallback(Callback):
                 f"storage='{self.settings.storage.name}' replaces layers after LightningModule.setup, but the module "
                 f"has no layers yet; build them in __init__, {where}"
             )
-        if shards:
-            need_shards(trainer)
         self._new, self._is_loaded = self._build(trainer, pl_module), False
         copy_again(trainer, pl_module)
 

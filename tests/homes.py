@@ -426,7 +426,25 @@ def check_birth() -> dict:
     return found
 
 
-PLANNED = ["ddp", "ddp, blocks", "fsdp2", "fsdp2, blocks"]
+PLANNED = {
+    f"{strategy}{name}": options
+    for strategy in ("ddp", "fsdp2")
+    for name, options in {
+        "": {},
+        ", blocks": {"structure": "block", "block": (8, 8)},
+        ", stopped": {"stop_exploring_at": 0},
+        ", experts": {"include": ["weight"]},  # with an uneven number of them
+    }.items()
+}
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 320, 64))
+
+    def forward(self, x):
+        return torch.bmm(x.expand(3, -1, -1), self.weight)
 
 
 class Sharded(LightningModule):
@@ -477,11 +495,12 @@ def fit_with_lightning(
 def check_plan(world: int) -> dict:
     """What the plan says of each kind of memory, and what the rank with the largest part has of it."""
     found = {}
-    for kind in PLANNED:
-        settings = OPTIONS | {"forward_sparsity": 0.9, "backward_sparsity": 0.8}
-        settings |= {"structure": "block", "block": (8, 8)} if "blocks" in kind else {}
+    for kind, options in PLANNED.items():
+        settings = OPTIONS | {"forward_sparsity": 0.9, "backward_sparsity": 0.8} | options
 
-        def build():
+        def build(kind=kind):
+            if "experts" in kind:
+                return Experts()
             return nn.Sequential(nn.Linear(320, 384, bias=False), nn.Tanh(), nn.Linear(384, 320, bias=False))
 
         strategy = kind.split(",")[0]

@@ -180,7 +180,7 @@ def bytes_of(held: Held, optimizer: OptimizerState, parallel: Parallel) -> Bytes
         found += Bytes(indices=_packing(held), host=_at_home(held, parallel))
         if held.shares:
             state = optimizer.nbytes((held.updated,), held.dtype) if held.trains else 0
-            found += Bytes(refresh=_refresh(held, parallel, held.dtype.itemsize * held.present + state))
+            found += Bytes(refresh=_refresh(held, parallel, held.dtype.itemsize + state / max(held.updated, 1)))
     return found + _traffic(held, parallel)
 
 
@@ -217,41 +217,35 @@ def _at_home(held: Held, parallel: Parallel) -> int:
     return shared * (held.dtype.itemsize * size + 2 + (score if is_block else 0)) + places
 
 
-def _refresh(held: Held, parallel: Parallel, moved: int) -> int:
+def _refresh(held: Held, parallel: Parallel, moved: float) -> int:
     """Return what the process that sends most sends at a refresh of a packed weight whose θ is shared.
 
     Args:
         held: the weight.
         parallel: the distribution over devices.
-        moved: bytes of B's values and of their optimizer state.
+        moved: bytes of a value and of its optimizer state.
     """
     devices, grid = parallel.devices, held.structure.grid(torch.Size(held.shape))
     units, size = prod(grid), prod(held.shape) // max(prod(grid), 1)
-    place = _INT32 if units <= _LARGEST_INT32 else _INT64
-    ring = (devices - 1) / devices
-    # its share of the places, and of blocks' scores, to all others
-    sent = place * (held.present // size) * ring
-    if isinstance(held.structure, Block):
-        sent += 2 * torch.float64.itemsize * units * ring
-    if parallel.strategy == "fsdp2":  # its slice of the values goes home, and what is at home here goes to slices
-        return round(sent + 2 * moved * _leaving(held.active / max(held.present, 1), devices))
-    return round(sent + moved * ring)
+    place, rows = _INT32 if units <= _LARGEST_INT32 else _INT64, -(-grid[0] // devices) / grid[0]
+    length = _shard((held.updated,), parallel)[0]
 
+    def sent(device: int) -> float:
+        begin, end = (min(each * rows, 1) for each in (device, device + 1))
+        at_home, others = (end - begin) * held.present, devices - 1
+        if parallel.strategy != "fsdp2":
+            return (place / size + moved) * at_home * others
+        # its slice of the values goes home, and what is at home here goes to slices
+        first, last = (min(each * length, held.present) for each in (device, device + 1))
+        runs = (0, held.active), (held.active, held.present)  # of each it has the same share at home
+        stays = sum(
+            max(min(last, start + end * (stop - start)) - max(first, start + begin * (stop - start)), 0)
+            for start, stop in runs
+        )
+        return place / size * at_home * others + moved * (last - first + at_home - 2 * stays)
 
-def _leaving(active: float, devices: int) -> float:
-    r"""Return the largest share of B's values that are in the slice of a device, but not at home there.
-
-    Args:
-        active: |A| / |B|. Of both A and B\A the first device has the first part at home.
-        devices: number of devices.
-    """
-
-    def stays(device: int) -> float:
-        begin, end = device / devices, (device + 1) / devices
-        runs = (active * begin, active * end), (active + (1 - active) * begin, active + (1 - active) * end)
-        return sum(max(min(end, last) - max(begin, first), 0) for first, last in runs)
-
-    return 1 / devices - min(map(stays, range(devices)))
+    scores = 2 * torch.float64.itemsize * units * (devices - 1) / devices if isinstance(held.structure, Block) else 0
+    return round(max(map(sent, range(devices))) + scores)
 
 
 def _traffic(held: Held, parallel: Parallel) -> Bytes:

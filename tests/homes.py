@@ -44,6 +44,7 @@ from lightning_topkast.engine import materialize
 from lightning_topkast.layers import packed_weights
 from lightning_topkast.method import selection
 from lightning_topkast.settings import Settings
+from lightning_topkast.telemetry.media import split_histogram
 from lightning_topkast.training.sharded_checkpoint import consolidate
 from tests.helpers import OPTIMIZERS, Batches, SaveAfter, make_trainer, same
 
@@ -727,6 +728,11 @@ def check_other_values() -> dict:
         ends = {}
         for theta in ("sharded", "replicated"):
             topkast, optimizer = run(theta, 7, **RUNS[name])
+            drawn = [
+                [name, counts.tolist(), edges.tolist()]
+                for weight in topkast.weights.values()
+                for name, (counts, edges) in split_histogram(weight).items()
+            ]
             average = copy.deepcopy(topkast.model)
             train(topkast, optimizer, 5, first=7)
             averages = packed_weights(average)
@@ -736,12 +742,13 @@ def check_other_values() -> dict:
             other = Bag(BLOCKS if "block" in RUNS[name] else SHAPES, seed=3)
             topkast.model.load_state_dict(other.state_dict())
             train(topkast, optimizer, 5, first=12)
-            ends[theta] = averages, everything(topkast, optimizer)
+            ends[theta] = averages, everything(topkast, optimizer), drawn
             topkast.release()
             ends[theta] += ({key: value.detach() for key, value in topkast.model.named_parameters()},)
         found[f"{name}: averages"] = same(ends["sharded"][0], ends["replicated"][0])
         found[f"{name}: loaded"] = same(ends["sharded"][1], ends["replicated"][1])
-        found[f"{name}: released"] = same(ends["sharded"][2], ends["replicated"][2])
+        found[f"{name}: released"] = same(ends["sharded"][3], ends["replicated"][3])
+        found[f"{name}: histograms"] = same(ends["sharded"][2], ends["replicated"][2])
     return found
 
 

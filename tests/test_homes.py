@@ -98,7 +98,7 @@ def test_ranges_of_a_sequence_move_between_ranks(found, world):
 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("name", ["adamw", "blocks"])
-@pytest.mark.parametrize("what", ["averages", "loaded", "released"])
+@pytest.mark.parametrize("what", ["averages", "loaded", "released", "histograms"])
 def test_other_values_and_averages_are_as_with_replicated_theta(found, world, name, what):
     assert all(rank[f"{name}: {what}"] for rank in found(world))
 

@@ -175,10 +175,9 @@ class RowSharding(Sharding):
         """The first row of this process' part, and the one after its last."""
         return self.boundaries[self._group.rank], self.boundaries[self._group.rank + 1]
 
-    def sum(self, value: Tensor) -> Tensor:
-        """Return `value` summed over all parts; a collective."""
+    def _reduce(self, value: Tensor, op: Any) -> Tensor:
         total = value.cpu()
-        dist.all_reduce(total, group=self._group.of_thread)
+        dist.all_reduce(total, op=op, group=self._group.of_thread)
         return total.to(value.device)
 
     def to_local(self, whole: Tensor) -> Tensor:

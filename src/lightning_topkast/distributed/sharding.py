@@ -102,9 +102,16 @@ class Sharding:
         Args:
             value: a tensor of the same shape on every process, on the weight's device; it may be overwritten.
         """
+        return self._reduce(value, dist.ReduceOp.SUM)
+
+    def max(self, value: Tensor) -> Tensor:
+        """Return the largest `value` of all parts, entry by entry; a collective as `sum`."""
+        return self._reduce(value, dist.ReduceOp.MAX)
+
+    def _reduce(self, value: Tensor, op: Any) -> Tensor:
         for dim, placement in enumerate(self._placements):
             if not placement.is_replicate():
-                dist.all_reduce(value, group=self._mesh.get_group(dim))
+                dist.all_reduce(value, op=op, group=self._mesh.get_group(dim))
         return value
 
     def flat_indices(self, positions: Tensor) -> Tensor:

@@ -5,8 +5,10 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
 
+from lightning_topkast.method.selection import ACTIVE, EXPLORING, RESERVOIR
 from lightning_topkast.telemetry.pictures import heatmap, histogram_picture, mask_picture, on_white
 from lightning_topkast.topkast import TopKast
 from lightning_topkast.weights import SparseWeight
@@ -16,6 +18,7 @@ _COLUMNS = 1000  # of a heatmap, at least; up to twice as many
 _PICTURED = 4  # weights whose masks and magnitudes are drawn
 _BAND = ("mask_change_min", "mask_change", "mask_change_max")  # over the weights, around the share of all entries
 _ATTENTION = ("attn", "attention", "in_proj", "q_proj", "k_proj", "v_proj", "query", "key", "value")
+_TIERS = {"active": ACTIVE, "exploring": EXPLORING, "reservoir": RESERVOIR}
 _KEY = "blue: active, orange: exploring, grey: reservoir"
 _TABLE = ("weight", "shape", "entries", "active", "updated", "forward density", "backward density", "kept dense")
 
@@ -144,18 +147,22 @@ def pictured(weights: Sequence[SparseWeight]) -> frozenset[str]:
 def split_histogram(weight: SparseWeight) -> dict[str, Histogram]:
     r"""Return counts and bin edges of |θ| on A, B\A and C; groups without finite entries are omitted.
 
-    For a sharded weight only this process' part is counted.
+    A collective for a sharded weight.
     """
-    magnitudes = weight.own_theta().abs().float().cpu().flatten()
-    tiers = weight.own_tiers.cpu().flatten()
+    theta, sharding = weight.own_theta(), weight.sharding
+    magnitudes, tiers = theta.abs().float().cpu().flatten(), weight.own_tiers.cpu().flatten()
     finite = magnitudes.isfinite()  # a run may have diverged since its last refresh, which refuses non-finite values
-    magnitudes, tiers = magnitudes[finite], tiers[finite]
-    groups = {name: magnitudes[tiers == tier] for name, tier in (("active", 2), ("exploring", 1), ("reservoir", 0))}
-    groups = {name: group for name, group in groups.items() if group.numel()}
-    thresholds = [float(group.min()) for name, group in groups.items() if name != "reservoir"]
-    top = (float(magnitudes.max()) if magnitudes.numel() else 0.0) or 1.0
-    edges = np.unique(np.concatenate([np.linspace(0, top, _BINS + 1), thresholds]).astype(np.float32))
-    return {name: np.histogram(group.numpy(), bins=edges) for name, group in groups.items()}
+    groups = {name: magnitudes[finite & (tiers == tier)] for name, tier in _TIERS.items()}
+    parts = [*(-group for group in groups.values()), magnitudes[finite]]
+    ends = torch.stack([each.max() if each.numel() else torch.tensor(-torch.inf) for each in parts])
+    *least, top = sharding.max(ends.to(theta.device)).tolist()  # the least negated
+    present = [name for name, end in zip(groups, least, strict=True) if end > -torch.inf]
+    thresholds = [-end for name, end in zip(groups, least, strict=True) if name in present and name != "reservoir"]
+    line = np.linspace(0, max(top, 0) or 1, _BINS + 1)
+    edges = np.unique(np.concatenate([line, thresholds]).astype(np.float32))
+    counted = np.stack([np.histogram(group.numpy(), bins=edges)[0] for group in groups.values()])
+    counts = sharding.sum(torch.from_numpy(counted).to(theta.device)).cpu().numpy()
+    return {name: (count, edges) for name, count in zip(groups, counts, strict=True) if name in present}
 
 
 def _least(histogram: Histogram) -> float:

@@ -898,9 +898,10 @@ def ranks(rank: int, folder: Path, world: int, others: list[int], steps: int | N
     found |= check_load_after_forward()
     found |= check_plan(world)
     found |= check_birth()
-    found |= check_lightning(folder, world, rank)
     found |= check_timeouts()
+    # before Trainers leave threads, beside which tracemalloc.stop has crashed
     found |= check_memory()
+    found |= check_lightning(folder, world, rank)
     torch.save(found, folder / f"found-{rank}.pt")
     dist.destroy_process_group()
 

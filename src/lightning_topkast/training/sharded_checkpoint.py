@@ -7,13 +7,16 @@ optimizer state, and any number of processes can load their shards from it.
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeGuard
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.checkpoint._nested_dict import unflatten_state_dict
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 
 from lightning_topkast.errors import TopKastError
@@ -117,8 +120,9 @@ def with_shards(state: dict[str, Any], topkast: TopKast, folder: Any) -> dict[st
 def consolidate(folder: str | Path, file: str | Path) -> None:
     """Convert a distributed checkpoint to an ordinary one, from which a single process or DDP can resume.
 
-    Lightning's own tool does not support checkpoints of `ModelParallelStrategy`. The whole model must fit in host
-    memory twice. A folder from which `torch.distributed.checkpoint` would run code is refused.
+    Lightning's own tool does not support checkpoints of `ModelParallelStrategy`. Memory holds one shard of a tensor at
+    a time; the disk needs room for the file twice. A folder from which `torch.distributed.checkpoint` would run code is
+    refused.
 
     Args:
         folder: of a distributed checkpoint.
@@ -136,10 +140,8 @@ def consolidate(folder: str | Path, file: str | Path) -> None:
         raise TopKastError(f"{folder} is not a complete distributed checkpoint: it has no {' and no '.join(lacking)}")
     try:
         check_distributed(folder)
-        with atomic_file(file) as partial:
-            dcp_to_torch_save(folder, partial)
-            tensors = load(partial)
-            checkpoint = load(folder / "meta.pt") | tensors
+        with atomic_file(file) as partial, TemporaryDirectory(dir=file.absolute().parent, prefix=".") as scratch:
+            checkpoint = load(folder / "meta.pt") | _content(folder, Path(scratch))
             for key in checkpoint.get("callbacks", {}):
                 move_shards_back(checkpoint, key)
             states = sorted((key for key in checkpoint if key.startswith("optimizer_")), key=lambda key: int(key[10:]))
@@ -149,6 +151,21 @@ def consolidate(folder: str | Path, file: str | Path) -> None:
         raise
     except Exception as error:  # damaged files cause many kinds of errors
         raise TopKastError(f"{folder} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _content(folder: Path, scratch: Path) -> dict[str, Any]:
+    """Return what a distributed checkpoint holds; its tensors are in files of the folder `scratch`, not in memory."""
+    reader = FileSystemReader(folder)
+    index = reader.read_metadata()
+    flat: dict[str, Any] = {}
+    for number, (name, entry) in enumerate(index.state_dict_metadata.items()):
+        flat[name] = None
+        if isinstance(entry, TensorStorageMetadata):
+            size, dtype = entry.size.numel(), entry.properties.dtype
+            values = torch.from_file(str(scratch / str(number)), shared=True, size=size, dtype=dtype) if size else None
+            flat[name] = torch.empty(entry.size, dtype=dtype) if values is None else values.view(entry.size)
+    load_shards(flat, storage_reader=reader, no_dist=True)
+    return unflatten_state_dict(flat, {name: (index.planner_data or {}).get(name, (name,)) for name in flat})
 
 
 def _tensors(weight: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -1,12 +1,13 @@
 """Initial values for models that were built without memory."""
 
+import random
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from itertools import chain, pairwise
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
-from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -117,13 +118,15 @@ def _reset(
     if not held:
         return reset()
     earlier = {part: part.detach().clone() for *_, part in held if _memory(part) in filled}
-    mode, states = _ByRows(filled), _collect_rng_states(include_cuda=False)
+    mode, states = _ByRows(filled), (torch.get_rng_state(), random.getstate(), np.random.get_state())
     with suppress(Exception):  # what is wrong with dense weights, too, is raised below
         with mode:
             reset()
         if not mode.refused and all(_memory(part) in filled for own, name, part in held if own is module._parameters):
             return None
-    _set_rng_states(states)
+    torch.set_rng_state(states[0])
+    random.setstate(states[1])
+    np.random.set_state(states[2])
     for generator, state in mode.generators.items():
         generator.set_state(state)
     _restore(kept)

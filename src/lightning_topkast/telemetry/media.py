@@ -155,14 +155,17 @@ def split_histogram(weight: SparseWeight) -> dict[str, Histogram]:
     groups = {name: magnitudes[finite & (tiers == tier)] for name, tier in _TIERS.items()}
     parts = [*(-group for group in groups.values()), magnitudes[finite]]
     ends = torch.stack([each.max() if each.numel() else torch.tensor(-torch.inf) for each in parts])
-    *least, top = sharding.max(ends.to(theta.device)).tolist()  # the least negated
+    if sharding.is_sharded:
+        ends = sharding.max(ends.to(theta.device))
+    *least, top = ends.tolist()  # the least negated
     present = [name for name, end in zip(groups, least, strict=True) if end > -torch.inf]
     thresholds = [-end for name, end in zip(groups, least, strict=True) if name in present and name != "reservoir"]
     line = np.linspace(0, max(top, 0) or 1, _BINS + 1)
     edges = np.unique(np.concatenate([line, thresholds]).astype(np.float32))
     counted = np.stack([np.histogram(group.numpy(), bins=edges)[0] for group in groups.values()])
-    counts = sharding.sum(torch.from_numpy(counted).to(theta.device)).cpu().numpy()
-    return {name: (count, edges) for name, count in zip(groups, counts, strict=True) if name in present}
+    if sharding.is_sharded:
+        counted = sharding.sum(torch.from_numpy(counted).to(theta.device)).cpu().numpy()
+    return {name: (counts, edges) for name, counts in zip(groups, counted, strict=True) if name in present}
 
 
 def _least(histogram: Histogram) -> float:

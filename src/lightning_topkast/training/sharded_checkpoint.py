@@ -5,6 +5,7 @@ including the callbacks' states, to a small file of rank 0. The tensors of shard
 optimizer state, and any number of processes can load their shards from it.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -164,7 +165,9 @@ def _content(folder: Path, scratch: Path) -> dict[str, Any]:
             size, dtype = entry.size.numel(), entry.properties.dtype
             values = torch.from_file(str(scratch / str(number)), shared=True, size=size, dtype=dtype) if size else None
             flat[name] = torch.empty(entry.size, dtype=dtype) if values is None else values.view(entry.size)
-    load_shards(flat, storage_reader=reader, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it should be
+        load_shards(flat, storage_reader=reader, no_dist=True)
     return unflatten_state_dict(flat, {name: (index.planner_data or {}).get(name, (name,)) for name in flat})
 
 

@@ -5,6 +5,7 @@ from dataclasses import astuple, dataclass, field, replace
 from math import prod
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -229,23 +230,21 @@ def _refresh(held: Held, parallel: Parallel, moved: float) -> int:
     units, size = prod(grid), prod(held.shape) // max(prod(grid), 1)
     place, rows = _INT32 if units <= _LARGEST_INT32 else _INT64, -(-grid[0] // devices) / grid[0]
     length = _shard((held.updated,), parallel)[0]
-
-    def sent(device: int) -> float:
-        begin, end = (min(each * rows, 1) for each in (device, device + 1))
-        at_home, others = (end - begin) * held.present, devices - 1
-        if parallel.strategy != "fsdp2":
-            return (place / size + moved) * at_home * others
-        # its slice of the values goes home, and what is at home here goes to slices
-        first, last = (min(each * length, held.present) for each in (device, device + 1))
-        runs = (0, held.active), (held.active, held.present)  # of each it has the same share at home
-        stays = sum(
-            max(min(last, start + end * (stop - start)) - max(first, start + begin * (stop - start)), 0)
-            for start, stop in runs
-        )
-        return place / size * at_home * others + moved * (last - first + at_home - 2 * stays)
-
+    before = np.arange(devices + 1)  # number of devices before each, and of all
+    begins = np.minimum(before * rows, 1)  # of the shares of rows at home with each
+    at_home = np.diff(begins) * held.present
+    sent = place / size * at_home * (devices - 1)
+    if parallel.strategy == "fsdp2":  # its slice of the values goes home, and what is at home here goes to slices
+        slices = np.minimum(before * length, held.present)
+        stays = np.zeros(devices)
+        for start, stop in ((0, held.active), (held.active, held.present)):  # of each it has the same share at home
+            homes = start + begins * (stop - start)
+            stays += np.maximum(np.minimum(slices[1:], homes[1:]) - np.maximum(slices[:-1], homes[:-1]), 0)
+        sent += moved * (np.diff(slices) + at_home - 2 * stays)
+    else:
+        sent += moved * at_home * (devices - 1)
     scores = 2 * torch.float64.itemsize * units * (devices - 1) / devices if isinstance(held.structure, Block) else 0
-    return round(max(map(sent, range(devices))) + scores)
+    return round(float(sent.max()) + scores)
 
 
 def _traffic(held: Held, parallel: Parallel) -> Bytes:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -114,15 +115,24 @@ class Sharding:
                 dist.all_reduce(value, op=op, group=self._mesh.get_group(dim))
         return value
 
+    @cached_property
+    def _first_entry(self) -> int | None:
+        """The flat index at which this part begins, if it is consecutive rows, as FSDP2's is.
+
+        Found once, since a GPU is waited for.
+        """
+        rows = self._coordinates.get(0)
+        if rows is None or len(self._coordinates) > 1 or not rows.numel():
+            return None
+        first, last = int(rows[0]), int(rows[-1])
+        return first * self.shape[1:].numel() if last - first == rows.numel() - 1 else None
+
     def flat_indices(self, positions: Tensor) -> Tensor:
         """Return flat indices in the whole weight for flat positions in this part: int64, ascending if those are."""
         if not self.is_sharded:
             return positions
-        rows = self._coordinates.get(0)
-        if len(self._coordinates) == 1 and rows is not None and rows.numel():
-            first = int(rows[0])
-            if int(rows[-1]) - first == rows.numel() - 1:  # consecutive rows, as FSDP2's are
-                return positions + first * self.shape[1:].numel()
+        if self._first_entry is not None:
+            return positions + self._first_entry
         indices = torch.zeros_like(positions)
         for dim, size in reversed(list(enumerate(self.local_sizes))):
             coordinate = positions % max(size, 1)

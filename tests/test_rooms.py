@@ -13,7 +13,7 @@ FOLDER = Path(lightning_topkast.__file__).parent
 # from the ground up; what stands on one floor does not import each other
 FLOORS = [
     {"text"}, {"errors", "reference"}, {"checks", "files", "loading"}, {"distributed", "storage", "ops"}, {"method"},
-    {"baselines", "weights"}, {"settings", "layers"}, {"engine", "export"}, {"topkast"},
+    {"baselines", "top_k", "weights"}, {"settings", "layers"}, {"engine", "export"}, {"topkast"},
     {"costs", "training", "telemetry"}, {"callback"}, {"app"},
 ]  # fmt: skip
 ROOMS = sorted(path.stem for path in FOLDER.iterdir() if not path.name.startswith("__") and path.suffix in ("", ".py"))
@@ -54,7 +54,18 @@ def test_the_library_itself_imports_no_package_of_the_application(room):
 
 
 def test_the_method_knows_torch_and_not_lightning():
-    for room in ("topkast", "settings", "storage", "baselines", "method", "engine", "weights", "layers", "ops"):
+    for room in (
+        "topkast",
+        "settings",
+        "storage",
+        "baselines",
+        "method",
+        "engine",
+        "weights",
+        "layers",
+        "ops",
+        "top_k",
+    ):
         found = {name.split(".")[0] for file in files_of(room) for name in imported(file, lazily=True)}
         assert "lightning" not in found, room
 

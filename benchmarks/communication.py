@@ -41,12 +41,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_topkast import Block, TopKast
+from lightning_topkast import Block, TopKAllReduce, TopKast, TopKGradients
 from lightning_topkast.training.all_reduce import INNER_HOOKS, sparse_all_reduce
 
 DENSITIES = (0.5, 0.2, 0.1, 0.05)  # backward; forward is half of it
 LINKS = {"unlimited": None, "1 Gbit/s": "1gbit", "100 Mbit/s": "100mbit"}
-VARIANTS = ("dense", "sparse", "sparse_bf16", "packed", "fsdp2", "fsdp2_packed", "fsdp2_blocks")
+VARIANTS = ("dense", "sparse", "sparse_bf16", "largest", "packed", "fsdp2", "fsdp2_packed", "fsdp2_blocks")
+OTHER_SETS = ("largest", "fsdp2_blocks")  # than dense
+LARGEST = 0.1  # share of B's values that "largest" sends
 INTERFACE = "topkast"
 SIDE = 16  # of the blocks
 # what a ring of two sends of the whole tensor
@@ -54,6 +56,7 @@ RING = {
     "c10d.allreduce_.default": 1.0,
     "c10d.broadcast_.default": 1.0,  # DDP's, of a few numbers when it settles its buckets
     "c10d._allgather_base_.default": 0.5,
+    "c10d.allgather_.default": 1.0,  # of two tensors, one of which is the rank's own: the largest given is one of them
     "c10d._reduce_scatter_base_.default": 0.5,
     "c10d.barrier.default": 0.0,
 }
@@ -92,11 +95,18 @@ class Variant:
         self.parallel = self.model if self.is_sharded else DistributedDataParallel(self.model)
         if name in INNER_HOOKS:
             self.parallel.register_comm_hook(None, sparse_all_reduce(self.topkast, hook=INNER_HOOKS[name]))
+        if name == "largest":
+            hook = TopKAllReduce(self.topkast, gradients=TopKGradients(LARGEST)).hook
+            self.parallel.register_comm_hook(None, hook)
         weights = self.topkast.weights.values()
         values = self.parameters - sum(weight.size - int(weight.updated_entries) for weight in weights)
         sent = self.parameters if name in ("dense", "fsdp2") else values
         # DDP: an all-reduce of the gradients; FSDP2: two all-gathers of the values and a reduce-scatter
         self.expected = sent * (2 if name == "sparse_bf16" else 4) * (3 / 2 if self.is_sharded else 1)
+        if name == "largest":  # the values and their places to the other rank, and the dense gradients
+            counts = [round(LARGEST * int(weight.updated_entries)) for weight in weights]
+            dense = self.parameters - sum(weight.size for weight in weights)
+            self.expected = 8 * sum(counts) + 4 * dense
 
     def shard(self) -> None:
         """Shard the values of every layer by FSDP2."""
@@ -174,7 +184,9 @@ def measure(density: float, width: int, rounds: int) -> Iterator[Row]:
             "payload / dense": payload,
             "expected": expected,
             "off by %": 100 * ((payload if variant.is_sharded else ratio) / expected - 1),
-            "weights differ by": None if name == "fsdp2_blocks" else f"{difference:.0e}",  # it has other sets
+            "weights differ by": None
+            if name in ("largest", "fsdp2_blocks")
+            else f"{difference:.0e}",  # which have other sets
         }
 
 

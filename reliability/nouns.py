@@ -17,7 +17,7 @@ def nouns(**flat) -> dict:
     targets = taken("include", "exclude", "include_types", "exclude_types", "keep_first_dense", "keep_last_dense")
     schedule = taken("update_every", "delay", "stop_exploring_at", "stop_updating_at")
     rule, penalty, block = taken("exploration"), taken("strength", "shrinkage"), taken("block")
-    packed, masked = taken("kernels", "unsupported", "theta"), taken("reset_optimizer_state", "all_reduce")
+    packed, masked = taken("kernels", "unsupported", "theta"), taken("reset_optimizer_state")
     arguments: dict = {"targets": Targets(**targets), "schedule": Schedule(**schedule)}
     if rule:
         arguments["rule"] = Magnitude(**rule)

@@ -119,6 +119,8 @@ def sparsely(hook: Hook = default_hooks.allreduce_hook) -> Made:
     return lambda engines: sparse_all_reduce(*engines, hook=hook)
 
 
+PACKED = {"storage": "packed", "kernels": "torch"}
+
 # What a sparse run and the dense one that it must equal have in common.
 ALIKE: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -132,7 +134,7 @@ ALIKE: dict[str, dict[str, Any]] = {
     "refreshed between": {"refresh_at": 4},
     "stopped": {"options": {"stop_exploring_at": 4}},
     "two engines": {"targets": ([FIRST], [SECOND])},
-    "packed": {"options": {"storage": "packed", "kernels": "torch"}},
+    "packed": {"options": PACKED},
     "compact": {"options": {"storage": "compact"}, "seldom": True},
 }
 ALIKE_OF_3 = ("plain", "accumulated", "unused parameters", "two engines", "packed", "compact")
@@ -141,6 +143,7 @@ OF_DDP = {"bucket_cap_mb", "static_graph", "gradient_as_bucket_view"}
 # Hooks that change the numbers, each with the state that it wants.
 LOSSY: dict[str, tuple[Made, Callable[[], Any]]] = {
     "sparse_bf16": (sparsely(INNER_HOOKS["sparse_bf16"]), lambda: None),
+    "sparse_bf16, packed": (sparsely(INNER_HOOKS["sparse_bf16"]), lambda: None),
     "sparse_fp16": (sparsely(INNER_HOOKS["sparse_fp16"]), lambda: None),
     "wrapper inside": (sparsely(default_hooks.fp16_compress_wrapper(default_hooks.allreduce_hook)), lambda: None),
     "wrapper outside": (lambda engines: default_hooks.fp16_compress_wrapper(sparsely()(engines)), lambda: None),
@@ -164,7 +167,8 @@ def reduced(world: int) -> dict[str, dict[str, Any]]:
     if world == 3:
         return found
     for name, (hook, state) in LOSSY.items():
-        found[name] = {"sparse": train(world, hook=hook, state=state())}
+        options = PACKED if name.endswith("packed") else None
+        found[name] = {"sparse": train(world, hook=hook, state=state(), options=options)}
     found["nested"] = {
         "sparse": train(
             world,

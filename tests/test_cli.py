@@ -4,7 +4,20 @@ import pytest
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
 
-from lightning_topkast import L1, L2, Block, Magnitude, Masked, Packed, Ramp, RigL, Schedule, Targets, TopKastCallback
+from lightning_topkast import (
+    L1,
+    L2,
+    Block,
+    Magnitude,
+    Masked,
+    Packed,
+    Ramp,
+    RigL,
+    Schedule,
+    Targets,
+    TopKastCallback,
+    TopKGradients,
+)
 from tests.helpers import Net, batches
 
 pytest.importorskip("jsonargparse")
@@ -163,6 +176,7 @@ def test_cli_takes_every_noun_by_its_class(name, given, expected):
         ("penalty", "L1", {"strength": 0.002}, L1(0.002)),
         ("storage", "Packed", {"kernels": "torch"}, Packed("torch")),
         ("storage", "Masked", {"reset_optimizer_state": "false"}, Masked(False)),
+        ("all_reduce", "TopKGradients", {"density": 0.1}, TopKGradients(0.1)),
         ("schedule", "Schedule", {"update_every": 7}, Schedule(7)),
         ("ramp", "Ramp", {"end": 0.5}, Ramp(end=0.5)),
         ("targets", "Targets", {"keep_first_dense": "false"}, Targets(keep_first_dense=False)),

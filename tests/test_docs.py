@@ -26,7 +26,7 @@ WITH_PYTHON = [page for page in PAGES if "```python" in page.read_text(encoding=
 PROSE = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")), *PAGES]
 SETTINGS = [
     "Settings", "Targets", "Schedule", "Ramp", "Magnitude", "SET", "RigL", "Block", "NOfM", "L2", "L1", "Norm",
-    "Masked", "Packed",
+    "Masked", "Packed", "TopKGradients",
 ]  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_topkast import Block, Ramp, TopKast, TopKastError
+from lightning_topkast import Block, Ramp, TopKast, TopKastError, TopKGradients
 from lightning_topkast.baselines import RigL
 from lightning_topkast.costs import OptimizerState, Parallel, Plan, make_plan
 from lightning_topkast.method.density import SetSizes
@@ -345,11 +345,17 @@ def test_packed_weights_and_a_sparse_all_reduce_send_b_only():
             "sparse": {"parallel": Parallel(8, "ddp", all_reduce="sparse")},
             "sparse_bf16": {"parallel": Parallel(8, "ddp", all_reduce="sparse_bf16")},
             "packed": {"parallel": Parallel(8, "ddp"), "storage": "packed"},
+            "largest": {"parallel": Parallel(8, "ddp", all_reduce=TopKGradients(0.1))},
+            "largest, packed": {"parallel": Parallel(8, "ddp", all_reduce=TopKGradients(0.1)), "storage": "packed"},
         }.items()
     }
     updated = round(0.3 * 20 * 30)
     payloads = {name: layer.bytes.payload for name, layer in layers.items()}
-    assert payloads == {"dense": 2400, "sparse": 4 * updated, "sparse_bf16": 2 * updated, "packed": 4 * updated}
+    values = {"dense": 2400, "sparse": 4 * updated, "sparse_bf16": 2 * updated, "packed": 4 * updated}
+    largest = 8 * 8 * round(0.1 * updated)  # a value and its place, of every rank
+    assert payloads == values | {"largest": largest, "largest, packed": largest}
+    assert layers["largest"].bytes.sent == largest * 7 / 8
+    assert layers["largest"].bytes.buckets - layers["dense"].bytes.buckets == 4 * updated
     # the hook keeps B's flat indices, 64 bits each
     assert layers["sparse"].bytes.indices - layers["dense"].bytes.indices == 8 * updated
 

@@ -242,7 +242,7 @@ def test_all_reduce_is_refused_where_ddp_is_not_what_reduces(tmp_path):
 
 
 def test_unknown_all_reduce_is_refused():
-    with pytest.raises(TopKastError, match=r"expected all_reduce to be one of 'dense', 'sparse', .*, got 'bf16'"):
+    with pytest.raises(TopKastError, match=r"expected all_reduce to be 'dense' or 'sparse' or .*, got 'bf16'"):
         make_callback(all_reduce="bf16")
 
 

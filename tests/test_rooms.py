@@ -12,8 +12,8 @@ import lightning_topkast
 FOLDER = Path(lightning_topkast.__file__).parent
 # from the ground up; what stands on one floor does not import each other
 FLOORS = [
-    {"text"}, {"errors", "reference"}, {"checks", "files", "loading"}, {"distributed", "storage", "ops"}, {"method"},
-    {"baselines", "top_k", "weights"}, {"settings", "layers"}, {"engine", "export"}, {"topkast"},
+    {"text"}, {"errors", "reference"}, {"checks", "files", "loading"}, {"distributed", "gradients", "storage", "ops"},
+    {"method"}, {"baselines", "top_k", "weights"}, {"settings", "layers"}, {"engine", "export"}, {"topkast"},
     {"costs", "training", "telemetry"}, {"callback"}, {"app"},
 ]  # fmt: skip
 ROOMS = sorted(path.stem for path in FOLDER.iterdir() if not path.name.startswith("__") and path.suffix in ("", ".py"))

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lightning_topkast.callback import TopKastCallback
     from lightning_topkast.engine.optimizers import register_optimizer
     from lightning_topkast.errors import NonFiniteWeightError, TopKastError
+    from lightning_topkast.gradients import TopKGradients
     from lightning_topkast.layers import dense_copy, to_csr, to_dense
     from lightning_topkast.method.penalty import L1, L2, Norm, Penalty
     from lightning_topkast.method.rule import Magnitude, Rule
@@ -53,6 +54,8 @@ __all__ = [
     "StepBoundaryCheckpoint",
     "Structure",
     "Targets",
+    "TopKAllReduce",
+    "TopKGradients",
     "TopKast",
     "TopKastCallback",
     "TopKastError",
@@ -91,6 +94,8 @@ _HOMES = {
     "StepBoundaryCheckpoint": "training.step_boundary",
     "Structure": "method.structure",
     "Targets": "method.targets",
+    "TopKAllReduce": "training.top_k_all_reduce",
+    "TopKGradients": "gradients",
     "TopKast": "topkast",
     "TopKastCallback": "callback",
     "TopKastError": "errors",

@@ -16,15 +16,16 @@ from torch.optim import Optimizer
 from lightning_topkast.distributed import to_local
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.settings import Settings, takes_settings
-from lightning_topkast.storage import AllReduce, Masked
 from lightning_topkast.telemetry.log import Telemetry
 from lightning_topkast.topkast import TopKast
-from lightning_topkast.training.all_reduce import Hook, register, sparse_all_reduce_of
+from lightning_topkast.training.all_reduce import Hook, sparse_all_reduce_of
 from lightning_topkast.training.averages import SparseAverages, callbacks_of, copy_again
+from lightning_topkast.training.hooks import register
 from lightning_topkast.training.kept import Handover, keep, kept_engine
 from lightning_topkast.training.module import after_setup, undo_after_setup, warn_of_packed_in_loss
 from lightning_topkast.training.run_length import RunLength, estimated_steps, warn_if_too_short, warn_if_unfinished
 from lightning_topkast.training.sharded_checkpoint import move_shards_out, need_shards, saves_shards, with_shards
+from lightning_topkast.training.top_k_all_reduce import TopKAllReduce
 
 
 class TopKastCallback(Callback):
@@ -62,6 +63,8 @@ class TopKastCallback(Callback):
         self._looked_at_graph = False
         self._was_short = False  # whether it is known that the run ends before its first refresh
         self._handover = Handover()
+        self._compressed: TopKAllReduce | None = None  # of all callbacks of the Trainer, with the first of them
+        self._residuals: dict[str, Any] | None = None  # of a loaded state, for the former
 
     @property
     def state_key(self) -> str:
@@ -137,24 +140,27 @@ class TopKastCallback(Callback):
             leader._telemetry.log(force=True)
 
     def _reduce_gradients(self, trainer: Trainer, engines: Sequence[TopKast]) -> None:
-        wishes = {callback._all_reduce for callback in _all_of(trainer)}
+        all_reduce = self.settings.all_reduce
+        wishes = {callback.settings.all_reduce for callback in _all_of(trainer)}
         if len(wishes) > 1:
             raise TopKastError(
                 "expected all TopKastCallbacks of a Trainer to have the same all_reduce, since their gradients are "
-                f"reduced together, got {', '.join(sorted(wishes))}"
+                f"reduced together, got {', '.join(sorted(map(str, wishes)))}"
             )
         if isinstance(trainer.strategy.model, DistributedDataParallel):
-            register(trainer.strategy.model, engines, self._all_reduce)
-        elif trainer.world_size > 1 and self._all_reduce != "dense":
+            leader, loaded = _all_of(trainer)[0], [each._residuals for each in _all_of(trainer)]
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            compressed = register(trainer.strategy.model, engines, all_reduce, scaler)
+            if compressed is not None and any(each is not None for each in loaded):
+                compressed.load_state_dict(*(each for each in loaded if each is not None))
+            elif compressed is not None and leader._compressed is not None:
+                compressed.follow(leader._compressed)
+            leader._compressed = compressed
+        elif trainer.world_size > 1 and all_reduce != "dense":
             raise TopKastError(
-                f"all_reduce='{self._all_reduce}' needs DDP, in which a hook can reduce the gradients; "
+                f"all_reduce={all_reduce!r} needs DDP, in which a hook can reduce the gradients; "
                 f"{type(trainer.strategy).__name__} reduces its own, so use all_reduce='dense'"
             )
-
-    @property
-    def _all_reduce(self) -> AllReduce:
-        """The gradients that DDP sends; those of packed weights cover the updated set only, so no hook is needed."""
-        return self.settings.storage.all_reduce if isinstance(self.settings.storage, Masked) else "dense"
 
     def _attach(self, topkast: TopKast, trainer: Trainer) -> None:
         if topkast is self._new:
@@ -169,7 +175,8 @@ class TopKastCallback(Callback):
             except TopKastError:
                 if trainer.ckpt_path is not None:
                     raise
-                # the state of a checkpoint that was only tested, and the model is no longer that checkpoint's
+                state = None  # of a checkpoint that was only tested, and the model is no longer that checkpoint's
+        self._residuals = state.get("all_reduce", {}) if state else None
         sparse = {id(weight.parameter) for weight in topkast.weights.values()}
         optimizers = [optimizer for optimizer in trainer.optimizers if sparse & _parameters_of(optimizer)]
         if optimizers:
@@ -345,7 +352,11 @@ class TopKastCallback(Callback):
         if engine is None or (self._saved_state is not None and not engine.is_attached):
             return self._saved_state or {}
         state = engine.state_dict(gathered=not self._saves_shards)
-        return state if self._run_length is None else state | {"run_length": self._run_length.state_dict()}
+        if self._run_length is not None:
+            state["run_length"] = self._run_length.state_dict()
+        if self._compressed is not None:
+            state["all_reduce"] = self._compressed.state_dict()
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state into an engine whose model has loaded its part; else keep it until training starts.
@@ -374,6 +385,8 @@ class TopKastCallback(Callback):
         self._saved_state = None
         if self._run_length is not None:
             self._run_length = RunLength(engine, state_dict.get("run_length"))
+        if self._compressed is not None:
+            self._compressed.load_state_dict(state_dict.get("all_reduce", {}))
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
         """Refuse to resume from a sparse checkpoint whose sets would be silently lost."""

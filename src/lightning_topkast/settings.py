@@ -11,6 +11,7 @@ from torch import nn
 from lightning_topkast.baselines import SET, RigL, Static
 from lightning_topkast.checks import check, is_number, plain
 from lightning_topkast.errors import TopKastError
+from lightning_topkast.gradients import AllReduce, TopKGradients
 from lightning_topkast.method.density import Allocation, Distribution
 from lightning_topkast.method.penalty import L2, Penalty
 from lightning_topkast.method.rule import Magnitude, Rule
@@ -52,6 +53,11 @@ class Settings:
             zeros: it saves no time and no memory. "packed" (`Packed(...)`) keeps the values of the updated set only and
             multiplies by them. "compact" keeps them too, but multiplies by a dense weight that is made for every pass.
             "auto" packs where that is expected to be faster than dense, and is compact elsewhere.
+        all_reduce: what DDP sends of a sparse weight's gradient: all of it ("dense"; of a packed weight that is the
+            updated set), the values of the updated set ("sparse"), these and all other gradients as 16-bit numbers
+            ("sparse_bf16", "sparse_fp16"), or the largest of these values (`TopKGradients(density=...)`). Unless it is
+            "dense", the gradient is zero outside the updated set, also for a gradient scaler. Under Lightning only; in
+            a plain loop, register `sparse_all_reduce` or `TopKAllReduce` with DDP.
         seed: seed of everything that is drawn at random.
         weight_curves: whether loggers get the curves and histograms of every single weight, besides those of all.
 
@@ -77,6 +83,7 @@ class Settings:
         penalty: Penalty | Literal["auto", "l2"] | None = "auto",
         powerpropagation: float = 1.0,
         storage: Masked | Packed | Literal["masked", "packed", "compact", "auto"] = "masked",
+        all_reduce: AllReduce = "dense",
         seed: int = 0,
         weight_curves: bool = True,
     ) -> None:
@@ -88,6 +95,8 @@ class Settings:
         penalties = {"auto": L2() if self.rule.explores else None, "l2": L2()}
         self.penalty: Penalty | None = _noun("penalty", penalty, Penalty | None, penalties)
         self.storage: Masked | Packed = _noun("storage", storage, Masked | Packed, STORAGES)
+        by_name = {name: name for name in ("dense", "sparse", "sparse_bf16", "sparse_fp16")}
+        self.all_reduce: AllReduce = _noun("all_reduce", all_reduce, TopKGradients, by_name)
         self.allocation = Allocation(
             forward_sparsity, backward_sparsity, distribution, plain({} if overrides is None else overrides),
             self.structure,

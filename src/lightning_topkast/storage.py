@@ -6,7 +6,6 @@ from typing import ClassVar, Literal
 from lightning_topkast.checks import check_bool, check_choice
 from lightning_topkast.errors import TopKastError
 
-AllReduce = Literal["dense", "sparse", "sparse_bf16", "sparse_fp16"]
 Kernels = Literal["auto", "torch", "compiled", "triton"]
 Products = Literal["sparse", "dense", "auto"]
 Theta = Literal["sharded", "replicated"]
@@ -19,10 +18,6 @@ class Masked:
 
     Args:
         reset_optimizer_state: zero the optimizer's state of entries that leave the updated set.
-        all_reduce: what DDP sends of a masked weight's gradient: all of it ("dense"), or only the values of the updated
-            set ("sparse"), as 16-bit numbers together with all other gradients ("sparse_bf16", "sparse_fp16"). The
-            gradient is zero outside the updated set then, also for a gradient scaler. Under Lightning only; in a plain
-            loop, register `sparse_all_reduce` with DDP.
 
     Raises:
         TopKastError: a value that is not one of these.
@@ -31,11 +26,9 @@ class Masked:
     name: ClassVar[str] = "masked"
 
     reset_optimizer_state: bool = True
-    all_reduce: AllReduce = "dense"
 
     def __post_init__(self) -> None:
         check_bool("reset_optimizer_state", self.reset_optimizer_state)
-        check_choice("all_reduce", self.all_reduce, AllReduce)
 
 
 @dataclass(frozen=True)

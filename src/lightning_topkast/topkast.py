@@ -23,6 +23,7 @@ from lightning_topkast.engine.summary import Summary, summarize, warn_if_little
 from lightning_topkast.engine.watch import watch_module
 from lightning_topkast.engine.writes import ForeignWrites
 from lightning_topkast.errors import TopKastError
+from lightning_topkast.gradients import TopKGradients
 from lightning_topkast.layers import join_products, packed_weights
 from lightning_topkast.method.density import SetSizes
 from lightning_topkast.method.schedule import Timeline, in_words, moments
@@ -59,10 +60,14 @@ class TopKast:
 
     @takes_settings
     def __init__(self, model: nn.Module, settings: Settings) -> None:
-        if isinstance(settings.storage, Masked) and settings.storage.all_reduce != "dense":
+        all_reduce = settings.all_reduce
+        if all_reduce != "dense":
+            hook = "sparse_all_reduce(topkast)"
+            if isinstance(all_reduce, TopKGradients):
+                hook = f"TopKAllReduce(topkast, gradients={all_reduce!r}).hook"
             raise TopKastError(
-                f"all_reduce='{settings.storage.all_reduce}' needs TopKastCallback; with your own DDP, use "
-                "all_reduce='dense' and call ddp.register_comm_hook(None, sparse_all_reduce(topkast))"
+                f"all_reduce={all_reduce!r} needs TopKastCallback; with your own DDP, use all_reduce='dense' and call "
+                f"ddp.register_comm_hook(None, {hook})"
             )
         self._begin(model, settings)
 

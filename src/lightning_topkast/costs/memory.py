@@ -11,9 +11,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_topkast.errors import TopKastError
+from lightning_topkast.gradients import AllReduce, TopKGradients
 from lightning_topkast.method.structure import Block, Structure, Unstructured
 from lightning_topkast.ops import EntryPattern
-from lightning_topkast.storage import AllReduce
 from lightning_topkast.weights.layouts import Product, as_kernel
 
 Strategy = Literal["single", "ddp", "fsdp2"]
@@ -29,7 +29,7 @@ class Bytes:
     Attributes:
         weights: parameters and buffers of the model.
         gradients: of the parameters.
-        buckets: DDP's own copy of the gradients, which it reduces.
+        buckets: DDP's own copy of the gradients, which it reduces, and what a rank has not sent yet of them.
         optimizer: the optimizer's state.
         masks: the updated set and a telemetry flag of masked weights.
         latent: latent values, θ outside the active set, of masked weights.
@@ -68,7 +68,7 @@ class Parallel:
     Args:
         devices: number of devices of all machines, at least 1.
         strategy: single (one process and no wrapper), ddp, or fsdp2 (`fully_shard`).
-        all_reduce: gradients of masked weights that DDP reduces: dense, or only on the updated set.
+        all_reduce: gradients of sparse weights that DDP reduces: dense, only on the updated set, or the largest there.
         buckets: whether DDP keeps its own copy of gradients (`gradient_as_bucket_view=False`, its default).
         accumulate: number of batches per step.
     """
@@ -170,6 +170,9 @@ def bytes_of(held: Held, optimizer: OptimizerState, parallel: Parallel) -> Bytes
         found += Bytes(gradients=gradients, optimizer=optimizer.nbytes(shape, held.dtype))
         if parallel.strategy == "ddp" and parallel.buckets:
             found += Bytes(buckets=gradients)
+        if _sends_largest(held, parallel):
+            unit = prod(held.shape) // max(prod(held.structure.grid(torch.Size(held.shape))), 1) if held.packs else 1
+            found += Bytes(buckets=held.present * itemsize, host=_INT64 * held.present // unit)
     if held.storage == "masked":
         # each device has about its share of the exploring entries of a sharded weight
         share = entries / max(prod(held.shape), 1)
@@ -247,6 +250,12 @@ def _refresh(held: Held, parallel: Parallel, moved: float) -> int:
     return round(float(sent.max()) + scores)
 
 
+def _sends_largest(held: Held, parallel: Parallel) -> bool:
+    """Return whether DDP sends only the largest values of this parameter's gradient."""
+    by_size = parallel.strategy == "ddp" and isinstance(parallel.all_reduce, TopKGradients)
+    return by_size and held.trains and held.storage != "dense"
+
+
 def _traffic(held: Held, parallel: Parallel) -> Bytes:
     """Return the traffic: a ring of w devices sends (w-1)/w of the data per gather or scatter, 2× per all-reduce."""
     whole, itemsize, devices = prod(held.shape), held.dtype.itemsize, parallel.devices
@@ -259,6 +268,11 @@ def _traffic(held: Held, parallel: Parallel) -> Bytes:
         return Bytes()
     if parallel.all_reduce in ("sparse_bf16", "sparse_fp16"):
         itemsize = 2
+    if _sends_largest(held, parallel):
+        assert isinstance(parallel.all_reduce, TopKGradients)
+        count = max(1, round(parallel.all_reduce.density * held.present))
+        message = count * (itemsize + (_INT32 if held.present <= _LARGEST_INT32 else _INT64))
+        return Bytes(payload=message * devices, sent=message * (devices - 1))
     on_updated_only = held.packs or (held.storage == "masked" and parallel.all_reduce != "dense")
     payload = (held.updated if on_updated_only else whole) * itemsize
     return Bytes(payload=payload, sent=2 * payload * (devices - 1) // devices)

@@ -241,7 +241,7 @@ def _alternatives(settings: Settings | None, parallel: Parallel) -> Iterator[tup
     yield "dense", replace(replicated, all_reduce="dense")
     if settings is not None:
         yield "masked", replicated
-        yield "packed", replace(replicated, all_reduce="dense")
+        yield "packed", replicated
     if not alone:
         for storage in ("dense",) if settings is None else ("dense", "masked", "packed"):
             yield storage, replace(parallel, strategy="fsdp2")

@@ -18,9 +18,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import (
     fp16_compress_hook,
 )
 from torch.futures import Future
-from torch.nn.parallel import DistributedDataParallel
 
-from lightning_topkast.errors import TopKastError
 from lightning_topkast.ops.flat import flat, indices
 from lightning_topkast.topkast import TopKast
 from lightning_topkast.weights import SparseWeight
@@ -66,20 +64,26 @@ def sparse_all_reduce_of(engines: Callable[[], Iterable[TopKast]], hook: Hook) -
 
     # DDP checks both annotations and reads the name
     def sparse_all_reduce_hook(state: Any, bucket: GradBucket) -> Future[Tensor]:
-        masked: dict[Tensor, SparseWeight] = {
-            weight.parameter: weight
-            for engine in engines()
-            if engine.is_attached and not engine.needs_gradients
-            for weight in engine.weights.values()
-            if not weight.is_packed
-        }
-        weights = [masked.get(parameter) for parameter in bucket.parameters()]
-        if not any(weights):
+        sparse = reduced_weights(engines())
+        weights = [sparse.get(parameter) for parameter in bucket.parameters()]
+        if all(weight is None or weight.is_packed for weight in weights):
             return hook(state, bucket)
-        packed = PackedBucket(bucket, [None if weight is None else entries_of(weight) for weight in weights])
+        packed = PackedBucket(
+            bucket, [None if weight is None or weight.is_packed else entries_of(weight) for weight in weights]
+        )
         return hook(state, packed).then(packed.unpack)
 
     return sparse_all_reduce_hook
+
+
+def reduced_weights(engines: Iterable[TopKast]) -> dict[Tensor, SparseWeight]:
+    """Return parameter → sparse weight of which only the gradient on B is needed in this backward pass."""
+    return {
+        weight.parameter: weight
+        for engine in engines
+        if engine.is_attached and not engine.needs_gradients
+        for weight in engine.weights.values()
+    }
 
 
 class PackedBucket:
@@ -145,20 +149,3 @@ class PackedBucket:
     def is_last(self) -> bool:
         """Return whether this is the last bucket of the backward pass."""
         return self._bucket.is_last()
-
-
-def register(ddp: DistributedDataParallel, engines: Sequence[TopKast], all_reduce: str) -> None:
-    """Register the communication hook for `all_reduce` on `ddp`.
-
-    Raises:
-        TopKastError: `ddp` already has a communication hook.
-    """
-    if all_reduce == "dense":
-        return
-    try:
-        ddp.register_comm_hook(None, sparse_all_reduce(*engines, hook=INNER_HOOKS[all_reduce]))
-    except RuntimeError as error:
-        raise TopKastError(
-            f"all_reduce='{all_reduce}' is a communication hook, but DDP supports only one and already has one; use "
-            "all_reduce='dense' and wrap the other hook, DDPStrategy(ddp_comm_hook=callback.all_reduce_hook(hook))"
-        ) from error

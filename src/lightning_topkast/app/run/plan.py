@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,6 +41,8 @@ def plan(cfg: DictConfig) -> Plan:
         TopKastError: Training would refuse the configuration.
     """
     parallel, precision, settings = read_parallel(cfg), read_precision(cfg), read_settings(cfg)
+    if settings is not None:
+        parallel = replace(parallel, all_reduce=settings.all_reduce)
     with torch.device("meta"):
         model = build_model(cfg)
         model.configure_model()
@@ -74,11 +77,10 @@ def read_parallel(cfg: DictConfig) -> Parallel:
             "trainer=fsdp2 (ModelParallelStrategy)"
         )
     own_buckets = not (isinstance(configured, DictConfig) and configured.get("gradient_as_bucket_view", False))
-    all_reduce = OmegaConf.select(cfg, "sparsity.storage.all_reduce", default="dense")
     accumulate = _count(cfg, "trainer.accumulate_grad_batches")
     if size := OmegaConf.select(cfg, "recipe.global_batch"):
         accumulate = accumulation(size, cfg.data.batch_size, devices)
-    return Parallel(devices, strategy, all_reduce, own_buckets, accumulate)
+    return Parallel(devices, strategy, buckets=own_buckets, accumulate=accumulate)
 
 
 def _count(cfg: DictConfig, key: str) -> int:

@@ -38,12 +38,13 @@ pytestmark = pytest.mark.usefixtures("one_rank")
 class Given(Bucket):
     """A bucket with these gradients, in memory order."""
 
-    def __init__(self, parameters, *gradients) -> None:
+    def __init__(self, parameters, *gradients, index: int = 0) -> None:
         super().__init__(parameters)
         self._buffer = torch.cat([gradient.clone().view(-1) for gradient in gradients])
+        self._index = index
 
     def index(self) -> int:
-        return 0
+        return self._index
 
 
 def engine_of(storage="masked", structure="unstructured", module=None, **settings) -> TopKast:
@@ -188,6 +189,18 @@ def test_a_skipped_step_leaves_the_residual_and_a_scale_does_not_change_it():
         assert torch.equal(residual_of(scaled), residual_of(plain))
 
 
+def test_a_skipped_step_leaves_the_residuals_of_all_buckets():
+    topkast, scaler = engine_of(), torch.amp.GradScaler("cpu", init_scale=1.0)
+    scaler.scale(torch.ones(()))
+    weight, dense = weight_of(topkast), nn.Parameter(torch.zeros(3))
+    compressed = TopKAllReduce(topkast, gradients=TopKGradients(0.1), scaler=scaler)
+    send(compressed, gradient_of(weight))
+    before = residual_of(compressed)
+    for index, (parameter, gradient) in enumerate([(weight.parameter, gradient_of(weight, 1)), (dense, torch.ones(3))]):
+        compressed.hook(None, Given([parameter], gradient * (torch.inf if index else 1), index=index)).wait()
+    assert torch.equal(residual_of(compressed), before)
+
+
 def test_without_feedback_nothing_is_kept():
     topkast = engine_of()
     weight = weight_of(topkast)
@@ -307,6 +320,16 @@ def test_with_fewer_ranks_each_gets_the_mean():
     assert torch.allclose(residual_of(compressed), before)
     compressed.load_state_dict({})
     assert name not in compressed.state_dict()
+
+
+def test_engines_that_had_hooks_of_their_own_go_on_with_one():
+    engines = [engine_of(module=nn.Sequential(nn.Linear(16, 16))) if first else engine_of() for first in (True, False)]
+    hooks = [TopKAllReduce(engine, gradients=TopKGradients(0.1)) for engine in engines]
+    for seed, hook in enumerate(hooks):
+        send(hook, gradient_of(weight_of(hook.engines[0]), seed))
+    one = TopKAllReduce(*engines, gradients=TopKGradients(0.1))
+    one.load_state_dict(*(hook.state_dict() for hook in hooks))
+    assert same(one.state_dict(), hooks[0].state_dict() | hooks[1].state_dict())
 
 
 DAMAGED = {
@@ -432,3 +455,11 @@ def test_a_resumed_run_is_the_same_on_every_rank(ranks, world, storage):
 def test_a_checkpoint_of_three_ranks_goes_on_with_two(ranks):
     first, second = left_by(ranks(3), "fewer", 2)
     assert same(first[:2], second[:2])
+
+
+@pytest.mark.slow
+def test_a_second_fit_goes_on_with_what_is_left_to_send(ranks):
+    _, after, again, end = torch.load(ranks(2) / "twice.pt", weights_only=True)
+    assert after[0].any()
+    assert same(after, again)
+    assert not same(after, end)

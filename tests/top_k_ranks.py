@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from lightning.pytorch import Callback
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -182,6 +183,21 @@ def fit(path: Path, world: int, storage: str, epochs: int, *others, ckpt_path: P
     trainer.fit(model, Shares(batches(5)), Shares(batches(2, seed=2)), ckpt_path=ckpt_path)
 
 
+def fit_twice(path: Path) -> None:
+    """One process in DDP, which launches no others: what is left to send after a fit, and at the start of the next."""
+    callback, model, left = make_callback(all_reduce=TopKGradients(0.3)), make_net(), []
+
+    class Look(Callback):
+        def look(self, trainer, pl_module):
+            left.append([each.values.clone() for each in callback._compressed._residuals.values()])
+
+        on_train_start = on_train_end = look
+
+    for _ in range(2):
+        make_trainer(path.parent, callback, Look(), strategy=DDPStrategy()).fit(model, batches())
+    torch.save(left, path)
+
+
 def main(folder: Path, world: int) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -190,6 +206,8 @@ def main(folder: Path, world: int) -> None:
         saved = folder / f"{storage}.ckpt"
         fit(folder / f"{storage}-whole", world, storage, 4, SaveAfter(saved, 1))
         fit(folder / f"{storage}-resumed", world, storage, 4, ckpt_path=saved)
+    if world == 2:
+        fit_twice(folder / "twice.pt")
     if world == 3:  # a checkpoint of three ranks goes on with two
         fit(folder / "fewer", 2, "masked", 4, ckpt_path=folder / "masked.ckpt")
 

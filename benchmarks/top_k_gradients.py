@@ -33,10 +33,21 @@ from lightning_topkast.app.data import FashionMNIST
 Registered = Callable[[DistributedDataParallel, TopKast], None]
 
 
+class Counted(TopKAllReduce):
+    """Notes how many of the k values that fit into a message are chosen."""
+
+    def _choose(self, values: Tensor, count: int) -> Tensor:
+        chosen = super()._choose(values, count)
+        chosen_of_k.append(chosen.numel() / count)
+        return chosen
+
+
+chosen_of_k: list[float] = []
+
+
 def largest(density: float, **options: Any) -> Registered:
     def register(ddp: DistributedDataParallel, topkast: TopKast) -> None:
-        hook = TopKAllReduce(topkast, gradients=TopKGradients(density, **options)).hook
-        ddp.register_comm_hook(None, hook)
+        ddp.register_comm_hook(None, Counted(topkast, gradients=TopKGradients(density, **options)).hook)
 
     return register
 
@@ -95,6 +106,7 @@ def train(method: str, density: tuple[float, float], data: FashionMNIST, epochs:
     topkast.attach(optimizer)
     ddp = DistributedDataParallel(model)
     METHODS[method](ddp, topkast)
+    chosen_of_k.clear()
     rank, ranks = dist.get_rank(), dist.get_world_size()
     sent, seconds, steps = Sent(), [], 0
     for epoch in range(epochs):
@@ -115,10 +127,9 @@ def train(method: str, density: tuple[float, float], data: FashionMNIST, epochs:
     model.eval()
     with torch.no_grad():
         right = sum(int((model(x).argmax(1) == y).sum()) for x, y in data.test_dataloader())
-    values = sum(int(weight.updated_entries) for weight in topkast.weights.values())
     return {
         "method": method, "seed": seed, "accuracy": 100 * right / 10_000, "kB sent": sent.bytes / 1e3,
-        "ms a step": 1e3 * median(seconds), "values": values,
+        "ms a step": 1e3 * median(seconds), "chosen of k": mean(chosen_of_k) if chosen_of_k else None,
     }  # fmt: skip
 
 
@@ -163,6 +174,7 @@ def main() -> None:
                 "of each seed": ", ".join(f"{each:.2f}" for each in accuracies),
                 "kB sent a step": own[0]["kB sent"],
                 "ms a step": median(run["ms a step"] for run in own),
+                "chosen of k": own[0]["chosen of k"],
             }
         )
     forward, backward = (round(100 * (1 - density)) for density in arguments.densities)

@@ -435,6 +435,17 @@ def test_ranks_train_as_one_process_does_that_keeps_dense_residuals(ranks, world
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["PowerSGD", "16 bits"])
+def test_other_hooks_reduce_the_dense_gradients(ranks, name):
+    one, other = (rank[name] for rank in left_by(ranks(2), "found", 2))
+    parameters = [key for key in one if not key.startswith("residual")]
+    assert all(one[key].isfinite().all() and torch.equal(one[key], other[key]) for key in parameters)
+    plain = left_by(ranks(2), "found", 1)[0]["masked"]["hook"]
+    assert not torch.equal(one["first.weight"], plain["first.weight"])
+    torch.testing.assert_close(one["first.weight"], plain["first.weight"], atol=0.15, rtol=0)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("storage", ["masked", "packed"])
 def test_a_resumed_run_is_the_same_on_every_rank(ranks, world, storage):

@@ -15,9 +15,12 @@ import torch.multiprocessing as mp
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, fp16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_topkast import TopKast, TopKGradients
+from lightning_topkast.training.all_reduce import Hook
 from lightning_topkast.training.top_k_all_reduce import TopKAllReduce
 from tests.helpers import SaveAfter, batches, make_callback, make_net, make_trainer, nouns, parameters_of
 from tests.ranks import Shares
@@ -73,13 +76,15 @@ def train(
     seldom: bool = False,
     targets: Any = (None,),
     stop_exploring_at: int | None = None,
+    inner: Hook = allreduce_hook,
+    state: Any = None,
     **of_ddp: Any,
 ) -> dict[str, Tensor]:
     """Train in DDP with the hook."""
     model, engines, optimizer = begin(storage, channels_last, targets, stop_exploring_at)
     ddp = DistributedDataParallel(model, find_unused_parameters=seldom, **of_ddp)
-    compressed = TopKAllReduce(*engines, gradients=TopKGradients(DENSITY))
-    ddp.register_comm_hook(None, compressed.hook)
+    compressed = TopKAllReduce(*engines, gradients=TopKGradients(DENSITY), hook=inner)
+    ddp.register_comm_hook(state, compressed.hook)
     for step in range(STEPS):
         for turn in range(accumulate):
             ddp.require_backward_grad_sync = turn == accumulate - 1
@@ -154,6 +159,10 @@ def ranks(rank: int, folder: Path, world: int) -> None:
         alone = {key: value for key, value in options.items() if key not in OF_DDP}
         # all of them alone, since refreshes compare the sets of all ranks
         found[name] = {"hook": train(world, **options), "alone": train_alone(world, **alone)}
+    low_rank = powerSGD_hook.PowerSGDState(None, 1, start_powerSGD_iter=2, min_compression_rate=1)
+    inside = {"PowerSGD": (powerSGD_hook.powerSGD_hook, low_rank), "16 bits": (fp16_compress_hook, None)}
+    for name, (hook, state) in inside.items():
+        found[name] = train(world, inner=hook, state=state)
     torch.save(found, folder / f"found-{rank}.pt")
     dist.destroy_process_group()
 

@@ -132,15 +132,16 @@ class PackedBucket:
         self._buffer = tensor
 
     def gradients(self) -> list[Tensor]:
-        """Return views of the packed vector: in their parameter's shape if whole, else 1-D."""
+        """Return views of the packed vector: in their parameter's shape if whole, else 1-D; none that are empty."""
+        parts = [part for part in self._buffer.split(self._lengths) if part.numel()]
         return [
             part.view(parameter.shape) if part.numel() == parameter.numel() else part
-            for part, parameter in zip(self._buffer.split(self._lengths), self.parameters(), strict=True)
+            for part, parameter in zip(parts, self.parameters(), strict=True)
         ]
 
     def parameters(self) -> list[Tensor]:
         """Return the parameters of these gradients."""
-        return self._bucket.parameters()
+        return [each for each, length in zip(self._bucket.parameters(), self._lengths, strict=True) if length]
 
     def index(self) -> int:
         """Return the index of the bucket in the order in which DDP reduces the buckets."""

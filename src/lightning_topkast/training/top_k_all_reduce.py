@@ -112,8 +112,7 @@ class TopKAllReduce:
         ]
         nothing = torch.empty(0, dtype=torch.int64, device=bucket.buffer().device)
         rest = PackedBucket(bucket, [None if weight is None else nothing for weight in weights])
-        reduced = self._hook(state, rest) if rest.buffer().numel() else None
-        futures, chosen, values = [] if reduced is None else [reduced], nothing, nothing
+        futures, chosen, values = [], nothing, nothing
         if shares:
             # every rank has the same B in the same order, so a position in it says which entry is meant
             small = all(len(share.residual) <= torch.iinfo(torch.int32).max for share in shares)
@@ -121,6 +120,9 @@ class TopKAllReduce:
             done, chosen = _gather(at, group)
             also_done, values = _gather(torch.cat([share.values for share in shares]), group)
             futures += [done, also_done]
+        # last, since it may begin more collectives whenever one of its own is done
+        reduced = self._hook(state, rest) if rest.buffer().numel() else None
+        futures += [] if reduced is None else [reduced]
 
         def finish(_: Future[list[Future[Any]]]) -> Tensor:
             # of each by itself: on a GPU its memory is synchronised with the current stream

@@ -133,6 +133,13 @@ def test_time_to_accuracy_ends_at_the_goal_or_says_that_it_was_not_reached(tmp_p
     assert "0 of 1" in out.stdout
 
 
+def test_soft_has_a_row_for_every_gradient_of_three_uses(tmp_path):
+    write_fashion_mnist(tmp_path / "data")
+    out = run_benchmark("soft.py", "--folder", tmp_path / "data", "--seeds", "0", "--epochs", "1").stdout
+    uses = [line.split("|")[1].strip() for line in out.splitlines() if line[:1] == "|"][2:]
+    assert uses == ["densities"] * 6 + ["supermask"] * 4 + ["θ"] * 4
+
+
 def test_pivot_has_a_row_a_method_and_a_column_a_sparsity(tmp_path):
     def row(method, forward, values, diverged=0, backward=0.5):
         mean, std = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None

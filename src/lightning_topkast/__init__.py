@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lightning_topkast.settings import Settings
     from lightning_topkast.storage import Masked, Packed
     from lightning_topkast.telemetry.metrics import MaskChange, ReservoirActivation, Sparsity
+    from lightning_topkast.top_k.soft import soft_top_k
     from lightning_topkast.topkast import TopKast
     from lightning_topkast.training.all_reduce import sparse_all_reduce
     from lightning_topkast.training.atomic_checkpoint import AtomicCheckpointIO
@@ -62,6 +63,7 @@ __all__ = [
     "dense_copy",
     "keep_freed_memory",
     "register_optimizer",
+    "soft_top_k",
     "sparse_all_reduce",
     "to_csr",
     "to_dense",
@@ -102,6 +104,7 @@ _HOMES = {
     "dense_copy": "layers",
     "keep_freed_memory": "ops.memory",
     "register_optimizer": "engine.optimizers",
+    "soft_top_k": "top_k.soft",
     "sparse_all_reduce": "training.all_reduce",
     "to_csr": "layers",
     "to_dense": "layers",

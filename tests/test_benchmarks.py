@@ -136,7 +136,11 @@ def test_time_to_accuracy_ends_at_the_goal_or_says_that_it_was_not_reached(tmp_p
 def test_soft_has_a_row_for_every_gradient_of_three_uses(tmp_path):
     write_fashion_mnist(tmp_path / "data")
     out = run_benchmark("soft.py", "--folder", tmp_path / "data", "--seeds", "0", "--epochs", "1").stdout
-    uses = [line.split("|")[1].strip() for line in out.splitlines() if line[:1] == "|"][2:]
+    routes, uses = (
+        [line.split("|")[1].strip() for line in part.splitlines() if line[:1] == "|"][2:]
+        for part in out.split("### ")[1:]
+    )
+    assert len(routes) == 4
     assert uses == ["densities"] * 6 + ["supermask"] * 4 + ["θ"] * 4
 
 

@@ -144,6 +144,15 @@ def test_soft_has_a_row_for_every_gradient_of_three_uses(tmp_path):
     assert uses == ["densities"] * 6 + ["supermask"] * 4 + ["θ"] * 4
 
 
+def test_private_compares_units_and_entries_under_both_noises(tmp_path):
+    write_fashion_mnist(tmp_path / "data")
+    out = run_benchmark("private.py", "--folder", tmp_path / "data").stdout
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line[:1] == "|"][2:]
+    assert len(rows) == 24
+    assert {(row[1], row[4]) for row in rows} == {(s, n) for s in ("units", "entries") for n in ("gumbel", "laplace")}
+    assert all(0 <= float(row[-2]) <= 1 for row in rows)
+
+
 def test_pivot_has_a_row_a_method_and_a_column_a_sparsity(tmp_path):
     def row(method, forward, values, diverged=0, backward=0.5):
         mean, std = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lightning_topkast.settings import Settings
     from lightning_topkast.storage import Masked, Packed
     from lightning_topkast.telemetry.metrics import MaskChange, ReservoirActivation, Sparsity
+    from lightning_topkast.top_k.private import private_top_k
     from lightning_topkast.top_k.soft import soft_top_k
     from lightning_topkast.topkast import TopKast
     from lightning_topkast.training.all_reduce import sparse_all_reduce
@@ -62,6 +63,7 @@ __all__ = [
     "TopKastError",
     "dense_copy",
     "keep_freed_memory",
+    "private_top_k",
     "register_optimizer",
     "soft_top_k",
     "sparse_all_reduce",
@@ -103,6 +105,7 @@ _HOMES = {
     "TopKastError": "errors",
     "dense_copy": "layers",
     "keep_freed_memory": "ops.memory",
+    "private_top_k": "top_k.private",
     "register_optimizer": "engine.optimizers",
     "soft_top_k": "top_k.soft",
     "sparse_all_reduce": "training.all_reduce",

@@ -153,6 +153,13 @@ def test_private_compares_units_and_entries_under_both_noises(tmp_path):
     assert all(0 <= float(row[-2]) <= 1 for row in rows)
 
 
+def test_dart_is_compared_with_three_other_searches():
+    out = run_benchmark("dart.py", "--seeds", "1", "--steps", "2").stdout
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line[:1] == "|"][2:]
+    assert [row[0] for row in rows] == ["dart", "random sets", "random search", "halving"]
+    assert all(0 <= float(cell) <= 1 for row in rows for cell in row[1:])
+
+
 def test_pivot_has_a_row_a_method_and_a_column_a_sparsity(tmp_path):
     def row(method, forward, values, diverged=0, backward=0.5):
         mean, std = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None

@@ -27,7 +27,7 @@ def run(monkeypatch, tmp_path, capsys, name, *arguments):
 def test_every_example_is_run_here():
     names = {str(path.relative_to(EXAMPLES)) for path in EXAMPLES.rglob("*.py")}
     run_here = {"callback.py", "plain_loop.py", "cli/main.py", "transformer.py", "read_checkpoint.py"}
-    run_here |= {"plot_curves.py", "plot_masks.py", "packed.py", "fsdp2.py", "fsdp2_packed.py"}
+    run_here |= {"dense_layers.py", "plot_curves.py", "plot_masks.py", "packed.py", "fsdp2.py", "fsdp2_packed.py"}
     assert names == run_here
 
 
@@ -75,6 +75,13 @@ def test_a_gpt2_trains_sparse(monkeypatch, tmp_path, capsys):
     found = re.search(r"loss (\d\.\d+), 8 weights at sparsity 0\.800", output)
     assert found, output
     assert float(found[1]) < 2.0  # 5.5 at the start
+
+
+def test_dart_names_the_layers_that_stay_dense(monkeypatch, tmp_path, capsys):
+    output = run(monkeypatch, tmp_path, capsys, "dense_layers.py", "--rounds", 6, "--steps", 30)
+    found = re.search(r"dense layers \(\d, \d, \d\) of 8: accuracy (0\.\d+)", output)
+    assert found, output
+    assert float(found[1]) > 0.5
 
 
 def test_curves_of_a_csv_log_are_plotted(monkeypatch, tmp_path, capsys):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lightning_topkast.settings import Settings
     from lightning_topkast.storage import Masked, Packed
     from lightning_topkast.telemetry.metrics import MaskChange, ReservoirActivation, Sparsity
+    from lightning_topkast.top_k.dart import Dart
     from lightning_topkast.top_k.private import private_top_k
     from lightning_topkast.top_k.soft import soft_top_k
     from lightning_topkast.topkast import TopKast
@@ -36,6 +37,7 @@ __all__ = [
     "SET",
     "AtomicCheckpointIO",
     "Block",
+    "Dart",
     "Magnitude",
     "MaskChange",
     "Masked",
@@ -75,6 +77,7 @@ __all__ = [
 _HOMES = {
     "AtomicCheckpointIO": "training.atomic_checkpoint",
     "Block": "method.structure",
+    "Dart": "top_k.dart",
     "L1": "method.penalty",
     "L2": "method.penalty",
     "Magnitude": "method.rule",

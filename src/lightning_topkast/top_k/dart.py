@@ -143,8 +143,5 @@ class Dart:
         gap = math.sqrt(math.log(pairs * math.sqrt(self.horizon)) / n)
         self._accepted += [arm for arm, mean in zip(ranked, means, strict=True) if mean - means[places] > gap]
         rejected = [arm for arm, mean in zip(ranked, means, strict=True) if means[places - 1] - mean > gap]
+        # once the last place is taken, all others are rejected by the same gap
         self._active = [arm for arm in self._active if arm not in (*self._accepted, *rejected)]
-        if len(self._active) == self._places:
-            self._accepted, self._active = self._accepted + self._active, []
-        if not self._places:
-            self._active = []

@@ -21,7 +21,7 @@ _LOST_TO_ROUNDING = 2.0**32  # noise scales: float64 keeps 20 bits of the noise 
 class PrivateChoice(NamedTuple):
     """What was chosen, and what it has cost.
 
-    Args:
+    Attributes:
         mask: bool, k of them True.
         epsilon: of the differential privacy that was spent.
         delta: likewise; 0 where the noise that pure differential privacy needs is the smaller one.

@@ -36,7 +36,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from lightning_topkast import NonFiniteWeightError, TopKast, TopKastCallback, TopKastError
+from lightning_topkast import Block, NonFiniteWeightError, TopKast, TopKastCallback, TopKastError, Unstructured
 from lightning_topkast.baselines import SET, Static
 from lightning_topkast.costs import OptimizerState, Parallel, make_plan
 from lightning_topkast.distributed import RowSharding, Shares, exchange, host_group, to_local
@@ -70,6 +70,9 @@ RUNS = {
     "delayed": {"delay": 2},
     "delayed, random": {"delay": 1, "exploration": "random"},
     "2:4": {"structure": "2:4", "forward_sparsity": 0.5, "backward_sparsity": 0.25},
+    "fan-in": {"structure": Unstructured(fan_in=(0.5, 1.5))},
+    "fan-in, delayed, ties": {"structure": Unstructured(fan_in=(1, 1)), "delay": 1, "ties": True},
+    "fan-in, blocks": {"structure": Block(4, 4, fan_in=(0, 1.5)), "block": (4, 4)},
     "SET": {"rule": SET(0.3), "backward_sparsity": 0.75, "strength": None, "stop_updating_at": 100},
     "static": {"rule": Static(), "backward_sparsity": 0.75, "strength": None},
     "norm": {"penalty": "norm"},

@@ -160,6 +160,15 @@ def test_dart_is_compared_with_three_other_searches():
     assert all(0 <= float(cell) <= 1 for row in rows for cell in row[1:])
 
 
+def test_fan_in_compares_every_bound(tmp_path):
+    write_fashion_mnist(tmp_path / "data")
+    arguments = ["--quick", "--seeds", "0", "--epochs", "1", "--folder", tmp_path / "data"]
+    lines = [line for line in run_benchmark("fan_in.py", *arguments).stdout.splitlines() if line.startswith("| ")]
+    for bounds in ("free", "at most 2", "at least 0.25", "0.25 to 2", "constant"):
+        assert sum(f"| {bounds} " in line for line in lines) == 3 + 1 + 2, bounds
+    assert sum("| free, again " in line for line in lines) == 2
+
+
 def test_pivot_has_a_row_a_method_and_a_column_a_sparsity(tmp_path):
     def row(method, forward, values, diverged=0, backward=0.5):
         mean, std = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None

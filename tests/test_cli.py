@@ -17,6 +17,7 @@ from lightning_topkast import (
     Targets,
     TopKastCallback,
     TopKGradients,
+    Unstructured,
 )
 from tests.helpers import Net, batches
 
@@ -173,6 +174,8 @@ def test_cli_takes_every_noun_by_its_class(name, given, expected):
     [
         ("rule", "RigL", {"drop_fraction": 0.2}, RigL(0.2)),
         ("structure", "Block", {"outputs": 4, "inputs": 2}, Block(4, 2)),
+        ("structure", "Block", {"fan_in": "[0, 2]"}, Block(fan_in=(0, 2))),
+        ("structure", "Unstructured", {"fan_in": "[0.25, 2]"}, Unstructured(fan_in=(0.25, 2))),
         ("penalty", "L1", {"strength": 0.002}, L1(0.002)),
         ("storage", "Packed", {"kernels": "torch"}, Packed("torch")),
         ("storage", "Masked", {"reset_optimizer_state": "false"}, Masked(False)),

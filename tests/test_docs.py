@@ -25,8 +25,8 @@ PAGES = sorted((ROOT / "docs").rglob("*.md"))
 WITH_PYTHON = [page for page in PAGES if "```python" in page.read_text(encoding="utf-8")]
 PROSE = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")), *PAGES]
 SETTINGS = [
-    "Settings", "Targets", "Schedule", "Ramp", "Magnitude", "SET", "RigL", "Block", "NOfM", "L2", "L1", "Norm",
-    "Masked", "Packed", "TopKGradients",
+    "Settings", "Targets", "Schedule", "Ramp", "Magnitude", "SET", "RigL", "Unstructured", "Block", "NOfM", "L2", "L1",
+    "Norm", "Masked", "Packed", "TopKGradients",
 ]  # fmt: skip
 
 

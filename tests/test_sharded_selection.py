@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard
 
-from lightning_topkast import TopKastError
+from lightning_topkast import TopKastError, Unstructured
 from lightning_topkast.baselines import RigL
 from lightning_topkast.method import sharded_selection
 from lightning_topkast.method.selection import SAMPLE, NonFiniteScoresError, nested_top_k
@@ -180,6 +180,7 @@ def mesh(tmp_path):
         {"penalty": "norm"},
         {"structure": "block", "block": [2, 3]},
         {"structure": "2:4", "forward_sparsity": 0.5, "backward_sparsity": 0.25},
+        {"structure": Unstructured(fan_in=(0.5, 1.5))},
         {"rule": RigL(0.6), "backward_sparsity": 0.75, "strength": None, "stop_updating_at": 100},
     ],
     ids=str,

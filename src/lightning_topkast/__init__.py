@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lightning_topkast.method.penalty import L1, L2, Norm, Penalty
     from lightning_topkast.method.rule import Magnitude, Rule
     from lightning_topkast.method.schedule import Ramp, Schedule
-    from lightning_topkast.method.structure import Block, NOfM, Structure
+    from lightning_topkast.method.structure import Block, NOfM, Structure, Unstructured
     from lightning_topkast.method.targets import Targets
     from lightning_topkast.ops.memory import keep_freed_memory
     from lightning_topkast.settings import Settings
@@ -63,6 +63,7 @@ __all__ = [
     "TopKast",
     "TopKastCallback",
     "TopKastError",
+    "Unstructured",
     "dense_copy",
     "keep_freed_memory",
     "private_top_k",
@@ -106,6 +107,7 @@ _HOMES = {
     "TopKast": "topkast",
     "TopKastCallback": "callback",
     "TopKastError": "errors",
+    "Unstructured": "method.structure",
     "dense_copy": "layers",
     "keep_freed_memory": "ops.memory",
     "private_top_k": "top_k.private",

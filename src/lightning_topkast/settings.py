@@ -16,7 +16,7 @@ from lightning_topkast.method.density import Allocation, Distribution
 from lightning_topkast.method.penalty import L2, Penalty
 from lightning_topkast.method.rule import Magnitude, Rule
 from lightning_topkast.method.schedule import Ramp, Schedule, needs_length
-from lightning_topkast.method.structure import Block, NOfM, Structure, structure_of
+from lightning_topkast.method.structure import Block, NOfM, Structure, Unstructured, structure_of
 from lightning_topkast.method.targets import Targets
 from lightning_topkast.storage import STORAGES, Masked, Packed
 
@@ -44,7 +44,8 @@ class Settings:
             ("static", "set", "rigl", or `Static()`, `SET()`, `RigL()`), or a `Rule` of your own.
         structure: what the sets consist of: single entries ("unstructured"); blocks of outputs × inputs, chosen by
             their norm ("block", or `Block(outputs, inputs)`); or N of every M consecutive entries for A, with an
-            unstructured B ("2:4").
+            unstructured B ("2:4"). `Unstructured(fan_in=(least, most))` and `Block(fan_in=...)` bound the number in
+            each row.
         penalty: the exploration penalty: "l2" (`L2(shrinkage=1e-3)`), `L2(strength=...)`, `L1(...)`, `Norm(...)`, or
             None. "auto" is "l2" with a rule that explores, and None with one that does not.
         powerpropagation: exponent a of θ = φ|φ|^(a-1), with which the optimizer updates φ (Schwarz et al. 2021); 1 is
@@ -174,6 +175,14 @@ class Settings:
             )
 
     def _check_structure(self) -> None:
+        if isinstance(self.structure, Unstructured | Block) and self.structure.fan_in is not None:
+            competes = self.allocation.distribution == "global"
+            for expected, given in (
+                ("distribution='uniform' or 'erk'", not competes),
+                ("rule=Magnitude(exploration='magnitude')", self.rule == Magnitude()),
+            ):
+                if not given:
+                    raise TopKastError(f"fan_in={self.structure.fan_in} needs {expected}")
         if not isinstance(self.structure, NOfM):
             return
         density = self.structure.n / self.structure.m

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from lightning_topkast.checks import check, is_count
 from lightning_topkast.distributed import Sharding, to_local
 from lightning_topkast.errors import TopKastError
+from lightning_topkast.method.fan_in import FanIn, bounded_selection, fan_in_of
 from lightning_topkast.method.selection import ACTIVE, EXPLORING, Draw, TopK, nested_top_k
 from lightning_topkast.method.sharded_selection import nested_top_k_of_shards
 from lightning_topkast.ops.flat import indices_of
@@ -132,7 +133,37 @@ class Structure(ABC):
 
 @dataclass(frozen=True)
 class Unstructured(Structure):
-    """Single entries are chosen."""
+    """Single entries are chosen.
+
+    Args:
+        fan_in: the least and the most entries that each row may have in a set, as multiples of the mean over all rows
+            (rounded down and up), such as (0.25, 2); (1, 1) is constant fan-in, None is no bound. A row is an index of
+            the weight's first dimension: an output of Linear and Conv, but an input of ConvTranspose and GPT-2's
+            Conv1D.
+
+    Raises:
+        TopKastError: `fan_in` is not (least, most) with 0 <= least <= 1 <= most.
+    """
+
+    fan_in: FanIn | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "fan_in", fan_in_of(self.fan_in))
+
+    def selection(self, sharding: Sharding, draw: Draw | None = None) -> TopK:
+        """Return the function that finds the largest entries, within bounds for each row if there are any.
+
+        Raises:
+            TopKastError: there are bounds, and rows are sharded.
+        """
+        if self.fan_in is None:
+            return super().selection(sharding, draw)
+        return bounded_selection(self.fan_in, sharding, draw)
+
+    @property
+    def note(self) -> str:
+        """A note for the summary, or ""."""
+        return _note_of(self.fan_in, "entries")
 
     def __str__(self) -> str:
         return "unstructured"
@@ -147,17 +178,20 @@ class Block(Structure):
     Args:
         outputs: height of a block, at least 1.
         inputs: width of a block, at least 1.
+        fan_in: the least and the most blocks that each row of blocks may have in a set, as in `Unstructured`.
 
     Raises:
-        TopKastError: a side is not an int of at least 1.
+        TopKastError: a side is not an int of at least 1, or `fan_in` is not (least, most) with 0 <= least <= 1 <= most.
     """
 
     noun: ClassVar[tuple[str, str]] = ("block", "blocks")
 
     outputs: int = 32
     inputs: int = 32
+    fan_in: FanIn | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "fan_in", fan_in_of(self.fan_in))
         for name in ("outputs", "inputs"):
             check(is_count(getattr(self, name), 1), f"Block.{name}", getattr(self, name), "an int of at least 1")
 
@@ -233,7 +267,10 @@ class Block(Structure):
 
     def selection(self, sharding: Sharding, draw: Draw | None = None) -> TopK:
         """Return the unsharded selection, since every process chooses among all blocks."""
-        return partial(nested_top_k, draw=draw)
+        if self.fan_in is None:
+            return partial(nested_top_k, draw=draw)
+        grid = Sharding("blocks", torch.empty(self.grid(sharding.shape), device="meta"))
+        return bounded_selection(self.fan_in, grid, draw)
 
     def _steps(self, shape: torch.Size) -> tuple[int, ...]:
         sides = (self.outputs, self.inputs) if len(shape) > 1 else (self.inputs,)
@@ -257,7 +294,8 @@ class Block(Structure):
     @property
     def note(self) -> str:
         """A note for the summary."""
-        return f"the sets consist of blocks of {self.outputs}×{self.inputs} entries"
+        bounded = _note_of(self.fan_in, "blocks")
+        return f"the sets consist of blocks of {self.outputs}×{self.inputs} entries" + (bounded and f"; {bounded}")
 
     def __str__(self) -> str:
         return f"{self.outputs}×{self.inputs} block"
@@ -385,6 +423,10 @@ def _sums_of_runs(values: Tensor, dim: int, length: int, of: Callable[[Tensor], 
     for at in range(1, length):
         sums += of(runs.select(dim + 1, at))
     return sums
+
+
+def _note_of(fan_in: FanIn | None, units: str) -> str:
+    return "" if fan_in is None else f"each row has {fan_in[0]:g} to {fan_in[1]:g} times the mean number of {units}"
 
 
 def _rows(shape: Sequence[int]) -> tuple[int, int]:

@@ -72,23 +72,25 @@ def choosing(side: int, turns: int) -> None:
     table(f"Choosing the sets of {side} × {side} entries", rows)
 
 
-def train(fan_in: tuple[float, float] | None, data: FashionMNIST, seed: int, epochs: int) -> tuple[float, int]:
-    """Train at 98/95; return the test accuracy, and how many rows of the first weight have no active entry."""
+def train(
+    fan_in: tuple[float, float] | None,
+    data: FashionMNIST,
+    seed: int,
+    epochs: int,
+    sparsities: tuple[float, float] | None = (0.98, 0.95),
+) -> tuple[float, nn.Module, TopKast | None]:
+    """Train, dense if there are no sparsities; return the test accuracy, the network and the engine."""
     torch.manual_seed(seed)
-    model = MLP((1, 28, 28), 10, [300, 100])
-    topkast = TopKast(
-        model,
-        0.98,
-        0.95,
-        targets=Targets(keep_first_dense=False),
-        schedule=Schedule(50),
-        structure=Unstructured(fan_in),
-    )
+    model, topkast = MLP((1, 28, 28), 10, [300, 100]), None
+    if sparsities is not None:
+        targets, structure = Targets(keep_first_dense=False), Unstructured(fan_in)
+        topkast = TopKast(model, *sparsities, targets=targets, schedule=Schedule(50), structure=structure)
     optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
     data.seed = seed
     batches = data.train_dataloader()
     steps = epochs * len(batches)
-    topkast.attach(optimizer, total_steps=steps)
+    if topkast is not None:
+        topkast.attach(optimizer, total_steps=steps)
 
     def factor(step: int) -> float:
         warm = 0.05 * steps
@@ -105,20 +107,26 @@ def train(fan_in: tuple[float, float] | None, data: FashionMNIST, seed: int, epo
     with torch.no_grad():
         batches = list(data.test_dataloader())
         right = sum(int((model(x).argmax(1) == y).sum()) for x, y in batches) / sum(len(y) for _, y in batches)
+    return right, model, topkast
+
+
+def empty_rows(topkast: TopKast | None) -> int:
+    """Return how many rows of the first weight have no active entry."""
+    assert topkast is not None
     first = next(iter(topkast.weights.values()))
-    return right, int((~first.active.any(1)).sum())
+    return int((~first.active.any(1)).sum())
 
 
 def accuracy(seeds: Sequence[int], epochs: int, folder: str | None) -> None:
-    data = FashionMNIST(folder, batch_size=128)
+    data = FashionMNIST(folder, batch_size=128, val_size=1 / 12)
     data.prepare_data()
     data.setup()
     rows: list[Row] = []
     for name, fan_in in BOUNDS.items():
         found = [train(fan_in, data, seed, epochs) for seed in seeds]
-        percent = [100 * right for right, _ in found]
+        percent = [100 * right for right, *_ in found]
         deviation = f" ± {stdev(percent):.2f}" if len(percent) > 1 else ""
-        empty = ", ".join(str(number) for _, number in found)
+        empty = ", ".join(str(empty_rows(topkast)) for *_, topkast in found)
         rows.append({"bounds": name, "test accuracy": f"{mean(percent):.2f}{deviation}", "empty rows of 300": empty})
     table(f"FashionMNIST, MLP 300-100 at 98/95, {epochs} epochs, seeds {', '.join(map(str, seeds))}", rows)
 

@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import json
+import re
 import runpy
 import statistics
 import sys
@@ -167,6 +168,14 @@ def test_fan_in_compares_every_bound(tmp_path):
     for bounds in ("free", "at most 2", "at least 0.25", "0.25 to 2", "constant"):
         assert sum(f"| {bounds} " in line for line in lines) == 3 + 1 + 2, bounds
     assert sum("| free, again " in line for line in lines) == 2
+
+
+def test_diverse_compares_with_a_greedy_choice_and_counts_duplicates():
+    out = run_benchmark("diverse.py", "--quick").stdout
+    gains = [float(gain) for gain in re.findall(r"(-?\d+\.\d\d)% \|", out.partition("### Cosines")[0])]
+    assert len(gains) == 2
+    assert min(gains) >= 0
+    assert all(f"| {network} " in out for network in ("dense", "Top-KAST 98/95"))
 
 
 def test_pivot_has_a_row_a_method_and_a_column_a_sparsity(tmp_path):

@@ -28,6 +28,7 @@ def test_every_example_is_run_here():
     names = {str(path.relative_to(EXAMPLES)) for path in EXAMPLES.rglob("*.py")}
     run_here = {"callback.py", "plain_loop.py", "cli/main.py", "transformer.py", "read_checkpoint.py"}
     run_here |= {"dense_layers.py", "plot_curves.py", "plot_masks.py", "packed.py", "fsdp2.py", "fsdp2_packed.py"}
+    run_here |= {"duplicate_filters.py"}
     assert names == run_here
 
 
@@ -46,6 +47,16 @@ def test_a_packed_network_is_born_without_memory_and_compressed_at_the_end(monke
     assert losses[-1] < 0.7 * losses[0]
     assert "104,858 values stand for 1,048,576 entries" in output
     assert "CsrLinear(in_features=1024, out_features=1024, density=0.0500)" in output
+
+
+def test_duplicate_filters_are_dropped_without_loss(monkeypatch, tmp_path, capsys):
+    output = run(monkeypatch, tmp_path, capsys, "duplicate_filters.py")
+    trained, wider, diverse, largest = map(float, re.findall(r"\b\d\.\d{3}\b", output))
+    assert trained > 0.95
+    assert min(wider, diverse) > trained - 0.01
+    assert largest < diverse
+    (pairs,) = re.findall(r"as trained: (\d+) of 496 pairs of filters above cosine 0.5", output)
+    assert int(pairs) < 25
 
 
 @pytest.mark.slow

@@ -23,12 +23,14 @@ if TYPE_CHECKING:
     from lightning_topkast.storage import Masked, Packed
     from lightning_topkast.telemetry.metrics import MaskChange, ReservoirActivation, Sparsity
     from lightning_topkast.top_k.dart import Dart
+    from lightning_topkast.top_k.diverse import diverse_top_k
     from lightning_topkast.top_k.private import private_top_k
     from lightning_topkast.top_k.soft import soft_top_k
     from lightning_topkast.topkast import TopKast
     from lightning_topkast.training.all_reduce import sparse_all_reduce
     from lightning_topkast.training.atomic_checkpoint import AtomicCheckpointIO
     from lightning_topkast.training.step_boundary import StepBoundaryCheckpoint
+    from lightning_topkast.training.top_k_all_reduce import TopKAllReduce
     from lightning_topkast.weights import SparseWeight
 
 __all__ = [
@@ -65,6 +67,7 @@ __all__ = [
     "TopKastError",
     "Unstructured",
     "dense_copy",
+    "diverse_top_k",
     "keep_freed_memory",
     "private_top_k",
     "register_optimizer",
@@ -109,6 +112,7 @@ _HOMES = {
     "TopKastError": "errors",
     "Unstructured": "method.structure",
     "dense_copy": "layers",
+    "diverse_top_k": "top_k.diverse",
     "keep_freed_memory": "ops.memory",
     "private_top_k": "top_k.private",
     "register_optimizer": "engine.optimizers",

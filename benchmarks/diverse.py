@@ -65,7 +65,7 @@ def duplicates(quick: bool) -> None:
     data.setup()
     rows: list[Row] = []
     for name, sparsities in {"dense": None, "Top-KAST 98/95": (0.98, 0.95)}.items():
-        right, model, _ = train(None, data, seed=0, epochs=1 if quick else 6, sparsities=sparsities)
+        right, model, _ = train(data, 0, 1 if quick else 6, sparsities)
         units = [each.detach() for each in model.parameters() if each.dim() == 2 and len(each) > 10]
         cosines = torch.cat([(normalize(each) @ normalize(each).T)[_pairs(len(each))] for each in units])
         row: Row = {"network": name, "test accuracy": f"{right:.2%}", "pairs of units": len(cosines)}

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import mean, median, stdev
 from time import process_time
+from typing import Any
 
 import torch
 from tables import Row, table
@@ -73,18 +74,14 @@ def choosing(side: int, turns: int) -> None:
 
 
 def train(
-    fan_in: tuple[float, float] | None,
-    data: FashionMNIST,
-    seed: int,
-    epochs: int,
-    sparsities: tuple[float, float] | None = (0.98, 0.95),
+    data: FashionMNIST, seed: int, epochs: int, sparsities: tuple[float, float] | None, **settings: Any
 ) -> tuple[float, nn.Module, TopKast | None]:
     """Train, dense if there are no sparsities; return the test accuracy, the network and the engine."""
     torch.manual_seed(seed)
     model, topkast = MLP((1, 28, 28), 10, [300, 100]), None
     if sparsities is not None:
-        targets, structure = Targets(keep_first_dense=False), Unstructured(fan_in)
-        topkast = TopKast(model, *sparsities, targets=targets, schedule=Schedule(50), structure=structure)
+        targets = Targets(keep_first_dense=False)
+        topkast = TopKast(model, *sparsities, targets=targets, schedule=Schedule(50), **settings)
     optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
     data.seed = seed
     batches = data.train_dataloader()
@@ -123,7 +120,7 @@ def accuracy(seeds: Sequence[int], epochs: int, folder: str | None) -> None:
     data.setup()
     rows: list[Row] = []
     for name, fan_in in BOUNDS.items():
-        found = [train(fan_in, data, seed, epochs) for seed in seeds]
+        found = [train(data, seed, epochs, (0.98, 0.95), structure=Unstructured(fan_in)) for seed in seeds]
         percent = [100 * right for right, *_ in found]
         deviation = f" ± {stdev(percent):.2f}" if len(percent) > 1 else ""
         empty = ", ".join(str(empty_rows(topkast)) for *_, topkast in found)

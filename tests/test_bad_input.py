@@ -59,7 +59,10 @@ def test_sparsities_out_of_range(forward, backward, message):
     [
         ({"update_every": 0}, "expected update_every to be an int of at least 1.*, got 0"),
         ({"update_every": 2.5}, "expected update_every to be .*, got 2.5"),
-        ({"distribution": "even"}, "expected distribution to be one of 'uniform', 'erk', 'global', got 'even'"),
+        (
+            {"distribution": "even"},
+            "distribution to be one of 'uniform', 'erk', 'global', 'global_normalized', got 'even'",
+        ),
         ({"exploration": "greedy"}, "expected exploration to be one of 'magnitude', 'random', got 'greedy'"),
         ({"penalty": "l3"}, "expected penalty to be 'auto' or 'l2' or an object of Penalty or None, got 'l3'"),
         ({"strength": -1}, "expected the penalty's strength to be a number of at least 0, got -1"),

@@ -454,6 +454,7 @@ class Mine(Rule):
     ("options", "message"),
     [
         ({"distribution": "global"}, "needs distribution='uniform' or 'erk'"),
+        ({"distribution": "global_normalized"}, "needs distribution='uniform' or 'erk'"),
         ({"rule": Magnitude("random")}, r"needs rule=Magnitude\(exploration='magnitude'\)"),
         ({"rule": Mine()}, "needs rule=Magnitude"),
         ({"rule": SET(), "backward_sparsity": 0.9, "penalty": None}, "needs rule=Magnitude"),

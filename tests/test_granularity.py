@@ -81,7 +81,7 @@ def test_edge_blocks_compete_by_the_entries_they_have():
     assert not weight.active[:, 4].any()
 
 
-@pytest.mark.parametrize("distribution", ["uniform", "erk", "global"])
+@pytest.mark.parametrize("distribution", ["uniform", "erk", "global", "global_normalized"])
 def test_counts_are_whole_numbers_of_blocks_under_every_distribution(distribution):
     model = nn.Sequential(nn.Linear(32, 64), nn.Conv2d(16, 32, 3), nn.Linear(64, 16))
     topkast = TopKast(

@@ -1,12 +1,14 @@
 """Sets whose sizes vary: ramps of the sparsities, and weights that compete for their places."""
 
 import copy
+from fractions import Fraction
 
 import pytest
 import torch
 from torch import nn
 
 from lightning_topkast import Block, Ramp, Schedule, Targets, TopKast, TopKastError
+from lightning_topkast.method.density import normalized
 from lightning_topkast.settings import Settings
 from tests.helpers import OPTIMIZERS, fit, make_callback, make_net, make_trainer, nouns, same
 
@@ -89,7 +91,9 @@ def test_exploration_stops_on_a_ramp_too():
     assert run.step(20).sizes()[0] == (60, 60)
 
 
-@pytest.mark.parametrize("options", [{"ramp": RAMP}, {"distribution": "global"}], ids=["ramp", "global"])
+@pytest.mark.parametrize(
+    "options", [{"ramp": RAMP}, {"distribution": "global"}, {"distribution": "global_normalized"}], ids=str
+)
 @pytest.mark.parametrize("middle", [3, 17, 35])
 def test_a_resumed_run_equals_the_whole_one_bit_for_bit(options, middle):
     whole, first, resumed = Run(**options).step(40), Run(**options).step(middle), Run(**options)
@@ -131,6 +135,77 @@ def test_weights_compete_for_as_many_places_as_uniform_has():
     assert run.sizes() != uniform.sizes()
 
 
+def test_weights_compete_by_scores_divided_by_their_mean():
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 3, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[40.0, -30], [20, 10]]))  # mean 25: 1.6 1.2 0.8 0.4
+        model[1].weight.copy_(torch.tensor([[0.5, -1], [1.5, 2], [3, 4]]))  # mean 2: 0.25 0.5 0.75 1 1.5 2
+    sets = {
+        "global": ([[2, 2], [2, 2]], [[0, 0], [0, 0], [1, 2]]),
+        "global_normalized": ([[2, 2], [1, 0]], [[0, 0], [0, 2], [2, 2]]),
+    }
+    for distribution, expected in sets.items():
+        everywhere = Targets(keep_first_dense=False, keep_last_dense=False)
+        made = TopKast(copy.deepcopy(model), 0.5, 0.4, targets=everywhere, distribution=distribution)
+        assert tuple(weight.tiers.tolist() for weight in made.weights.values()) == expected
+
+
+@pytest.mark.parametrize("distribution", ["global", "global_normalized"])
+def test_the_size_of_a_weight_decides_only_where_scores_are_not_normalized(distribution):
+    run, larger = Run(distribution=distribution), Run(distribution=distribution)
+    larger.model.load_state_dict(run.model.state_dict())
+    with torch.no_grad():
+        for weight, factor in zip(larger.weights, (64.0, 1.0), strict=True):
+            weight.parameter.mul_(factor)
+            weight._latent.mul_(factor)
+            weight._explored.mul_(factor)
+    for each in (run, larger):
+        each.topkast.refresh()
+    alike = all(torch.equal(one.tiers, two.tiers) for one, two in zip(run.weights, larger.weights, strict=True))
+    assert alike is (distribution == "global_normalized")
+
+
+def test_training_chooses_by_normalized_scores():
+    run = Run(distribution="global_normalized")
+    for _ in range(20):
+        run.step().check()
+        assert [sum(each) for each in zip(*run.sizes(), strict=True)] == [72, 144]
+    run.topkast.refresh()
+    theta = torch.cat([(weight.theta().abs() / weight.theta().abs().mean()).flatten() for weight in run.weights])
+    active = torch.cat([weight.active.flatten() for weight in run.weights])
+    assert torch.equal(active.nonzero().flatten(), theta.topk(72).indices.sort().values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_scores_are_normalized_exactly(dtype):
+    scores = torch.rand(7, 9, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found = normalized(scores)
+    exact = sum(Fraction(value) for value in scores.flatten().tolist()) / scores.numel()
+    mean = torch.tensor(float(exact), dtype=torch.float64).to(found.dtype)
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(
+        found, scores.to(found.dtype) / mean, rtol=1e-15 if dtype == torch.float64 else 0, atol=0
+    )
+    assert normalized(torch.zeros(3, 4, dtype=dtype)).tolist() == torch.zeros(3, 4).tolist()
+
+
+def test_a_weight_of_zeros_competes_without_harm():
+    run = Run(distribution="global_normalized")
+    with torch.no_grad():
+        for each in (run.weights[1].parameter, run.weights[1]._latent, run.weights[1]._explored):
+            each.zero_()
+    run.topkast.refresh()
+    assert run.sizes()[1] == (0, 0)
+    run.step(10).check()
+
+
+def test_the_table_says_how_weights_compete():
+    for distribution, said in (("global", False), ("global_normalized", True)):
+        table = " ".join(str(Run(distribution=distribution).topkast.summary()).split())
+        assert "the weights compete for active entries" in table
+        assert ("by scores divided by their weight's mean" in table) is said
+
+
 def test_a_weight_with_an_override_does_not_compete():
     run = Run(distribution="global", overrides={"4.*": {"forward_sparsity": 0.5, "backward_sparsity": 0.5}}).step(10)
     assert run.sizes() == [(60, 120), (60, 60)]
@@ -152,6 +227,7 @@ def test_a_weight_may_lose_all_its_places_without_harm():
     ("options", "message"),
     [
         ({"distribution": "global", "storage": "packed"}, "distribution='global' changes the sizes of a weight's sets"),
+        ({"distribution": "global_normalized", "storage": "packed"}, "distribution='global_normalized' changes the"),
         ({"distribution": "global", "delay": 2}, "and delay=0, got storage='masked' and delay=2"),
         ({"ramp": RAMP, "storage": "compact"}, "a ramp changes the sizes of a weight's sets"),
         ({"ramp": Ramp(0.95, 0.0, 0, 5)}, "expected Ramp.forward_sparsity to be at most 0.9, the run's own, got 0.95"),

@@ -171,8 +171,9 @@ SPARSE = torch.where(torch.rand(32, 32, generator=torch.Generator().manual_seed(
         ({"structure": Block(4, 4)}, torch.zeros(32, 32)),
         ({"rule": Magnitude(exploration="random")}, SPARSE),
         ({"distribution": "global"}, SPARSE),
+        ({"distribution": "global_normalized"}, SPARSE),
     ],
-    ids=["zeros", "sparse", "blocks", "random exploration", "global"],
+    ids=["zeros", "sparse", "blocks", "random exploration", "global", "normalized"],
 )
 def test_every_storage_draws_the_same_sets(options, values):
     storages = ("masked",) if "distribution" in options else ("masked", "packed", "compact")

@@ -34,7 +34,8 @@ class Settings:
         include: short for `Targets(include=...)`.
         exclude: short for `Targets(exclude=...)`; both can be given.
         distribution: "uniform" gives every weight the same density, "erk" one in proportion to the sum over the product
-            of its sizes (Erdős-Rényi-Kernel). With "global" the weights compete for as many places as "uniform" has.
+            of its sizes (Erdős-Rényi-Kernel). With "global" the weights compete for as many places as "uniform" has,
+            with "global_normalized" by scores that are divided by their weight's mean.
         overrides: glob pattern of parameter names → {"forward_sparsity": ..., "backward_sparsity": ...}; later patterns
             win.
         targets: which weights are sparse.
@@ -141,7 +142,8 @@ class Settings:
                 first, last = getattr(self.ramp, name), getattr(self.allocation, name)
                 if first > last:
                     raise TopKastError(f"expected Ramp.{name} to be at most {last}, the run's own, got {first}")
-        for what, given in (("a ramp", self.ramp), ("distribution='global'", self.allocation.distribution == "global")):
+        competing = f"distribution='{self.allocation.distribution}'", self.allocation.competes
+        for what, given in (("a ramp", self.ramp), competing):
             if given and (self.storage.name != "masked" or self.schedule.delay):
                 raise TopKastError(
                     f"{what} changes the sizes of a weight's sets: expected storage='masked' and delay=0, got "
@@ -176,9 +178,8 @@ class Settings:
 
     def _check_structure(self) -> None:
         if isinstance(self.structure, Unstructured | Block) and self.structure.fan_in is not None:
-            competes = self.allocation.distribution == "global"
             for expected, given in (
-                ("distribution='uniform' or 'erk'", not competes),
+                ("distribution='uniform' or 'erk'", not self.allocation.competes),
                 ("rule=Magnitude(exploration='magnitude')", self.rule == Magnitude()),
             ):
                 if not given:

@@ -250,8 +250,9 @@ def _alternatives(settings: Settings | None, parallel: Parallel) -> Iterator[tup
 def _notes_on_sizes(settings: Settings | None, total_steps: int | None) -> Iterator[str]:
     if settings is None:
         return
-    if settings.allocation.distribution == "global":
-        yield "planned as if uniform: with distribution='global' training decides which weights are denser"
+    distribution = settings.allocation.distribution
+    if settings.allocation.competes:
+        yield f"planned as if uniform: with distribution='{distribution}' training decides which weights are denser"
     if settings.ramp or settings.schedule.stop_exploring_at or settings.rule.needs_gradient:
         if total_steps is None and not _sizes(settings, {}).is_mean_known:
             yield (

@@ -52,10 +52,10 @@ def check_targets(sparse: Sequence[Target], settings: Settings, taken: Collectio
                 "its own, and every matrix is sharded over devices, which is not supported: shard only its first "
                 "dimension (as FSDP2 does by default), or exclude it"
             )
-        if settings.allocation.distribution == "global":
+        if settings.allocation.competes:
             raise TopKastError(
-                f"'{target.name}' is sharded over devices (FSDP2 or tensor parallel), which distribution='global' does "
-                "not support; use distribution='uniform' or 'erk'"
+                f"'{target.name}' is sharded over devices (FSDP2 or tensor parallel), which distribution="
+                f"'{settings.allocation.distribution}' does not support; use distribution='uniform' or 'erk'"
             )
         if settings.storage.name != "masked":
             raise TopKastError(

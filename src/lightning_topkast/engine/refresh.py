@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_topkast.distributed import check_ranks_agree, mark_background, to_local
 from lightning_topkast.engine.choose import Choice, choose
 from lightning_topkast.errors import TopKastError
-from lightning_topkast.method.density import SetSizes
+from lightning_topkast.method.density import SetSizes, normalized
 from lightning_topkast.method.rule import Rule
 from lightning_topkast.method.selection import ACTIVE, EXPLORING
 from lightning_topkast.weights import EntryState, SparseWeight
@@ -249,11 +249,14 @@ class Refresher:
 
     def _choose(self, weights: Sequence[SparseWeight], choice: Choice) -> dict[str, Tensor]:
         alone, together = list(weights), []
-        if self.sizes.allocation.distribution == "global":
-            overridden = self.sizes.allocation.overridden(self.sizes.shapes)
+        allocation, scores = self.sizes.allocation, None
+        if allocation.competes:
+            overridden = allocation.overridden(self.sizes.shapes)
             alone = [weight for weight in weights if weight.name in overridden]
             together = [weight for weight in weights if weight.name not in overridden]
-        chosen = choose(together, replace(choice, compete=True)) if together else {}
+        if allocation.distribution == "global_normalized":
+            scores = [normalized(weight.scores()) for weight in together]
+        chosen = choose(together, replace(choice, compete=True), scores) if together else {}
         for weight in alone:
             chosen |= choose([weight], choice)
         return chosen

@@ -248,8 +248,9 @@ def summarize(
     if structure.note:
         uneven = any(not weight.structure.divides(weight.shape) for weight in weights.values())
         notes.append(structure.note + ("; blocks at the edges are smaller, so the sizes vary" if uneven else ""))
-    if settings.allocation.distribution == "global":
-        notes.append("only the sum of the sizes is fixed: the weights compete for active entries")
+    if settings.allocation.competes:
+        means = ", by scores divided by their weight's mean" * (settings.allocation.distribution == "global_normalized")
+        notes.append(f"only the sum of the sizes is fixed: the weights compete for active entries{means}")
     explores = settings.rule.explores and settings.ramp is None
     if explores and not any(weight.can_explore for weight in weights.values()):
         notes.append("backward sparsity = forward sparsity: B = A, so entries outside A are never explored")

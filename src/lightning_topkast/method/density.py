@@ -6,6 +6,7 @@ from math import prod
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from lightning_topkast.checks import check, check_choice, check_sparsities, name_matches
 from lightning_topkast.errors import TopKastError
@@ -13,7 +14,7 @@ from lightning_topkast.method.schedule import Ramp, Schedule, Timeline, moments
 from lightning_topkast.method.stack import Stack
 from lightning_topkast.method.structure import Structure
 
-Distribution = Literal["uniform", "erk", "global"]
+Distribution = Literal["uniform", "erk", "global", "global_normalized"]
 Counts = dict[str, tuple[int, int]]  # weight name → |A| and |B|
 
 # Refreshes of a run that stands for one of unknown length whose moments are all fractions.
@@ -59,8 +60,16 @@ def erdos_renyi_kernel(
         dense.update(full)
 
 
+def normalized(scores: Tensor) -> Tensor:
+    """Return a weight's scores divided by their mean; of a weight whose scores are all zero, these themselves."""
+    scores = scores if scores.dtype == torch.float64 else scores.float()  # in which bfloat16 makes no new ties
+    # rounded from float64, so that ranks with other numbers of threads, which sum in another order, get the same
+    mean = scores.mean(dtype=torch.float64).to(scores.dtype)
+    return scores / mean.masked_fill(mean == 0, 1)
+
+
 # Under "global" the weights compete for as many places as they have together under "uniform".
-_DISTRIBUTIONS = {"uniform": uniform, "erk": erdos_renyi_kernel, "global": uniform}
+_DISTRIBUTIONS = {"uniform": uniform, "erk": erdos_renyi_kernel, "global": uniform, "global_normalized": uniform}
 
 
 @dataclass(frozen=True)
@@ -71,7 +80,8 @@ class Allocation:
         forward_sparsity: share of a weight's entries that are zero in the forward pass, in [0, 1).
         backward_sparsity: share of entries without a gradient, in [0, forward_sparsity].
         distribution: "uniform" gives every weight the same density; "erk" is `erdos_renyi_kernel`; with "global" the
-            weights compete for as many places as "uniform" gives them together.
+            weights compete for as many places as "uniform" gives them together, and with "global_normalized" they do so
+            by `normalized` scores.
         overrides: glob pattern of parameter names → {"forward_sparsity": ..., "backward_sparsity": ...}; later patterns
             win.
         structure: what the sets consist of.
@@ -96,6 +106,11 @@ class Allocation:
             valid = isinstance(values, Mapping) and bool(values) and not set(values) - set(known)
             check(valid, f"overrides['{pattern}']", values, f"a mapping with {' and '.join(known)}")
             check_sparsities(*self._sparsities_in(values), where=f"overrides['{pattern}']: ")
+
+    @property
+    def competes(self) -> bool:
+        """Whether the weights without an override compete for the same places."""
+        return self.distribution in ("global", "global_normalized")
 
     def all_sparsities(self) -> dict[str, tuple[float, float]]:
         """Every pair of forward and backward sparsity, with a suffix for messages that says where it is given."""
@@ -216,7 +231,7 @@ class SetSizes:
     @property
     def changes_size(self) -> bool:
         """Whether a weight's sets have other sizes during the run than `Allocation.counts` gives them."""
-        return self.ramp is not None or self.allocation.distribution == "global"
+        return self.ramp is not None or self.allocation.competes
 
     def sparsities(self, remaining: float) -> tuple[float, float]:
         """Forward and backward sparsity where this share of the ramp remains: 1 at its beginning, 0 at its end."""

@@ -154,11 +154,11 @@ def _hardware() -> dict[str, str]:
 def _flops(cfg: DictConfig, steps: int) -> Flops | None:
     """Return the planned FLOPs of one example in a run of `steps` steps, or None if they are not known.
 
-    They are not known if the input of the model is not, or with distribution="global": training decides then which
+    They are not known if the input of the model is not, or with a global distribution: training decides then which
     weights become denser, and the entries of different weights differ in cost. The dense network is the configured
     one, also where small-dense has made it narrower.
     """
-    if cfg.sparsity.get("distribution") == "global":
+    if cfg.sparsity.get("distribution") in ("global", "global_normalized"):
         return None
     cfg = copy.deepcopy(cfg)
     with open_dict(cfg):

@@ -17,13 +17,14 @@ from lightning_topkast import keep_freed_memory
 from lightning_topkast.app.data import FashionMNIST
 
 DISTRIBUTIONS = ("uniform", "erk", "global", "global_normalized")
-PAIRS = ((0.9, 0.8), (0.98, 0.95))
+PAIRS = ((0.9, 0.8), (0.98, 0.95), (0.995, 0.99))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="(default: 0 1 2 3 4)")
     parser.add_argument("--epochs", type=int, default=6, help="(default: %(default)s)")
+    parser.add_argument("--pair", type=float, nargs=2, action="append", help="of sparsities (default: all)")
     parser.add_argument("--folder", help="of the data, if it is not where the Debian package or torchvision put it")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -32,7 +33,7 @@ def main() -> None:
     data.prepare_data()
     data.setup()
     rows: list[Row] = []
-    for sparsities in PAIRS:
+    for sparsities in arguments.pair or PAIRS:
         for distribution in DISTRIBUTIONS:
             reached, densities = [], ""
             for seed in arguments.seeds:
@@ -43,7 +44,7 @@ def main() -> None:
                 densities = densities or " / ".join(f"{density:.1f}" for density in each)
                 print(f"{sparsities} {distribution} seed {seed}: {right:.4f}", flush=True)
             deviation = f" ± {stdev(reached):.2f}" if len(reached) > 1 else ""
-            row: Row = {"sparsity": "{:.0%}/{:.0%}".format(*sparsities), "distribution": distribution}
+            row: Row = {"sparsity": "{:.3g}/{:.3g}".format(*(100 * each for each in sparsities)), "distribution": distribution}
             rows.append(row | {"test accuracy": f"{mean(reached):.2f}{deviation}", "densities": densities})
     print()
     table(f"FashionMNIST, MLP 300-100, {arguments.epochs} epochs, {len(arguments.seeds)} seeds", rows)

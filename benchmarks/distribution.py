@@ -44,7 +44,8 @@ def main() -> None:
                 densities = densities or " / ".join(f"{density:.1f}" for density in each)
                 print(f"{sparsities} {distribution} seed {seed}: {right:.4f}", flush=True)
             deviation = f" ± {stdev(reached):.2f}" if len(reached) > 1 else ""
-            row: Row = {"sparsity": "{:.3g}/{:.3g}".format(*(100 * each for each in sparsities)), "distribution": distribution}
+            sparsity = "/".join(f"{100 * each:.3g}" for each in sparsities)
+            row: Row = {"sparsity": sparsity, "distribution": distribution}
             rows.append(row | {"test accuracy": f"{mean(reached):.2f}{deviation}", "densities": densities})
     print()
     table(f"FashionMNIST, MLP 300-100, {arguments.epochs} epochs, {len(arguments.seeds)} seeds", rows)

@@ -59,8 +59,8 @@ def searches(quick: bool) -> None:
     table("Exact diversified top-k", rows)
 
 
-def duplicates(quick: bool) -> None:
-    data = FashionMNIST(batch_size=128, val_size=1 / 12)
+def duplicates(quick: bool, folder: str | None) -> None:
+    data = FashionMNIST(folder, batch_size=128, val_size=1 / 12)
     data.prepare_data()
     data.setup()
     rows: list[Row] = []
@@ -81,10 +81,11 @@ def _pairs(count: int) -> tuple[Tensor, Tensor]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small graphs and one epoch, to see that it runs")
+    parser.add_argument("--folder", help="of the data, if it is not where the Debian package or torchvision put it")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     searches(arguments.quick)
-    duplicates(arguments.quick)
+    duplicates(arguments.quick, arguments.folder)
 
 
 if __name__ == "__main__":

@@ -170,8 +170,9 @@ def test_fan_in_compares_every_bound(tmp_path):
     assert sum("| free, again " in line for line in lines) == 2
 
 
-def test_diverse_compares_with_a_greedy_choice_and_counts_duplicates():
-    out = run_benchmark("diverse.py", "--quick").stdout
+def test_diverse_compares_with_a_greedy_choice_and_counts_duplicates(tmp_path):
+    write_fashion_mnist(tmp_path / "data")
+    out = run_benchmark("diverse.py", "--quick", "--folder", tmp_path / "data").stdout
     gains = [float(gain) for gain in re.findall(r"(-?\d+\.\d\d)% \|", out.partition("### Cosines")[0])]
     assert len(gains) == 2
     assert min(gains) >= 0

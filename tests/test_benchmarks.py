@@ -173,7 +173,7 @@ def test_fan_in_compares_every_bound(tmp_path):
 def test_diverse_compares_with_a_greedy_choice_and_counts_duplicates(tmp_path):
     write_fashion_mnist(tmp_path / "data")
     out = run_benchmark("diverse.py", "--quick", "--folder", tmp_path / "data").stdout
-    gains = [float(gain) for gain in re.findall(r"(-?\d+\.\d\d)% \|", out.partition("### Cosines")[0])]
+    gains = [float(gain) for gain in re.findall(r"(-?\d+\.\d\d)% +\|", out.partition("### Cosines")[0])]
     assert len(gains) == 2
     assert min(gains) >= 0
     assert all(f"| {network} " in out for network in ("dense", "Top-KAST 98/95"))

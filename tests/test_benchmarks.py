@@ -134,6 +134,16 @@ def test_time_to_accuracy_ends_at_the_goal_or_says_that_it_was_not_reached(tmp_p
     assert "0 of 1" in out.stdout
 
 
+def test_top_k_gradients_has_a_row_for_every_way_to_send(tmp_path):
+    write_fashion_mnist(tmp_path / "data")
+    methods = ["sparse", "largest 10 %", "Gaussian threshold, 10 %"]
+    arguments = ["--folder", tmp_path / "data", "--seeds", "0", "--epochs", "8", "--methods", *methods]
+    out = run_benchmark("top_k_gradients.py", *arguments).stdout
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line[:1] == "|"]
+    assert [row[0] for row in rows[2:5]] == methods
+    assert [float(row[3]) for row in rows[2:4]] == [217.8, 48.1]  # kB that a rank of two sends in a step
+
+
 def test_soft_has_a_row_for_every_gradient_of_three_uses(tmp_path):
     write_fashion_mnist(tmp_path / "data")
     out = run_benchmark("soft.py", "--folder", tmp_path / "data", "--seeds", "0", "--epochs", "1").stdout

@@ -65,6 +65,14 @@ def test_greedy_choices_are_beaten():
     assert diverse_top_k(torch.tensor([9.0, 2, 2, 1]), conflicts, 3).tolist() == [True, False, False, False]
 
 
+@pytest.mark.parametrize("scale", [1e308, 1e-307, 1e-310])
+def test_weights_at_the_ends_of_the_range_are_chosen_like_others(scale):
+    conflicts = torch.zeros(3, 3, dtype=torch.bool)
+    conflicts[0, 1] = conflicts[1, 0] = True
+    weights = scale * torch.tensor([1.0, 1.5, 0.5], dtype=torch.float64)
+    assert diverse_top_k(weights, conflicts, 2).tolist() == [False, True, True]
+
+
 def test_of_equal_items_without_conflicts_the_first_are_chosen_and_scipy_is_not_needed(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
     conflicts = torch.zeros(5, 5, dtype=torch.bool)

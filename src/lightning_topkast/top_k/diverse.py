@@ -63,8 +63,9 @@ def diverse_top_k(weights: Tensor, conflicts: Tensor, k: int) -> Tensor:
 def _cliques(adjacent: Array) -> list[Array]:
     """Return sets of items of which all pairs are in conflict, which together cover every conflict."""
     uncovered, found = np.triu(adjacent), []
-    for first, second in zip(*np.nonzero(uncovered), strict=True):
-        if uncovered[first, second]:
+    for first in range(len(adjacent)):
+        while uncovered[first].any():
+            second = int(np.argmax(uncovered[first]))
             members, common = [first, second], adjacent[first] & adjacent[second]
             while common.any():
                 members.append(int(np.argmax(common)))
@@ -91,7 +92,7 @@ def _solve(values: Array, cliques: list[Array], k: int) -> Array:
     places = np.concatenate(rows)
     matrix = csr_array((np.ones(len(places)), places, ends), shape=(len(rows), len(values)))
     most = np.array([k, *[1] * len(cliques)])
-    scaled = values * (1e6 / (values.max() or 1))  # the solver stops at a difference of 1e-6
+    scaled = values / (values.max() or 1) * 1e6  # the solver stops at a difference of 1e-6
     solution = milp(
         -scaled,
         integrality=np.ones(len(values)),

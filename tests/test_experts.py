@@ -295,11 +295,12 @@ def test_each_row_of_an_expert_has_groups_of_its_own():
     assert sizes(weight.updated) == [round(0.75 * 21)] * 2
 
 
-def test_experts_compete_where_the_distribution_is_global():
+@pytest.mark.parametrize("distribution", ["global", "global_normalized"])
+def test_experts_compete_where_the_distribution_is_global(distribution):
     torch.manual_seed(0)
     module = Own("theta", 4, 5, 6)
     module.theta.detach()[2] *= 1e6
-    weight = TopKast(module, 0.75, 0.75, distribution="global", include=["theta"]).weights["theta"]
+    weight = TopKast(module, 0.75, 0.75, distribution=distribution, include=["theta"]).weights["theta"]
     assert weight.active[2].all()
     assert sum(sizes(weight.active)) == weight.active_count == 32  # with "uniform" these are 8 in each
 

@@ -452,6 +452,14 @@ def test_training_flops_are_averages_over_a_ramp():
     assert "averages over the run" in notes[0]
 
 
+@pytest.mark.parametrize("distribution", ["global", "global_normalized"])
+def test_weights_that_compete_are_planned_as_if_uniform(distribution):
+    share, notes = training_share(distribution=distribution)
+    uniform, _ = training_share()
+    assert share == uniform
+    assert f"planned as if uniform: with distribution='{distribution}' training decides" in notes[0]
+
+
 def test_of_a_run_of_unknown_length_fractions_are_averaged_and_steps_are_not():
     half = Ramp(0.0, 0.0, begin=0.0, end=0.5, power=1)
     assert training_share(ramp=half)[0] == pytest.approx(0.5 * 0.55 + 0.5 * 0.1, abs=2e-3)

@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard
 
-from lightning_topkast import TopKastError, Unstructured
+from lightning_topkast import TopKast, TopKastError, Unstructured
 from lightning_topkast.baselines import RigL
 from lightning_topkast.method import sharded_selection
 from lightning_topkast.method.selection import SAMPLE, NonFiniteScoresError, nested_top_k
@@ -190,6 +190,13 @@ def test_weights_that_are_sharded_over_one_process_train_as_whole_ones(options, 
     sharded, _ = run(shard(make(), mesh, lambda dims: [Shard(0)]), 8, **options)
     assert all(weight.sharding.is_sharded for weight in sharded.weights.values())
     assert same(gathered(whole), gathered(sharded))
+
+
+@pytest.mark.parametrize("distribution", ["global", "global_normalized"])
+def test_sharded_weights_do_not_compete(mesh, distribution):
+    model = shard(nn.Sequential(nn.Linear(6, 4)), mesh, lambda dims: [Shard(0)])
+    with pytest.raises(TopKastError, match=f"is sharded .* which distribution='{distribution}' does not support"):
+        TopKast(model, 0.5, 0.25, include=["0.weight"], distribution=distribution)
 
 
 def test_experts_whose_matrices_are_sharded_are_refused(mesh):

@@ -48,8 +48,9 @@ def test_small_dense_takes_flops_of_the_network_that_was_made_narrow(composed, t
     assert flops["training_flops_ratio"] < 0.2
 
 
-def test_flops_are_unknown_where_training_decides_which_weights_are_denser(composed, tmp_path):
-    train(composed(*SHORT, "trainer.max_epochs=1", "sparsity.distribution=global"))
+@pytest.mark.parametrize("distribution", ["global", "global_normalized"])
+def test_flops_are_unknown_where_training_decides_which_weights_are_denser(composed, tmp_path, distribution):
+    train(composed(*SHORT, "trainer.max_epochs=1", f"sparsity.distribution={distribution}"))
     assert read_result(tmp_path / "run")["flops"] is None
 
 

@@ -68,7 +68,7 @@ def normalized(scores: Tensor) -> Tensor:
     return scores / mean.masked_fill(mean == 0, 1)
 
 
-# Under "global" the weights compete for as many places as they have together under "uniform".
+# Where weights compete, it is for as many places as they have together under "uniform".
 _DISTRIBUTIONS = {"uniform": uniform, "erk": erdos_renyi_kernel, "global": uniform, "global_normalized": uniform}
 
 

@@ -103,10 +103,10 @@ class Variant:
         sent = self.parameters if name in ("dense", "fsdp2") else values
         # DDP: an all-reduce of the gradients; FSDP2: two all-gathers of the values and a reduce-scatter
         self.expected = sent * (2 if name == "sparse_bf16" else 4) * (3 / 2 if self.is_sharded else 1)
-        if name == "largest":  # the values and their places to the other rank, and the dense gradients
+        if name == "largest":  # values, places, and whether each weight was used, to the other rank; dense gradients
             counts = [round(LARGEST * int(weight.updated_entries)) for weight in weights]
             dense = self.parameters - sum(weight.size for weight in weights)
-            self.expected = 8 * sum(counts) + 4 * dense
+            self.expected = 8 * sum(counts) + 4 * (len(counts) + dense)
 
     def shard(self) -> None:
         """Shard the values of every layer by FSDP2."""

@@ -64,9 +64,11 @@ def weight_of(topkast):
     return weight
 
 
-def send(compressed, *gradients, parameters=None):
+def send(compressed, *gradients, parameters=None, used=True, index=0):
     weight = weight_of(compressed.engines[0])
-    return compressed.hook(None, Given(parameters or [weight.parameter], *gradients)).wait()
+    if used:
+        compressed._used.add(weight)  # as a backward pass does
+    return compressed.hook(None, Given(parameters or [weight.parameter], *gradients, index=index)).wait()
 
 
 def gradient_of(weight, seed: int = 0) -> torch.Tensor:
@@ -133,16 +135,17 @@ def test_nothing_is_lost_but_what_leaves_b(storage, structure):
 
 def residual_of_now(compressed, weight):
     """The residual on the present B; only a backward pass moves it there."""
-    send(compressed, torch.zeros_like(gradient_of(weight)))
+    send(compressed, torch.zeros_like(gradient_of(weight)), used=False)
     return residual_of(compressed)
 
 
-def test_a_rank_without_gradient_keeps_its_residual():
-    topkast = engine_of()
+@pytest.mark.parametrize("storage", ["masked", "packed"])
+def test_a_weight_that_is_not_used_keeps_its_gradient_and_residual(storage):
+    topkast = engine_of(storage)
     weight, compressed = weight_of(topkast), TopKAllReduce(topkast, gradients=TopKGradients(0.1))
     send(compressed, gradient_of(weight))
-    before = residual_of(compressed)
-    assert not send(compressed, torch.zeros(16, 16)).any()
+    before, left_over = residual_of(compressed), gradient_of(weight, 1)
+    assert torch.equal(send(compressed, left_over, used=False), left_over.view(-1))
     assert torch.equal(residual_of(compressed), before)
 
 
@@ -197,7 +200,26 @@ def test_a_skipped_step_leaves_the_residuals_of_all_buckets():
     send(compressed, gradient_of(weight))
     before = residual_of(compressed)
     for index, (parameter, gradient) in enumerate([(weight.parameter, gradient_of(weight, 1)), (dense, torch.ones(3))]):
-        compressed.hook(None, Given([parameter], gradient * (torch.inf if index else 1), index=index)).wait()
+        send(compressed, gradient * (torch.inf if index else 1), parameters=[parameter], index=index)
+    assert torch.equal(residual_of(compressed), before)
+
+
+def test_a_skipped_step_is_not_forgotten_if_two_buckets_are_finished_at_the_same_time(monkeypatch):
+    topkast, scaler = engine_of(), torch.amp.GradScaler("cpu", init_scale=1.0)
+    scaler.scale(torch.ones(()))
+    weight, dense = weight_of(topkast), nn.Parameter(torch.zeros(3))
+    compressed = TopKAllReduce(topkast, gradients=TopKGradients(0.1), scaler=scaler)
+    send(compressed, gradient_of(weight))
+    before, is_finite = residual_of(compressed), torch.isfinite
+
+    def slowly(tensor):
+        """As another thread does, finish a bucket that overflows while this one is looked at."""
+        monkeypatch.setattr(torch, "isfinite", is_finite)
+        send(compressed, torch.full((3,), torch.inf), parameters=[dense], used=False, index=1)
+        return is_finite(tensor)
+
+    monkeypatch.setattr(torch, "isfinite", slowly)
+    send(compressed, gradient_of(weight, 1))
     assert torch.equal(residual_of(compressed), before)
 
 
@@ -432,6 +454,17 @@ def test_ranks_train_as_one_process_does_that_keeps_dense_residuals(ranks, world
     for key in [key for key in alone if key.startswith("residual")]:
         assert alone[key].any()
         assert torch.allclose(found[0][name]["hook"][key], alone[key], atol=1e-5), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("view", [False, True])
+def test_a_loss_that_does_not_use_a_layer_leaves_its_gradient_and_what_is_left_to_send(ranks, view):
+    for rank in left_by(ranks(2), "found", 2):
+        gradient, left, same_gradient, same_left = rank["two losses"][view]
+        assert gradient.any()
+        assert left.any()
+        assert torch.equal(same_gradient, gradient)
+        assert torch.equal(same_left, left)
 
 
 @pytest.mark.slow

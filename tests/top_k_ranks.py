@@ -27,6 +27,7 @@ from tests.ranks import Shares
 from tests.reductions import FIRST, SECOND, STEPS, Mixed, shares
 
 DENSITY = 0.2
+SELDOM = "seldom.weight"
 # of DDP, of the loop, and of the engine
 VARIANTS: dict[str, dict[str, Any]] = {
     "masked": {},
@@ -151,6 +152,21 @@ def train_alone(
     return found_in(model, engines) | residuals
 
 
+def train_with_two_losses(world: int, **of_ddp: Any) -> list[Tensor]:
+    """What a layer has, and has left to send, after a loss that uses it, and after another that does not."""
+    model, engines, _ = begin("masked", False, ([SELDOM],), None)
+    ddp = DistributedDataParallel(model, find_unused_parameters=True, **of_ddp)
+    compressed = TopKAllReduce(*engines, gradients=TopKGradients(DENSITY))
+    ddp.register_comm_hook(None, compressed.hook)
+    seen = []
+    for seldom in (True, False):
+        x, y = shares(0, world)[dist.get_rank()]
+        nn.functional.mse_loss(ddp(x, seldom), y).backward()
+        left = [residual.values.clone() for residual in compressed._residuals.values()]
+        seen += [model.seldom.weight.grad.clone(), *left]
+    return seen
+
+
 def ranks(rank: int, folder: Path, world: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
@@ -159,6 +175,7 @@ def ranks(rank: int, folder: Path, world: int) -> None:
         alone = {key: value for key, value in options.items() if key not in OF_DDP}
         # all of them alone, since refreshes compare the sets of all ranks
         found[name] = {"hook": train(world, **options), "alone": train_alone(world, **alone)}
+    found["two losses"] = [train_with_two_losses(world, gradient_as_bucket_view=view) for view in (False, True)]
     low_rank = powerSGD_hook.PowerSGDState(None, 1, start_powerSGD_iter=2, min_compression_rate=1)
     inside = {"PowerSGD": (powerSGD_hook.powerSGD_hook, low_rank), "16 bits": (fp16_compress_hook, None)}
     for name, (hook, state) in inside.items():

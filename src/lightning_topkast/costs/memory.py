@@ -271,7 +271,8 @@ def _traffic(held: Held, parallel: Parallel) -> Bytes:
     if _sends_largest(held, parallel):
         assert isinstance(parallel.all_reduce, TopKGradients)
         count = max(1, round(parallel.all_reduce.density * held.present))
-        message = count * (itemsize + (_INT32 if held.present <= _LARGEST_INT32 else _INT64))
+        place = _INT32 if held.present <= _LARGEST_INT32 else _INT64
+        message = count * (itemsize + place) + place  # the last one says whether the rank has used the weight
         return Bytes(payload=message * devices, sent=message * (devices - 1))
     on_updated_only = held.packs or (held.storage == "masked" and parallel.all_reduce != "dense")
     payload = (held.updated if on_updated_only else whole) * itemsize

@@ -112,13 +112,16 @@ class PackedBucket:
                 torch.index_select(gradient, 0, kept, out=part)
 
     def unpack(self, reduced: Future[Tensor]) -> Tensor:
-        """Write the reduced vector back into the bucket, zeros outside the entries; return the bucket's buffer."""
+        """Write the reduced vector back into the bucket, zeros outside the entries; return the bucket's buffer.
+
+        Gradients of which no entry was packed stay as they are.
+        """
         # the future's own tensor, not ours: on a GPU its memory is synchronised with the current stream
         parts = reduced.value().to(self._whole.dtype).split(self._lengths)
         for gradient, kept, part in zip(self._gradients, self._entries, parts, strict=True):
             if kept is None:
                 gradient.copy_(part)
-            else:
+            elif kept.numel():
                 # Gradients outside B differ between ranks and are zeroed, since gradient scalers and norms read them.
                 gradient.zero_().index_copy_(0, kept, part)
         return self._whole

@@ -6,6 +6,7 @@ so their places are sent too, and gathered rather than reduced: 8 bytes for a fl
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from statistics import NormalDist
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -36,12 +37,14 @@ class _Share(NamedTuple):
         gradient: of the weight, 1-D, in memory order; it receives what all ranks send.
         chosen: positions of the values among those on B: int64.
         values: as many; zeros fill up.
+        before: values of the residual before, if this rank has not used the weight.
     """
 
     residual: Residual
     gradient: Tensor
     chosen: Tensor
     values: Tensor
+    before: Tensor | None
 
 
 class TopKAllReduce:
@@ -54,8 +57,8 @@ class TopKAllReduce:
     residual for the next step. What all ranks have sent is averaged, and reaches the optimizer of every rank alike.
 
     - The residual follows B at a refresh; that of entries that leave B is dropped.
-    - A rank whose gradient of a weight is zero everywhere sends zeros and keeps its residual, since DDP drops gradients
-      of parameters that no rank has used.
+    - The residual of a weight that no rank has used stays as it was, since DDP drops what is reduced of it. Ranks tell
+      each other by 4 bytes for each weight.
     - NaN and infinity reach every rank as NaN, and leave the rank's residual as it was.
     - Gradients of dense parameters are sent whole, by `hook`. So are those of weights whose engine is attached to no
       optimizer, or whose rule looks at all gradients for the next refresh (RigL).
@@ -89,6 +92,7 @@ class TopKAllReduce:
         # as they were before this backward pass, as long as its step may be skipped
         self._before: list[tuple[Residual, Tensor]] = []
         self._overflowed = False
+        self._used: set[SparseWeight] = set()  # those that have got a gradient since the last reduction
         ranks = _ranks(None)
         if gradients.density * ranks > 1:
             raise TopKastError(
@@ -96,6 +100,9 @@ class TopKAllReduce:
                 f"ranks, got {gradients.density}. Above it an all-reduce of the whole updated set sends less: use "
                 "all_reduce='sparse' with masked storage, and 'dense' with packed storage"
             )
+        for weight in self._weights.values():
+            if weight.parameter.requires_grad:  # DDP reduces no others
+                weight.parameter.register_post_accumulate_grad_hook(partial(_note, self._used, weight))
 
     def hook(self, state: Any, bucket: GradBucket) -> Future[Tensor]:
         """Reduce a bucket of gradients; `register_comm_hook` takes it."""
@@ -116,7 +123,8 @@ class TopKAllReduce:
         if shares:
             # every rank has the same B in the same order, so a position in it says which entry is meant
             small = all(len(share.residual) <= torch.iinfo(torch.int32).max for share in shares)
-            at = torch.cat([share.chosen for share in shares]).to(torch.int32 if small else torch.int64)
+            used = nothing.new_tensor([share.before is None for share in shares])
+            at = torch.cat([*(share.chosen for share in shares), used]).to(torch.int32 if small else torch.int64)
             done, chosen = _gather(at, group)
             also_done, values = _gather(torch.cat([share.values for share in shares]), group)
             futures += [done, also_done]
@@ -131,8 +139,9 @@ class TopKAllReduce:
             buffer = bucket.buffer() if reduced is None else rest.unpack(reduced)
             if shares:
                 _write_mean(shares, chosen, values)
-            if self._scaler is not None:
-                self._overflowed |= not bool(torch.isfinite(buffer).all())
+            # never back to False: other buckets may be finished at the same time, in other threads
+            if self._scaler is not None and not bool(torch.isfinite(buffer).all()):
+                self._overflowed = True
             return buffer
 
         return collect_all(futures).then(finish)
@@ -143,14 +152,14 @@ class TopKAllReduce:
         own = residual.entries_of(gradient)
         count = max(1, round(self.gradients.density * own.numel()))
         first = torch.arange(count, device=own.device)
-        if not bool(own.any()):
-            return _Share(residual, gradient, first, own[:count])
+        before = None if weight in self._used else residual.values
+        self._used.discard(weight)
         scale = 1.0 if self._scaler is None else self._scaler.get_scale()
         total = own.to(residual.values.dtype) + residual.values * scale if self.gradients.feedback else own
         try:
             chosen = self._choose(total, count)
         except NonFiniteScoresError:
-            return _Share(residual, gradient, first, torch.full_like(own[:count], torch.nan))
+            return _Share(residual, gradient, first, torch.full_like(own[:count], torch.nan), before)
         values = total[chosen].to(gradient.dtype)
         if self.gradients.feedback:
             if self._scaler is not None:
@@ -159,7 +168,7 @@ class TopKAllReduce:
             residual.values = total.div_(scale)
         missing = count - chosen.numel()  # a message always has the same size
         chosen, values = torch.cat([chosen, first[:missing]]), torch.cat([values, values.new_zeros(missing)])
-        return _Share(residual, gradient, chosen, values)
+        return _Share(residual, gradient, chosen, values, before)
 
     def _choose(self, values: Tensor, count: int) -> Tensor:
         """Return the positions of the `count` largest values, or with a Gaussian threshold at most as many.
@@ -271,16 +280,28 @@ def _gather(part: Tensor, group: dist.ProcessGroup | None) -> tuple[Future[Any],
     return work.get_future(), received
 
 
+def _note(used: set[SparseWeight], weight: SparseWeight, _: Tensor) -> None:
+    used.add(weight)
+
+
 def _write_mean(shares: Sequence[_Share], chosen: Tensor, values: Tensor) -> None:
     """Write the mean of what the ranks have sent into the gradients, rank after rank: the same bits on each of them.
 
+    What no rank has used is left as it was before: DDP would drop the mean, but its bucket may hold an earlier gradient
+    that is still there, for example that of another loss.
+
     Args:
         shares: of this rank.
-        chosen: ranks × positions of all shares.
+        chosen: ranks × positions of all shares, and for each share whether the rank has used the weight.
         values: ranks × values of all shares.
     """
     lengths = [share.values.numel() for share in shares]
-    for share, at, sent in zip(shares, chosen.split(lengths, 1), values.split(lengths, 1), strict=True):
+    *places, used = chosen.split([*lengths, len(shares)], 1)
+    sent_of_all = values.split(lengths, 1)
+    for share, at, sent, is_used in zip(shares, places, sent_of_all, used.any(0).tolist(), strict=True):
+        if share.before is not None and not is_used:
+            share.residual.values = share.before
+            continue
         share.gradient.zero_()
         for rank in range(len(values)):
             share.gradient.index_add_(0, share.residual.places(at[rank].long()), sent[rank] / len(values))

@@ -140,6 +140,17 @@ def test_a_state_of_another_problem_is_refused():
         Dart(7, 3, 100).load_state_dict(Dart(7, 2, 100).state_dict())
 
 
+@pytest.mark.parametrize("name", Dart(7, 2, 100).state_dict())
+def test_a_state_that_is_not_whole_is_refused_and_nothing_changes(name):
+    dart, saved = Dart(7, 2, 100), Dart(7, 2, 100)
+    play(saved, worths_of(7, 2, 0, wide=True), REWARDS["mean"], 20)
+    before, state = dart.state_dict(), saved.state_dict()
+    del state[name]
+    with pytest.raises(TopKastError, match=f"lacks {name}; it is damaged"):
+        dart.load_state_dict(state)
+    assert dart.state_dict() == before
+
+
 def test_telling_before_asking_is_refused():
     dart = Dart(4, 2, 10)
     with pytest.raises(TopKastError, match=r"call ask\(\) first"):

@@ -156,6 +156,8 @@ class TopKastCallback(Callback):
             elif compressed is not None and leader._compressed is not None:
                 compressed.follow(leader._compressed)
             leader._compressed = compressed
+            for callback in _all_of(trainer):
+                callback._residuals = None  # those of all ranks need much memory
         elif trainer.world_size > 1 and all_reduce != "dense":
             raise TopKastError(
                 f"all_reduce={all_reduce!r} needs DDP, in which a hook can reduce the gradients; "

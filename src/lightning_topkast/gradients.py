@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lightning_topkast.checks import check, check_bool, check_choice, is_number
+from lightning_topkast.errors import TopKastError
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,19 @@ class TopKGradients:
         check(valid, "TopKGradients.density", self.density, "a number in (0, 1]")
         check_bool("TopKGradients.feedback", self.feedback)
         check_choice("TopKGradients.threshold", self.threshold, Literal["exact", "gaussian"])
+
+    def check_ranks(self, ranks: int) -> None:
+        """Refuse more ranks than 1 / density.
+
+        Raises:
+            TopKastError: an all-reduce of the whole updated set would send less.
+        """
+        if self.density * ranks > 1:
+            raise TopKastError(
+                f"every rank gathers what the others send: expected a density of at most 1 / {ranks}, the number of "
+                f"ranks, got {self.density}. Above it an all-reduce of the whole updated set sends less: use "
+                "all_reduce='sparse' with masked storage, and 'dense' with packed storage"
+            )
 
 
 AllReduce = Literal["dense", "sparse", "sparse_bf16", "sparse_fp16"] | TopKGradients

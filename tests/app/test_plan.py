@@ -181,6 +181,11 @@ def test_devices_are_read_from_the_configuration(overrides, expected, composed):
         ),
         ("sparsity.targets.include=[conv*]", "include: 'conv*' matches no parameter"),
         ("sparsity.forward_sparsity=0.7", "expected backward_sparsity <= forward_sparsity, since"),
+        ("trainer=fsdp2 trainer.devices=2 sparsity.all_reduce=sparse", "add sparsity.all_reduce=dense"),
+        (
+            "trainer=ddp trainer.devices=4 sparsity.all_reduce={_target_:lightning_topkast.TopKGradients,density:0.3}",
+            "expected a density of at most 1 / 4",
+        ),
         ("optimizer.lr=-1", "Invalid learning rate: -1"),
         ("sparsity._target_=torch.nn.Identity", "sparsity: Identity is not supported"),
         ("-m seed=0,1", "topkast-plan plans a single run"),

@@ -98,8 +98,10 @@ class Dart:
         """Go on from a saved state, with the very sets that would have followed.
 
         Raises:
-            TopKastError: it was saved with other arguments.
+            TopKastError: it was saved with other arguments, or is not whole. Nothing was changed then.
         """
+        if missing := [name for name in self.state_dict() if name not in state]:
+            raise TopKastError(f"the saved state of a Dart lacks {', '.join(missing)}; it is damaged")
         for name in ("arms", "k", "horizon", "seed"):
             check(state.get(name) == getattr(self, name), f"the state's {name}", state.get(name), getattr(self, name))
         self._accepted, self._active = [*state["accepted"]], [*state["active"]]

@@ -93,13 +93,7 @@ class TopKAllReduce:
         self._before: list[tuple[Residual, Tensor]] = []
         self._overflowed = False
         self._used: set[SparseWeight] = set()  # those that have got a gradient since the last reduction
-        ranks = _ranks(None)
-        if gradients.density * ranks > 1:
-            raise TopKastError(
-                f"every rank gathers what the others send: expected a density of at most 1 / {ranks}, the number of "
-                f"ranks, got {gradients.density}. Above it an all-reduce of the whole updated set sends less: use "
-                "all_reduce='sparse' with masked storage, and 'dense' with packed storage"
-            )
+        gradients.check_ranks(_ranks(None))
         for weight in self._weights.values():
             if weight.parameter.requires_grad:  # DDP reduces no others
                 weight.parameter.register_post_accumulate_grad_hook(partial(_note, self._used, weight))

@@ -21,6 +21,7 @@ from lightning_topkast.app.run.small_dense import SmallDense
 from lightning_topkast.app.run.task import ClassificationTask
 from lightning_topkast.costs import OptimizerState, Parallel, Plan, make_plan
 from lightning_topkast.costs.memory import Strategy
+from lightning_topkast.gradients import TopKGradients
 from lightning_topkast.settings import Settings
 
 _PRECISIONS = {
@@ -43,6 +44,13 @@ def plan(cfg: DictConfig) -> Plan:
     parallel, precision, settings = read_parallel(cfg), read_precision(cfg), read_settings(cfg)
     if settings is not None:
         parallel = replace(parallel, all_reduce=settings.all_reduce)
+        if parallel.strategy == "ddp" and isinstance(settings.all_reduce, TopKGradients):
+            settings.all_reduce.check_ranks(parallel.devices)
+        if parallel.strategy == "fsdp2" and settings.all_reduce != "dense":
+            raise AppError(
+                f"all_reduce={settings.all_reduce!r} needs DDP, in which a hook can reduce the gradients; FSDP2 "
+                "reduces its own: add sparsity.all_reduce=dense"
+            )
     with torch.device("meta"):
         model = build_model(cfg)
         model.configure_model()

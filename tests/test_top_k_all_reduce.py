@@ -67,7 +67,7 @@ def weight_of(topkast):
 def send(compressed, *gradients, parameters=None, used=True, index=0):
     weight = weight_of(compressed.engines[0])
     if used:
-        compressed._used.add(weight)  # as a backward pass does
+        compressed._used.add(weight.parameter)  # as a backward pass does
     return compressed.hook(None, Given(parameters or [weight.parameter], *gradients, index=index)).wait()
 
 

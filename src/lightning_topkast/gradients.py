@@ -48,4 +48,5 @@ class TopKGradients:
             )
 
 
-AllReduce = Literal["dense", "sparse", "sparse_bf16", "sparse_fp16"] | TopKGradients
+ByName = Literal["dense", "sparse", "sparse_bf16", "sparse_fp16"]
+AllReduce = ByName | TopKGradients

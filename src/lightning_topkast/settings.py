@@ -4,14 +4,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from functools import wraps
 from inspect import Signature, signature
-from typing import Any, Concatenate, Generic, Literal, ParamSpec, TypeVar, overload
+from typing import Any, Concatenate, Generic, Literal, ParamSpec, TypeVar, get_args, overload
 
 from torch import nn
 
 from lightning_topkast.baselines import SET, RigL, Static
 from lightning_topkast.checks import check, is_number, plain
 from lightning_topkast.errors import TopKastError
-from lightning_topkast.gradients import AllReduce, TopKGradients
+from lightning_topkast.gradients import AllReduce, ByName, TopKGradients
 from lightning_topkast.method.density import Allocation, Distribution
 from lightning_topkast.method.penalty import L2, Penalty
 from lightning_topkast.method.rule import Magnitude, Rule
@@ -97,7 +97,7 @@ class Settings:
         penalties = {"auto": L2() if self.rule.explores else None, "l2": L2()}
         self.penalty: Penalty | None = _noun("penalty", penalty, Penalty | None, penalties)
         self.storage: Masked | Packed = _noun("storage", storage, Masked | Packed, STORAGES)
-        by_name = {name: name for name in ("dense", "sparse", "sparse_bf16", "sparse_fp16")}
+        by_name = {name: name for name in get_args(ByName)}
         self.all_reduce: AllReduce = _noun("all_reduce", all_reduce, TopKGradients, by_name)
         self.allocation = Allocation(
             forward_sparsity, backward_sparsity, distribution, plain({} if overrides is None else overrides),

@@ -6,7 +6,6 @@ so their places are sent too, and gathered rather than reduced: 8 bytes for a fl
 """
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from statistics import NormalDist
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -92,11 +91,11 @@ class TopKAllReduce:
         # as they were before this backward pass, as long as its step may be skipped
         self._before: list[tuple[Residual, Tensor]] = []
         self._overflowed = False
-        self._used: set[SparseWeight] = set()  # those that have got a gradient since the last reduction
+        self._used: set[Tensor] = set()  # parameters that have got a gradient since they were reduced
         gradients.check_ranks(_ranks(None))
         for weight in self._weights.values():
             if weight.parameter.requires_grad:  # DDP reduces no others
-                weight.parameter.register_post_accumulate_grad_hook(partial(_note, self._used, weight))
+                weight.parameter.register_post_accumulate_grad_hook(self._used.add)
 
     def hook(self, state: Any, bucket: GradBucket) -> Future[Tensor]:
         """Reduce a bucket of gradients; `register_comm_hook` takes it."""
@@ -105,12 +104,12 @@ class TopKAllReduce:
         group = state if isinstance(state, dist.ProcessGroup) else None
         sparse = reduced_weights(self.engines)
         weights = [sparse.get(parameter) for parameter in bucket.parameters()]
-        gradients = map(flat, bucket.gradients())
         shares = [
-            self._share(weight, gradient)
-            for weight, gradient in zip(weights, gradients, strict=True)
+            self._share(weight, flat(gradient))
+            for weight, gradient in zip(weights, bucket.gradients(), strict=True)
             if weight is not None
         ]
+        self._used.difference_update(bucket.parameters())
         nothing = torch.empty(0, dtype=torch.int64, device=bucket.buffer().device)
         rest = PackedBucket(bucket, [None if weight is None else nothing for weight in weights])
         futures, chosen, values = [], nothing, nothing
@@ -146,8 +145,7 @@ class TopKAllReduce:
         own = residual.entries_of(gradient)
         count = max(1, round(self.gradients.density * own.numel()))
         first = torch.arange(count, device=own.device)
-        before = None if weight in self._used else residual.values
-        self._used.discard(weight)
+        before = None if weight.parameter in self._used else residual.values
         scale = 1.0 if self._scaler is None else self._scaler.get_scale()
         total = own.to(residual.values.dtype) + residual.values * scale if self.gradients.feedback else own
         try:
@@ -272,10 +270,6 @@ def _gather(part: Tensor, group: dist.ProcessGroup | None) -> tuple[Future[Any],
     work = dist.all_gather(list(received), part, group=group, async_op=True)
     assert work is not None
     return work.get_future(), received
-
-
-def _note(used: set[SparseWeight], weight: SparseWeight, _: Tensor) -> None:
-    used.add(weight)
 
 
 def _write_mean(shares: Sequence[_Share], chosen: Tensor, values: Tensor) -> None:

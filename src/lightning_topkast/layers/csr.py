@@ -114,7 +114,8 @@ class CsrLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight (out × in), dense, computed at each access."""
-        rows = torch.repeat_interleave(torch.arange(self.out_features, device=self.crow.device), self.crow.diff())
+        every = torch.arange(self.out_features, device=self.crow.device)
+        rows = torch.repeat_interleave(every, self.crow.diff(), output_size=self.col.numel())
         dense = self.values.new_zeros(self.out_features, self.in_features)
         return dense.index_put((rows, self.col.long()), self.values)
 

@@ -17,7 +17,7 @@ def compressed_rows(entries: Tensor, rows: int, columns: int) -> tuple[Tensor, T
     places = entries.numpy()
     starts = np.arange(rows + 1, dtype=np.int64) * columns
     crow = torch.from_numpy(np.searchsorted(places, starts).astype(np.int32))
-    return crow, torch.from_numpy(places - starts[_rows_of(crow).numpy()]).int()
+    return crow, torch.from_numpy(places - starts[_rows_of(crow, entries.numel()).numpy()]).int()
 
 
 def transposed(crow: Tensor, col: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -30,7 +30,7 @@ def transposed(crow: Tensor, col: Tensor, columns: int) -> tuple[Tensor, Tensor,
     # a stable sort by column keeps the rows in order; PyTorch uses a radix sort
     sorted_columns, order = torch.sort(col, stable=True)
     t_crow = torch.searchsorted(sorted_columns, torch.arange(columns + 1, dtype=torch.int32), out_int32=True)
-    return t_crow, _rows_of(crow)[order], order.int()
+    return t_crow, _rows_of(crow, col.numel())[order], order.int()
 
 
 def flat_indices(crow: Tensor, col: Tensor, columns: int, out: Tensor) -> None:
@@ -38,9 +38,10 @@ def flat_indices(crow: Tensor, col: Tensor, columns: int, out: Tensor) -> None:
     if passes := passes_over(crow, col, out):
         passes("flat", crow, col, crow.numel() - 1, columns, out)
     else:
-        torch.add(_rows_of(crow).long() * columns, col, out=out)
+        torch.add(_rows_of(crow, col.numel()).long() * columns, col, out=out)
 
 
-def _rows_of(crow: Tensor) -> Tensor:
+def _rows_of(crow: Tensor, entries: int) -> Tensor:
     rows = torch.arange(crow.numel() - 1, dtype=torch.int32, device=crow.device)
-    return torch.repeat_interleave(rows, crow.diff())
+    # with its size given, a GPU need not be asked for it, nor a graph of torch.compile end here
+    return torch.repeat_interleave(rows, crow.diff(), output_size=entries)

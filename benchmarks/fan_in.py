@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from tables import Row, table
+from time_to_accuracy import accuracy as share_right
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD
@@ -101,10 +102,7 @@ def train(
             F.cross_entropy(model(x), y).backward()
             optimizer.step()
             scheduler.step()
-    with torch.no_grad():
-        batches = list(data.test_dataloader())
-        right = sum(int((model(x).argmax(1) == y).sum()) for x, y in batches) / sum(len(y) for _, y in batches)
-    return right, model, topkast
+    return share_right(model, list(data.test_dataloader())), model, topkast
 
 
 def empty_rows(topkast: TopKast | None) -> int:

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from tables import Row, table
+from time_to_accuracy import accuracy
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -136,9 +137,7 @@ def train(net: Any, parameters: Iterable[nn.Parameter], data: FashionMNIST, epoc
             optimizer.zero_grad()
             F.cross_entropy(net(x), y).backward()
             optimizer.step()
-    with torch.no_grad():
-        right = [(net(x).argmax(1) == y).float() for x, y in data.val_dataloader()]
-    return 100 * float(torch.cat(right).mean())
+    return 100 * accuracy(net, list(data.val_dataloader()))
 
 
 def topkast(sparsity: float, data: FashionMNIST, epochs: int, seed: int, **settings: Any) -> float:

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from tables import Row, table
+from time_to_accuracy import accuracy
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.nn import functional as F
@@ -127,12 +128,10 @@ def train(method: str, density: tuple[float, float], data: FashionMNIST, epochs:
             optimizer.step()
             seconds.append(time.perf_counter() - start)
             steps += 1
-    model.eval()
-    with torch.no_grad():
-        right = torch.cat([model(x).argmax(1) == y for x, y in data.test_dataloader()])
     return {
-        "method": method, "seed": seed, "accuracy": 100 * float(right.float().mean()), "kB sent": sent.bytes / 1e3,
-        "ms a step": 1e3 * median(seconds), "chosen of k": mean(chosen_of_k) if chosen_of_k else None,
+        "method": method, "seed": seed, "accuracy": 100 * accuracy(model, list(data.test_dataloader())),
+        "kB sent": sent.bytes / 1e3, "ms a step": 1e3 * median(seconds),
+        "chosen of k": mean(chosen_of_k) if chosen_of_k else None,
     }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from lightning_topkast import (
     TopKast,
     TopKastCallback,
 )
+from tests import processes
 
 has_compiler = shutil.which((os.environ.get("CXX") or "c++").split()[0]) is not None
 needs_compiler = pytest.mark.skipif(not has_compiler, reason="no C++ compiler")
@@ -158,6 +160,15 @@ def thetas(topkast: TopKast) -> dict[str, Tensor]:
 def plain_path() -> list[str]:
     """`sys.path` for another process, without the torchvision that only tests/app can import."""
     return [path for path in sys.path if Path(path).name != "vision"]
+
+
+def run_ranks(script: str, folder: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run a script of this folder that forks ranks, which leave what they find in `folder`."""
+    if not hasattr(os, "fork"):
+        pytest.skip("ranks are forked")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(plain_path()), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, Path(__file__).with_name(script), folder, *arguments]
+    return processes.run(command, env=environment, cwd=folder, check=check)
 
 
 def parameters_of(module: nn.Module) -> dict[str, Tensor]:

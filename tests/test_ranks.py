@@ -1,8 +1,6 @@
 """Two and three CPU processes: they hold the same sets, they notice when they don't, and the metrics count over all."""
 
 import json
-import os
-import sys
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -13,8 +11,7 @@ import torch
 from torch import nn
 
 from lightning_topkast import TopKastError
-from tests import processes
-from tests.helpers import MIDDLE, Net, fit, make_callback, make_trainer, parameters_of, plain_path, same
+from tests.helpers import MIDDLE, Net, fit, make_callback, make_trainer, parameters_of, run_ranks, same
 from tests.ranks import RIGL, VARYING
 from tests.reductions import ALIKE, ALIKE_OF_3, FIRST, LOSSY, SECOND
 
@@ -24,17 +21,11 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """Gives what ranks.py leaves of so many ranks; it runs once for each number."""
-    if not hasattr(os, "fork"):
-        pytest.skip("ranks are forked")
 
     @cache
     def ranks(world: int) -> Found:
         folder = tmp_path_factory.mktemp("ranks")
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(plain_path()), "OMP_NUM_THREADS": "1"}
-        script = Path(__file__).with_name("ranks.py")
-        command = [sys.executable, script, folder, str(world)]
-        done = processes.run(command, env=environment, cwd=folder)
-        assert done.returncode == 0, done.stderr
+        run_ranks("ranks.py", folder, str(world))
         return Found(folder, world)
 
     return ranks

@@ -1,9 +1,7 @@
 """FSDP2 and tensor parallelism on 2 and 4 CPU processes: sharded weights choose the sets that whole ones would."""
 
-import os
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +9,7 @@ import torch
 from lightning_topkast import TopKastError
 from lightning_topkast.app.commands.consolidate import main
 from lightning_topkast.training.sharded_checkpoint import consolidate, with_shards
-from tests import processes
-from tests.helpers import MIDDLE, fit, make_callback, make_net, make_trainer, parameters_of, plain_path, same
+from tests.helpers import MIDDLE, fit, make_callback, make_net, make_trainer, parameters_of, run_ranks, same
 
 pytestmark = pytest.mark.slow
 
@@ -20,14 +17,9 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Where shards.py left what its ranks found."""
-    if not hasattr(os, "fork"):
-        pytest.skip("ranks are forked")
     folder = tmp_path_factory.mktemp("shards")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(plain_path()), "OMP_NUM_THREADS": "1"}
     for arguments in (["2"], ["4"], ["2", "later"]):
-        command = [sys.executable, Path(__file__).with_name("shards.py"), folder, *arguments]
-        done = processes.run(command, env=environment, cwd=folder)
-        assert done.returncode == 0, done.stderr
+        run_ranks("shards.py", folder, *arguments)
     return folder
 
 

@@ -3,9 +3,7 @@
 `top_k_ranks.py` is what the processes run; it has an implementation of its own to compare with.
 """
 
-import os
 import re
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -16,8 +14,7 @@ from torch import nn
 
 from lightning_topkast import Block, Packed, RigL, Schedule, Targets, TopKast, TopKastError, TopKGradients
 from lightning_topkast.training.top_k_all_reduce import TopKAllReduce, gaussian_threshold
-from tests import processes
-from tests.helpers import plain_path, same
+from tests.helpers import run_ranks, same
 from tests.test_all_reduce import Bucket
 from tests.top_k_ranks import VARIANTS
 
@@ -421,15 +418,11 @@ def test_more_ranks_than_pay_are_refused(monkeypatch):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """Gives the folder in which top_k_ranks.py leaves what so many ranks found; it runs once for each number."""
-    if not hasattr(os, "fork"):
-        pytest.skip("ranks are forked")
 
     @cache
     def ranks(world: int) -> Path:
         folder = tmp_path_factory.mktemp("ranks")
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(plain_path()), "OMP_NUM_THREADS": "1"}
-        script = Path(__file__).with_name("top_k_ranks.py")
-        processes.run([sys.executable, script, folder, str(world)], env=environment, cwd=folder, check=True)
+        run_ranks("top_k_ranks.py", folder, str(world))
         return folder
 
     return ranks

@@ -7,7 +7,7 @@ in dense tensors. Then Trainers of as many ranks train, stop and resume.
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,30 +28,42 @@ from tests.reductions import FIRST, SECOND, STEPS, Mixed, shares
 
 DENSITY = 0.2
 SELDOM = "seldom.weight"
-# of DDP, of the loop, and of the engine
-VARIANTS: dict[str, dict[str, Any]] = {
-    "masked": {},
-    "packed": {"storage": "packed"},
-    "accumulated": {"accumulate": 2},
-    "channels-last": {"channels_last": True},
-    "unused parameters": {"seldom": True},
-    "unused packed parameters": {"seldom": True, "storage": "packed"},
-    "tiny buckets": {"bucket_cap_mb": 1e-4},
-    "static graph": {"static_graph": True},
-    "views of buckets": {"gradient_as_bucket_view": True, "storage": "packed"},
-    "two engines": {"targets": ([FIRST], [SECOND])},
-    "stopped": {"stop_exploring_at": 4},
-    "stopped and packed": {"stop_exploring_at": 4, "storage": "packed"},
+
+
+class Run(NamedTuple):
+    """What training in DDP and training alone have in common."""
+
+    storage: str = "masked"
+    accumulate: int = 1
+    channels_last: bool = False
+    seldom: bool = False
+    targets: Any = (None,)
+    stop_exploring_at: int | None = None
+
+
+# each with options of DDP
+VARIANTS: dict[str, tuple[Run, dict[str, Any]]] = {
+    "masked": (Run(), {}),
+    "packed": (Run("packed"), {}),
+    "accumulated": (Run(accumulate=2), {}),
+    "channels-last": (Run(channels_last=True), {}),
+    "unused parameters": (Run(seldom=True), {}),
+    "unused packed parameters": (Run("packed", seldom=True), {}),
+    "tiny buckets": (Run(), {"bucket_cap_mb": 1e-4}),
+    "static graph": (Run(), {"static_graph": True}),
+    "views of buckets": (Run("packed"), {"gradient_as_bucket_view": True}),
+    "two engines": (Run(targets=([FIRST], [SECOND])), {}),
+    "stopped": (Run(stop_exploring_at=4), {}),
+    "stopped and packed": (Run("packed", stop_exploring_at=4), {}),
 }
-OF_DDP = {"bucket_cap_mb", "static_graph", "gradient_as_bucket_view"}
 
 
-def begin(storage: str, channels_last: bool, targets: Any, stop: int | None):
+def begin(run: Run):
     torch.manual_seed(0)
-    model = Mixed().to(memory_format=torch.channels_last if channels_last else torch.preserve_format)
-    of_storage = {"storage": "packed", "kernels": "torch"} if storage == "packed" else {}
-    options = {"update_every": 3, "strength": 1e-2, "stop_exploring_at": stop} | of_storage
-    engines = [TopKast(model, 0.75, 0.5, **nouns(include=include, **options)) for include in targets]
+    model = Mixed().to(memory_format=torch.channels_last if run.channels_last else torch.preserve_format)
+    of_storage = {"storage": "packed", "kernels": "torch"} if run.storage == "packed" else {}
+    options = {"update_every": 3, "strength": 1e-2, "stop_exploring_at": run.stop_exploring_at} | of_storage
+    engines = [TopKast(model, 0.75, 0.5, **nouns(include=include, **options)) for include in run.targets]
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.1)
     for engine in engines:
         engine.attach(optimizer)
@@ -68,46 +80,25 @@ def loss_of(model: nn.Module, share: tuple[Tensor, Tensor], seldom: bool, step: 
     return nn.functional.mse_loss(model(x * (turn + 1), not seldom or step % 2 == 1), y)
 
 
-def train(
-    world: int,
-    *,
-    storage: str = "masked",
-    accumulate: int = 1,
-    channels_last: bool = False,
-    seldom: bool = False,
-    targets: Any = (None,),
-    stop_exploring_at: int | None = None,
-    inner: Hook = allreduce_hook,
-    state: Any = None,
-    **of_ddp: Any,
-) -> dict[str, Tensor]:
+def train(world: int, run: Run, inner: Hook = allreduce_hook, state: Any = None, **of_ddp: Any) -> dict[str, Tensor]:
     """Train in DDP with the hook."""
-    model, engines, optimizer = begin(storage, channels_last, targets, stop_exploring_at)
-    ddp = DistributedDataParallel(model, find_unused_parameters=seldom, **of_ddp)
+    model, engines, optimizer = begin(run)
+    ddp = DistributedDataParallel(model, find_unused_parameters=run.seldom, **of_ddp)
     compressed = TopKAllReduce(*engines, gradients=TopKGradients(DENSITY), hook=inner)
     ddp.register_comm_hook(state, compressed.hook)
     for step in range(STEPS):
-        for turn in range(accumulate):
-            ddp.require_backward_grad_sync = turn == accumulate - 1
-            loss_of(ddp, shares(step, world)[dist.get_rank()], seldom, step, turn).backward()
+        for turn in range(run.accumulate):
+            ddp.require_backward_grad_sync = turn == run.accumulate - 1
+            loss_of(ddp, shares(step, world)[dist.get_rank()], run.seldom, step, turn).backward()
         optimizer.step()
         optimizer.zero_grad()
     residuals = {f"residual of {name}": saved["values"] for name, saved in compressed.state_dict().items()}
     return found_in(model, engines) | residuals
 
 
-def train_alone(
-    world: int,
-    *,
-    storage: str = "masked",
-    accumulate: int = 1,
-    channels_last: bool = False,
-    seldom: bool = False,
-    targets: Any = (None,),
-    stop_exploring_at: int | None = None,
-) -> dict[str, Tensor]:
+def train_alone(world: int, run: Run) -> dict[str, Tensor]:
     """Train on the shares of all ranks, one after the other, each with a dense residual of its own."""
-    model, engines, optimizer = begin(storage, channels_last, targets, stop_exploring_at)
+    model, engines, optimizer = begin(run)
     weights = {name: weight for engine in engines for name, weight in engine.weights.items()}
     left = {name: [torch.zeros(weight.shape) for _ in range(world)] for name, weight in weights.items()}
     parameters = dict(model.named_parameters())
@@ -115,8 +106,8 @@ def train_alone(
     for step in range(STEPS):
         gradients = []
         for rank in range(world):
-            for turn in range(accumulate):
-                loss_of(model, shares(step, world)[rank], seldom, step, turn).backward()
+            for turn in range(run.accumulate):
+                loss_of(model, shares(step, world)[rank], run.seldom, step, turn).backward()
             gradients.append({name: p.grad for name, p in parameters.items()})
             optimizer.zero_grad()
         for name, parameter in parameters.items():
@@ -154,7 +145,7 @@ def train_alone(
 
 def train_with_two_losses(world: int, **of_ddp: Any) -> list[Tensor]:
     """What a layer has, and has left to send, after a loss that uses it, and after another that does not."""
-    model, engines, _ = begin("masked", False, ([SELDOM],), None)
+    model, engines, _ = begin(Run(targets=([SELDOM],)))
     ddp = DistributedDataParallel(model, find_unused_parameters=True, **of_ddp)
     compressed = TopKAllReduce(*engines, gradients=TopKGradients(DENSITY))
     ddp.register_comm_hook(None, compressed.hook)
@@ -171,15 +162,14 @@ def ranks(rank: int, folder: Path, world: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     found: dict[str, Any] = {}
-    for name, options in VARIANTS.items():
-        alone = {key: value for key, value in options.items() if key not in OF_DDP}
+    for name, (run, of_ddp) in VARIANTS.items():
         # all of them alone, since refreshes compare the sets of all ranks
-        found[name] = {"hook": train(world, **options), "alone": train_alone(world, **alone)}
+        found[name] = {"hook": train(world, run, **of_ddp), "alone": train_alone(world, run)}
     found["two losses"] = [train_with_two_losses(world, gradient_as_bucket_view=view) for view in (False, True)]
     low_rank = powerSGD_hook.PowerSGDState(None, 1, start_powerSGD_iter=2, min_compression_rate=1)
     inside = {"PowerSGD": (powerSGD_hook.powerSGD_hook, low_rank), "16 bits": (fp16_compress_hook, None)}
     for name, (hook, state) in inside.items():
-        found[name] = train(world, inner=hook, state=state)
+        found[name] = train(world, Run(), hook, state)
     torch.save(found, folder / f"found-{rank}.pt")
     dist.destroy_process_group()
 

@@ -15,6 +15,7 @@ from lightning_topkast.method.stack import Stack
 from lightning_topkast.method.structure import Structure
 
 Distribution = Literal["uniform", "erk", "global", "global_normalized"]
+COMPETING = ("global", "global_normalized")  # under which weights compete for the same places
 Counts = dict[str, tuple[int, int]]  # weight name → |A| and |B|
 
 # Refreshes of a run that stands for one of unknown length whose moments are all fractions.
@@ -110,7 +111,7 @@ class Allocation:
     @property
     def competes(self) -> bool:
         """Whether the weights without an override compete for the same places."""
-        return self.distribution in ("global", "global_normalized")
+        return self.distribution in COMPETING
 
     def all_sparsities(self) -> dict[str, tuple[float, float]]:
         """Every pair of forward and backward sparsity, with a suffix for messages that says where it is given."""

@@ -102,10 +102,11 @@ class TopKAllReduce:
         if bucket.index() == 0:
             self._settle()
         group = state if isinstance(state, dist.ProcessGroup) else None
+        scale = 1.0 if self._scaler is None else self._scaler.get_scale()
         sparse = reduced_weights(self.engines)
         weights = [sparse.get(parameter) for parameter in bucket.parameters()]
         shares = [
-            self._share(weight, flat(gradient))
+            self._share(weight, flat(gradient), scale)
             for weight, gradient in zip(weights, bucket.gradients(), strict=True)
             if weight is not None
         ]
@@ -139,14 +140,13 @@ class TopKAllReduce:
 
         return collect_all(futures).then(finish)
 
-    def _share(self, weight: SparseWeight, gradient: Tensor) -> _Share:
-        """Return what this rank sends of a weight's gradient; the residual becomes what it does not send."""
+    def _share(self, weight: SparseWeight, gradient: Tensor, scale: float) -> _Share:
+        """Return what this rank sends of a weight's scaled gradient; the residual becomes what it does not send."""
         residual = self._residual_of(weight)
         own = residual.entries_of(gradient)
         count = max(1, round(self.gradients.density * own.numel()))
         first = torch.arange(count, device=own.device)
         before = None if weight.parameter in self._used else residual.values
-        scale = 1.0 if self._scaler is None else self._scaler.get_scale()
         total = own.to(residual.values.dtype) + residual.values * scale if self.gradients.feedback else own
         try:
             chosen = self._choose(total, count)

@@ -39,6 +39,7 @@ from lightning_topkast.app.run_folder.result import (
     Weight,
 )
 from lightning_topkast.errors import TopKastError
+from lightning_topkast.method.density import COMPETING
 from lightning_topkast.telemetry.media import weight_table
 
 _ONE_DEVICE = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": "32-true"}
@@ -158,7 +159,7 @@ def _flops(cfg: DictConfig, steps: int) -> Flops | None:
     weights become denser, and the entries of different weights differ in cost. The dense network is the configured
     one, also where small-dense has made it narrower.
     """
-    if cfg.sparsity.get("distribution") in ("global", "global_normalized"):
+    if cfg.sparsity.get("distribution") in COMPETING:
         return None
     cfg = copy.deepcopy(cfg)
     with open_dict(cfg):

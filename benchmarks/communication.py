@@ -184,9 +184,7 @@ def measure(density: float, width: int, rounds: int) -> Iterator[Row]:
             "payload / dense": payload,
             "expected": expected,
             "off by %": 100 * ((payload if variant.is_sharded else ratio) / expected - 1),
-            "weights differ by": None
-            if name in ("largest", "fsdp2_blocks")
-            else f"{difference:.0e}",  # which have other sets
+            "weights differ by": None if name in OTHER_SETS else f"{difference:.0e}",
         }
 
 

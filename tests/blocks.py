@@ -314,9 +314,9 @@ def few_blocks_split_the_sum_over_the_batch(on: On) -> None:
 
 
 def splits_cover_the_batch_and_depend_on_no_tile(on: On) -> None:
-    from lightning_topkast.ops.blocks.launch import _processors, split
+    from lightning_topkast.ops.blocks.launch import processors, split
 
-    assert split(300, 1, _processors(torch.device(on.device)))[0] > 1, "the checks above split nothing"
+    assert split(300, 1, processors(torch.device(on.device)))[0] > 1, "the checks above split nothing"
     for rows, programs in itertools.product((1, 127, 128, 129, 600, 8192, 100_000), (1, 3, 50, 205, 5000)):
         splits, each = split(rows, programs, 132)
         assert (splits - 1) * each < rows <= splits * each, "some split is empty, or some row left out"
@@ -402,12 +402,12 @@ def autocast_computes_in_its_type(on: On) -> None:
 
 
 def float32_is_as_exact_as_torch_is_told(on: On) -> None:
-    from lightning_topkast.ops.blocks.launch import _numerics
+    from lightning_topkast.ops.blocks.launch import numerics
 
     before = torch.get_float32_matmul_precision()
     for precision, expected in (("high", "tf32"), ("highest", "ieee")):
         torch.set_float32_matmul_precision(precision)
-        assert _numerics(on.random(1))["PRECISION"] == expected
+        assert numerics(on.random(1))["PRECISION"] == expected
     torch.set_float32_matmul_precision(before)
 
 

@@ -263,7 +263,7 @@ def test_every_case_has_tiles_to_choose_from():
     for height, width in itertools.product((16, 32, 64, 128), repeat=2):
         sizes = {"HEIGHT": height, "WIDTH": width, "DEPTH": width, "BREADTH": height}
         for rows in (1, 16, 17, 33, 64, 65, 1000, 8192):
-            arguments = {"batch_bucket": launch._bucket(rows)}
+            arguments = {"batch_bucket": launch.bucket(rows)}
             tiles = {
                 config.kwargs["TILE"] for config in launch._product_tiles(launch._PRODUCT_TILES, arguments, **sizes)
             }

@@ -1,4 +1,11 @@
-from lightning_topkast.ops.blocks import BlockKernels, BlockPattern, block_sparse_linear, choose_block_kernels
+from lightning_topkast.ops.blocks import (
+    BlockKernels,
+    BlockPattern,
+    block_sparse_conv2d,
+    block_sparse_linear,
+    choose_block_kernels,
+    convolves_by_blocks,
+)
 from lightning_topkast.ops.compiled import Kernels
 from lightning_topkast.ops.conv.choice import CONV_KERNELS
 from lightning_topkast.ops.conv.conv import sparse_conv2d
@@ -16,8 +23,10 @@ __all__ = [
     "EntryPattern",
     "Kernels",
     "Pattern",
+    "block_sparse_conv2d",
     "block_sparse_linear",
     "choose_block_kernels",
+    "convolves_by_blocks",
     "sparse_conv2d",
     "sparse_linear",
 ]

@@ -11,6 +11,15 @@ def is_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
+def to_autocast(input: Tensor, values: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return all in the dtype of autocast if it is on for their device, as PyTorch's own products take them."""
+    device = input.device.type
+    if not is_autocast(device) or input.dtype == torch.float64:
+        return input, values, bias
+    dtype = torch.get_autocast_dtype(device)
+    return input.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)
+
+
 def dtypes_of(input: Tensor, values: Tensor, bias: Tensor | None) -> tuple[torch.dtype, torch.dtype]:
     """Return the dtype to compute in, float32 or float64, and that of the result, which may be autocast's.
 

@@ -1,5 +1,13 @@
-from lightning_topkast.ops.blocks.choice import BlockKernels, choose_block_kernels
+from lightning_topkast.ops.blocks.choice import BlockKernels, choose_block_kernels, convolves_by_blocks
+from lightning_topkast.ops.blocks.conv.conv import block_sparse_conv2d
 from lightning_topkast.ops.blocks.linear import block_sparse_linear
 from lightning_topkast.ops.blocks.pattern import BlockPattern
 
-__all__ = ["BlockKernels", "BlockPattern", "block_sparse_linear", "choose_block_kernels"]
+__all__ = [
+    "BlockKernels",
+    "BlockPattern",
+    "block_sparse_conv2d",
+    "block_sparse_linear",
+    "choose_block_kernels",
+    "convolves_by_blocks",
+]

@@ -44,6 +44,18 @@ def choose_block_kernels(
     return "torch"
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def convolves_by_blocks(
+    name: BlockKernels, device: torch.device, block_shape: tuple[int, int], dtype: torch.dtype
+) -> bool:
+    """Return whether a layer multiplies by the blocks of a convolution's weight, rather than by a dense copy of it.
+
+    `"auto"` does so with Triton's kernels only: with PyTorch's, on a CPU, the dense convolution is faster
+    (benchmarks/README.md, in blocks). Arguments as of `choose_block_kernels`.
+    """
+    return name != "auto" or choose_block_kernels(name, device, block_shape, dtype) == "triton"
+
+
 def implementation(kernels: str, dense: Tensor, block_shape: tuple[int, int]) -> ModuleType:
     """Return the module with the two products for these kernels; see `choose_block_kernels`."""
     chosen = choose_block_kernels(cast(BlockKernels, kernels), dense.device, block_shape, dense.dtype)

@@ -9,7 +9,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _dot(a, b, total, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
+def dot(a, b, total, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
     if WIDEN:  # Triton's interpreter would multiply the bits of bfloat16
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -17,7 +17,7 @@ def _dot(a, b, total, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
 
 
 @triton.jit
-def _load(matrix, stride, row, column, rows, TALL: tl.constexpr, BROAD: tl.constexpr, DESCRIBED: tl.constexpr):
+def load(matrix, stride, row, column, rows, TALL: tl.constexpr, BROAD: tl.constexpr, DESCRIBED: tl.constexpr):
     """Load TALL × BROAD elements of a matrix; zero beyond its last row."""
     if DESCRIBED:
         box = matrix.load([row, column])
@@ -26,6 +26,21 @@ def _load(matrix, stride, row, column, rows, TALL: tl.constexpr, BROAD: tl.const
         at = matrix + down[:, None].to(tl.int64) * stride + (column + tl.arange(0, BROAD))[None, :]
         box = tl.load(at, mask=down[:, None] < rows, other=0.0)
     return box
+
+
+@triton.jit
+def place(longest_first, rows, lines, TILE: tl.constexpr, GROUP: tl.constexpr):
+    """Return the line of a product's program and the first row of its tile.
+
+    Programs that run at the same time share lines and tiles, so that the L2 cache holds their data.
+    """
+    program = tl.program_id(0)
+    tiles = tl.cdiv(rows, TILE)
+    first = program // (GROUP * lines) * GROUP
+    width = min(tiles - first, GROUP)
+    within = program % (GROUP * lines)
+    line = tl.load(longest_first + within // width)
+    return line, (first + within % width) * TILE
 
 
 @triton.jit(do_not_specialize=["batch_bucket", "length_bucket"])
@@ -56,15 +71,7 @@ def product_kernel(
     GROUP: tl.constexpr,  # tiles that pass through the lines together
 ):
     """Multiply `dense` by the blocks of one line, for one tile of rows."""
-    # Programs that run at the same time share lines and tiles, so that the L2 cache holds their data.
-    program = tl.program_id(0)
-    tiles = tl.cdiv(rows, TILE)
-    first = program // (GROUP * lines) * GROUP
-    width = min(tiles - first, GROUP)
-    within = program % (GROUP * lines)
-    line = tl.load(longest_first + within // width)
-    row = (first + within % width) * TILE
-
+    line, row = place(longest_first, rows, lines, TILE, GROUP)
     PARTS: tl.constexpr = DEPTH // DEEP
     column = line * BREADTH
     broad = column + tl.arange(0, BREADTH)
@@ -76,12 +83,12 @@ def product_kernel(
         part = turn % PARTS * DEEP
         across = tl.load(others + at) * DEPTH + part
         block = tl.load(blocks + at)
-        a = _load(dense, dense_stride, row, across, rows, TILE, DEEP, DESCRIBED)
+        a = load(dense, dense_stride, row, across, rows, TILE, DEEP, DESCRIBED)
         if TRANSPOSED:
-            b = _load(values, BREADTH, block * DEPTH + part, 0, value_rows, DEEP, BREADTH, DESCRIBED)
+            b = load(values, BREADTH, block * DEPTH + part, 0, value_rows, DEEP, BREADTH, DESCRIBED)
         else:
-            b = _load(values, DEPTH, block * BREADTH, part, value_rows, BREADTH, DEEP, DESCRIBED).T
-        total = _dot(a, b, total, PRECISION, WIDEN)
+            b = load(values, DEPTH, block * BREADTH, part, value_rows, BREADTH, DEEP, DESCRIBED).T
+        total = dot(a, b, total, PRECISION, WIDEN)
 
     if DESCRIBED:
         result.store([row, column], total.to(result.dtype))
@@ -92,7 +99,7 @@ def product_kernel(
 
 
 @triton.jit
-def _find(starts, lines, SIDE: tl.constexpr, LINES: tl.constexpr):
+def find(starts, lines, SIDE: tl.constexpr, LINES: tl.constexpr):
     """Return this program's line, the start of its SIDE neighbouring blocks in that line, and the end of the line.
 
     For programs after the last block, start and end are equal.
@@ -137,7 +144,7 @@ def sampled_kernel(
     STEP: tl.constexpr,  # bytes of a column that are summed at a time
 ):
     """Compute SIDE neighbouring blocks of one line of gradsᵀ @ dense, summed over one split of the rows."""
-    line, begin, end = _find(starts, lines, SIDE, LINES)
+    line, begin, end = find(starts, lines, SIDE, LINES)
     if begin >= end:
         return
     DOWN: tl.constexpr = STEP // ITEM
@@ -158,7 +165,7 @@ def sampled_kernel(
             a = grads.load([row, height]).T
             sums = ()
             for i in tl.static_range(SIDE):
-                sums += (_dot(a, dense.load([row, columns[i]]), totals[i], PRECISION, WIDEN),)
+                sums += (dot(a, dense.load([row, columns[i]]), totals[i], PRECISION, WIDEN),)
             totals = sums
         element = tl.arange(0, HEIGHT)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
         for i in tl.static_range(SIDE):
@@ -178,8 +185,8 @@ def sampled_kernel(
             inside = down < bottom
             from_dense = dense + down[None, :].to(tl.int64) * dense_stride + column[:, None]
             a = tl.load(from_dense, mask=present[:, None] & inside[None, :], other=0.0)
-            b = _load(grads, grads_stride, row, height, bottom, DOWN, HEIGHT, DESCRIBED)
-            total = _dot(a, b, total, PRECISION, WIDEN)
+            b = load(grads, grads_stride, row, height, bottom, DOWN, HEIGHT, DESCRIBED)
+            total = dot(a, b, total, PRECISION, WIDEN)
         block = tl.load(blocks + at, mask=present, other=0).to(tl.int64) * (HEIGHT * WIDTH) + lane % WIDTH
         block = tl.max_contiguous(tl.multiple_of(block, WIDTH), WIDTH)
         to = result + block[:, None] + (tl.arange(0, HEIGHT) * WIDTH)[None, :]

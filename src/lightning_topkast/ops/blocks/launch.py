@@ -72,8 +72,8 @@ _SAMPLED_TILES = [
 ]
 _TERMS = 128  # bytes of a row of `dense` that a product sums at a time: a row of a tensor core's shared memory
 _SUMS_PER_THREAD = 128  # largest number of float32 sums per thread without register spilling
-_FIXED_PRODUCT = {"TILE": 16, "GROUP": 2} if INTERPRETED else {}
-_FIXED_SAMPLED = {"SIDE": 2, "STEP": 64} if INTERPRETED else {}
+FIXED_PRODUCT = {"TILE": 16, "GROUP": 2} if INTERPRETED else {}
+FIXED_SAMPLED = {"SIDE": 2, "STEP": 64} if INTERPRETED else {}
 _tiles: dict[tuple[object, ...], dict[str, Any]] = {}  # results of tuning by case
 _entered = threading.local()
 
@@ -105,17 +105,17 @@ def product(dense: Tensor, values: Tensor, bias: Tensor | None, lines: Lines, tr
         "lines": count,
         "value_rows": matrices[1].shape[0],
         "dense_stride": matrices[0].stride(0),
-        "batch_bucket": _bucket(rows),
-        "length_bucket": _bucket(lines.others.numel() // count),
+        "batch_bucket": bucket(rows),
+        "length_bucket": bucket(lines.others.numel() // count),
         "DEPTH": depth,
         "BREADTH": breadth,
-        "DEEP": min(depth, _TERMS // dense.element_size()),
+        "DEEP": deep(depth, dense),
         "TRANSPOSED": transposed,
         "HAS_BIAS": bias is not None,
         "DESCRIBED": described,
-        **_numerics(dense),
+        **numerics(dense),
     }
-    _start(_product, lambda meta: (-(-rows // meta["TILE"]) * count,), arguments | _FIXED_PRODUCT, _shape_product_boxes)
+    start(_product, lambda meta: (-(-rows // meta["TILE"]) * count,), arguments | FIXED_PRODUCT, _shape_product_boxes)
     return result
 
 
@@ -127,14 +127,14 @@ def sampled(grads: Tensor, dense: Tensor, lines: Lines, shape: Sequence[int]) ->
     if rows == 0 or present == 0:
         return result.zero_()
     size = present * height * width
-    splits, split_rows = split(rows, -(-present * width // _TYPICAL_COLUMNS), _processors(dense.device))
-    partial = result if splits == 1 else dense.new_empty(splits, present, height, width, dtype=torch.float32)
+    splits, split_rows = splits_for(dense, rows, present * width)
+    sums = result if splits == 1 else dense.new_empty(splits, present, height, width, dtype=torch.float32)
     # A tensor core multiplies at least 64 rows, so it needs several narrower blocks, which are not in one box.
     described = _describes(dense.device) and (INTERPRETED or min(height, width) >= 64)
     matrices = [_aligned(grads), _aligned(dense)]
     arguments = {
         **dict(zip(("grads", "dense"), map(_describe, matrices) if described else matrices, strict=True)),
-        "result": partial,
+        "result": sums,
         "starts": lines.starts,
         "others": lines.others,
         "blocks": lines.blocks,
@@ -144,29 +144,41 @@ def sampled(grads: Tensor, dense: Tensor, lines: Lines, shape: Sequence[int]) ->
         "grads_stride": matrices[0].stride(0),
         "dense_stride": matrices[1].stride(0),
         "split_stride": size,
-        "batch_bucket": _bucket(rows),
-        "length_bucket": _bucket(present // count),
+        "batch_bucket": bucket(rows),
+        "length_bucket": bucket(present // count),
         "HEIGHT": height,
         "WIDTH": width,
-        "LINES": _bucket(count),
+        "LINES": bucket(count),
         "ITEM": dense.element_size(),
         "DESCRIBED": described,
-        **_numerics(dense),
+        **numerics(dense),
     }
 
-    def grid(meta: dict[str, Any]) -> tuple[int, int]:
-        """Return the largest number of programs that lines of any lengths may need."""
-        side = meta["SIDE"]
-        return min(present, (present + count * (side - 1)) // side), splits
-
-    _start(_sampled, grid, arguments | _FIXED_SAMPLED, _shape_sampled_boxes)
-    if splits > 1:
-        with _on(result):
-            chunks = -(-result.numel() // _FOLD_CHUNK)
-            fold_kernel[(chunks,)](partial, result, size, result.numel(), splits, CHUNK=_FOLD_CHUNK)
-    elif present < packed:
-        result[present:] = 0
+    grid = partial(sampled_grid, present, count, splits)
+    start(_sampled, grid, arguments | FIXED_SAMPLED, _shape_sampled_boxes)
+    fold(sums, result, size, splits)
     return result
+
+
+def sampled_grid(blocks: int, lines: int, splits: int, meta: dict[str, Any]) -> tuple[int, int]:
+    """Return the grid of a sampled product: the largest number of programs that lines of any lengths may need."""
+    side = meta["SIDE"]
+    return min(blocks, (blocks + lines * (side - 1)) // side), splits
+
+
+def fold(sums: Tensor, result: Tensor, size: int, splits: int) -> None:
+    """Sum `sums` over its splits into the first `size` elements of `result`; the others become zero."""
+    if splits > 1:
+        with on(result):
+            chunks = -(-result.numel() // _FOLD_CHUNK)
+            fold_kernel[(chunks,)](sums, result, size, result.numel(), splits, CHUNK=_FOLD_CHUNK)
+    elif size < result.numel():
+        result.view(-1)[size:] = 0
+
+
+def splits_for(dense: Tensor, rows: int, columns: int) -> tuple[int, int]:
+    """Return the `split` of a sampled product of blocks with this many columns together."""
+    return split(rows, -(-columns // _TYPICAL_COLUMNS), processors(dense.device))
 
 
 def split(rows: int, programs: int, processors: int) -> tuple[int, int]:
@@ -193,11 +205,11 @@ def _split_rows(rows: int, splits: int) -> int:
     return -(-rows // (splits * _SPLIT_UNIT)) * _SPLIT_UNIT
 
 
-def _start(
+def start(
     kernel: Any,
     grid: Callable[[dict[str, Any]], tuple[int, ...]],
     arguments: dict[str, Any],
-    shape_boxes: Callable[[dict[str, Any]], None],
+    shape_boxes: Callable[[dict[str, Any]], None] = lambda arguments: None,
 ) -> None:
     """Start a kernel with the best tiling for its case.
 
@@ -205,7 +217,7 @@ def _start(
     """
     described = arguments["result"]
     result = described.base if isinstance(described, TensorDescriptor) else described
-    with _on(result):
+    with on(result):
         if INTERPRETED:
             shape_boxes(arguments)
             kernel[grid](**arguments)
@@ -220,34 +232,43 @@ def _start(
             _tiles[case] = kernel.best_config.all_kwargs()
 
 
-def _bucket(size: int) -> int:
+def bucket(size: int) -> int:
     """Return the bucket of a size; sizes in one bucket are tuned together."""
     return 1 << max(size - 1, 0).bit_length()
 
 
-def _numerics(dense: Tensor) -> dict[str, Any]:
-    """Return the precision arguments: float32 as in PyTorch's products, TensorFloat-32 if they may use it."""
+def deep(depth: int, dense: Tensor) -> int:
+    """Return how many of the `depth` terms of a block a product sums at a time."""
+    return min(depth, _TERMS // dense.element_size())
+
+
+def numerics(dense: Tensor, settings: Any = torch.backends.cuda.matmul) -> dict[str, Any]:
+    """Return the precision arguments: float32 as PyTorch's own kernels compute it, TensorFloat-32 if they may use it.
+
+    Args:
+        dense: a factor.
+        settings: where PyTorch says what these kernels may use.
+    """
     return {
-        "PRECISION": "tf32" if dense.dtype == torch.float32 and _may_use_tf32() else "ieee",
+        "PRECISION": "tf32" if dense.dtype == torch.float32 and _may_use_tf32(settings) else "ieee",
         "WIDEN": INTERPRETED and dense.dtype == torch.bfloat16,
         "enable_fp_fusion": True,  # Triton's default until 3.9, which warns that it will change
     }
 
 
-def _may_use_tf32() -> bool:
-    settings = torch.backends.cuda.matmul
+def _may_use_tf32(settings: Any) -> bool:
     # reading the newer of the two settings never raises, whichever of them was set
     return settings.fp32_precision == "tf32" if hasattr(settings, "fp32_precision") else settings.allow_tf32
 
 
 @cache
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 64  # the interpreter: small tests should also use splits
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _on(tensor: Tensor) -> Any:
+def on(tensor: Tensor) -> Any:
     """Return a context that makes the tensor's device the current one, on which Triton starts kernels."""
     if not tensor.is_cuda:
         return nullcontext()
@@ -303,20 +324,25 @@ def _sampled_tiles(configs: list[Any], arguments: dict[str, Any], **constants: A
     ]
 
 
-if INTERPRETED:
-    _product, _sampled = product_kernel, sampled_kernel
-else:
-    _buckets = ["batch_bucket", "length_bucket", "lines", "DESCRIBED", "PRECISION"]
-    _timing = partial(triton.testing.do_bench, warmup=5, rep=20)  # ms
-    _product = triton.autotune(
-        _PRODUCT_TILES,
-        key=[*_buckets, "DEPTH", "BREADTH", "TRANSPOSED"],
-        prune_configs_by={"early_config_prune": _product_tiles},
-        do_bench=_timing,
-    )(product_kernel)
-    _sampled = triton.autotune(
-        _SAMPLED_TILES,
-        key=[*_buckets, "HEIGHT", "WIDTH", "ITEM"],
-        prune_configs_by={"early_config_prune": _sampled_tiles},
-        do_bench=_timing,
-    )(sampled_kernel)
+_BUCKETS = ["batch_bucket", "length_bucket", "lines", "PRECISION"]
+
+
+def tune_product(kernel: Any, *keys: str) -> Any:
+    """Return a kernel of products of blocks, tuned for each case; `keys` are arguments that distinguish cases."""
+    return _tune(kernel, _PRODUCT_TILES, _product_tiles, [*_BUCKETS, "DEPTH", "BREADTH", "TRANSPOSED", *keys])
+
+
+def tune_sampled(kernel: Any, *keys: str) -> Any:
+    """Return a kernel of sampled products, tuned likewise."""
+    return _tune(kernel, _SAMPLED_TILES, _sampled_tiles, [*_BUCKETS, "HEIGHT", "WIDTH", "ITEM", *keys])
+
+
+def _tune(kernel: Any, tiles: list[Any], fitting: Callable[..., list[Any]], keys: list[str]) -> Any:
+    if INTERPRETED:
+        return kernel
+    timing = partial(triton.testing.do_bench, warmup=5, rep=20)  # ms
+    return triton.autotune(tiles, key=keys, prune_configs_by={"early_config_prune": fitting}, do_bench=timing)(kernel)
+
+
+_product = tune_product(product_kernel, "DESCRIBED")
+_sampled = tune_sampled(sampled_kernel, "DESCRIBED")

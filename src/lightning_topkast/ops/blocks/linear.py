@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.ops.blocks import library
 from lightning_topkast.ops.blocks.pattern import BlockPattern
-from lightning_topkast.ops.dtypes import is_autocast
+from lightning_topkast.ops.dtypes import to_autocast
 
 
 def block_sparse_linear(
@@ -39,20 +39,23 @@ def block_sparse_linear(
     Raises:
         TopKastError: shapes, dtypes or devices do not fit, or Triton's kernels are not available.
     """
-    device = input.device.type
-    if is_autocast(device) and input.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        input, values = input.to(dtype), values.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+    input, values, bias = to_autocast(input, values, bias)
     _check(input, values, bias, pattern, transposed)
     output: Tensor = _BlockSparseLinear.apply(input, values, bias, pattern, kernels, transposed)  # type: ignore[no-untyped-call]
     return output
 
 
 def _check(input: Tensor, values: Tensor, bias: Tensor | None, pattern: BlockPattern, transposed: bool) -> None:
+    if len(pattern.shape) != 2:
+        raise TopKastError(f"expected the pattern of a matrix, got that of a convolution's weight of {pattern.shape}")
     outputs, inputs = reversed(pattern.shape) if transposed else pattern.shape
     if input.dim() == 0 or input.shape[-1] != inputs:
         raise TopKastError(f"expected input to be (..., {inputs}), got {tuple(input.shape)}")
+    check_blocks(input, values, bias, pattern, outputs)
+
+
+def check_blocks(input: Tensor, values: Tensor, bias: Tensor | None, pattern: BlockPattern, outputs: int) -> None:
+    """Refuse values and a bias that do not fit the pattern or the input."""
     if values.dim() != 3 or values.shape[0] < pattern.updated_count or values.shape[1:] != pattern.block_shape:
         height, width = pattern.block_shape
         raise TopKastError(

@@ -1,5 +1,7 @@
-"""The places of the blocks of a block-sparse matrix."""
+"""The places of the blocks of a block-sparse matrix, or of a convolution's weight."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -53,7 +55,11 @@ class Lines(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class BlockPattern:
-    """The places of the blocks of a block-sparse weight (out, in); some blocks have only a gradient.
+    """The places of the blocks of a block-sparse weight; some blocks have only a gradient.
+
+    The weight is a matrix (out, in), or that of a convolution (out, in, *kernel), each of whose blocks is at one
+    position of the kernel. The position of a block within its line (`Lines.others`) is then its column in the grid, or
+    its row, times the number of positions of the kernel, plus its own.
 
     Packed order: first the active blocks, which the product uses, in row-major order of the grid, then the exploring
     blocks, which have only a gradient. Together they are the updated blocks.
@@ -63,13 +69,13 @@ class BlockPattern:
         block_shape: shape of a block, which divides that of the weight.
         active_count: number of active blocks.
         rows: int32 (updated blocks,); row of each block in the grid.
-        columns: int32 (updated blocks,); column of each block.
+        columns: int32 (updated blocks,); position of each block within its row.
         active_by_row: active blocks along the grid's rows, for the forward product.
         active_by_column: active blocks along its columns, for the gradient of the input.
         updated_by_row: updated blocks along its rows, for the gradient of the values.
     """
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     block_shape: tuple[int, int]
     active_count: int
     rows: Tensor
@@ -80,49 +86,50 @@ class BlockPattern:
 
     @classmethod
     def from_flat(
-        cls, active: Tensor, exploring: Tensor, grid: tuple[int, int], block_shape: tuple[int, int]
+        cls, active: Tensor, exploring: Tensor, grid: Sequence[int], block_shape: tuple[int, int]
     ) -> "BlockPattern":
         """Make the pattern of blocks with these flat row-major indices in a grid.
 
         Args:
             active: int64 (blocks,), increasing: the blocks of the product.
             exploring: int64 (blocks,), increasing: the blocks that have only a gradient; none of them is active.
-            grid: rows and columns of the grid of blocks.
+            grid: rows and columns of the grid of blocks, and the sides of a convolution's kernel.
             block_shape: rows and columns of a block.
 
         Raises:
-            TopKastError: the grid is not a matrix, or is too large for int32.
+            TopKastError: the grid has fewer than two dimensions, or is too large for int32.
         """
-        if len(grid) != 2 or min(block_shape) < 1:
+        if len(grid) < 2 or min(block_shape) < 1:
             raise TopKastError(
-                f"expected a 2-D grid and positive block sides, got a grid of shape {tuple(grid)} and blocks of "
+                f"expected at least a 2-D grid and positive block sides, got a grid of shape {tuple(grid)} and blocks of "
                 f"{tuple(block_shape)}"
             )
-        (rows, columns), (height, width) = grid, block_shape
-        if not cls.fits((rows, columns), block_shape):
+        (rows, columns, *kernel), (height, width) = grid, block_shape
+        if not cls.fits(grid, block_shape):
             raise TopKastError(
-                f"{rows} × {columns} blocks of {height} × {width} exceed the int32 limit of {_LARGEST}; use larger "
-                "blocks"
+                f"{' × '.join(map(str, grid))} blocks of {height} × {width} exceed the int32 limit of {_LARGEST}; use "
+                "larger blocks"
             )
-        updated = torch.cat([active, exploring])
-        row, column = updated // max(columns, 1), updated % max(columns, 1)
+        updated, positions = torch.cat([active, exploring]), math.prod(kernel)
+        row, within = updated // max(columns * positions, 1), updated % max(columns * positions, 1)
+        column, across = within // max(positions, 1), row * positions + within % max(positions, 1)
         count = active.numel()
         return cls(
-            shape=(rows * height, columns * width),
+            shape=(rows * height, columns * width, *kernel),
             block_shape=(height, width),
             active_count=count,
             rows=row.int(),
-            columns=column.int(),
-            active_by_row=Lines.of(row[:count], column[:count], rows),
-            active_by_column=Lines.of(column[:count], row[:count], columns),
-            updated_by_row=Lines.of(row, column, rows),
+            columns=within.int(),
+            active_by_row=Lines.of(row[:count], within[:count], rows),
+            active_by_column=Lines.of(column[:count], across[:count], columns),
+            updated_by_row=Lines.of(row, within, rows),
         )
 
     @staticmethod
-    def fits(grid: tuple[int, int], block_shape: tuple[int, int]) -> bool:
+    def fits(grid: Sequence[int], block_shape: tuple[int, int]) -> bool:
         """Return whether int32 can hold the indices of the blocks of a grid, and of the rows and columns."""
-        (rows, columns), (height, width) = grid, block_shape
-        return max(rows * columns, rows * height, columns * width) <= _LARGEST
+        (rows, columns, *_), (height, width) = grid, block_shape
+        return max(math.prod(grid), rows * height, columns * width) <= _LARGEST
 
     @property
     def updated_count(self) -> int:
@@ -153,8 +160,9 @@ class BlockPattern:
 
     def flat_indices(self) -> Tensor:
         """Return the flat index in the weight of each packed value: int64 (updated blocks × height × width,)."""
-        height, width = self.block_shape
-        device = self.device
-        down = self.rows.long()[:, None] * height + torch.arange(height, device=device)
-        across = self.columns.long()[:, None] * width + torch.arange(width, device=device)
-        return (down[:, :, None] * self.shape[1] + across[:, None, :]).view(-1)
+        (height, width), device = self.block_shape, self.device
+        inputs, positions = self.shape[1], math.prod(self.shape[2:])
+        column, position = self.columns.long() // max(positions, 1), self.columns.long() % max(positions, 1)
+        first = (self.rows.long() * (height * inputs) + column * width) * positions + position
+        down, across = (torch.arange(side, device=device) * positions for side in (height, width))
+        return (first[:, None] + (down[:, None] * inputs + across).view(-1)).view(-1)

@@ -1,0 +1,1 @@
+"""Convolutions with block-sparse weights."""

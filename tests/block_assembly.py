@@ -7,6 +7,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from lightning_topkast.ops.blocks.conv.kernels import conv_kernel, conv_sampled_kernel
 from lightning_topkast.ops.blocks.kernels import product_kernel, sampled_kernel
 
 INDICES = ("starts", "others", "blocks", "longest_first")
@@ -62,6 +63,11 @@ def main() -> None:
         boxes = {"grads": (64, side), "dense": (64, side)}
         made[f"sampled sm_{architecture} {side}"] = compile_kernel(
             sampled_kernel, sampled, architecture, 8, 3, **(boxes if architecture == 90 and side > 32 else {})
+        )
+        shifts = {"POSITIONS": 9, "ACROSS": 3, "UP_Y": 1, "UP_X": 1, "DOWN_Y": 2, "DOWN_X": 2}
+        made[f"conv sm_{architecture} {side}"] = compile_kernel(conv_kernel, product | shifts, architecture, 4, 3)
+        made[f"conv_sampled sm_{architecture} {side}"] = compile_kernel(
+            conv_sampled_kernel, sampled | shifts, architecture, 8, 3
         )
     print(json.dumps(made))
 

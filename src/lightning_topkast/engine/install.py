@@ -16,7 +16,7 @@ from lightning_topkast.layers import SparseLayer, StackLayer, pack_layer, produc
 from lightning_topkast.method.density import Counts
 from lightning_topkast.method.structure import Block, Structure
 from lightning_topkast.method.targets import Target, find_targets
-from lightning_topkast.ops import CONV_KERNELS, MATRIX_KERNELS, Kernels
+from lightning_topkast.ops import CONV_KERNELS, MATRIX_KERNELS, Kernels, cost_of_conv
 from lightning_topkast.settings import Settings
 from lightning_topkast.storage import Masked, Packed
 from lightning_topkast.weights import MaskedWeight, PackedWeight, SparseWeight, Traits
@@ -158,8 +158,8 @@ class StorageChoice:
     Args:
         name: of the storage.
         product: how the layer multiplies by it if it is packed.
-        reason: why the weight stays masked or is compact although packing was requested, or what "auto" expects of it;
-            "" if it is as requested.
+        reason: why the weight stays masked or is compact although packing was requested, what "auto" expects of it, or
+            by what it is multiplied where that depends on the device; "" if it is as requested.
     """
 
     name: Literal["masked", "packed", "compact"]
@@ -191,13 +191,16 @@ def choose_storage(
     product = _packed_product(target, active, updated, storage, structure)
     if isinstance(product, str):
         return StorageChoice("compact", reason=product)
+    if isinstance(structure, Block) and product.groups is not None and product.kernels == "auto":
+        reason = "multiplied by blocks where that should be faster, and by a dense copy elsewhere"
+        return StorageChoice("packed", product, reason)
     if storage.products == "sparse":
         return StorageChoice("packed", product)
     entries, least = target.shape.numel(), _LEAST_ENTRIES if product.groups is None else _LEAST_ENTRIES_OF_CONV
     if entries < least:
         return StorageChoice("compact", reason=f"fewer than {least:,} entries")
     # of three dense products, two with A and one on B
-    speed = 3 * entries / max(_cost(structure, product.kernels) * (2 * active + updated), 1)
+    speed = 3 * entries / max(_cost(structure, product) * (2 * active + updated), 1)
     reason = f"packed products should take {1 / speed:.2g} times as long as dense ones"
     return StorageChoice("packed", product, reason) if speed > 1 else StorageChoice("compact", reason=reason)
 
@@ -248,6 +251,8 @@ def _packed_product(target: Target, active: int, updated: int, storage: Packed, 
     # a parameter on the meta device will be initialized on the CPU
     device = torch.device("cpu") if target.parameter.is_meta else target.parameter.device
     first, *others = [products_of(*owner) for owner in target.owners]
+    if isinstance(structure, Block):
+        first.reverse()  # the blocks of a 1×1 kernel are those of a matrix, for which no pixels are shifted
     obstacle = "its layer has no product with packed values"
     for product in first:
         if not all(product in products for products in others):
@@ -265,16 +270,18 @@ def _kernels_for(product: Product, structure: Structure, storage: Packed, device
     """Return the kernels for a product, or "" if there are none."""
     if isinstance(structure, Block):
         # they are chosen at run time, since the model may compute on another device
-        return "" if product.groups is not None else storage.kernels
+        return storage.kernels if product.groups in (None, 1) else ""
     kernels = cast(Kernels, storage.kernels)
     if product.groups is None:
         return MATRIX_KERNELS.choose(kernels, device)
     return "" if CONV_KERNELS.choose(kernels, device) == "torch" else "compiled"
 
 
-def _cost(structure: Structure, kernels: str) -> float:
+def _cost(structure: Structure, product: Product) -> float:
     """Return the time of a product per entry, relative to a dense one."""
     if isinstance(structure, Block):
+        if product.groups is not None:
+            return cost_of_conv((structure.outputs, structure.inputs))
         # fitted to square blocks of side 16, 32 and 64 on a CPU; a GPU takes less for large blocks
         return 2 + 40 / min(structure.outputs, structure.inputs)
-    return _COST_OF_ENTRY[kernels]
+    return _COST_OF_ENTRY[product.kernels]

@@ -7,8 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_topkast.layers.products import ProductLayer
-from lightning_topkast.ops import sparse_conv2d
-from lightning_topkast.weights.layouts import ConvLayout, FlatLayout
+from lightning_topkast.weights.layouts import BlockConvLayout, ConvLayout, FlatLayout
 
 _EXAMPLES = 16  # that the kernels take together, at most
 _LEAST_BATCH = 6  # fewer examples cost as much, so that a dense copy of the weight is faster
@@ -31,9 +30,9 @@ class ProductConv(ProductLayer):
         layout, sides = self.packed_weights["weight"].layout_for(values), len(self.kernel_size)
         if isinstance(layout, FlatLayout) or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             return cast(Tensor, super().forward(input))
-        if not isinstance(layout, ConvLayout):
+        if not isinstance(layout, ConvLayout | BlockConvLayout):
             return self._as_matrix(input)
-        if input.dim() != sides + 2 or input.shape[0] < _LEAST_BATCH or self._is_too_wide(input.shape[-1]):
+        if input.dim() != sides + 2 or not self._multiplies(layout, input):
             return cast(Tensor, super().forward(input))
         padding = self.padding
         if self.padding_mode != "zeros" or isinstance(padding, str):
@@ -42,17 +41,21 @@ class ProductConv(ProductLayer):
             padding = (0,) * sides
         one = (1,) * (2 - sides)
         images = input if sides == 2 else input.unsqueeze(-2)
-        values = cast(Tensor, self._parameters["weight"])
-        output = sparse_conv2d(
+        output = layout.convolve(
             images,
             values,
             self.bias,
-            layout.pattern,
             cast(tuple[int, int], one + self.stride),
             cast(tuple[int, int], (0,) * len(one) + padding),
             cast(tuple[int, int], one + self.dilation),
         )
         return output if sides == 2 else output.squeeze(-2)
+
+    def _multiplies(self, layout: ConvLayout | BlockConvLayout, input: Tensor) -> bool:
+        """Return whether there are kernels for an input that are faster than a dense copy of the weight."""
+        if isinstance(layout, BlockConvLayout):
+            return layout.multiplies(input, self.stride)
+        return input.shape[0] >= _LEAST_BATCH and not self._is_too_wide(input.shape[-1])
 
     def _is_too_wide(self, width: int) -> bool:
         """Return whether the rows of all channels that the kernels take together may not fit their 32-bit offsets."""

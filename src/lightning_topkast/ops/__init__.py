@@ -5,6 +5,7 @@ from lightning_topkast.ops.blocks import (
     block_sparse_linear,
     choose_block_kernels,
     convolves_by_blocks,
+    cost_of_conv,
 )
 from lightning_topkast.ops.compiled import Kernels
 from lightning_topkast.ops.conv.choice import CONV_KERNELS
@@ -27,6 +28,7 @@ __all__ = [
     "block_sparse_linear",
     "choose_block_kernels",
     "convolves_by_blocks",
+    "cost_of_conv",
     "sparse_conv2d",
     "sparse_linear",
 ]

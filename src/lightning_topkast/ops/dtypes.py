@@ -11,12 +11,19 @@ def is_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-def to_autocast(input: Tensor, values: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return all in the dtype of autocast if it is on for their device, as PyTorch's own products take them."""
+def product_dtype(input: Tensor) -> torch.dtype:
+    """Return the dtype in which PyTorch's own products compute with `input`: its own, or that of autocast."""
     device = input.device.type
     if not is_autocast(device) or input.dtype == torch.float64:
+        return input.dtype
+    return torch.get_autocast_dtype(device)
+
+
+def to_autocast(input: Tensor, values: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return all in the dtype of autocast if it is on for their device."""
+    if not is_autocast(input.device.type) or input.dtype == torch.float64:
         return input, values, bias
-    dtype = torch.get_autocast_dtype(device)
+    dtype = product_dtype(input)
     return input.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)
 
 

@@ -1,10 +1,11 @@
 """Layouts: the places of a weight's packed values, and products with them."""
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -12,7 +13,21 @@ from torch import Tensor
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.method.selection import ACTIVE, EXPLORING
 from lightning_topkast.method.structure import Block, Structure
-from lightning_topkast.ops import BlockPattern, CsrPattern, EntryPattern, Pattern, block_sparse_linear, sparse_linear
+from lightning_topkast.ops import (
+    BlockKernels,
+    BlockPattern,
+    CsrPattern,
+    EntryPattern,
+    Pattern,
+    block_sparse_conv2d,
+    block_sparse_linear,
+    convolves_by_blocks,
+    sparse_conv2d,
+    sparse_linear,
+)
+from lightning_topkast.ops.dtypes import product_dtype
+
+Pair = tuple[int, int]
 
 _CHUNK = 1 << 24  # units whose tiers are in memory at a time
 
@@ -183,10 +198,16 @@ class ConvLayout(Layout):
         """Return the flat indices of the packed values."""
         return self.pattern.flat_indices()
 
+    def convolve(
+        self, images: Tensor, values: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair
+    ) -> Tensor:
+        """Convolve `images` (batch, in, height, width) with A and add `bias`."""
+        return sparse_conv2d(images, values, bias, self.pattern, stride, padding, dilation)
+
 
 @dataclass(frozen=True, eq=False)
-class BsrLayout(Layout):
-    """The layout of a weight for products with blocks.
+class BlockLayout(Layout):
+    """A layout for products with blocks.
 
     Args:
         how: how the layer multiplies.
@@ -203,10 +224,35 @@ class BsrLayout(Layout):
         """Return the flat indices of the packed values."""
         return self.pattern.flat_indices()
 
+
+@dataclass(frozen=True, eq=False)
+class BsrLayout(BlockLayout):
+    """The layout of a matrix for products with blocks."""
+
     def product(self, input: Tensor, values: Tensor, bias: Tensor | None, batch_last: bool = False) -> Tensor:
         """Multiply the last dimension of `input` by A, as its `Product` says, and add `bias`."""
         blocks = values.view(-1, *self.pattern.block_shape)
         return block_sparse_linear(input, blocks, bias, self.pattern, self.how.kernels, self.how.transposed)
+
+
+@dataclass(frozen=True, eq=False)
+class BlockConvLayout(BlockLayout):
+    """The layout of a weight for convolutions by blocks, where their kernels are faster than a dense copy."""
+
+    def multiplies(self, input: Tensor, stride: Sequence[int]) -> bool:
+        """Return whether a layer with this stride multiplies an input by blocks, not by the dense weight."""
+        # at all pixels of the input, though only those in a grid of that stride have a gradient at each position
+        of_input = self.active_count * math.prod(stride)
+        share = (self.active_count + of_input + self.updated_count) / (3 * max(self.shape.numel(), 1))
+        block_shape, dtype = self.pattern.block_shape, product_dtype(input)
+        return convolves_by_blocks(cast(BlockKernels, self.how.kernels), input.device, block_shape, dtype, share)
+
+    def convolve(
+        self, images: Tensor, values: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair
+    ) -> Tensor:
+        """Convolve `images` (batch, in, height, width) with A and add `bias`."""
+        blocks = values.view(-1, *self.pattern.block_shape)
+        return block_sparse_conv2d(images, blocks, bias, self.pattern, stride, padding, dilation, self.how.kernels)
 
 
 def make_layout(
@@ -233,20 +279,24 @@ def make_layout(
     sets = (shape, *counts, size, torch.cat([active, exploring]) if size > 1 else None)
     if product is None:
         return FlatLayout(*sets, _narrowed(structure.entries(torch.cat([active, exploring]), shape), shape))
-    if product.groups is not None:
-        return ConvLayout(*sets, EntryPattern.from_flat(active, exploring, as_kernel(shape), product.groups))
     if isinstance(structure, Block):
         sides = (structure.outputs, structure.inputs)
+        if product.groups is not None:
+            return BlockConvLayout(*sets, BlockPattern.from_flat(active, exploring, as_kernel(grid), sides), product)
         return BsrLayout(*sets, BlockPattern.from_flat(active, exploring, _as_matrix(grid), sides), product)
+    if product.groups is not None:
+        return ConvLayout(*sets, EntryPattern.from_flat(active, exploring, as_kernel(shape), product.groups))
     return MatrixLayout.of(shape, active, exploring, product, product.kernels_on(device))
 
 
 def can_multiply(shape: torch.Size, active: int, updated: int, structure: Structure, product: Product) -> bool:
     """Return whether the kernels' integers can hold the indices of a weight of this shape, with |A| and |B| entries."""
+    if isinstance(structure, Block):
+        units = structure.grid(shape)
+        grid = _as_matrix(units) if product.groups is None else as_kernel(units)
+        return BlockPattern.fits(grid, (structure.outputs, structure.inputs))
     if product.groups is not None:
         return EntryPattern.fits(as_kernel(shape), updated)
-    if isinstance(structure, Block):
-        return BlockPattern.fits(_as_matrix(structure.grid(shape)), (structure.outputs, structure.inputs))
     return Pattern.fits(_as_matrix(shape), updated)
 
 

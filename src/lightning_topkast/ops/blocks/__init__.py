@@ -1,4 +1,4 @@
-from lightning_topkast.ops.blocks.choice import BlockKernels, choose_block_kernels, convolves_by_blocks
+from lightning_topkast.ops.blocks.choice import BlockKernels, choose_block_kernels, convolves_by_blocks, cost_of_conv
 from lightning_topkast.ops.blocks.conv.conv import block_sparse_conv2d
 from lightning_topkast.ops.blocks.linear import block_sparse_linear
 from lightning_topkast.ops.blocks.pattern import BlockPattern
@@ -10,4 +10,5 @@ __all__ = [
     "block_sparse_linear",
     "choose_block_kernels",
     "convolves_by_blocks",
+    "cost_of_conv",
 ]

@@ -44,16 +44,38 @@ def choose_block_kernels(
     return "torch"
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def convolves_by_blocks(
-    name: BlockKernels, device: torch.device, block_shape: tuple[int, int], dtype: torch.dtype
+    name: BlockKernels, device: torch.device, block_shape: tuple[int, int], dtype: torch.dtype, share: float
 ) -> bool:
     """Return whether a layer multiplies by the blocks of a convolution's weight, rather than by a dense copy of it.
 
-    `"auto"` does so with Triton's kernels only: with PyTorch's, on a CPU, the dense convolution is faster
-    (benchmarks/README.md, in blocks). Arguments as of `choose_block_kernels`.
+    Args:
+        name: `"auto"` does so where it should be faster: with Triton's kernels on a GPU, and on a CPU with PyTorch's in
+            float32 and float64 if `share` is small. Other kernels always do.
+        device: of the tensors.
+        block_shape: of the weight's blocks.
+        dtype: of the computation.
+        share: multiplications by the blocks in forward and backward pass, as a share of those of the dense weight.
     """
-    return name != "auto" or choose_block_kernels(name, device, block_shape, dtype) == "triton"
+    if name != "auto":
+        return True
+    if device.type == "cpu":
+        return dtype in (torch.float32, torch.float64) and share * cost_of_conv(block_shape) < 1
+    return _chooses_triton(device, block_shape, dtype)
+
+
+def cost_of_conv(block_shape: tuple[int, int]) -> float:
+    """Return the time of a convolution by PyTorch's kernels on a CPU per entry of a block, relative to a dense one.
+
+    Fitted to square blocks of side 8 to 128 in float32 (`python benchmarks/gpu_conv.py`); in bfloat16 a CPU's dense
+    convolution takes a fifth of that time, and is faster than blocks nearly always.
+    """
+    return 2 + 150 / min(block_shape)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _chooses_triton(device: torch.device, block_shape: tuple[int, int], dtype: torch.dtype) -> bool:
+    return choose_block_kernels("auto", device, block_shape, dtype) == "triton"
 
 
 def implementation(kernels: str, dense: Tensor, block_shape: tuple[int, int]) -> ModuleType:

@@ -10,6 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def dot(a, b, total, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
+    """Return total + a @ b."""
     if WIDEN:  # Triton's interpreter would multiply the bits of bfloat16
         a = a.to(tl.float32)
         b = b.to(tl.float32)

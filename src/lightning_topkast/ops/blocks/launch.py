@@ -263,6 +263,7 @@ def _may_use_tf32(settings: Any) -> bool:
 
 @cache
 def processors(device: torch.device) -> int:
+    """Return the number of processors of the device."""
     if device.type != "cuda":
         return 64  # the interpreter: small tests should also use splits
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -101,8 +101,8 @@ class BlockPattern:
         """
         if len(grid) < 2 or min(block_shape) < 1:
             raise TopKastError(
-                f"expected at least a 2-D grid and positive block sides, got a grid of shape {tuple(grid)} and blocks of "
-                f"{tuple(block_shape)}"
+                f"expected at least a 2-D grid and positive block sides, got a grid of shape {tuple(grid)} and blocks "
+                f"of {tuple(block_shape)}"
             )
         (rows, columns, *kernel), (height, width) = grid, block_shape
         if not cls.fits(grid, block_shape):

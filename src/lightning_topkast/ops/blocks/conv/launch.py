@@ -24,6 +24,9 @@ from lightning_topkast.ops.blocks.launch import (
 )
 from lightning_topkast.ops.blocks.pattern import Lines
 
+# Whether float32 may be computed in TensorFloat-32; before torch 2.9 convolutions have no setting of their own.
+_SETTINGS: Any = getattr(torch.backends.cudnn, "conv", torch.backends.cudnn)
+
 _SHIFTS = ("POSITIONS", "ACROSS", "UP_Y", "UP_X")
 _product = tune_product(conv_kernel, *_SHIFTS, "DOWN_Y", "DOWN_X")
 _sampled = tune_sampled(conv_sampled_kernel, *_SHIFTS)
@@ -71,7 +74,7 @@ def product(
         "DEEP": deep(depth, images),
         "TRANSPOSED": transposed,
         "HAS_BIAS": bias is not None,
-        **numerics(images, torch.backends.cudnn.conv),
+        **numerics(images, _SETTINGS),
     }
     start(_product, lambda meta: (-(-rows // meta["TILE"]) * count,), arguments | FIXED_PRODUCT)
     return result
@@ -111,7 +114,7 @@ def sampled(grads: Tensor, images: Tensor, lines: Lines, geometry: Geometry, sha
         "WIDTH": width,
         "LINES": bucket(count),
         "ITEM": images.element_size(),
-        **numerics(images, torch.backends.cudnn.conv),
+        **numerics(images, _SETTINGS),
     }
     start(_sampled, partial(sampled_grid, present, count, splits), arguments | FIXED_SAMPLED)
     fold(sums, result, elements, splits)

@@ -15,6 +15,7 @@ import random
 import sys
 import traceback
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from unittest import mock
 
@@ -450,17 +451,18 @@ OF_TRITON = (
 def draw_tiles(seed: int) -> None:
     """On a GPU each kernel runs in one of its tilings, drawn at random: to tune all of these shapes takes minutes."""
     from lightning_topkast.ops.blocks import launch
+    from lightning_topkast.ops.blocks.conv import launch as conv
 
     draw = random.Random(seed)
-    for tuner in (launch._product, launch._sampled):
+    for tuner in (launch._product, launch._sampled, conv._product, conv._sampled):
         fitting = tuner.early_config_prune
         tuner.early_config_prune = lambda *args, fitting=fitting, **constants: [
             draw.choice(fitting(*args, **constants))
         ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(checks: Sequence[Callable[[On], None]], description: str | None) -> None:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("seed", type=int)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--only", nargs="+", help="names of checks")
@@ -474,7 +476,7 @@ def main() -> None:
         draw_tiles(arguments.seed)
     failed: dict[str, str] = {}
     choose_block_kernels("triton", torch.device(arguments.device), (16, 16), torch.float32)
-    for check in OF_TRITON:
+    for check in checks:
         if arguments.only and check.__name__ not in arguments.only:
             continue
         failed[check.__name__] = ""
@@ -486,4 +488,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(OF_TRITON, __doc__)

@@ -280,7 +280,7 @@ class Starts(list):
     """In place of the compiler, so that there need be no GPU: what the kernels were started with."""
 
     def run(self, **options):
-        if options["DESCRIBED"]:
+        if options.get("DESCRIBED"):
             down = options["TILE"] if "TILE" in options else options["STEP"] // options["ITEM"]
             across = options["DEEP"] if "TILE" in options else options["WIDTH"]
             assert options["dense"].block_shape == [down, across], "boxes of another tile"
@@ -293,6 +293,7 @@ class Starts(list):
 @pytest.fixture
 def launched(monkeypatch):
     from lightning_topkast.ops.blocks import launch
+    from lightning_topkast.ops.blocks.conv import launch as conv
 
     launched = Starts()
 
@@ -302,7 +303,7 @@ def launched(monkeypatch):
 
     monkeypatch.setattr(launch, "fold_kernel", defaultdict(lambda: lambda *_, **__: None))
     monkeypatch.setattr(launch, "_tiles", {})
-    for tuner in (launch._product, launch._sampled):
+    for tuner in (launch._product, launch._sampled, conv._product, conv._sampled):
         monkeypatch.setattr(tuner, "fn", launched)
         monkeypatch.setattr(tuner, "cache", {})
         monkeypatch.setitem(vars(tuner), "do_bench", measure)
@@ -336,6 +337,8 @@ def test_tuning_tries_the_tiles_that_fit_once_for_each_shape(launched):
 @needs_triton
 def test_cases_are_told_apart_as_by_triton(launched, monkeypatch):
     from lightning_topkast.ops.blocks import launch
+    from lightning_topkast.ops.blocks.conv import launch as conv
+    from lightning_topkast.ops.blocks.conv.geometry import Geometry
 
     on = blocks.On("triton", "cpu", 0)
     shapes = ((256, 256), (32, 64)), ((256, 256), (64, 32)), ((256, 256), (64, 64)), ((512, 256), (64, 64))
@@ -347,15 +350,36 @@ def test_cases_are_told_apart_as_by_triton(launched, monkeypatch):
     def starts():
         for layer, rows, splits in itertools.product(layers, (100, 500), (1, 2)):
             monkeypatch.setattr(launch, "split", lambda *_, splits=splits: (splits, 256))
+            convolutions(layer, rows // 50)
             values, pattern = layer.values, layer.pattern
             input, grad = (torch.ones(rows, side, dtype=values.dtype) for side in reversed(pattern.shape))
             yield launch.product(input, values, layer.bias, pattern.active_by_row, False)
             yield launch.product(grad, values, None, pattern.active_by_column, True)
             yield launch.sampled(grad, input, pattern.updated_by_row, values.shape)
 
+    def convolutions(layer, batch):
+        if layer.pattern.shape[0] != 256:
+            return
+        for kernel, stride in itertools.product(((1, 1), (3, 2)), ((1, 1), (1, 2))):
+            tiers = on.tiers(2, 2 * kernel[0] * kernel[1]).view(2, 2, *kernel)
+            block, dtype = layer.pattern.block_shape, layer.values.dtype
+            pattern, geometry = pattern_of(tiers, block), Geometry(kernel, stride, (1, 1), (1, 1))
+            values = torch.ones(pattern.updated_count, *block, dtype=dtype)
+            images = torch.ones(batch, 5, 6, 2 * block[1], dtype=dtype)
+            output = conv.product(
+                images, values, None, pattern.active_by_row, geometry, geometry.result_size((5, 6)), False
+            )
+            conv.product(output, values, None, pattern.active_by_column, geometry, (5, 6), True)
+            conv.sampled(output, images, pattern.updated_by_row, geometry, values.shape)
+            if clears:
+                launch._tiles.clear()
+
+    clears = True
     for _ in starts():
         launch._tiles.clear()
-    by_triton = len(launch._product.cache) + len(launch._sampled.cache)
+    clears = False
+    tuners = (launch._product, launch._sampled, conv._product, conv._sampled)
+    by_triton = sum(len(tuner.cache) for tuner in tuners)
     for _ in starts():
         pass
     assert len(launch._tiles) == by_triton

@@ -89,7 +89,7 @@ class _SparseConv(torch.autograd.Function):
         sizes: list[int],
         numbers: list[int],
     ) -> Tensor:
-        channels_last = _is_channels_last(input)
+        channels_last = is_channels_last(input)
         images = _dense(input, channels_last)
         index = [forward_cut, forward_keys, backward_cut, backward_keys, backward_order]
         ctx.save_for_backward(images, values, *index)
@@ -104,7 +104,7 @@ class _SparseConv(torch.autograd.Function):
         of_input, of_values, of_bias = ctx.needs_input_grad[:3]
         input_grad = values_grad = None
         if of_input or of_values:
-            grads = _dense(grad, _is_channels_last(grad))
+            grads = _dense(grad, is_channels_last(grad))
             input_grad, values_grad = torch.ops.topkast.conv_gradients(
                 values, index, ctx.sizes, images, grads, ctx.numbers, of_input, of_values
             )
@@ -116,7 +116,8 @@ class _SparseConv(torch.autograd.Function):
         )
 
 
-def _is_channels_last(images: Tensor) -> bool:
+def is_channels_last(images: Tensor) -> bool:
+    """Return whether images are in `channels_last`, and not contiguous as well."""
     return images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
 
 

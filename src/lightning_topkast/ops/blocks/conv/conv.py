@@ -11,6 +11,7 @@ from lightning_topkast.ops.blocks.conv import library
 from lightning_topkast.ops.blocks.conv.geometry import Geometry
 from lightning_topkast.ops.blocks.linear import check_blocks
 from lightning_topkast.ops.blocks.pattern import BlockPattern
+from lightning_topkast.ops.conv.conv import is_channels_last
 from lightning_topkast.ops.dtypes import to_autocast
 
 
@@ -97,7 +98,7 @@ class _BlockSparseConv(torch.autograd.Function):
 
 
 def _format(images: Tensor) -> torch.memory_format:
-    return torch.contiguous_format if images.is_contiguous() else torch.channels_last
+    return torch.channels_last if is_channels_last(images) else torch.contiguous_format
 
 
 def _channels_last(images: Tensor) -> Tensor:

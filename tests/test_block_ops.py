@@ -8,6 +8,7 @@ import random
 import re
 import sys
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -334,55 +335,57 @@ def test_tuning_tries_the_tiles_that_fit_once_for_each_shape(launched):
     assert len(tried(lambda: launch.product(input[:70], layer.values, None, rows, False))) > 1, "another shape"
 
 
-@needs_triton
-def test_cases_are_told_apart_as_by_triton(launched, monkeypatch):
+def linear_products():
     from lightning_topkast.ops.blocks import launch
-    from lightning_topkast.ops.blocks.conv import launch as conv
-    from lightning_topkast.ops.blocks.conv.geometry import Geometry
 
     on = blocks.On("triton", "cpu", 0)
     shapes = ((256, 256), (32, 64)), ((256, 256), (64, 32)), ((256, 256), (64, 64)), ((512, 256), (64, 64))
-    layers = [
-        on.layer(*shape, dtype, tiers=on.tiers(shape[0][0] // shape[1][0], shape[0][1] // shape[1][1], active))
-        for shape, dtype, active in itertools.product(shapes, (torch.float32, torch.bfloat16), (0.2, 0.6))
-    ]
+    for shape, dtype, active in itertools.product(shapes, (torch.float32, torch.bfloat16), (0.2, 0.6)):
+        layer = on.layer(*shape, dtype, tiers=on.tiers(shape[0][0] // shape[1][0], shape[0][1] // shape[1][1], active))
+        values, pattern = layer.values, layer.pattern
+        for rows in (100, 500):
+            input, grad = (torch.ones(rows, side, dtype=dtype) for side in reversed(pattern.shape))
+            yield partial(launch.product, input, values, layer.bias, pattern.active_by_row, False)
+            yield partial(launch.product, grad, values, None, pattern.active_by_column, True)
+            yield partial(launch.sampled, grad, input, pattern.updated_by_row, values.shape)
 
-    def starts():
-        for layer, rows, splits in itertools.product(layers, (100, 500), (1, 2)):
+
+def convolutions():
+    from lightning_topkast.ops.blocks.conv import launch
+    from lightning_topkast.ops.blocks.conv.geometry import Geometry
+
+    kernels, strides, dtypes = ((1, 1), (3, 2), (2, 3)), ((1, 1), (1, 2)), (torch.float32, torch.bfloat16)
+    for kernel, stride, dtype, batch in itertools.product(kernels, strides, dtypes, (4, 20)):
+        pattern = pattern_of(torch.full((2, 2, *kernel), 2), (32, 64))
+        geometry = Geometry(kernel, stride, (1, 1), (1, 1))
+        size = geometry.result_size((5, 6))
+        values = torch.ones(pattern.updated_count, 32, 64, dtype=dtype)
+        images, grads = torch.ones(batch, 5, 6, 128, dtype=dtype), torch.ones(batch, *size, 64, dtype=dtype)
+        yield partial(launch.product, images, values, None, pattern.active_by_row, geometry, size, False)
+        yield partial(launch.product, grads, values, None, pattern.active_by_column, geometry, (5, 6), True)
+        yield partial(launch.sampled, grads, images, pattern.updated_by_row, geometry, values.shape)
+
+
+@needs_triton
+@pytest.mark.parametrize("products", [linear_products, convolutions])
+def test_cases_are_told_apart_as_by_triton(launched, monkeypatch, products):
+    from lightning_topkast.ops.blocks import launch
+    from lightning_topkast.ops.blocks.conv import launch as conv
+
+    calls = list(products())
+
+    def start_all(clears):
+        for splits in (1, 2):
             monkeypatch.setattr(launch, "split", lambda *_, splits=splits: (splits, 256))
-            convolutions(layer, rows // 50)
-            values, pattern = layer.values, layer.pattern
-            input, grad = (torch.ones(rows, side, dtype=values.dtype) for side in reversed(pattern.shape))
-            yield launch.product(input, values, layer.bias, pattern.active_by_row, False)
-            yield launch.product(grad, values, None, pattern.active_by_column, True)
-            yield launch.sampled(grad, input, pattern.updated_by_row, values.shape)
+            for call in calls:
+                call()
+                if clears:
+                    launch._tiles.clear()
 
-    def convolutions(layer, batch):
-        if layer.pattern.shape[0] != 256:
-            return
-        for kernel, stride in itertools.product(((1, 1), (3, 2)), ((1, 1), (1, 2))):
-            tiers = on.tiers(2, 2 * kernel[0] * kernel[1]).view(2, 2, *kernel)
-            block, dtype = layer.pattern.block_shape, layer.values.dtype
-            pattern, geometry = pattern_of(tiers, block), Geometry(kernel, stride, (1, 1), (1, 1))
-            values = torch.ones(pattern.updated_count, *block, dtype=dtype)
-            images = torch.ones(batch, 5, 6, 2 * block[1], dtype=dtype)
-            output = conv.product(
-                images, values, None, pattern.active_by_row, geometry, geometry.result_size((5, 6)), False
-            )
-            conv.product(output, values, None, pattern.active_by_column, geometry, (5, 6), True)
-            conv.sampled(output, images, pattern.updated_by_row, geometry, values.shape)
-            if clears:
-                launch._tiles.clear()
-
-    clears = True
-    for _ in starts():
-        launch._tiles.clear()
-    clears = False
-    tuners = (launch._product, launch._sampled, conv._product, conv._sampled)
-    by_triton = sum(len(tuner.cache) for tuner in tuners)
-    for _ in starts():
-        pass
-    assert len(launch._tiles) == by_triton
+    start_all(clears=True)
+    by_triton = sum(len(tuner.cache) for tuner in (launch._product, launch._sampled, conv._product, conv._sampled))
+    start_all(clears=False)
+    assert len(launch._tiles) == by_triton > 10
 
 
 # --- what the compiler makes of the kernels; needs no GPU -------------------------------------------------------------

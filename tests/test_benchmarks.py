@@ -289,6 +289,16 @@ def test_gpu_multiplies_by_2_to_4_weights_where_a_gpu_can(gpu_rehearsal):
     assert all("Only CUDA tensors" in row["failed"] for row in gpu_rehearsal["semi"])
 
 
+def test_gpu_conv_times_every_part_of_a_convolution():
+    run = run_benchmark("gpu_conv.py", "--size", "rehearsal")
+    products, steps = run.stdout.split("### ")[1:]
+    lines = {
+        name: re.findall(r"^\| +64 .*", text, re.MULTILINE) for name, text in (("products", products), ("steps", steps))
+    }
+    assert [line.split("|")[7].strip() for line in lines["products"]] == ["forward", "dx", "dW"] * 4
+    assert [line.split("|")[3].strip() for line in lines["steps"]] == ["3×3", "3×3", "1×1", "1×1"]
+
+
 GIANT = ("--blocks", "2", "--width", "256", "--side", "16", "--batch", "1", "--time", "16", "--steps", "3")
 
 

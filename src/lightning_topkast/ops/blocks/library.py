@@ -13,9 +13,9 @@ from lightning_topkast.ops.blocks.choice import implementation
 from lightning_topkast.ops.blocks.pattern import Lines
 from lightning_topkast.ops.library import LIBRARY
 
-_LINES = "Tensor starts, Tensor others, Tensor blocks, Tensor longest_first"
-_PRODUCT = f"block_product(Tensor dense, Tensor values, Tensor? bias, {_LINES}, bool transposed, str kernels) -> Tensor"
-_SAMPLED = f"block_sampled(Tensor grads, Tensor dense, {_LINES}, SymInt[] shape, str kernels) -> Tensor"
+LINES = "Tensor starts, Tensor others, Tensor blocks, Tensor longest_first"
+_PRODUCT = f"block_product(Tensor dense, Tensor values, Tensor? bias, {LINES}, bool transposed, str kernels) -> Tensor"
+_SAMPLED = f"block_sampled(Tensor grads, Tensor dense, {LINES}, SymInt[] shape, str kernels) -> Tensor"
 
 
 def _product(

@@ -13,16 +13,16 @@ from torch import Tensor
 from lightning_topkast.ops.blocks.choice import BlockKernels, choose_block_kernels
 from lightning_topkast.ops.blocks.conv import portable
 from lightning_topkast.ops.blocks.conv.geometry import Geometry
+from lightning_topkast.ops.blocks.library import LINES
 from lightning_topkast.ops.blocks.pattern import Lines
 from lightning_topkast.ops.library import LIBRARY
 
-_LINES = "Tensor starts, Tensor others, Tensor blocks, Tensor longest_first"
 _PRODUCT = (
-    f"block_conv(Tensor images, Tensor values, Tensor? bias, {_LINES}, int[] numbers, SymInt[] size, bool transposed, "
+    f"block_conv(Tensor images, Tensor values, Tensor? bias, {LINES}, int[] numbers, SymInt[] size, bool transposed, "
     "str kernels) -> Tensor"
 )
 _SAMPLED = (
-    f"block_conv_sampled(Tensor grads, Tensor images, {_LINES}, int[] numbers, SymInt[] shape, str kernels) -> Tensor"
+    f"block_conv_sampled(Tensor grads, Tensor images, {LINES}, int[] numbers, SymInt[] shape, str kernels) -> Tensor"
 )
 
 

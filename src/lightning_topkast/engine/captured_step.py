@@ -94,8 +94,8 @@ class CapturedStep:
             self._warned = True
             name, (old, new) = next(iter(changed.items()))
             warnings.warn(
-                f"the optimizer's {name} has changed from {old} to {new}. A captured step holds numbers fixed, so it is "
-                f"captured again at every change; make it a tensor if that is often: {name}=torch.tensor({old}, "
+                f"the optimizer's {name} has changed from {old} to {new}. A captured step holds numbers fixed, so it "
+                f"is captured again at every change; make it a tensor if that is often: {name}=torch.tensor({old}, "
                 "device='cuda')",
                 stacklevel=3,
             )

@@ -107,7 +107,7 @@ def figures(
     if x.is_cuda:
         yield {"held": sparse_row["held MB"] / dense_row["held MB"]}
     yield launched(dense_ways, ways(sparse), x.device, size.rounds)
-    yield {"refresh ms": Clock(x.device).wall(sparse.topkast.refresh)}  # last: captured steps know the old places
+    yield {"refresh ms": Clock(x.device).wall(sparse.topkast.refresh)}
 
 
 def aims(rows: list[Row]) -> list[Row]:

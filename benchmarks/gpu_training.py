@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from lightning_topkast import Packed, Targets, TopKast
+from lightning_topkast.engine.captured_step import CudaGraph
 from lightning_topkast.method import structure
 
 Forward = Callable[[Tensor], Tensor]
@@ -56,30 +57,26 @@ class Training:
         return compiled
 
     def captured(self, forward: Forward) -> Call:
-        """A step as a CUDA graph: Python has no part in it, so neither has a refresh, which comes between replays."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        """A step as a CUDA graph; of a packed model with what the engine does on the host around each replay."""
+        if not CudaGraph.supports(self.x):
+            raise RuntimeError("CUDA graphs need a GPU")
+        step = partial(self.step, forward)
+        if self.topkast is None:
+            graph = CudaGraph()
             for _ in range(3):
-                self.step(forward)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.clear()
-        graph = torch.cuda.CUDAGraph()
-        failure = None
-        try:
-            with torch.cuda.graph(graph):
-                try:
-                    self.step(forward)
-                except Exception as error:
-                    failure = error
-                    raise
-        except Exception as error:  # the end of a capture that has failed raises too, and says less
-            raise failure or error from None
+                graph.warm_up(step)
+            self.clear()
+            graph.capture(step)
+            call: Call = graph.replay
+        else:
+            call = self.topkast.capture(step)
+            for _ in range(4):  # the last one captures
+                call()
         before = [parameter.detach().clone() for parameter in self.model.parameters()]
-        graph.replay()
+        call()
         moved = (not torch.equal(old, new) for old, new in zip(before, self.model.parameters(), strict=True))
         assert any(moved), "a replay changes no parameter"
-        return graph.replay
+        return call
 
     def tensors(self) -> Iterable[Tensor]:
         """Weights, gradients and Adam's state."""

@@ -18,6 +18,7 @@ import torch
 from torch.sparse._semi_structured_conversions import _sparse_semi_structured_tile
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_topkast.engine.captured_step import CudaGraph
 from tests import benchmark_parts, processes
 
 pytestmark = pytest.mark.slow
@@ -249,6 +250,7 @@ def captures(gpu, monkeypatch):
     training = gpu("gpu_training").Training(
         torch.nn.Linear(32, 32, dtype=torch.bfloat16), torch.randn(8, 32, dtype=torch.bfloat16, requires_grad=True)
     )
+    monkeypatch.setattr(CudaGraph, "supports", lambda tensor: True)
     monkeypatch.setattr(torch.cuda, "Stream", mock.MagicMock())
     monkeypatch.setattr(torch.cuda, "stream", mock.MagicMock())
     monkeypatch.setattr(torch.cuda, "current_stream", mock.MagicMock())

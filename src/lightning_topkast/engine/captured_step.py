@@ -124,8 +124,16 @@ class CudaGraph:
 
     def capture(self, function: Callable[[], Any]) -> Any:
         """Record what the function does and return its result, whose tensors are computed by `replay`."""
-        with torch.cuda.graph(self._graph):
-            return function()
+        failure = None
+        try:
+            with torch.cuda.graph(self._graph):
+                try:
+                    return function()
+                except BaseException as error:
+                    failure = error
+                    raise
+        except Exception as error:  # the end of a capture that has failed raises too, and says less
+            raise failure or error from None
 
     def replay(self) -> None:
         """Do what was recorded."""

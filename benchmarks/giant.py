@@ -56,17 +56,30 @@ class Transformer(nn.Module):
         return output
 
 
-def build(arguments: argparse.Namespace, device: torch.device, mesh: DeviceMesh | None) -> tuple[nn.Module, TopKast]:
-    """Pack a transformer on the meta device, which draws it, and shard it over the mesh, if there is one."""
+def build(
+    blocks: int,
+    width: int,
+    time: int,
+    pair: tuple[float, float],
+    side: int,
+    device: torch.device,
+    mesh: DeviceMesh | None = None,
+) -> tuple[Transformer, TopKast]:
+    """Pack a transformer on the meta device, which draws it, and shard it over the mesh, if there is one.
+
+    Args:
+        blocks: of the transformer.
+        side: of the sets' blocks.
+    """
     with torch.device("meta"):
-        model = Transformer(arguments.width, arguments.blocks, arguments.width // 128, arguments.time)
+        model = Transformer(width, blocks, width // 128, time)
     topkast = TopKast(
         model,
-        *arguments.pair,
+        *pair,
         targets=Targets(include=["blocks.*"], keep_first_dense=False, keep_last_dense=False),
         update_every=10**6,
         penalty=None,
-        structure=structure.Block(arguments.side, arguments.side),
+        structure=structure.Block(side, side),
         storage=Packed(unsupported="error"),
     )
     for module in (*model.blocks, model):
@@ -110,7 +123,8 @@ def run(arguments: argparse.Namespace, device: torch.device, mesh: DeviceMesh | 
     rank, world = (0, 1) if mesh is None else (mesh.get_rank(), mesh.size())
     torch.manual_seed(0)
     watch = Watch(device, prints=rank == 0)
-    model, topkast = watch("drawing, packing and sharding", lambda: build(arguments, device, mesh))
+    sizes = (arguments.blocks, arguments.width, arguments.time, tuple(arguments.pair), arguments.side)
+    model, topkast = watch("drawing, packing and sharding", lambda: build(*sizes, device, mesh))
     optimizer = Adam(model.parameters(), lr=arguments.lr, fused=True)
     topkast.attach(optimizer)
     weights = topkast.weights.values()

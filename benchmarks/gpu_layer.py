@@ -250,7 +250,6 @@ def aims(rows: list[Row]) -> list[Row]:
             for row in rows
             if (row["width"], row["sparsity"], row["part"]) == wanted and row["block"] in AIM_BLOCKS
         ]
-        if speeds:
-            text = f"{pair_name(pair)}: a step of the layer ≥ {speed} × dense"
-            found.append(aim(text, max(speeds), speed, at_least=True))
+        text = f"{pair_name(pair)}: a step of the layer, width {AIM_WIDTH}, ≥ {speed} × dense"
+        found.append(aim(text, max(speeds, default=None), speed, at_least=True))
     return found

@@ -1,11 +1,13 @@
 """How the parts of gpu.py time their work on a device, and what they print alike."""
 
+import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from statistics import median
 from time import perf_counter
 
 import torch
+from tables import Row
 
 Call = Callable[[], object]
 
@@ -79,6 +81,29 @@ def medians(calls: dict[str, Call], device: torch.device, rounds: int, queued: b
     return {name: median(several) for name, several in times.items()}
 
 
+def filled(row: Row, figures: Iterator[Row], device: torch.device) -> Row:
+    """Add figures to a row as they are made. A failure, as of memory, is said in it; a part goes on with its next row.
+
+    All that the figures' making has held is free afterwards.
+
+    Raises:
+        RuntimeError: nothing runs on the device any more, as after a kernel has failed; the process must end.
+    """
+    try:
+        for each in figures:
+            row |= each
+    except Exception as error:  # the other rows are still worth their time
+        row["failed"] = in_a_line(error)
+    gc.collect()
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize()
+        except Exception as error:
+            raise RuntimeError(f"the device is lost after {row}") from error
+        torch.cuda.empty_cache()
+    return row
+
+
 def in_a_line(error: Exception) -> str:
     return (f"{type(error).__name__}: {error}".splitlines() or [""])[0][:160]
 
@@ -106,6 +131,9 @@ def device_name(device: torch.device) -> str:
     return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, CUDA {torch.version.cuda}"
 
 
-def aim(text: str, measured: float, limit: float, at_least: bool = False) -> dict[str, object]:
+def aim(text: str, measured: float | None, limit: float, at_least: bool = False) -> Row:
+    """A row of the summary; `measured` is None where no row has it."""
+    if measured is None:
+        return {"aim": text, "measured": None, "met": "not measured"}
     met = measured >= limit if at_least else measured <= limit
     return {"aim": text, "measured": measured, "met": "met" if met else "not met"}

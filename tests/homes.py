@@ -824,7 +824,12 @@ class Largest(TorchDispatchMode):
 
 
 def check_memory() -> dict:
-    """What each rank keeps, and the largest it ever allocates in steps and refreshes."""
+    """What each rank keeps, and the largest it ever allocates in steps and refreshes; last of all checks.
+
+    Allocations are traced to the end of the process: `tracemalloc.stop` crashes where another thread, as one of gloo's,
+    frees memory at that moment.
+    """
+    tracemalloc.start()
     selection._CHUNK = 1 << 14  # as little beside this weight as it is beside a large one
     found = {}
     kinds = {
@@ -846,11 +851,11 @@ def check_memory() -> dict:
             device[kind] = sum(each.numel() * each.element_size() for each in held)
             for step in range(2, 6):
                 gradients(topkast, step)
-                tracemalloc.start()
+                tracemalloc.reset_peak()
+                before = tracemalloc.get_traced_memory()[0]
                 with Largest() as mode:
                     optimizer.step()
-                largest[kind] = max(largest.get(kind, 0), mode.bytes, tracemalloc.get_traced_memory()[1])
-                tracemalloc.stop()
+                largest[kind] = max(largest.get(kind, 0), mode.bytes, tracemalloc.get_traced_memory()[1] - before)
         for kind in largest:
             found[f"host, {name}, {kind}"] = host[kind] / host["replicated"]
             found[f"device, {name}, {kind}"] = device[kind] / device["replicated"]
@@ -883,7 +888,8 @@ def check_timeouts() -> dict:
 
 
 def ranks(rank: int, folder: Path, world: int, others: list[int], steps: int | None) -> None:
-    faulthandler.dump_traceback_later(1500, exit=True)  # a rank that waits for another says where
+    faulthandler.enable()  # a rank that crashes says where
+    faulthandler.dump_traceback_later(1500, exit=True)  # and one that waits for another
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     store = f"file://{folder}/rendezvous"
@@ -902,9 +908,8 @@ def ranks(rank: int, folder: Path, world: int, others: list[int], steps: int | N
     found |= check_plan(world)
     found |= check_birth()
     found |= check_timeouts()
-    # before Trainers leave threads, beside which tracemalloc.stop has crashed
-    found |= check_memory()
     found |= check_lightning(folder, world, rank)
+    found |= check_memory()
     torch.save(found, folder / f"found-{rank}.pt")
     dist.destroy_process_group()
 

@@ -1,7 +1,5 @@
 """The benchmarks run, and print what they promise."""
 
-import importlib.util
-import itertools
 import json
 import re
 import runpy
@@ -10,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests import processes
 from tests.app.data_files import write_fashion_mnist
@@ -225,70 +222,6 @@ def test_inference_compares_every_way_and_the_files(tmp_path):
     assert last < first < 0.3
 
 
-def test_gpu_checks_in_the_interpreter_where_there_is_no_gpu(tmp_path):
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU, on which it would take minutes")
-    run = run_benchmark("gpu.py", "--quick", "--json", tmp_path / "figures.json")
-    figures = json.loads((tmp_path / "figures.json").read_text())
-    assert figures["parts"] == {}
-    if importlib.util.find_spec("triton") is None:
-        assert "There is no GPU, and triton is not installed: nothing is checked or timed." in run.stdout
-    else:
-        assert "There is no GPU: the checks run in Triton's interpreter, and nothing is timed." in run.stdout
-        assert [row["result"] for row in figures["checks"]] == ["passed", "passed"]
-
-
-@pytest.fixture(scope="module")
-def gpu_rehearsal(tmp_path_factory):
-    """Rows by part; on CPU, where the same code times tiny sizes by torch's operators."""
-    path = tmp_path_factory.mktemp("gpu") / "figures.json"
-    run_benchmark("gpu.py", "--rehearse", "--json", path)
-    figures = json.loads(path.read_text())
-    assert "rehearsal" in figures["device"]
-    assert [part["failed"] for part in figures["parts"].values()] == [None] * 5
-    return {name: part["rows"] for name, part in figures["parts"].items()}
-
-
-GPU_PAIRS = ("80% / 50%", "90% / 80%", "95% / 90%", "98% / 95%")
-
-
-def test_gpu_times_every_part_of_a_layers_step(gpu_rehearsal):
-    found = [(row["width"], row["block"], row["sparsity"], row["part"]) for row in gpu_rehearsal["layer"]]
-    assert found == list(itertools.product([128], [16, 32], GPU_PAIRS, ["forward", "dx", "dW", "step"]))
-    for row in gpu_rehearsal["layer"]:
-        assert row["speed"] == pytest.approx(row["dense ms"] / row["sparse ms"])
-        forward, backward = (1 - int(part.rstrip("% ")) / 100 for part in row["sparsity"].split("/"))
-        limit = {"dW": 1 / backward, "step": 3 / (2 * forward + backward)}.get(row["part"], 1 / forward)
-        assert row["of limit"] == pytest.approx(row["speed"] / limit)
-        if row["part"] == "step":
-            assert 0 < row["error"] < 0.02, "the products are in bfloat16"
-            assert row["eager speed"] == pytest.approx(row["eager dense ms"] / row["eager sparse ms"])
-
-
-def test_gpu_times_a_transformer_block_and_counts_its_bytes(gpu_rehearsal):
-    assert [row["sparsity"] for row in gpu_rehearsal["block"]] == list(GPU_PAIRS)
-    for row in gpu_rehearsal["block"]:
-        assert row["speed"] == pytest.approx(row["dense ms"] / row["sparse ms"])
-        backward = 1 - int(row["sparsity"].split("/")[1].rstrip("%")) / 100
-        assert row["bytes"] == pytest.approx(backward, abs=0.03), "biases and norms are dense"
-
-
-def test_gpu_times_masked_steps_and_refreshes(gpu_rehearsal):
-    (row,) = gpu_rehearsal["masked"]
-    assert row["ratio"] > 0
-    assert row["refresh %"] == pytest.approx(100 * row["refresh ms"] / 5 / row["dense ms"]), "spread over 5 steps"
-    found = [(row["of"], row["structure"]) for row in gpu_rehearsal["refresh"]]
-    assert found == list(itertools.product(["a weight", "a transformer"], ["unstructured", "block", "2:4"]))
-    for row in gpu_rehearsal["refresh"]:
-        assert row["refresh ms"] > 0
-        assert 0 < row["entries that change their set, %"] < 20
-
-
-def test_gpu_multiplies_by_2_to_4_weights_where_a_gpu_can(gpu_rehearsal):
-    assert [row["library"] for row in gpu_rehearsal["semi"]] == ["torch's choice", "cuSPARSELt", "CUTLASS"]
-    assert all("Only CUDA tensors" in row["failed"] for row in gpu_rehearsal["semi"])
-
-
 def test_gpu_conv_times_every_part_of_a_convolution():
     run = run_benchmark("gpu_conv.py", "--size", "rehearsal")
     products, steps = run.stdout.split("### ")[1:]
@@ -330,11 +263,6 @@ def test_giant_trains_over_two_ranks_each_of_which_holds_half(tmp_path):
     assert both[0]["first loss"] == pytest.approx(alone["first loss"]), "the network is the same"
     assert both[0]["first loss"] != both[1]["first loss"], "each rank has tokens of its own"
     assert out.count("Training on CPU") == 1
-
-
-def test_gpu_takes_only_the_parts_that_are_asked_for(tmp_path):
-    run_benchmark("gpu.py", "--rehearse", "--parts", "semi", "--json", tmp_path / "figures.json")
-    assert list(json.loads((tmp_path / "figures.json").read_text())["parts"]) == ["semi"]
 
 
 def test_largest_lets_packed_transformers_grow_beyond_dense_ones():

@@ -1,4 +1,4 @@
-"""torch.compile of packed models: one graph, and none again over refreshes, since places and values are its inputs."""
+"""torch.compile of sparse models: one graph, and none again over refreshes, since places and values are its inputs."""
 
 import pytest
 import torch
@@ -55,33 +55,82 @@ def language_loss(forward):
     return F.cross_entropy(forward(input_ids=tokens).logits.flatten(0, 1), tokens.flatten())
 
 
-def train(make, structure, kernels, compiles: bool) -> list[float]:
+def cnn():
+    model = nn.Sequential(
+        nn.Conv2d(8, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, stride=2), nn.ReLU(),
+        nn.Conv2d(16, 16, 1), nn.Flatten(), nn.Linear(16 * 9, 8),
+    )  # fmt: skip
+    return model, Targets(), lambda forward: forward(torch.randn(16, 8, 8, 8)).square().mean()
+
+
+def train(make, structure, storage, backend=None, batches=(), steps=2 * REFRESHES + 1, **schedule):
+    """Train for some refreshes; `batches`: sizes of the MLP's, instead of its own."""
     torch.manual_seed(0)
     model, targets, loss_of = make()
-    storage = Packed(kernels=kernels, unsupported="error")
-    schedule = Schedule(update_every=2)
+    schedule = Schedule(update_every=2, **schedule)
     topkast = TopKast(model, 0.75, 0.5, targets=targets, schedule=schedule, structure=structure, storage=storage)
-    assert {weight.storage for weight in topkast.weights.values()} == {"packed"}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     topkast.attach(optimizer)
-    forward = torch.compile(model, backend="aot_eager") if compiles else model
+    forward = torch.compile(model, backend=backend) if backend else model
     losses = []
-    for _ in range(2 * REFRESHES + 1):
+    for step in range(steps):
         optimizer.zero_grad()
-        loss = loss_of(forward)
+        loss = forward(torch.randn(batches[step], 32)).square().mean() if batches else loss_of(forward)
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
-    assert topkast.refresh_count == REFRESHES
-    return losses
+    assert topkast.refresh_count >= REFRESHES
+    return losses, {weight.storage for weight in topkast.weights.values()}
+
+
+def packed(kernels):
+    return Packed(kernels=kernels, unsupported="error")
+
+
+def compiled(*arguments, backend="aot_eager", **options):
+    """Train compiled; return the number of graphs, the losses and the storages."""
+    torch.compiler.reset()
+    counters.clear()
+    losses, storages = train(*arguments, backend=backend, **options)
+    assert not counters["graph_break"]
+    assert counters["frames"]["total"] == counters["stats"]["unique_graphs"]
+    return counters["stats"]["unique_graphs"], losses, storages
 
 
 @pytest.mark.parametrize(("structure", "kernels"), SETS)
 @pytest.mark.parametrize("make", [mlp, block, gpt2, llama])
 def test_a_packed_model_is_one_graph_over_refreshes(make, structure, kernels):
-    torch.compiler.reset()
-    counters.clear()
-    losses = train(make, structure, kernels, compiles=True)
-    assert not counters["graph_break"]
-    assert (counters["frames"]["total"], counters["stats"]["unique_graphs"]) == (1, 1)
-    assert losses == pytest.approx(train(make, structure, kernels, compiles=False), rel=1e-4)
+    graphs, losses, storages = compiled(make, structure, packed(kernels))
+    assert (graphs, storages) == (1, {"packed"})
+    assert losses == pytest.approx(train(make, structure, packed(kernels))[0], rel=1e-4)
+
+
+@pytest.mark.parametrize(("structure", "kernels"), SETS)
+def test_inductor_makes_code_of_that_graph(structure, kernels):
+    graphs, losses, _ = compiled(gpt2, structure, packed(kernels), backend="inductor")
+    assert graphs == 1
+    assert losses == pytest.approx(train(gpt2, structure, packed(kernels))[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("storage", [pytest.param(Packed(), marks=needs_compiler), "compact", "masked"])
+def test_convolutions_are_one_graph(storage):
+    graphs, losses, storages = compiled(cnn, "unstructured", storage)
+    assert (graphs, storages) == (1, {storage if isinstance(storage, str) else "packed"})
+    assert losses == pytest.approx(train(cnn, "unstructured", storage)[0], rel=1e-4)
+
+
+@pytest.mark.parametrize(("structure", "kernels"), SETS)
+def test_batches_of_many_sizes_take_two_graphs_as_of_a_dense_model(structure, kernels):
+    """The first is made for one size, the second for all others."""
+    sizes = [16, 12, 20, 24, 8, 30, 16]
+    graphs, losses, _ = compiled(mlp, structure, packed(kernels), batches=sizes)
+    assert graphs == 2
+    assert losses == pytest.approx(train(mlp, structure, packed(kernels), batches=sizes)[0], rel=1e-4)
+
+
+@pytest.mark.parametrize(("structure", "kernels"), SETS)
+def test_the_end_of_exploration_takes_another_graph(structure, kernels):
+    options = {"steps": 12, "stop_exploring_at": 5}
+    graphs, losses, _ = compiled(mlp, structure, packed(kernels), **options)
+    assert graphs == 2
+    assert losses == pytest.approx(train(mlp, structure, packed(kernels), **options)[0], rel=1e-4)

@@ -12,7 +12,7 @@ from torch import nn
 from lightning_topkast import L2, Schedule, Targets, TopKast, TopKastError
 from lightning_topkast.method.selection import nested_top_k
 from lightning_topkast.ops.step import Update
-from lightning_topkast.weights import MaskedWeight, PackedWeight, Traits
+from lightning_topkast.weights import MaskedWeight, PackedWeight, SparseWeight, Traits
 from tests.helpers import (
     MIDDLE,
     check_sparse,
@@ -45,7 +45,7 @@ def weight_in_training() -> MaskedWeight:
 
 def interrupt_at(line: int, method, *arguments) -> bool:
     """Call `method`, and raise KeyboardInterrupt as its `line`-th line begins; return whether it got that far."""
-    helpers = MaskedWeight._switch, MaskedWeight._finish_step
+    helpers = MaskedWeight._switch, MaskedWeight.end_step, SparseWeight.end_step
     codes, seen = {method.__func__.__code__, *(helper.__code__ for helper in helpers)}, 0
 
     def trace(frame, event, _):

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_topkast.engine.attached import Attached
+from lightning_topkast.engine.captured_step import CapturedStep
 from lightning_topkast.engine.held import check_trained, follow, reshard, without_parameter
 from lightning_topkast.engine.install import check_targets, draw, install, make_weights, release
 from lightning_topkast.engine.notices import Notices
@@ -463,6 +464,21 @@ class TopKast:
     def prepare_step(self, optimizer: Optimizer) -> None:
         """Mask the gradients of the next step of `optimizer`, so that the step itself need not mask them."""
         self._attached.prepare_step(optimizer)
+
+    def capture(self, step: Callable[[], Any]) -> CapturedStep:
+        """Return a training step that is captured in a CUDA graph, and replayed with refreshes between replays.
+
+        Args:
+            step: takes one training step, with everything from `zero_grad` to the steps of all attached optimizers, and
+                returns what the caller wants to know, such as the loss. It reads its batch from the same tensors at
+                every call, and no value of the device on the host.
+
+        Raises:
+            TopKastError: this engine is not attached to an optimizer.
+        """
+        if not self.is_attached:
+            raise TopKastError("capture() expected an engine that is attached to its optimizers; call attach() first")
+        return CapturedStep(self._attached, step)
 
     def refresh(self) -> None:
         """Choose A and B of every weight again, now.

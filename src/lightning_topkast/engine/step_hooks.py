@@ -66,6 +66,7 @@ class StepHooks:
         self._before_step_of = before_step
         self.steps = steps
         self.seen = 0  # steps, with those that were skipped
+        self.is_capturing = False  # whether steps are recorded in a graph and compute nothing
         self._weights_by_parameter = weights
         # weak, so that an optimizer that was replaced is freed; the first one is the one that was attached
         self._optimizers: list[ref[Optimizer]] = []
@@ -308,10 +309,20 @@ class StepHooks:
         if self._is_inside_another(optimizer):
             return
         self._stepping = None
-        self.seen += 1
         self._masked.clear()
+        stepped = self._close(optimizer)
+        if self.is_capturing:
+            return
+        self.seen += 1
+        if stepped:
+            self._count_step()
+
+    def _close(self, optimizer: Optimizer) -> bool:
+        """Close the weights; return whether the optimizer has updated any."""
         # A fused optimizer under a gradient scaler skips the step inside its own kernel; others are not even called.
         found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and self.is_capturing:
+            raise TopKastError("a gradient scaler decides about every step on the host; train in bfloat16 without one")
         skipped = found_inf is not None and bool(found_inf)
         stepped = False
         for weight, group in self._weights_and_groups(optimizer):
@@ -325,11 +336,35 @@ class StepHooks:
             elif weight.parameter.grad is not None:
                 # A subclass that continues after super().step(), whose own hook closed the weight.
                 weight.restore_sparsity()
-        if stepped:
-            if self._optimizers[-1] not in self._checked:  # raise now rather than at the first refresh
-                self._check_state()
-            self.steps += 1
-            self.after_step(self)
+        return stepped
+
+    def _count_step(self) -> None:
+        if self._optimizers[-1] not in self._checked:  # raise now rather than at the first refresh
+            self._check_state()
+        self.steps += 1
+        self.after_step(self)
+
+    # --- steps by a captured graph --------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def before_replay(self) -> None:
+        """Do what has to be done before a step that a graph takes."""
+        self._before_step_of(self.weights)
+
+    @torch.no_grad()
+    def after_replay(self) -> None:
+        """Count a step that a graph has taken, and refresh the sets if that is due."""
+        for weight in self.weights:
+            weight.end_step()
+        self.seen += 1
+        self._count_step()
+
+    def abandon_step(self) -> None:
+        """Forget a step whose recording failed, which has computed nothing."""
+        self._stepping = None
+        self._masked.clear()
+        for weight in self.weights:
+            weight.abandon_step()
 
     def _check_state(self) -> None:
         """Refuse state that is not known, once it exists."""

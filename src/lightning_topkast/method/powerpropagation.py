@@ -34,10 +34,10 @@ class Powerpropagation:
         """
         if self._after is not None:
             return self._after
-        if torch.equal(values, self._before):
-            return values
         theta = values.abs().pow_(self._exponent).copysign_(values)
-        return torch.where(values == self.phi, self._before, theta)
+        theta = torch.where(values == self.phi, self._before, theta)
+        is_theta = (values == self._before).all()  # not asked of the device, which a captured step must not
+        return torch.where(is_theta, values, theta)
 
     def leave_(self, values: Tensor) -> None:
         """Put θ in the place of φ."""

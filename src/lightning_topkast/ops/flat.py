@@ -65,14 +65,15 @@ def fill_(values: Tensor, places: Tensor, value: float) -> None:
         values.index_fill_(0, places, value)
 
 
-def take(values: Tensor, places: Tensor, split: int = 0) -> Tensor:
-    """Return the 1-D values at places (indices); for `split` see `put_`."""
+def take(values: Tensor, places: Tensor, split: int = 0, out: Tensor | None = None) -> Tensor:
+    """Return the 1-D values at places (indices), in `out` if it is given; for `split` see `put_`."""
     if (passes := passes_over(values, places)) and values.is_contiguous():
-        taken = empty(places.numel(), values.dtype)
+        taken = empty(places.numel(), values.dtype) if out is None else out
         at = values, values.numel(), places, split, places.numel()
         passes("take", values.element_size(), *at, taken, torch.get_num_threads())
+        written(taken)
         return taken
-    return values.index_select(0, places)
+    return torch.index_select(values, 0, places, out=out)
 
 
 def count_outside(tensor: Tensor, members: Tensor) -> Tensor:

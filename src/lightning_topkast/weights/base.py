@@ -1,7 +1,7 @@
 """The base class of sparse weights, independent of their storage."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -321,6 +321,26 @@ class SparseWeight(ABC):
             whether the step was taken; if not, nothing has changed.
         """
         return False
+
+    def end_step(self) -> None:
+        """Note that a step was taken, of this process or by a captured graph; `close` calls it."""
+        self.orders.step()
+        self.replaced.clear()
+        self._note_own_write()
+
+    def abandon_step(self) -> None:
+        """Close the weight without a change of values, after a step that was recorded and has computed nothing."""
+        self.is_open = False
+        self._powerpropagation = None
+
+    @property
+    def held(self) -> tuple[Any, ...]:
+        """What a captured step holds fixed: numbers, and addresses of tensors other than the parameter."""
+        return self.shrinkage.held, *((each.data_ptr(), each.numel()) for each in self._places())
+
+    @abstractmethod
+    def _places(self) -> Iterable[Tensor]:
+        """Return the tensors that say which entries a step reads."""
 
     @abstractmethod
     def recover(self) -> None:

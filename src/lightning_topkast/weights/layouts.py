@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -19,6 +19,7 @@ from lightning_topkast.ops import (
     CsrPattern,
     EntryPattern,
     Pattern,
+    addresses,
     block_sparse_conv2d,
     block_sparse_linear,
     convolves_by_blocks,
@@ -83,9 +84,28 @@ class Layout(ABC):
         """Size of the indices in bytes."""
         return self.pattern.nbytes
 
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield the tensors of the pattern."""
+        return _tensors(self.pattern)
+
     @abstractmethod
     def to(self, device: torch.device) -> "Layout":
         """Return the layout for another device."""
+
+    def placed(self, device: torch.device, before: "Layout") -> "Layout":
+        """Return the layout for a device, in the memory of the one before it there if it has the same sizes.
+
+        So a captured graph reads the new places. `before` must not be used any more.
+        """
+        placed = self.to(device)
+        if not addresses.stays(device) or before.device != device or type(before) is not type(placed):
+            return placed
+        pairs = list(zip(before.tensors(), placed.tensors(), strict=True))
+        if any(old.shape != new.shape for old, new in pairs):
+            return placed
+        for old, new in pairs:
+            old.copy_(new)
+        return replace(placed, pattern=before.pattern)
 
     @abstractmethod
     def indices(self) -> Tensor:
@@ -163,9 +183,9 @@ class MatrixLayout(Layout):
 
     def to(self, device: torch.device) -> Layout:
         """Return the layout for another device; the compiled kernels compute on CPU, PyTorch's elsewhere."""
-        if device == self.device:
-            return self
         kernels = self.how.kernels_on(device)
+        if self.pattern.kernels == kernels and device == self.device:
+            return self
         if isinstance(self.pattern, CsrPattern) and kernels == "torch":
             return replace(self, pattern=self.pattern.to(device))
         indices = self.indices().cpu()
@@ -305,6 +325,18 @@ def as_kernel(shape: torch.Size) -> tuple[int, int, int, int]:
     out, channels, *sides = shape
     height, width = sides if len(sides) == 2 else (1, *sides)
     return out, channels, height, width
+
+
+def _tensors(part: Any) -> Iterator[Tensor]:
+    """Yield the tensors of a pattern, in the order of its fields."""
+    if isinstance(part, Tensor):
+        yield part
+    elif is_dataclass(part):
+        for field in fields(part):
+            yield from _tensors(getattr(part, field.name))
+    elif isinstance(part, tuple):
+        for each in part:
+            yield from _tensors(each)
 
 
 def _narrowed(indices: Tensor, shape: torch.Size) -> Tensor:

@@ -8,7 +8,7 @@ For a sharded parameter (a DTensor) these tensors are this process' part; public
 """
 
 import copy
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from lightning_topkast.distributed import Sharding, to_local
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.method.penalty import Total
 from lightning_topkast.method.selection import ACTIVE, EXPLORING, RESERVOIR
+from lightning_topkast.ops.addresses import renewed
 from lightning_topkast.ops.flat import (
     changes,
     count_outside,
@@ -225,7 +226,8 @@ class MaskedWeight(SparseWeight):
     def _switch(self) -> None:
         """Apply the pending sets; a second call does no harm."""
         if self._pending is not None:
-            self._exploring, self._explored, changed, mask, tiers = self._pending
+            exploring, explored, changed, mask, tiers = self._pending
+            self._exploring, self._explored = renewed(self._exploring, exploring), renewed(self._explored, explored)
             put_(flat(self._mask), changed, mask)
             self.version += 1
             self._pending = None
@@ -349,15 +351,14 @@ class MaskedWeight(SparseWeight):
         self._put_theta(alpha)
         if parts is None or not close_(parts, self._open):
             entries = flat(alpha)
-            explored = take(entries, self._exploring)
+            take(entries, self._exploring, out=self._explored)
             if self.is_exploring:
-                self.shrinkage.apply_(explored, True, lr, self._total)
-            self._explored = explored
+                self.shrinkage.apply_(self._explored, True, lr, self._total)
             self.is_open = False  # set here already, since `recover` can do the rest after an interruption
             fill_(entries, self._exploring, 0)
             mask_outside_(alpha, self._mask)
             self.shrinkage.apply_(alpha, False, lr, self._total)
-        self._finish_step()
+        self.end_step()
 
     def step(self, update: Update, lr: float | Tensor, masks: bool) -> bool:
         """Take a whole step in one pass over memory, if that can be; see `SparseWeight.step`."""
@@ -365,7 +366,7 @@ class MaskedWeight(SparseWeight):
         gradient, parts = self._gradient(), self._parts(lr)
         if gradient is None or parts is None or self.exponent != 1 or not step_(parts, gradient, masks, update):
             return False
-        self._finish_step()
+        self.end_step()
         return True
 
     def _parts(self, lr: float | Tensor) -> Entries | None:
@@ -373,11 +374,18 @@ class MaskedWeight(SparseWeight):
         factors = self.shrinkage.factors(lr)
         return None if factors is None else Entries(self._alpha, self._mask, self._exploring, self._explored, factors)
 
-    def _finish_step(self) -> None:
+    def end_step(self) -> None:
+        """Note that a step was taken."""
         self._settled = True
-        self.orders.step()
-        self.replaced.clear()
-        self._note_own_write()
+        super().end_step()
+
+    def abandon_step(self) -> None:
+        """Close the weight without a change of values."""
+        super().abandon_step()
+        self._settled = True
+
+    def _places(self) -> Iterable[Tensor]:
+        return self._mask, self._exploring, self._explored
 
     def penalty(self) -> Tensor:
         """Return the value of the exploration penalty, a scalar tensor; a collective for a sharded weight."""

@@ -6,7 +6,7 @@ same weight share that: each has some of its rows there.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -69,7 +69,9 @@ class PackedWeight(SparseWeight):
         self._never_active = torch.zeros(self._home.grid, dtype=torch.bool)
         self._never_count = 0
         nothing = torch.empty(0, dtype=torch.int64)
+        # in host memory; the layers compute with the same places on their device
         self._layout = make_layout(nothing, nothing, self.shape, self.structure, product, self.parameter.device)
+        self._placed = self._layout.to(self.parameter.device)
         self._unit_size = self._home.unit_size
         # Scores of blocks: these are few, and those of C change only at a refresh. They are computed on the host, so
         # that a resumed run has the same bits.
@@ -95,13 +97,14 @@ class PackedWeight(SparseWeight):
             self._product = dataclasses.replace(self._product, kernels="torch")
         else:
             self.storage, self._product = "compact", None
-        self._prepared, self._layout = None, self._pack(self._tiers)
+        self._prepared = None
+        self._lay_out(self._pack(self._tiers))
 
     @property
     def layout(self) -> Layout:
         """The places of the parameter's values, on the parameter's device."""
         self.match_layout()
-        return self._layout
+        return self._placed
 
     def layout_for(self, values: Tensor) -> Layout:
         """Return the places of `values`, with which a layer computes, on their device.
@@ -114,8 +117,16 @@ class PackedWeight(SparseWeight):
                 f"'{self.name}' is sharded by FSDP2, and its layer would compute with a share of the values: call the "
                 "module to which fully_shard was applied, not a layer of it"
             )
-        self._layout = self._layout.to(values.device)
-        return self._layout
+        self._place(values.device)
+        return self._placed
+
+    def _place(self, device: torch.device) -> None:
+        if self._placed.device != device:
+            self._placed = self._layout.to(device)
+
+    def _lay_out(self, layout: Layout) -> None:
+        """Change the places, on the device in the memory of those before."""
+        self._layout, self._placed = layout, layout.placed(self.parameter.device, self._placed)
 
     def follow(self, parameter: Tensor | None) -> None:
         """Go on with the parameter that the layer holds, if FSDP2 has sharded it since.
@@ -359,7 +370,8 @@ class PackedWeight(SparseWeight):
         pending = self._pending  # a signal handler may write it at any moment
         if pending is None:
             return
-        writes, self._tiers, self._layout, promoted, self._never_count = pending
+        writes, self._tiers, layout, promoted, self._never_count = pending
+        self._lay_out(layout)
         self._updated = None
         self.version += 1
         fill_(self._never_active.view(-1), promoted, False)
@@ -379,7 +391,7 @@ class PackedWeight(SparseWeight):
 
     def match_layout(self) -> None:
         """Convert the other tensors to the parameter's device and dtype after the model was moved."""
-        self._layout = self._layout.to(self.parameter.device)
+        self._place(self.parameter.device)
         if self._theta.dtype != self.parameter.dtype:
             self._theta = self._theta.to(self.parameter.dtype)
             self._scores = self._scores_of(self._theta)
@@ -410,9 +422,15 @@ class PackedWeight(SparseWeight):
             self.shrinkage.apply_(exploring, True, lr, total)
         unused.zero_()
         self.is_open = False
-        self.orders.step()
-        self.replaced.clear()
-        self._note_own_write()
+        self.end_step()
+
+    def end_step(self) -> None:
+        """Note that a step was taken, so that the host's θ is of before."""
+        self._updated = None
+        super().end_step()
+
+    def _places(self) -> Iterable[Tensor]:
+        return self._placed.tensors()
 
     def recover(self) -> None:
         """Finish an interrupted step or refresh; a penalty that was not applied yet is skipped."""
@@ -441,7 +459,8 @@ class PackedWeight(SparseWeight):
             stayed = self._entries_of((self._tiers == ACTIVE) & (other._tiers == ACTIVE))
             self._theta = torch.where(stayed, self.own_theta(), other.own_theta()).view(-1)
             self._scores = self._scores_of(self._theta)
-            self._tiers, self._layout = other._tiers, other._layout
+            self._tiers = other._tiers
+            self._lay_out(other._layout)
             self.parameter.detach().copy_(other.parameter.detach())
             count = self._layout.updated_count
             self.parameter.detach()[:count] = self._values_at(self._own(), self._layout)[:count].to(self.parameter)

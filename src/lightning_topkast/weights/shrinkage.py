@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from lightning_topkast.method.penalty import Penalty, Total
+from lightning_topkast.ops import addresses
 
 
 class Shrinkage:
@@ -31,6 +32,11 @@ class Shrinkage:
     def strength(self, value: float) -> None:
         self._strength = value
 
+    @property
+    def held(self) -> float | int:
+        """What a captured step holds fixed: λ, or its address if it is on a GPU."""
+        return self._strength.data_ptr() if isinstance(self._strength, Tensor) else self._strength
+
     def limit(self, lr: float | Tensor) -> None:
         """Lower λ for good if the learning rate exceeds the peak that λ was worked out from.
 
@@ -40,11 +46,10 @@ class Shrinkage:
         limit = None if self._penalty is None else self._penalty.limit(self._density)
         if limit is None:
             return
-        if isinstance(lr, Tensor) and lr.device.type != "cpu":
-            strength = self._strength
-            if not isinstance(strength, Tensor):
-                strength = torch.full_like(lr, strength)
-            self._strength = torch.minimum(strength, limit / lr)
+        if isinstance(lr, Tensor) and addresses.stays(lr.device):
+            if not isinstance(self._strength, Tensor):
+                self._strength = torch.full_like(lr, self._strength)
+            torch.minimum(self._strength, limit / lr, out=self._strength)  # in place, since a graph may hold it
         elif float(lr) * self.strength > limit:
             self._strength = limit / float(lr)
 

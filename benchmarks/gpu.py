@@ -9,6 +9,7 @@ parts, each beside its dense counterpart, those with aims first:
     block    a transformer block's step with Adam, packed by blocks, likewise, and the bytes that it holds
     stack    a transformer of a billion parameters in training: tokens a second dense, packed and 2:4, and memory
     layer    a linear layer, its products and whole steps; beside them the products of torch's BSR and of stanford-stk
+    conv     a convolution by blocks, its products and whole steps, beside cuDNN's
     masked   a ResNet-50's step in masked mode
     refresh  choosing the sets of large weights in masked mode
     offload  a transformer that does not fit dense: packed, and by FSDP2 with CPU offload
@@ -38,6 +39,7 @@ from time import monotonic
 from typing import Any
 
 import gpu_block
+import gpu_conv
 import gpu_layer
 import gpu_linear
 import gpu_masked
@@ -75,7 +77,7 @@ PARTS = {
         share=4,
     ),
     "layer": Part("A linear layer in bfloat16", gpu_layer.SIZES, gpu_layer.measure, gpu_layer.aims, share=2),
-    # convolutions, by gpu_conv.py
+    "conv": Part("A convolution in bfloat16, channels_last", gpu_conv.SIZES, gpu_conv.measure, gpu_conv.aims, share=2),
     "masked": Part(
         "A masked step, SGD with momentum", gpu_masked.STEP_SIZES, gpu_masked.measure_steps, gpu_masked.step_aims
     ),
@@ -118,7 +120,7 @@ def run_checks(device: str, quick: bool, seconds: float) -> list[Row]:
 def show(name: str, result: Result, device: torch.device) -> None:
     """Print a part's rows, and what became of the rest."""
     title = f"{PARTS[name].title}, on {device_name(device)}"
-    if name == "layer":  # a step has columns of its own
+    if name in ("layer", "conv"):  # a step has columns of its own
         for kind, wanted in (("products", False), ("steps", True)):
             table(f"{title}: {kind}", [row for row in result.rows if (row["part"] == "step") == wanted])
     elif result.rows:

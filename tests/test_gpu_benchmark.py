@@ -24,7 +24,7 @@ from tests import benchmark_parts, processes
 pytestmark = pytest.mark.slow
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-PARTS = ["linear", "block", "stack", "layer", "masked", "refresh", "offload", "semi"]
+PARTS = ["linear", "block", "stack", "layer", "conv", "masked", "refresh", "offload", "semi"]
 PAIRS = ("80% / 50%", "90% / 80%", "95% / 90%", "98% / 95%")
 
 
@@ -87,7 +87,7 @@ def test_what_was_timed_is_recorded(rehearsal):
 
 def test_aims_are_summed_up_also_where_they_are_not_measured(rehearsal):
     summary = rehearsal["printed"].partition("### Aims")[2]
-    assert len(rehearsal["aims"]) == 3 + (3 + 3) + 2 + 3 + 1 + 3
+    assert len(rehearsal["aims"]) == 3 + (3 + 3) + 2 + 3 + 4 + 1 + 3
     for row in rehearsal["aims"]:
         assert (row["measured"], row["met"]) == (None, "not measured"), "these sizes are not those of the aims"
         assert row["aim"] in summary

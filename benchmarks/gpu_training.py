@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from lightning_topkast import Packed, Targets, TopKast
-from lightning_topkast.engine.captured_step import CudaGraph
+from lightning_topkast.engine.cuda_graph import CudaGraph
 from lightning_topkast.method import structure
 
 Forward = Callable[[Tensor], Tensor]

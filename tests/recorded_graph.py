@@ -11,30 +11,33 @@ READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten
 class RecordedGraph:
     """Like `CudaGraph`. A capture leaves everything as it was, and fails where the device's values are read."""
 
-    captures = 0
-
-    def __init__(self):
-        self.mode = Recorder()
+    captures, recorders = 0, []
 
     @staticmethod
     def supports(tensor):
         return True
 
     @staticmethod
-    def warm_up(function):
+    def is_capturing():
+        return bool(RecordedGraph.recorders)
+
+    def warm_up(self, function):
         return function()
 
     def capture(self, function):
         RecordedGraph.captures += 1
+        self.recorder = Recorder()
+        RecordedGraph.recorders.append(self.recorder)
         try:
-            with self.mode:
+            with self.recorder:
                 return function()
         finally:
-            self.mode.undo()
+            self.recorder.undo()
+            RecordedGraph.recorders.clear()
 
     @torch.no_grad()
     def replay(self):
-        for func, args, kwargs, written, outputs in self.mode.calls:
+        for func, args, kwargs, written, outputs in self.recorder.calls:
             # a graph tells no version counter that it has written
             with torch.autograd._unsafe_preserve_version_counter(tuple(written)):
                 result = func(*args, **kwargs)

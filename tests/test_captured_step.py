@@ -1,5 +1,7 @@
 """Training steps that a graph takes: as if taken one by one, bit for bit, with a stand-in for a CUDA graph on CPU."""
 
+from copy import deepcopy
+from itertools import chain, pairwise
 from unittest import mock
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_topkast import L1, Block, Ramp, RigL, Schedule, TopKast, TopKastError
-from lightning_topkast.engine import captured_step
+from lightning_topkast.engine import cuda_graph
 from lightning_topkast.ops import addresses
 from tests.recorded_graph import RecordedGraph
 
@@ -20,7 +22,7 @@ STORAGES = {
 
 @pytest.fixture(autouse=True)
 def recorded(monkeypatch):
-    monkeypatch.setattr(captured_step, "CudaGraph", RecordedGraph)
+    monkeypatch.setattr(cuda_graph, "CudaGraph", RecordedGraph)
     monkeypatch.setattr(RecordedGraph, "captures", 0)
 
 
@@ -38,7 +40,8 @@ class Run:
     def __init__(self, make_optimizer=sgd, captures=True, stays=True, backward=0.5, **options):
         self.stays = captures and stays
         torch.manual_seed(0)
-        self.model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 16))
+        layers = (nn.Linear(*sizes) for sizes in pairwise((16, 32, 32, 32, 16)))  # the first and the last stay dense
+        self.model = nn.Sequential(*chain(*([layer, nn.ReLU()] for layer in layers)))
         options = {"schedule": Schedule(update_every=4)} | options
         self.topkast = TopKast(self.model, 0.75, backward, **options)
         self.optimizer = make_optimizer(self.model.parameters())
@@ -182,3 +185,95 @@ def test_without_a_device_that_has_graphs_every_step_is_taken(monkeypatch):
     monkeypatch.setattr(RecordedGraph, "supports", lambda tensor: False)
     assert_same(Run().train(6), Run(captures=False).train(6))
     assert RecordedGraph.captures == 0
+
+
+def writes(how):
+    def before_step(run, step):
+        parameter = run.topkast.weights["2.weight"].parameter
+        if step == 6:
+            run.saved = parameter.detach().clone()
+        if step in (10, 15):
+            with torch.no_grad():
+                how(run, parameter)
+
+    return before_step
+
+
+WRITES = {
+    "put back": writes(lambda run, parameter: parameter.copy_(run.saved)),
+    "scaled": writes(lambda run, parameter: parameter.mul_(0.5)),
+    "optimizer loaded": writes(lambda run, _: run.optimizer.load_state_dict(deepcopy(run.optimizer.state_dict()))),
+    "state cleared": writes(lambda run, _: run.optimizer.state.clear()),
+    "bias frozen": writes(lambda run, _: run.model[2].bias.requires_grad_(not run.model[2].bias.requires_grad)),
+    "all frozen": writes(
+        lambda run, _: [
+            weight.parameter.requires_grad_(not weight.parameter.requires_grad)
+            for weight in run.topkast.weights.values()
+        ]
+    ),
+    "weight frozen": writes(lambda run, parameter: parameter.requires_grad_(not parameter.requires_grad)),
+}
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("name", WRITES)
+def test_what_other_code_does_between_replays_counts(storage, name):
+    run = Run(**STORAGES[storage]).train(20, WRITES[name])
+    assert_same(run, Run(captures=False, **STORAGES[storage]).train(20, WRITES[name]))
+    assert RecordedGraph.captures > 0
+
+
+def test_a_rate_that_changes_at_every_step_is_warned_of():
+    def decay(run, step):
+        run.optimizer.param_groups[0]["lr"] *= 0.9
+
+    with pytest.warns(UserWarning, match="lr has changed from"):
+        run = Run().train(8, decay)
+    assert_same(run, Run(captures=False).train(8, decay))
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_function_takes_one_step_at_a_call(steps):
+    run = Run()
+
+    def take():
+        for _ in range(steps if len(run.losses) == 3 else 1):
+            run.optimizer.step()
+        return run.take() if len(run.losses) < 3 else torch.zeros(())
+
+    run.step = run.topkast.capture(take)
+    run.train(3)
+    before = run.everything()
+    with pytest.raises(TopKastError, match=f"took {steps} of SGD"):
+        run.step()
+    after = run.everything()
+    assert all(torch.equal(value, after[name]) for name, value in before.items() if not name.startswith("steps"))
+
+
+def test_one_engine_acts_in_a_captured_step():
+    run = Run()
+    other = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3)))
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    TopKast(other, 0.5, 0.5).attach(optimizer)
+
+    def take():
+        optimizer.zero_grad()
+        other(run.batch).square().mean().backward()
+        optimizer.step()
+        return run.take()
+
+    run.step = run.topkast.capture(take)
+    run.train(3)
+    with pytest.raises(TopKastError, match=r"let topkast\.capture\(step\) capture it, with one TopKast"):
+        run.step()
+
+
+@pytest.mark.parametrize("end", ["detach", "release", "another"])
+def test_an_engine_that_has_ended_takes_no_step(end):
+    run = Run().train(5)
+    if end == "another":
+        TopKast(run.model, 0.5, 0.5).attach(run.optimizer)
+    else:
+        getattr(run.topkast, end)()
+    with pytest.raises(TopKastError, match="no longer attached"):
+        run.step()

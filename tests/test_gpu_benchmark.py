@@ -18,7 +18,7 @@ import torch
 from torch.sparse._semi_structured_conversions import _sparse_semi_structured_tile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_topkast.engine.captured_step import CudaGraph
+from lightning_topkast.engine.cuda_graph import CudaGraph
 from tests import benchmark_parts, processes
 
 pytestmark = pytest.mark.slow
@@ -233,7 +233,7 @@ def test_a_row_says_why_it_failed_and_keeps_what_it_had(gpu):
 class Capture:
     """Stands in for `torch.cuda.graph`; its end raises, as that of a capture that has failed."""
 
-    def __init__(self, graph, fails=False):
+    def __init__(self, graph, stream, capture_error_mode, fails=False):
         self.fails = fails
 
     def __enter__(self):

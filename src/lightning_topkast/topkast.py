@@ -241,7 +241,12 @@ class TopKast:
         """Reshard the model under FSDP2, and go on with the parameters that it has made of packed ones."""
         reshard(self.model)
         follow(self._targets, self._weights)
-        self._by_parameter = {weight.parameter: weight for weight in self._weights.values()}
+        self._index()
+
+    def _index(self) -> None:
+        """Index the weights by their parameters, for hooks too, which share the index."""
+        self._by_parameter.clear()
+        self._by_parameter.update({weight.parameter: weight for weight in self._weights.values()})
 
     def check_held(self) -> None:
         """Refuse to go on if the model no longer holds a sparse weight's parameter.
@@ -436,7 +441,7 @@ class TopKast:
             if target.name in names:
                 release(target, self._weights.pop(target.name))
                 target.reason = FROZEN
-        self._by_parameter = {weight.parameter: weight for weight in self._weights.values()}
+        self._index()
 
     def restart(self) -> None:
         """Start a new run with the same weights: count steps from 0, and explore again if exploration had stopped."""

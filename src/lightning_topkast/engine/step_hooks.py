@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_topkast.engine import cuda_graph
 from lightning_topkast.engine.one_pass import OnePass, is_plain
 from lightning_topkast.engine.optimizer_state import OptimizerState
 from lightning_topkast.engine.optimizers import (
@@ -66,7 +67,8 @@ class StepHooks:
         self._before_step_of = before_step
         self.steps = steps
         self.seen = 0  # steps, with those that were skipped
-        self.is_capturing = False  # whether steps are recorded in a graph and compute nothing
+        # of steps that are being captured in a graph, and so compute nothing: whether they update a weight
+        self.captured: list[bool] | None = None
         self._weights_by_parameter = weights
         # weak, so that an optimizer that was replaced is freed; the first one is the one that was attached
         self._optimizers: list[ref[Optimizer]] = []
@@ -248,6 +250,11 @@ class StepHooks:
         """Open the weights now, or after the closure given to `step` has computed the gradients."""
         if self._is_inside_another(optimizer):
             return None
+        if self.captured is None and cuda_graph.CudaGraph.is_capturing():
+            raise TopKastError(
+                f"a step of {type(optimizer).__name__} is captured in a CUDA graph, which would not call its TopKast "
+                "when it is replayed: let topkast.capture(step) capture it, with one TopKast for all of the step"
+            )
         self._one_pass.recover()  # from a step that failed
         if _only_makes_state(optimizer, kwargs):
             return None
@@ -311,7 +318,8 @@ class StepHooks:
         self._stepping = None
         self._masked.clear()
         stepped = self._close(optimizer)
-        if self.is_capturing:
+        if self.captured is not None:
+            self.captured.append(stepped)
             return
         self.seen += 1
         if stepped:
@@ -321,7 +329,7 @@ class StepHooks:
         """Close the weights; return whether the optimizer has updated any."""
         # A fused optimizer under a gradient scaler skips the step inside its own kernel; others are not even called.
         found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is not None and self.is_capturing:
+        if found_inf is not None and self.captured is not None:
             raise TopKastError("a gradient scaler decides about every step on the host; train in bfloat16 without one")
         skipped = found_inf is not None and bool(found_inf)
         stepped = False
@@ -348,16 +356,17 @@ class StepHooks:
 
     @torch.no_grad()
     def before_replay(self) -> None:
-        """Do what has to be done before a step that a graph takes."""
+        """Do what has to be done on the host before a step that a graph takes."""
         self._before_step_of(self.weights)
 
     @torch.no_grad()
-    def after_replay(self) -> None:
-        """Count a step that a graph has taken, and refresh the sets if that is due."""
-        for weight in self.weights:
-            weight.end_step()
+    def after_replay(self, updates: bool) -> None:
+        """Count a step that a graph has taken, if it updates a weight, and refresh the sets if that is due."""
         self.seen += 1
-        self._count_step()
+        if updates:
+            for weight in self.weights:
+                weight.end_step()
+            self._count_step()
 
     def abandon_step(self) -> None:
         """Forget a step whose recording failed, which has computed nothing."""

@@ -7,6 +7,8 @@ kept: φ exists between the opening of a weight and its closing, while the optim
 import torch
 from torch import Tensor
 
+from lightning_topkast.ops import addresses
+
 
 class Powerpropagation:
     """φ, which takes the place of θ for one step of the optimizer.
@@ -34,10 +36,12 @@ class Powerpropagation:
         """
         if self._after is not None:
             return self._after
+        waits = addresses.stays(values.device)  # if it is asked, which a captured step must not do
+        if not waits and torch.equal(values, self._before):
+            return values
         theta = values.abs().pow_(self._exponent).copysign_(values)
         theta = torch.where(values == self.phi, self._before, theta)
-        is_theta = (values == self._before).all()  # not asked of the device, which a captured step must not
-        return torch.where(is_theta, values, theta)
+        return torch.where((values == self._before).all(), values, theta) if waits else theta
 
     def leave_(self, values: Tensor) -> None:
         """Put θ in the place of φ."""

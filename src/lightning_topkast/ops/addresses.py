@@ -1,5 +1,7 @@
 """Tensors on a device that a captured graph reads: what takes their place goes into the same memory."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,14 @@ def stays(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def renewed(before: Tensor, after: Tensor) -> Tensor:
-    """Return `after`, in the memory of `before` if that fits and should stay."""
-    alike = (before.device, before.dtype, before.shape) == (after.device, after.dtype, after.shape)
-    return before.copy_(after) if alike and stays(after.device) else after
+def overwrite(before: Iterable[Tensor], after: Iterable[Tensor]) -> bool:
+    """Copy tensors over others, if all of these fit and should stay; return whether it was done."""
+    pairs = list(zip(before, after, strict=True))
+    if not all(
+        stays(new.device) and (old.device, old.dtype, old.shape) == (new.device, new.dtype, new.shape)
+        for old, new in pairs
+    ):
+        return False
+    for old, new in pairs:
+        old.copy_(new)
+    return True

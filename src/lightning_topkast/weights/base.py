@@ -334,9 +334,9 @@ class SparseWeight(ABC):
         self._powerpropagation = None
 
     @property
-    def held(self) -> tuple[Any, ...]:
-        """What a captured step holds fixed: numbers, and addresses of tensors other than the parameter."""
-        return self.shrinkage.held, *((each.data_ptr(), each.numel()) for each in self._places())
+    def fixed(self) -> tuple[Any, ...]:
+        """What a captured step holds fixed: λ, and where the tensors are that say which entries it reads."""
+        return self.shrinkage.fixed, *((each.data_ptr(), each.numel()) for each in self._places())
 
     @abstractmethod
     def _places(self) -> Iterable[Tensor]:

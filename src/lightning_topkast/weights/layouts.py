@@ -19,13 +19,13 @@ from lightning_topkast.ops import (
     CsrPattern,
     EntryPattern,
     Pattern,
-    addresses,
     block_sparse_conv2d,
     block_sparse_linear,
     convolves_by_blocks,
     sparse_conv2d,
     sparse_linear,
 )
+from lightning_topkast.ops.addresses import overwrite
 from lightning_topkast.ops.dtypes import product_dtype
 
 Pair = tuple[int, int]
@@ -98,14 +98,9 @@ class Layout(ABC):
         So a captured graph reads the new places. `before` must not be used any more.
         """
         placed = self.to(device)
-        if not addresses.stays(device) or before.device != device or type(before) is not type(placed):
-            return placed
-        pairs = list(zip(before.tensors(), placed.tensors(), strict=True))
-        if any(old.shape != new.shape for old, new in pairs):
-            return placed
-        for old, new in pairs:
-            old.copy_(new)
-        return replace(placed, pattern=before.pattern)
+        if type(before) is type(placed) and overwrite(before.tensors(), placed.tensors()):
+            return replace(placed, pattern=before.pattern)
+        return placed
 
     @abstractmethod
     def indices(self) -> Tensor:

@@ -19,7 +19,7 @@ from lightning_topkast.distributed import Sharding, to_local
 from lightning_topkast.errors import TopKastError
 from lightning_topkast.method.penalty import Total
 from lightning_topkast.method.selection import ACTIVE, EXPLORING, RESERVOIR
-from lightning_topkast.ops.addresses import renewed
+from lightning_topkast.ops.addresses import overwrite
 from lightning_topkast.ops.flat import (
     changes,
     count_outside,
@@ -227,7 +227,8 @@ class MaskedWeight(SparseWeight):
         """Apply the pending sets; a second call does no harm."""
         if self._pending is not None:
             exploring, explored, changed, mask, tiers = self._pending
-            self._exploring, self._explored = renewed(self._exploring, exploring), renewed(self._explored, explored)
+            if not overwrite((self._exploring, self._explored), (exploring, explored)):
+                self._exploring, self._explored = exploring, explored
             put_(flat(self._mask), changed, mask)
             self.version += 1
             self._pending = None

@@ -33,7 +33,7 @@ class Shrinkage:
         self._strength = value
 
     @property
-    def held(self) -> float | int:
+    def fixed(self) -> float | int:
         """What a captured step holds fixed: λ, or its address if it is on a GPU."""
         return self._strength.data_ptr() if isinstance(self._strength, Tensor) else self._strength
 

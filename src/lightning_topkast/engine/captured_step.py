@@ -58,9 +58,9 @@ class CapturedStep:
             self._graph = cuda_graph.CudaGraph()
         for each in hooks:
             each.before_replay()
-        self._look_at_numbers(hooks)
         fixed = [_fixed_by(each) for each in hooks]
         if fixed != self._fixed:
+            self._look_at_numbers(hooks)
             self._updates, self._result, self._fixed = [], None, fixed
             self._eager = max(self._eager, 1)  # which tunes kernels for other sizes
         if self._eager or any(each.needs_gradients for each in hooks):

@@ -1,6 +1,7 @@
 """The choice between the two implementations: Triton kernels and PyTorch's own operators."""
 
 from functools import cache
+from importlib import import_module
 from types import ModuleType
 from typing import Literal, cast, get_args
 
@@ -8,7 +9,6 @@ import torch
 from torch import Tensor
 
 from lightning_topkast.errors import TopKastError
-from lightning_topkast.ops.blocks import portable
 
 BlockKernels = Literal["auto", "torch", "triton"]
 
@@ -78,14 +78,10 @@ def _chooses_triton(device: torch.device, block_shape: tuple[int, int], dtype: t
     return choose_block_kernels("auto", device, block_shape, dtype) == "triton"
 
 
-def implementation(kernels: str, dense: Tensor, block_shape: tuple[int, int]) -> ModuleType:
-    """Return the module with the two products for these kernels; see `choose_block_kernels`."""
+def implementation(kernels: str, dense: Tensor, block_shape: tuple[int, int], package: str) -> ModuleType:
+    """Return the module of a package with its two products for these kernels; see `choose_block_kernels`."""
     chosen = choose_block_kernels(cast(BlockKernels, kernels), dense.device, block_shape, dense.dtype)
-    if chosen == "torch":
-        return portable
-    from lightning_topkast.ops.blocks import launch
-
-    return launch
+    return import_module(f"{package}.{'portable' if chosen == 'torch' else 'launch'}")  # the latter imports triton
 
 
 def _obstacle(device: torch.device, block_shape: tuple[int, int], dtype: torch.dtype) -> str:

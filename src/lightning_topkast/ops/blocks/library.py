@@ -6,12 +6,11 @@ They are opaque to torch.compile, which needs only their fake implementations, a
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from lightning_topkast.ops.blocks.choice import implementation
 from lightning_topkast.ops.blocks.pattern import Lines
-from lightning_topkast.ops.library import LIBRARY
+from lightning_topkast.ops.library import define
 
 LINES = "Tensor starts, Tensor others, Tensor blocks, Tensor longest_first"
 _PRODUCT = f"block_product(Tensor dense, Tensor values, Tensor? bias, {LINES}, bool transposed, str kernels) -> Tensor"
@@ -30,9 +29,8 @@ def _product(
     kernels: str,
 ) -> Tensor:
     lines = Lines(starts, others, blocks, longest_first)
-    return implementation(kernels, dense, (values.shape[1], values.shape[2])).product(
-        dense, values, bias, lines, transposed
-    )
+    products = implementation(kernels, dense, (values.shape[1], values.shape[2]), __package__)
+    return products.product(dense, values, bias, lines, transposed)
 
 
 def _fake_product(
@@ -60,7 +58,7 @@ def _sampled(
     kernels: str,
 ) -> Tensor:
     lines = Lines(starts, others, blocks, longest_first)
-    return implementation(kernels, dense, (shape[1], shape[2])).sampled(grads, dense, lines, shape)
+    return implementation(kernels, dense, (shape[1], shape[2]), __package__).sampled(grads, dense, lines, shape)
 
 
 def _fake_sampled(
@@ -76,11 +74,5 @@ def _fake_sampled(
     return dense.new_empty(shape)
 
 
-for _schema, _implementation, _fake in ((_PRODUCT, _product, _fake_product), (_SAMPLED, _sampled, _fake_sampled)):
-    _name = LIBRARY.define(_schema)
-    LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"topkast::{_name}", _fake, lib=LIBRARY)
-
-# The overloads themselves, since PyTorch would search for them at each call.
-block_product = torch.ops.topkast.block_product.default
-block_sampled = torch.ops.topkast.block_sampled.default
+block_product = define(_PRODUCT, _product, _fake_product)
+block_sampled = define(_SAMPLED, _sampled, _fake_sampled)

@@ -4,18 +4,14 @@ Images and results are (N, height, width, channels), contiguous; `numbers` are t
 """
 
 from collections.abc import Sequence
-from types import ModuleType
-from typing import cast
 
-import torch
 from torch import Tensor
 
-from lightning_topkast.ops.blocks.choice import BlockKernels, choose_block_kernels
-from lightning_topkast.ops.blocks.conv import portable
+from lightning_topkast.ops.blocks.choice import implementation
 from lightning_topkast.ops.blocks.conv.geometry import Geometry
 from lightning_topkast.ops.blocks.library import LINES
 from lightning_topkast.ops.blocks.pattern import Lines
-from lightning_topkast.ops.library import LIBRARY
+from lightning_topkast.ops.library import define
 
 _PRODUCT = (
     f"block_conv(Tensor images, Tensor values, Tensor? bias, {LINES}, int[] numbers, SymInt[] size, bool transposed, "
@@ -24,14 +20,6 @@ _PRODUCT = (
 _SAMPLED = (
     f"block_conv_sampled(Tensor grads, Tensor images, {LINES}, int[] numbers, SymInt[] shape, str kernels) -> Tensor"
 )
-
-
-def _implementation(kernels: str, images: Tensor, block_shape: tuple[int, int]) -> ModuleType:
-    if choose_block_kernels(cast(BlockKernels, kernels), images.device, block_shape, images.dtype) == "torch":
-        return portable
-    from lightning_topkast.ops.blocks.conv import launch
-
-    return launch
 
 
 def _product(
@@ -48,7 +36,7 @@ def _product(
     kernels: str,
 ) -> Tensor:
     lines, geometry = Lines(starts, others, blocks, longest_first), Geometry.of(numbers)
-    products = _implementation(kernels, images, (values.shape[1], values.shape[2]))
+    products = implementation(kernels, images, (values.shape[1], values.shape[2]), __package__)
     return products.product(images, values, bias, lines, geometry, size, transposed)
 
 
@@ -80,7 +68,8 @@ def _sampled(
     kernels: str,
 ) -> Tensor:
     lines, geometry = Lines(starts, others, blocks, longest_first), Geometry.of(numbers)
-    return _implementation(kernels, images, (shape[1], shape[2])).sampled(grads, images, lines, geometry, shape)
+    products = implementation(kernels, images, (shape[1], shape[2]), __package__)
+    return products.sampled(grads, images, lines, geometry, shape)
 
 
 def _fake_sampled(
@@ -97,11 +86,5 @@ def _fake_sampled(
     return images.new_empty(shape)
 
 
-for _schema, _implemented, _fake in ((_PRODUCT, _product, _fake_product), (_SAMPLED, _sampled, _fake_sampled)):
-    _name = LIBRARY.define(_schema)
-    LIBRARY.impl(_name, _implemented, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"topkast::{_name}", _fake, lib=LIBRARY)
-
-# The overloads themselves, since PyTorch would search for them at each call.
-block_conv = torch.ops.topkast.block_conv.default
-block_conv_sampled = torch.ops.topkast.block_conv_sampled.default
+block_conv = define(_PRODUCT, _product, _fake_product)
+block_conv_sampled = define(_SAMPLED, _sampled, _fake_sampled)

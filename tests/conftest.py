@@ -1,5 +1,7 @@
 """One thread in every test: the machine is shared, by the other test process at least."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -7,6 +9,8 @@ from hypothesis import HealthCheck, settings
 from tests import helpers
 
 torch.set_num_threads(1)
+# W&B would send reports about itself, from threads that outlive its runs
+os.environ["WANDB_ERROR_REPORTING"] = "false"
 # a busy machine is no reason to fail
 settings.register_profile("shared", suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("shared")

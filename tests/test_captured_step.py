@@ -10,7 +10,9 @@ from torch import nn
 
 from lightning_topkast import L1, Block, Ramp, RigL, Schedule, TopKast, TopKastError
 from lightning_topkast.engine import cuda_graph
-from lightning_topkast.ops import addresses
+from lightning_topkast.method.structure import Unstructured
+from lightning_topkast.ops import MATRIX_KERNELS, addresses
+from lightning_topkast.weights.layouts import Product, make_layout
 from tests.recorded_graph import RecordedGraph
 
 STORAGES = {
@@ -277,3 +279,28 @@ def test_an_engine_that_has_ended_takes_no_step(end):
         getattr(run.topkast, end)()
     with pytest.raises(TopKastError, match="no longer attached"):
         run.step()
+
+
+def layout(active=(1, 9, 20), exploring=(3, 40), **product):
+    sets = (torch.tensor(each) for each in (active, exploring))
+    return make_layout(*sets, torch.Size((8, 8)), Unstructured(), Product(**product), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("before", "stays"),
+    [
+        ({"active": (0, 2, 5), "exploring": (7, 8)}, True),
+        ({"active": (1, 9), "exploring": (3, 20, 40)}, False),
+        ({"active": (1, 9, 20, 40), "exploring": (3,)}, False),
+        ({"transposed": True}, False),
+        ({"kernels": "compiled"}, False),  # whose pattern consists of other tensors
+    ],
+)
+@mock.patch.object(addresses, "stays", return_value=True)
+def test_places_go_into_the_memory_of_those_before_if_nothing_else_differs(_, before, stays):
+    if "kernels" in before:
+        MATRIX_KERNELS.choose(before["kernels"], torch.device("cpu"))
+    before, after = layout(**before), layout()
+    placed = after.placed(torch.device("cpu"), before)
+    assert (placed.pattern is before.pattern) == stays
+    assert torch.equal(placed.indices(), after.indices())

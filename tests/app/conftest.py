@@ -44,9 +44,12 @@ def clean_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
     torch.set_num_threads(1)
     monkeypatch.chdir(tmp_path)
     for name in [name for name in os.environ if name.startswith(("WANDB_", "HYDRA_", "SLURM_", "TOPKAST_"))]:
-        del os.environ[name]
+        if name != "WANDB_ERROR_REPORTING":
+            del os.environ[name]
     os.environ["NETRC"] = str(tmp_path / "no-netrc")
     yield
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].teardown()  # its thread, which would talk to itself during later tests
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     GlobalHydra.instance().clear()

@@ -93,14 +93,19 @@ class Layout(ABC):
         """Return the layout for another device."""
 
     def placed(self, device: torch.device, before: "Layout") -> "Layout":
-        """Return the layout for a device, in the memory of the one before it there if it has the same sizes.
+        """Return the layout for a device, in the memory of the one before it there if only the places differ.
 
         So a captured graph reads the new places. `before` must not be used any more.
         """
         placed = self.to(device)
-        if type(before) is type(placed) and overwrite(before.tensors(), placed.tensors()):
+        if placed._fixed == before._fixed and overwrite(before.tensors(), placed.tensors()):
             return replace(placed, pattern=before.pattern)
         return placed
+
+    @property
+    def _fixed(self) -> Any:
+        """What a graph that reads the pattern holds fixed besides the memory."""
+        return type(self), self.active_count, self.updated_count, _form(self.pattern)
 
     @abstractmethod
     def indices(self) -> Tensor:
@@ -332,6 +337,15 @@ def _tensors(part: Any) -> Iterator[Tensor]:
     elif isinstance(part, tuple):
         for each in part:
             yield from _tensors(each)
+
+
+def _form(part: Any) -> Any:
+    """Return what a pattern is but for the content of its tensors."""
+    if isinstance(part, Tensor):
+        return part.device, part.dtype, part.shape
+    if is_dataclass(part):
+        return type(part), *(_form(getattr(part, field.name)) for field in fields(part))
+    return tuple(map(_form, part)) if isinstance(part, tuple) else part
 
 
 def _narrowed(indices: Tensor, shape: torch.Size) -> Tensor:

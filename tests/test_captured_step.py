@@ -296,8 +296,8 @@ def layout(active=(1, 9, 20), exploring=(3, 40), **product):
         ({"kernels": "compiled"}, False),  # whose pattern consists of other tensors
     ],
 )
-@mock.patch.object(addresses, "stays", return_value=True)
-def test_places_go_into_the_memory_of_those_before_if_nothing_else_differs(_, before, stays):
+def test_places_go_into_the_memory_of_those_before_if_nothing_else_differs(before, stays, monkeypatch):
+    monkeypatch.setattr(addresses, "stays", lambda device: True)
     if "kernels" in before:
         MATRIX_KERNELS.choose(before["kernels"], torch.device("cpu"))
     before, after = layout(**before), layout()

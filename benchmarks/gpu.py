@@ -33,6 +33,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from time import monotonic
@@ -54,7 +55,11 @@ from tables import Row, table
 from lightning_topkast.files import atomic_file
 
 ROOT = Path(__file__).parents[1]
-QUICK_CHECKS = ("the_sets_may_be_empty_or_everything", "autocast_computes_in_its_type")
+CHECKS = ("fused_steps.py", "blocks.py", "block_convs.py")  # in tests/
+QUICK_CHECKS = {
+    "fused_steps.py": ("kernels_are_few",),
+    "blocks.py": ("the_sets_may_be_empty_or_everything", "autocast_computes_in_its_type"),
+}
 CHECKS_SHARE = 0.25  # of the time, at most
 
 # In the order in which they run: what has aims, and matters most, comes first.
@@ -95,20 +100,30 @@ PARTS = {
 
 
 def run_checks(device: str, quick: bool, seconds: float) -> list[Row]:
-    """The checks of tests/blocks.py in a process of their own; one row a check, or one that says why there are none."""
+    """The checks of each file in a process of its own; one row a check, or one that says why there are none."""
+    end, rows = monotonic() + seconds, []
+    for file in QUICK_CHECKS if quick else CHECKS:
+        rows += run_checks_of(file, device, QUICK_CHECKS[file] if quick else (), end - monotonic())
+    return rows
+
+
+def run_checks_of(file: str, device: str, only: Sequence[str], seconds: float) -> list[Row]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     environment.pop("TRITON_INTERPRET", None)
     if device == "cpu":
         environment["TRITON_INTERPRET"] = "1"
-    command = [sys.executable, ROOT / "tests" / "blocks.py", str(torch.seed() % 2**31), "--device", device]
-    command += ["--only", *QUICK_CHECKS] if quick else []
+    command = [sys.executable, ROOT / "tests" / file, str(torch.seed() % 2**31), "--device", device]
+    command += ["--only", *only] if only else []
+    everything = f"all of {file}"
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds, check=False)
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=max(seconds, 1), check=False
+        )
     except subprocess.TimeoutExpired:
-        return [{"check": "all", "result": f"not done in {seconds:.0f} s"}]
+        return [{"check": everything, "result": f"not done in {seconds:.0f} s"}]
     if done.returncode:
-        print(f"the checks could not run: {done.stderr}", file=sys.stderr)
-        return [{"check": "all", "result": "failed"}]
+        print(f"the checks of {file} could not run: {done.stderr}", file=sys.stderr)
+        return [{"check": everything, "result": "failed"}]
     failures: dict[str, str] = json.loads(done.stdout)
     for text in filter(None, failures.values()):
         print(text, file=sys.stderr)

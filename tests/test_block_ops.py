@@ -198,14 +198,14 @@ def test_unknown_operators_are_refused():
     ],
 )
 def test_triton_that_cannot_be_had_is_refused_with_the_way_out(monkeypatch, has_triton, device, block, dtype, message):
-    monkeypatch.setattr(choice, "_triton_version", lambda: "3.4.0" if has_triton else "")
+    monkeypatch.setattr(choice, "triton_version", lambda: "3.4.0" if has_triton else "")
     message = message if has_triton else "triton is not installed"
     with pytest.raises(TopKastError, match=rf"kernels='triton' is not available: .*{message}.*; use kernels='auto'"):
         choose_block_kernels("triton", torch.device(device), block, dtype)
 
 
 def test_product_by_kernels_that_cannot_be_had_says_what_it_was_given(monkeypatch):
-    monkeypatch.setattr(choice, "_triton_version", lambda: "3.4.0")
+    monkeypatch.setattr(choice, "triton_version", lambda: "3.4.0")
     pattern = pattern_of(torch.tensor([[2, 1]], dtype=torch.uint8), (16, 32))
     input, values = torch.ones(3, 64, dtype=torch.float64), torch.ones(2, 16, 32, dtype=torch.float64)
     with pytest.raises(TopKastError, match=r"kernels='triton' is not available: .*got torch\.float64"):
@@ -213,13 +213,13 @@ def test_product_by_kernels_that_cannot_be_had_says_what_it_was_given(monkeypatc
 
 
 def test_auto_falls_back_to_torch_on_a_gpu_without_triton(monkeypatch):
-    monkeypatch.setattr(choice, "_triton_version", lambda: "")
+    monkeypatch.setattr(choice, "triton_version", lambda: "")
     assert choose_block_kernels("auto", torch.device("cuda"), (32, 32), torch.float32) == "torch"
 
 
 @pytest.mark.parametrize("version", ["3.3.1", "2.10.0", "3.3.0+git1234"])
 def test_triton_without_tensor_descriptors_is_too_old(monkeypatch, version):
-    monkeypatch.setattr(choice, "_triton_version", lambda: version)
+    monkeypatch.setattr(choice, "triton_version", lambda: version)
     assert choose_block_kernels("auto", torch.device("cuda"), (32, 32), torch.float32) == "torch"
     with pytest.raises(TopKastError, match=rf"expected triton 3\.4 or newer, got {re.escape(version)}; use"):
         choose_block_kernels("triton", torch.device("cuda"), (32, 32), torch.float32)
@@ -227,7 +227,7 @@ def test_triton_without_tensor_descriptors_is_too_old(monkeypatch, version):
 
 @pytest.mark.parametrize("version", ["3.4.0", "3.10.0", "4.0", "3.4.0+git1234"])
 def test_triton_with_tensor_descriptors_is_new_enough(monkeypatch, version):
-    monkeypatch.setattr(choice, "_triton_version", lambda: version)
+    monkeypatch.setattr(choice, "triton_version", lambda: version)
     with pytest.raises(TopKastError, match="expected a CUDA device, got meta"):
         choose_block_kernels("triton", torch.device("meta"), (32, 32), torch.float32)
 

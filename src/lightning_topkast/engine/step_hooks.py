@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_topkast.engine import cuda_graph
+from lightning_topkast.engine.fused_steps import close_weights, mask_gradients, open_weights
 from lightning_topkast.engine.one_pass import OnePass, is_plain
 from lightning_topkast.engine.optimizer_state import OptimizerState
 from lightning_topkast.engine.optimizers import (
@@ -189,8 +190,7 @@ class StepHooks:
     def mask_gradients(self) -> None:
         """Zero the gradients outside B, after recording them if the next sets depend on them."""
         self._record_gradients()
-        for weight in self.weights:
-            weight.mask_gradient()
+        mask_gradients(self.weights)
 
     def _record_gradients(self) -> None:
         for weight in self.weights if self.needs_gradients else ():
@@ -297,6 +297,7 @@ class StepHooks:
         if not self._masked:  # recording them after they were masked would be wrong
             self._record_gradients()
         plain = not all(weight.is_packed for weight in weights) and is_plain(optimizer)
+        closed, masked = [], []
         for weight, group in self._weights_and_groups(optimizer):
             if weight.parameter.grad is None:  # like the optimizer, skip these
                 continue
@@ -305,9 +306,10 @@ class StepHooks:
             if plain and self._one_pass.take(optimizer, weight, group, masks, limited):
                 continue
             if masks:
-                weight.mask_gradient()
+                masked.append(weight)
             if not weight.is_open:
-                weight.open()
+                closed.append(weight)
+        open_weights(closed, masked)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
@@ -332,19 +334,19 @@ class StepHooks:
         if found_inf is not None and self.captured is not None:
             raise TopKastError("a gradient scaler decides about every step on the host; train in bfloat16 without one")
         skipped = found_inf is not None and bool(found_inf)
-        stepped = False
+        ended, opened = [], []
         for weight, group in self._weights_and_groups(optimizer):
             if self._one_pass.end(weight):
-                self._warn_of_empty(weight)
-                stepped = True
+                ended.append(weight)
             elif weight.is_open:
-                weight.close(lr=0 if skipped else self._within_reach(weight, group["lr"]))
-                self._warn_of_empty(weight)
-                stepped = not skipped
+                opened.append((weight, 0.0 if skipped else self._within_reach(weight, group["lr"])))
             elif weight.parameter.grad is not None:
                 # A subclass that continues after super().step(), whose own hook closed the weight.
                 weight.restore_sparsity()
-        return stepped
+        close_weights(opened)
+        for weight in (*ended, *(weight for weight, _ in opened)):
+            self._warn_of_empty(weight)
+        return bool(ended or (opened and not skipped))
 
     def _count_step(self) -> None:
         if self._optimizers[-1] not in self._checked:  # raise now rather than at the first refresh

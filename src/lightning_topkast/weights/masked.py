@@ -33,6 +33,7 @@ from lightning_topkast.ops.flat import (
     tiers_of,
     where,
 )
+from lightning_topkast.ops.fused import Masked
 from lightning_topkast.ops.step import Entries, Update, close_, step_
 from lightning_topkast.weights.base import Before, EntryState, SparseWeight, Traits
 from lightning_topkast.weights.loading import best_fit, replace
@@ -278,9 +279,14 @@ class MaskedWeight(SparseWeight):
 
     def mask_gradient(self) -> None:
         """Zero the gradient outside B, including infinite and NaN values."""
+        masked = self.masked_gradient()
+        if masked is not None:
+            mask_outside_(*masked)
+
+    def masked_gradient(self) -> Masked | None:
+        """Return the gradient, if there is one, with B, outside of which it is to be zeroed."""
         gradient = self._gradient()
-        if gradient is not None:
-            mask_outside_(gradient, self._mask)
+        return None if gradient is None else Masked(gradient, self._mask)
 
     def record_gradient(self) -> None:
         """Record the gradient's magnitudes, contiguous, unless the gradient was masked since they were recorded."""
@@ -302,11 +308,15 @@ class MaskedWeight(SparseWeight):
 
     def open(self) -> None:
         r"""Put θ on B\A into the parameter, so that the optimizer updates it."""
-        self.match_layout()
-        self._settled = False
+        self.begin_step()
         put_(flat(self._alpha), self._exploring, self._explored)
         self.is_open = True
         self._put_phi(self._alpha, self._gradient())
+
+    def begin_step(self) -> None:
+        r"""Note that θ on B\A is about to be put into the parameter."""
+        self.match_layout()
+        self._settled = False
 
     def recover(self) -> None:
         """Make the parameter α after an interrupted step or refresh and keep every θ."""
@@ -315,7 +325,9 @@ class MaskedWeight(SparseWeight):
         self._switch()
         if self.is_open:
             self._put_theta(self._alpha)
-            self._explored = take(flat(self._alpha), self._exploring)
+            explored = take(flat(self._alpha), self._exploring)
+            if bool(explored.any()):  # else `fused.close_` has taken them out, and nobody could note it at once
+                self._explored = explored
             self.is_open = False
         self.restore_sparsity()
         self._forget()
@@ -348,7 +360,7 @@ class MaskedWeight(SparseWeight):
 
     def close(self, lr: float | Tensor) -> None:
         r"""Apply the penalty on B, store θ on B\A and make the parameter α again; see `SparseWeight.close`."""
-        alpha, parts = self._alpha, self._parts(lr)
+        alpha, parts = self._alpha, self.entries(lr)
         self._put_theta(alpha)
         if parts is None or not close_(parts, self._open):
             entries = flat(alpha)
@@ -364,14 +376,14 @@ class MaskedWeight(SparseWeight):
     def step(self, update: Update, lr: float | Tensor, masks: bool) -> bool:
         """Take a whole step in one pass over memory, if that can be; see `SparseWeight.step`."""
         self.match_layout()
-        gradient, parts = self._gradient(), self._parts(lr)
+        gradient, parts = self._gradient(), self.entries(lr)
         if gradient is None or parts is None or self.exponent != 1 or not step_(parts, gradient, masks, update):
             return False
         self.end_step()
         return True
 
-    def _parts(self, lr: float | Tensor) -> Entries | None:
-        """Return what a pass around the step needs, or None if the penalty is more than a factor."""
+    def entries(self, lr: float | Tensor) -> Entries | None:
+        """Return what passes around the step need; see `SparseWeight.entries`."""
         factors = self.shrinkage.factors(lr)
         return None if factors is None else Entries(self._alpha, self._mask, self._exploring, self._explored, factors)
 

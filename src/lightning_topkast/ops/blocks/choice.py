@@ -85,7 +85,7 @@ def implementation(kernels: str, dense: Tensor, block_shape: tuple[int, int], pa
 
 
 def _obstacle(device: torch.device, block_shape: tuple[int, int], dtype: torch.dtype) -> str:
-    found = _triton_version()
+    found = triton_version()
     if not found:
         return "triton is not installed"
     if tuple(map(int, found.split(".")[:2])) < _TRITON:
@@ -112,7 +112,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 @cache
-def _triton_version() -> str:
+def triton_version() -> str:
     """Return Triton's version, or "" if it cannot be imported."""
     try:
         import triton

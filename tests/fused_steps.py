@@ -182,8 +182,8 @@ class Training:
 
     def train(self, steps: int, masks_first: bool = False) -> "Training":
         generator = torch.Generator().manual_seed(1)
-        supports = fused.supports if self.is_fused else lambda *_: False
-        with mock.patch.object(fused, "supports", supports):
+        works = fused.works if self.is_fused else lambda *_: False
+        with mock.patch.object(fused, "works", works):
             for _ in range(steps):
                 images = torch.randn(4, 4, 3, 3, generator=generator).to(self.on.device, self.dtype)
                 self.model[:-1](images).square().mean().backward()
@@ -286,7 +286,7 @@ def in_training(on: On) -> list[MaskedWeight]:
 @torch.no_grad()
 def interrupted_step_loses_no_value(on: On) -> None:
     """Whatever line of what opens and closes weights is the last: each has θ of before or after, and goes on."""
-    fused.step._works(torch.device(on.device), torch.float32)  # so that its trial is not interrupted, which takes long
+    fused.works(torch.device(on.device), torch.float32)  # so that its trial is not interrupted, which takes long
     for line in itertools.count(1):
         weights = in_training(on)
         before = [weight.theta() for weight in weights]

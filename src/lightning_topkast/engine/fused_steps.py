@@ -1,6 +1,7 @@
 """Steps of masked weights on a GPU, around which a few kernels do for all weights what each would do by itself."""
 
 from collections.abc import Iterable
+from typing import TypeGuard
 
 from torch import Tensor
 
@@ -24,21 +25,21 @@ def open_weights(weights: Iterable[SparseWeight], masked: Iterable[SparseWeight]
     """
     gradients: dict[int, Masked] = {}
     for weight in masked:
-        gradient = weight.masked_gradient() if isinstance(weight, MaskedWeight) else None
+        gradient = weight.masked_gradient() if _may_be_fused(weight) else None
         # one that two weights share is masked twice, which programs that run side by side must not do
-        if gradient is None or not fused.supports(*gradient) or gradient.values.data_ptr() in gradients:
+        if gradient is None or not fused.fits(*gradient) or gradient.values.data_ptr() in gradients:
             weight.mask_gradient()
         else:
             gradients[gradient.values.data_ptr()] = gradient
     together = []
     for weight in weights:
-        if isinstance(weight, MaskedWeight):
+        if _may_be_fused(weight):
             weight.begin_step()
-        entries = _entries(weight, 0.0)
-        if entries is None:
-            weight.open()
-        else:
-            together.append((weight, entries))
+            entries = _entries(weight, 0.0)
+            if entries is not None:
+                together.append((weight, entries))
+                continue
+        weight.open()
     if gradients or together:
         fused.open_(gradients.values(), [entries for _, entries in together])
     for weight, _ in together:
@@ -49,7 +50,7 @@ def close_weights(weights: Iterable[tuple[SparseWeight, float | Tensor]]) -> Non
     """Apply the penalty on B at a learning rate, and let the network compute with α again."""
     together = []
     for weight, lr in weights:
-        entries = _entries(weight, lr)
+        entries = _entries(weight, lr) if _may_be_fused(weight) else None
         if entries is None:
             weight.close(lr)
         else:
@@ -61,9 +62,12 @@ def close_weights(weights: Iterable[tuple[SparseWeight, float | Tensor]]) -> Non
         weight.end_step()
 
 
-def _entries(weight: SparseWeight, lr: float | Tensor) -> Entries | None:
+def _may_be_fused(weight: SparseWeight) -> TypeGuard[MaskedWeight]:
+    """Return whether there are fused kernels for such weights; asked for each one at each step, also on a CPU."""
+    return isinstance(weight, MaskedWeight) and fused.works(weight.parameter.device, weight.parameter.dtype)
+
+
+def _entries(weight: MaskedWeight, lr: float | Tensor) -> Entries | None:
     """Return what the fused kernels take of a weight, or None if they cannot."""
-    if not isinstance(weight, MaskedWeight) or weight.exponent != 1:
-        return None
-    entries = weight.entries(lr)
-    return entries if entries is not None and fused.supports(entries.values, entries.members) else None
+    entries = weight.entries(lr) if weight.exponent == 1 else None
+    return entries if entries is not None and fused.fits(entries.values, entries.members) else None

@@ -16,7 +16,7 @@ from lightning_topkast.ops.flat import fill_, flat, is_like, mask_outside_, put_
 from lightning_topkast.ops.passes import written
 from lightning_topkast.ops.step import Entries
 
-_SIZES = (5000, 1, 333)  # of a trial
+_TRIALS = ((5000, 640), (5000, 1, 333))  # numbers of entries: all begin at aligned addresses, and not
 
 _log = logging.getLogger(__name__)
 
@@ -36,14 +36,9 @@ class Masked(NamedTuple):
 _Item = TypeVar("_Item", Masked, Entries)
 
 
-def supports(values: Tensor, members: Tensor) -> bool:
-    """Return whether there are kernels for these values of a weight, or its gradient; the first call may try them.
-
-    Args:
-        values: which the kernels change.
-        members: of the weight.
-    """
-    return _works(values.device, values.dtype) and is_like(values, members) and values.device == members.device
+def fits(values: Tensor, members: Tensor) -> bool:
+    """Return whether the kernels, if they work, can pass over values of a weight, or its gradient, and its members."""
+    return works(values.device, values.dtype) and is_like(values, members) and values.device == members.device
 
 
 def open_(masked: Iterable[Masked], opened: Iterable[Entries]) -> None:
@@ -78,13 +73,16 @@ def _by_kind(items: Sequence[_Item]) -> dict[Hashable, list[_Item]]:
 
 
 @cache
-def _works(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether the kernels change values to the same bits as PyTorch's operators, by a trial."""
+def works(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether the kernels change values to the same bits as PyTorch's operators; the first call tries it."""
     interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-    if not (device.type == "cuda" or interpreted) or not triton_version() or dtype not in _launch().TYPES:
+    if not (device.type == "cuda" or interpreted) or not triton_version():
         return False
     try:
-        obstacle = "" if _gives_the_same(device, dtype) else "they give other results"
+        if dtype not in _launch().TYPES:
+            return False
+        same = all(_give_the_same(sizes, device, dtype) for sizes in _TRIALS)
+        obstacle = "" if same else "they give other results"
     except Exception as error:  # such as that of a missing compiler
         obstacle = f"{type(error).__name__}: {error}"
     if obstacle:
@@ -92,8 +90,8 @@ def _works(device: torch.device, dtype: torch.dtype) -> bool:
     return not obstacle
 
 
-def _gives_the_same(device: torch.device, dtype: torch.dtype) -> bool:
-    fused, apart = _examples(device, dtype), _examples(device, dtype)
+def _give_the_same(sizes: Sequence[int], device: torch.device, dtype: torch.dtype) -> bool:
+    fused, apart = (_examples(sizes, device, dtype) for _ in range(2))
     open_([Masked(gradient, each.members) for each, gradient in fused], [each for each, _ in fused])
     close_([each for each, _ in fused])
     for each, gradient in apart:
@@ -111,10 +109,10 @@ def _gives_the_same(device: torch.device, dtype: torch.dtype) -> bool:
     )
 
 
-def _examples(device: torch.device, dtype: torch.dtype) -> list[tuple[Entries, Tensor]]:
+def _examples(sizes: Sequence[int], device: torch.device, dtype: torch.dtype) -> list[tuple[Entries, Tensor]]:
     generator = torch.Generator("cpu").manual_seed(0)
     examples = []
-    for size in _SIZES:
+    for size in sizes:
         values, gradient, explored = torch.randn(3, size, generator=generator, device="cpu").to(device, dtype)
         gradient[::3] = float("nan")
         tiers = torch.randint(3, (size,), generator=generator, device="cpu").to(device)
